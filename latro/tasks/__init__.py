@@ -1,0 +1,24 @@
+"""The tasks that ship: prompts, answers, grading."""
+
+from __future__ import annotations
+
+from .arc_challenge import ARCChallenge
+from .arithmetic import Arithmetic
+from .base import Task
+from .gsm8k import GSM8K
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, ARCChallenge, GSM8K)}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(sorted(TASKS))}; got {name!r}")
+    return TASKS[name]()
+
+
+__all__ = ["GSM8K", "TASKS", "ARCChallenge", "Arithmetic", "Task", "get_task"]

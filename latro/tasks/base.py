@@ -1,0 +1,160 @@
+"""What a task is: where its problems come from, and how a completion is graded.
+
+A dataset row has the columns `prompt` and `answer`, both strings; a task may add columns that its
+grading needs. A completion states its answer after the answer template, "The answer is 42", and
+only the last statement counts. Nothing else in the completion, and nothing in the prompt, does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from datasets import Dataset
+
+# Each with the place it stands at, for messages.
+Records = Iterable[tuple[str, dict[str, Any]]]
+
+
+class Task(ABC):
+    """A source of problems with known answers.
+
+    Class attributes:
+        name: what `get_task` knows it by.
+        answer_template: a rationale ends where this begins; the answer in full is
+            `f"{answer_template} {answer}"`.
+        splits: the names that `load` takes.
+    """
+
+    name: ClassVar[str]
+    answer_template: ClassVar[str] = "The answer is"
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    def load(
+        self,
+        split: str,
+        *,
+        dataset_path: str | os.PathLike[str] | None = None,
+        num_examples: int | None = None,
+        seed: int = 0,
+    ) -> Dataset:
+        """Load one split.
+
+        Args:
+            split: one of `splits`. No problem of "train" is in "validation" or "test".
+            dataset_path: folder to read the task's JSON-lines files from, in place of the hub.
+            num_examples: at most so many rows, drawn without replacement. All of them, in the
+                order of the source, when None.
+            seed: of that draw, and of the problems where the task generates them.
+
+        Returns:
+            Dataset with the columns "prompt" and "answer" (str), and what the task adds.
+
+        Raises:
+            ValueError: unknown split, `num_examples` below 1, or a malformed row.
+            FileNotFoundError: `dataset_path` lacks the split's file.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split must be one of {', '.join(self.splits)}; got {split!r}")
+        if num_examples is not None and num_examples < 1:
+            raise ValueError(f"num_examples must be at least 1; got {num_examples}")
+        path = None if dataset_path is None else Path(dataset_path)
+        rows = self._rows(split, path, num_examples, seed)
+        if not rows:
+            raise ValueError(f"task {self.name} has no rows in split {split!r} of {path}")
+        return Dataset.from_list(rows)
+
+    def extract(self, completion: str, example: Mapping[str, Any]) -> str | None:
+        """Return the answer that a completion states, in canonical form.
+
+        Two completions with the same answer give equal strings, so these can be voted on.
+
+        Args:
+            completion: what the model wrote after the prompt, special tokens left out.
+            example: the dataset row that it answers.
+
+        Returns:
+            The canonical answer; None where none is stated or the statement is ambiguous.
+        """
+        statements = list(_template_pattern(self.answer_template).finditer(completion))
+        if not statements:
+            return None
+        return self._canonical(completion[statements[-1].end() :], example)
+
+    def grade(self, completion: str, example: Mapping[str, Any]) -> bool:
+        """Whether the answer that a completion states is the row's `answer`."""
+        predicted = self.extract(completion, example)
+        return predicted is not None and self.same(predicted, example["answer"])
+
+    @abstractmethod
+    def same(self, predicted: str, answer: str) -> bool:
+        """Whether two answers in canonical form are one: numbers by value, options by label."""
+
+    @abstractmethod
+    def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
+        """The canonical answer in `statement`, the text after the last answer template."""
+
+    @abstractmethod
+    def _rows(
+        self, split: str, path: Path | None, num_examples: int | None, seed: int
+    ) -> list[dict[str, Any]]:
+        """The rows of a split; arguments are those of `load`, already checked."""
+
+
+def first_sentence(statement: str) -> str:
+    """The rest of the sentence that an answer template began, without the closing mark.
+
+    A sentence ends with its line, or at ".", "!" or "?" before white space or the end.
+    """
+    return re.split(r"[.!?](?=\s|$)|\n", statement.lstrip(" \t\r\n:"), maxsplit=1)[0].strip()
+
+
+def draw(rows: Sequence[dict[str, Any]], num_examples: int | None, seed: int) -> list[dict]:
+    """At most `num_examples` of the rows, drawn with `seed`; all in order where it is None."""
+    if num_examples is None:
+        return list(rows)
+    return random.Random(seed).sample(rows, min(num_examples, len(rows)))
+
+
+def stable_bucket(text: str, buckets: int) -> int:
+    """A number in [0, buckets) that depends on nothing but the text, the same on every machine."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % buckets
+
+
+def read_jsonl(path: Path) -> Records:
+    """Yield ("file:line", record) for each line of a JSON-lines file, blank ones left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset_path: there is no file {path}")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+            yield where, record
+
+
+def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
+    """The non-empty string at `field`, or a ValueError that names the place."""
+    value = record.get(field)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")
+    return value
+
+
+def _template_pattern(template: str) -> re.Pattern[str]:
+    # Sentences also begin "So the answer is"; "The answer isn't" states none.
+    return re.compile(re.escape(template) + r"(?![\w'’])", re.IGNORECASE)

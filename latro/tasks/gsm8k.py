@@ -1,0 +1,61 @@
+"""GSM8K: grade-school word problems with a number for an answer (arXiv 2110.14168).
+
+A record is `{"question", "answer"}`; the final answer stands behind "#### ". The source has no
+validation split: a fixed fifteenth of train, about 500 rows chosen by a hash of the question, is
+"validation" here and missing from "train".
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from .base import Records, draw, read_jsonl, stable_bucket, string_field
+from .numeric import NumericTask, parse_number
+
+HUB_DATASET = ("openai/gsm8k", "main")
+
+_INSTRUCTION = 'Reason step by step. Finish with "The answer is <number>".'
+_ANSWER_MARK = "#### "
+_VALIDATION_BUCKETS = 15
+
+
+class GSM8K(NumericTask):
+    """GSM8K from the hub, or from a folder with `train.jsonl` and `test.jsonl`."""
+
+    name = "gsm8k"
+
+    def _rows(
+        self, split: str, path: Path | None, num_examples: int | None, seed: int
+    ) -> list[dict[str, Any]]:
+        source = "test" if split == "test" else "train"
+        if path is None:
+            dataset = load_dataset(*HUB_DATASET, split=source)
+            records: Records = (
+                (f"{HUB_DATASET[0]} {source} row {i}", r) for i, r in enumerate(dataset)
+            )
+        else:
+            records = read_jsonl(path / f"{source}.jsonl")
+        rows = []
+        for where, record in records:
+            question = string_field(record, "question", where).strip()
+            answer = _final_answer(string_field(record, "answer", where), where)
+            held_out = stable_bucket(question, _VALIDATION_BUCKETS) == 0
+            if split == "test" or held_out == (split == "validation"):
+                rows.append({"prompt": f"{question}\n\n{_INSTRUCTION}\n", "answer": answer})
+        return draw(rows, num_examples, seed)
+
+
+def _final_answer(solution: str, where: str) -> str:
+    if solution.count(_ANSWER_MARK) != 1:
+        raise ValueError(
+            f"{where}: expected one {_ANSWER_MARK!r} in 'answer', "
+            f"got {solution.count(_ANSWER_MARK)} in {solution!r}"
+        )
+    stated = solution.partition(_ANSWER_MARK)[2]
+    value = parse_number(stated)
+    if value is None:
+        raise ValueError(f"{where}: expected one number after {_ANSWER_MARK!r}, got {stated!r}")
+    return str(value)

@@ -1,0 +1,29 @@
+import pytest
+
+from latro.tasks import TASKS, Task, get_task
+
+
+def test_tasks_are_known_by_their_names():
+    assert set(TASKS) == {"arc_challenge", "arithmetic", "gsm8k"}
+    for name in TASKS:
+        task = get_task(name)
+        assert isinstance(task, Task)
+        assert task.name == name
+
+
+def test_an_unknown_task_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match="arc_challenge, arithmetic, gsm8k; got 'gsm9k'"):
+        get_task("gsm9k")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_an_unknown_split_is_refused(name):
+    with pytest.raises(ValueError, match="split must be one of train, validation, test; got 'dev'"):
+        get_task(name).load("dev")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS))
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_count_below_one_is_refused(name, count):
+    with pytest.raises(ValueError, match=f"num_examples must be at least 1; got {count}"):
+        get_task(name).load("test", num_examples=count)
