@@ -1,0 +1,63 @@
+"""`backend="auto"` and `backend=<name>` to the implementation that runs, or an error.
+
+auto, tensors on a CUDA device   triton
+auto, tensors on the CPU         cpu, the C++ kernels
+a name                           that backend, or an error: nothing falls back in silence
+"""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from latro_kernels import native
+from latro_kernels.native import BackendUnavailableError
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BACKENDS) -> str:
+    """The backend that will run for tensors on `device`.
+
+    Args:
+        backend: "auto", or one of `supported`.
+        device: where the op's tensors live.
+        supported: the backends that the op has.
+
+    Raises:
+        ValueError: an unknown name, or a backend that cannot take tensors of this device.
+        BackendUnavailableError: the backend's library or package is not installed.
+    """
+    if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+    if backend not in supported:
+        raise ValueError(
+            f"backend: expected 'auto' or one of {', '.join(map(repr, supported))}, got {backend!r}"
+        )
+    if backend == "cpu":
+        _require_device(backend, device, "cpu")
+        native.library("cpu")
+    elif backend == "cuda":
+        _require_device(backend, device, "cuda")
+        native.library("cuda")
+    elif backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            raise BackendUnavailableError(
+                "backend 'triton': the package triton is not installed; `pip install triton`"
+            )
+        if device.type != "cuda" and not _interpreted():
+            _require_device(backend, device, "cuda")
+    return backend
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _require_device(backend: str, device: torch.device, expected: str) -> None:
+    if device.type != expected:
+        raise ValueError(f"backend {backend!r}: expected tensors on {expected}, got {device.type}")

@@ -1,0 +1,141 @@
+"""The two native libraries, bound through ctypes.
+
+`setup.py` builds `csrc/` into `_cpu.so` and, where it finds nvcc, `_cuda.so`, and puts `latro.h`
+beside them. A wrong argument type would corrupt memory without a word, so the types are read from
+that header instead of being written a second time here.
+
+    call("latro_cpu_<op>_<step>", tensor, 3, 0.5, ...)
+
+passes tensors by address, checks the number of arguments and turns a status into an exception.
+Shapes, dtypes and strides are the caller's business.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+
+# Brings torch's libgomp into the process first. A library of ours that loaded its own would keep a
+# second pool of threads beside torch's.
+import torch
+
+_HERE = Path(__file__).parent
+_SCALARS = {
+    "int64_t": ctypes.c_int64,
+    "int32_t": ctypes.c_int32,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+_DECLARATION = re.compile(
+    r"LATRO_API\s+(?P<result>[^()]*?)(?P<name>latro_\w+)\s*\((?P<args>[^)]*)\)"
+)
+_CONSTANT = re.compile(r"\b(?P<name>LATRO_[A-Z0-9_]+)\s*=\s*(?P<value>-?\d+)")
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot run here; the message says what is missing."""
+
+
+@functools.cache
+def header() -> str:
+    """The text of `latro.h`, without its comments."""
+    path = _HERE / "latro.h"
+    if not path.exists():
+        raise BackendUnavailableError(
+            f"the native libraries are not built: {path} is missing; run `pip install -e .`"
+        )
+    return re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+
+
+@functools.cache
+def constants() -> dict[str, int]:
+    """The enumerators of `latro.h`: status codes and dtype codes."""
+    return {m["name"]: int(m["value"]) for m in _CONSTANT.finditer(header())}
+
+
+@functools.cache
+def signatures() -> dict[str, tuple[type, list[type]]]:
+    """Each exported function's result type and argument types, as ctypes."""
+    return {
+        m["name"]: (_ctype(m["result"]), [_ctype(arg) for arg in m["args"].split(",")])
+        for m in _DECLARATION.finditer(header())
+    }
+
+
+def _ctype(declaration: str) -> type:
+    if "*" in declaration:
+        return (
+            ctypes.c_char_p if re.match(r"\s*const char\s*\*\s*$", declaration) else ctypes.c_void_p
+        )
+    for name, ctype in _SCALARS.items():
+        if re.search(rf"\b{name}\b", declaration):
+            return ctype
+    raise RuntimeError(f"latro.h: no ctypes equivalent for {declaration.strip()!r}")
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL:
+    """Load `_cpu.so` or `_cuda.so` and give every function its types.
+
+    Raises:
+        BackendUnavailableError: the library was not built, or cannot be loaded here.
+    """
+    path = _HERE / f"_{name}.so"
+    if not path.exists():
+        hint = (
+            "build it with `pip install -e .` where nvcc is on the PATH"
+            if name == "cuda"
+            else "build it with `pip install -e .`"
+        )
+        raise BackendUnavailableError(f"backend {name!r}: {path.name} is missing; {hint}")
+    try:
+        loaded = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(f"backend {name!r}: {path.name}: {error}") from error
+    for symbol, (result, arguments) in signatures().items():
+        if symbol.startswith(f"latro_{name}_"):
+            function = getattr(loaded, symbol)
+            function.restype, function.argtypes = result, arguments
+    return loaded
+
+
+def available(name: str) -> bool:
+    """Whether `_cpu.so` or `_cuda.so` can be loaded."""
+    try:
+        library(name)
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The header's code of an element type."""
+    names = {torch.float32: "LATRO_F32", torch.bfloat16: "LATRO_BF16", torch.float16: "LATRO_F16"}
+    return constants()[names[dtype]]
+
+
+def call(symbol: str, *arguments: torch.Tensor | int | float | None) -> None:
+    """Call an exported function; tensors go by address, None as a null pointer.
+
+    Raises:
+        BackendUnavailableError: the symbol's library is not there.
+        RuntimeError: the function returned a status other than LATRO_OK.
+    """
+    backend = symbol.split("_")[1]
+    function = getattr(library(backend), symbol)
+    if len(arguments) != len(function.argtypes):
+        raise TypeError(f"{symbol} takes {len(function.argtypes)} arguments, got {len(arguments)}")
+    status = function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+    if status != 0:
+        raise RuntimeError(f"{symbol}: {_describe(backend, status)}")
+
+
+def _describe(backend: str, status: int) -> str:
+    for name, value in constants().items():
+        if value == status < 0:
+            return name
+    if backend == "cuda":
+        return library("cuda").latro_cuda_error_string(status).decode()
+    return f"status {status}"
