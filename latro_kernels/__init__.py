@@ -1,0 +1,13 @@
+"""Fused log-probabilities at the LM head, and the group advantages made of them."""
+
+from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
+from latro_kernels.linear_logprob import linear_logprob
+from latro_kernels.native import BackendUnavailableError
+
+__all__ = [
+    "BackendUnavailableError",
+    "GroupAdvantage",
+    "GroupLayout",
+    "group_advantage",
+    "linear_logprob",
+]

@@ -1,0 +1,369 @@
+"""The LM head in tiles: products by torch, everything between them by a fold kernel.
+
+A tile is the products hidden[rows] · weight[columns]ᵀ of a block of rows and a slice of the
+vocabulary. The forward folds each tile into four numbers per row and drops it. The backward makes
+it again and turns it into the gradient dz with respect to the products, from which
+
+    dx[rows]    += dz · weight[columns]
+    dw[columns] += dzᵀ · hidden[rows]
+    db[columns] += Σ_rows dz
+
+The vocabulary is the outer loop, so that each slice of dw is finished, and rounded, once; dx is
+carried in fp32 from slice to slice. No tensor of N × V exists, and none of V × H in another dtype
+than the weight's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from latro_kernels import native
+
+# A tile on the CPU: half of the last-level cache of a small server, and products large enough to
+# run at full speed. Measured: see `tile_shape`.
+CPU_TILE_BYTES = 16 * 2**20
+MAX_TILE_ROWS = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The problem: logits z = softcap · tanh((hidden · weightᵀ + bias) / softcap) / temperature.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H], dtype and device of hidden.
+        target: [N] int64, contiguous.
+        bias: [V] or None.
+        temperature: divides the logits.
+        softcap: 0 where there is none.
+        backend: "cpu", "triton" or "cuda": whose kernels fold.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float
+    backend: str
+
+    @property
+    def operand_dtype(self) -> torch.dtype:
+        """The dtype in which products are made."""
+        dtype, on_cpu = self.hidden.dtype, self.hidden.device.type == "cpu"
+        # torch's CPU products are slow in fp16, and in bf16 where the processor lacks it; Triton
+        # runs on the CPU in its interpreter only.
+        native_dtype = dtype == torch.bfloat16 and self.backend == "cpu" and _multiplies_bf16()
+        return torch.float32 if on_cpu and not native_dtype else dtype
+
+    @property
+    def tile_dtype(self) -> torch.dtype:
+        """The dtype of the products: fp32 but for bf16 on the CPU, where torch rounds them."""
+        return self.operand_dtype if self.hidden.device.type == "cpu" else torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class RowState:
+    """What the forward carries from tile to tile, fp32 [N] each; z are a row's logits so far.
+
+    Args:
+        peak: max z.
+        total: Σ exp(z − peak).
+        picked: z at the target.
+        weighted: Σ exp(z − peak) · (z − peak), or None where no entropy is asked for.
+    """
+
+    peak: Tensor
+    total: Tensor
+    picked: Tensor
+    weighted: Tensor | None
+
+    def rows(self, block: slice) -> RowState:
+        return RowState(*(None if t is None else t[block] for t in vars(self).values()))
+
+
+@dataclass(frozen=True, eq=False)
+class RowGrad:
+    """What the backward needs of each row, fp32 [N] each and contiguous.
+
+    Args:
+        logp: the forward's log-prob of the target.
+        entropy: the forward's entropy, or None with `grad_entropy`.
+        peak: max z.
+        log_total: log Σ exp(z − peak).
+        grad_logp: upstream gradient.
+        grad_entropy: upstream gradient, or None where no entropy was asked for.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None
+    peak: Tensor
+    log_total: Tensor
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+
+    def rows(self, block: slice | Tensor) -> RowGrad:
+        return RowGrad(*(None if t is None else t[block] for t in vars(self).values()))
+
+
+def _multiplies_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def tile_shape(head: Head) -> tuple[int, int]:
+    """Rows and columns of a tile: a bound in bytes that depends on neither N nor V."""
+    device = head.hidden.device
+    if device.type == "cuda":
+        tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        max_rows = 4 * MAX_TILE_ROWS
+    else:
+        tile_bytes, max_rows = CPU_TILE_BYTES, MAX_TILE_ROWS
+    rows = max(1, min(len(head.hidden), max_rows))
+    columns = tile_bytes // (rows * head.tile_dtype.itemsize)
+    # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
+    return rows, min(len(head.weight), max(64, columns // 64 * 64))
+
+
+def forward(head: Head, with_entropy: bool) -> RowState:
+    """Fold every tile into the state of its rows."""
+    N, device = len(head.hidden), head.hidden.device
+    state = RowState(
+        peak=torch.full((N,), -torch.inf, device=device),
+        total=torch.zeros(N, device=device),
+        picked=torch.empty(N, device=device),
+        weighted=torch.zeros(N, device=device) if with_entropy else None,
+    )
+    kernels, buffer = _kernels(head.backend), _tile_buffer(head)
+    for columns, weight, bias in _slices(head):
+        for rows, _, tile in _tiles(head, weight, buffer):
+            kernels.fold(head, tile, bias, head.target[rows], state.rows(rows), columns.start)
+    return state
+
+
+def backward(
+    head: Head, grad: RowGrad, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of hidden, weight and bias; None where `needs` says that nobody asks."""
+    if head.hidden.device.type == "cpu":
+        # Finding the rows that matter costs nothing here; on a GPU it would wait for the device.
+        active = grad.grad_logp != 0
+        if grad.grad_entropy is not None:
+            active |= grad.grad_entropy != 0
+        if not bool(active.all()):
+            return _backward_of(active.nonzero().flatten(), head, grad, needs)
+
+    dx, dw, db = _gradients(head, needs)
+    if len(head.hidden) == 0:
+        return dx, *(None if t is None else t.zero_() for t in (dw, db))
+    kernels, buffer = _kernels(head.backend), _tile_buffer(head)
+    # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
+    one_block = tile_shape(head)[0] == len(head.hidden)
+    in_place = head.operand_dtype == head.weight.dtype and (
+        one_block or head.weight.dtype == torch.float32
+    )
+    for columns, weight, bias in _slices(head):
+        slice_dw = None
+        if dw is not None:
+            slice_dw = dw[columns] if in_place else torch.empty(weight.shape, device=weight.device)
+        slice_db = torch.zeros(len(weight), device=weight.device)
+        for rows, x, tile in _tiles(head, weight, buffer):
+            dz = kernels.grad(head, tile, bias, head.target[rows], grad.rows(rows), columns.start)
+            if dx is not None:
+                _add_product(dx[rows], dz, weight, first=columns.start == 0)
+            if slice_dw is not None:
+                _add_product(slice_dw, dz.t(), x, first=rows.start == 0)
+            if db is not None:
+                slice_db += dz.sum(0, dtype=torch.float32)
+        if dw is not None and not in_place:
+            dw[columns] = slice_dw
+        if db is not None:
+            db[columns] = slice_db
+    return None if dx is None else dx.to(head.hidden.dtype), dw, db
+
+
+def _backward_of(
+    index: Tensor, head: Head, grad: RowGrad, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward` from the rows in `index` alone; the others get a gradient of zero."""
+    some = replace(head, hidden=head.hidden[index], target=head.target[index])
+    dx, dw, db = backward(some, grad.rows(index), needs)
+    if dx is not None:
+        dx = dx.new_zeros(head.hidden.shape).index_copy_(0, index, dx)
+    return dx, dw, db
+
+
+def _gradients(
+    head: Head, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Room for dx, in fp32, and for dw and db."""
+    device, dtype = head.hidden.device, head.hidden.dtype
+    shapes = (head.hidden.shape, head.weight.shape, head.weight.shape[:1])
+    return tuple(
+        torch.empty(shape, dtype=of, device=device) if needed else None
+        for shape, of, needed in zip(shapes, (torch.float32, dtype, dtype), needs, strict=True)
+    )
+
+
+def _slices(head: Head) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Slices of the vocabulary, with their weight as operand and their bias in fp32."""
+    V, width = len(head.weight), tile_shape(head)[1]
+    for begin in range(0, V, width):
+        columns = slice(begin, min(begin + width, V))
+        bias = None if head.bias is None else head.bias[columns].float()
+        yield columns, head.weight[columns].to(head.operand_dtype), bias
+
+
+def _tile_buffer(head: Head) -> Tensor:
+    rows, columns = tile_shape(head)
+    return torch.empty(rows * columns, dtype=head.tile_dtype, device=head.hidden.device)
+
+
+def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of rows, with their hidden states as operand and their products with `weight`."""
+    N, height = len(head.hidden), tile_shape(head)[0]
+    for begin in range(0, N, height):
+        rows = slice(begin, min(begin + height, N))
+        x = head.hidden[rows].to(head.operand_dtype)
+        tile = buffer[: len(x) * len(weight)].view(len(x), len(weight))
+        _add_product(tile, x, weight.t(), first=True)
+        yield rows, x, tile
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """out += a · b, or out = a · b for the first product of a sum."""
+    if a.dtype != out.dtype and out.device.type == "cuda":
+        if first:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        else:
+            out += torch.mm(a, b, out_dtype=out.dtype)
+    elif a.dtype != out.dtype:
+        product = torch.mm(a, b)
+        if first:
+            out.copy_(product)
+        else:
+            out += product
+    elif first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
+
+
+class _Kernels(Protocol):
+    """The two folds of a backend."""
+
+    def fold(
+        self,
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        state: RowState,
+        first_column: int,
+    ) -> None:
+        """Add the tile to `state`, in place."""
+
+    def grad(
+        self,
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        grad: RowGrad,
+        first_column: int,
+    ) -> Tensor:
+        """The gradient with respect to the tile's products, as operand; the tile may be lost."""
+
+
+class _CpuKernels:
+    @staticmethod
+    def fold(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        state: RowState,
+        first_column: int,
+    ) -> None:
+        native.call(
+            "latro_cpu_linear_logprob_fold",
+            *(tile, native.dtype_code(tile.dtype), bias, target),
+            *(state.peak, state.total, state.picked, state.weighted),
+            *(*tile.shape, first_column, head.softcap, head.temperature),
+            torch.get_num_threads(),
+        )
+
+    @staticmethod
+    def grad(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        grad: RowGrad,
+        first_column: int,
+    ) -> Tensor:
+        native.call(
+            "latro_cpu_linear_logprob_grad",
+            *(tile, native.dtype_code(tile.dtype), bias, target),
+            *(grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
+            *(grad.peak, grad.log_total, *tile.shape, first_column),
+            *(head.softcap, head.temperature, torch.get_num_threads()),
+        )
+        return tile
+
+
+class _CudaKernels:
+    @staticmethod
+    def fold(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        state: RowState,
+        first_column: int,
+    ) -> None:
+        with torch.cuda.device(tile.device):
+            native.call(
+                "latro_cuda_linear_logprob_fold",
+                *(tile, bias, target),
+                *(state.peak, state.total, state.picked, state.weighted),
+                *(*tile.shape, first_column, head.softcap, head.temperature),
+                torch.cuda.current_stream().cuda_stream,
+            )
+
+    @staticmethod
+    def grad(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        grad: RowGrad,
+        first_column: int,
+    ) -> Tensor:
+        dz = (
+            tile
+            if tile.dtype == head.operand_dtype
+            else torch.empty_like(tile, dtype=head.operand_dtype)
+        )
+        with torch.cuda.device(tile.device):
+            native.call(
+                "latro_cuda_linear_logprob_grad",
+                *(tile, dz, native.dtype_code(dz.dtype), bias, target),
+                *(grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
+                *(grad.peak, grad.log_total, *tile.shape, first_column),
+                *(head.softcap, head.temperature, torch.cuda.current_stream().cuda_stream),
+            )
+        return dz
+
+
+def _kernels(backend: str) -> type[_Kernels]:
+    if backend == "triton":
+        from latro_kernels.triton.linear_logprob import TritonKernels
+
+        return TritonKernels
+    return _CpuKernels if backend == "cpu" else _CudaKernels
