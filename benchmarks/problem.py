@@ -1,0 +1,154 @@
+"""The problem that the log-prob benchmark solves: shapes, inputs, and the fp64 truth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PEAKED_EVERY = 8  # every eighth row is planted to be certain of one token
+_PEAK_LOG_ODDS = 10.0  # 1 - p about 1e-4: where bf16 cannot tell p from 1, and fp32 can
+_LOGIT_STD = 3.0
+_TRUTH_CHUNK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N rows, H hidden, V vocabulary, under a name."""
+
+    name: str
+    n: int
+    h: int
+    v: int
+
+    @property
+    def step_flop(self) -> int:
+        """Floating-point operations of the three GEMMs (logits, dX, dW): 6·N·H·V."""
+        return 6 * self.n * self.h * self.v
+
+
+CPU_SHAPES = (
+    Shape("cpu-8k", 1024, 1024, 8192),
+    Shape("cpu-1k", 1024, 1024, 32000),
+)
+GPU_SHAPES = (
+    Shape("llama-3.1-8b", 8192, 4096, 128256),
+    Shape("mistral-7b", 8192, 4096, 32768),
+    Shape("phi-3.5-mini", 8192, 3072, 32064),
+    Shape("qwen2.5-7b", 8192, 3584, 152064),
+)
+OTHER_SHAPES = (
+    Shape("quick", 256, 512, 8192),
+    Shape("gpt2", 1024, 768, 50257),
+)
+SHAPES = {shape.name: shape for shape in (*CPU_SHAPES, *GPU_SHAPES, *OTHER_SHAPES)}
+
+
+class Problem(NamedTuple):
+    """`hidden` [N, H], `weight` [V, H] in the tested dtype and requiring gradients; `target` [N]
+    int64; `grad` [N] fp32, the upstream gradient of the log-probs."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    grad: Tensor
+
+    def rows(self, count: int) -> Problem:
+        """The same problem cut to its first `count` rows."""
+        hidden = self.hidden.detach()[:count].clone().requires_grad_()
+        return Problem(hidden, self.weight, self.target[:count], self.grad[:count])
+
+
+def make_problem(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+) -> Problem:
+    """Random inputs whose logits have standard deviation about 3, as language models' have.
+
+    Every eighth row points along the weight row of one token, which gets p > 0.999: there p - 1
+    cancels, and low-precision gradients break. Half of those rows have
+    that token as their target, half another. The upstream gradient is normal, with some exact
+    zeros, so that a kernel that uses one gradient for all rows is found out.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device=device)
+
+    weight = normal(shape.v, shape.h)
+    hidden = normal(shape.n, shape.h).mul_(_LOGIT_STD / shape.h**0.5)
+    target = torch.randint(shape.v, (shape.n,), generator=generator, device=device)
+
+    peaked = torch.arange(0, shape.n, PEAKED_EVERY, device=device)
+    token = torch.randint(shape.v, (len(peaked),), generator=generator, device=device)
+    # V normal logits of standard deviation s have logsumexp about ln V + s²/2.
+    logit = math.log(shape.v) + _LOGIT_STD**2 / 2 + _PEAK_LOG_ODDS
+    direction = weight[token]
+    missing = logit - (hidden[peaked] * direction).sum(1, keepdim=True)
+    hidden[peaked] += direction * (missing / direction.square().sum(1, keepdim=True))
+    target[peaked[::2]] = token[::2]
+
+    grad = normal(shape.n)
+    grad[3::16] = 0.0
+    return Problem(
+        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, grad
+    )
+
+
+class Solution(NamedTuple):
+    """Log-probs [N] and the gradients of `grad · logp`: dX [N, H], dW [V, H]."""
+
+    logp: Tensor
+    dx: Tensor
+    dw: Tensor
+
+
+@torch.no_grad()
+def solve_fp64(problem: Problem) -> Solution:
+    """The truth, in fp64 from the same rounded inputs, in row chunks.
+
+    With z = x·Wᵀ, p = softmax(z) and upstream gradient g: logp = z_target - logsumexp(z),
+    dz = g·(onehot(target) - p), dX = dz·W, dW = dzᵀ·X.
+    """
+    hidden, weight = problem.hidden.double(), problem.weight.double()
+    grad = problem.grad.double()
+    logp = torch.empty_like(grad)
+    dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
+    chunk = max(1, _TRUTH_CHUNK_BYTES // (8 * weight.shape[0]))
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        target = problem.target[rows, None]
+        log_softmax = torch.log_softmax(hidden[rows] @ weight.T, dim=1)
+        logp[rows] = log_softmax.gather(1, target).squeeze(1)
+        dz = log_softmax.exp_().neg_()
+        dz.scatter_add_(1, target, torch.ones_like(target, dtype=dz.dtype))
+        dz *= grad[rows, None]
+        dx[rows] = dz @ weight
+        dw.addmm_(dz.T, hidden[rows])
+    return Solution(logp, dx, dw)
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """max |got - truth| / max |truth|, in fp64; nan if `got` has a nan.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if got.shape != truth.shape:
+        raise ValueError(f"got: expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
+    error = (got.detach().double() - truth).abs_().max()
+    return (error / truth.abs().max()).item()
+
+
+def errors(got: Solution, truth: Solution) -> dict[str, float]:
+    """`relative_error` of logp, dX and dW, and of dX over the planted rows whose target is the
+    planted token (`dx_peaked`), whose gradients are too small to show in the whole."""
+    peaked = slice(0, None, 2 * PEAKED_EVERY)
+    return {
+        "logp": relative_error(got.logp, truth.logp),
+        "dx": relative_error(got.dx, truth.dx),
+        "dw": relative_error(got.dw, truth.dw),
+        "dx_peaked": relative_error(got.dx[peaked], truth.dx[peaked]),
+    }
