@@ -1,0 +1,383 @@
+"""Leave-one-out advantages of sampled groups, and the coefficient they give to every row.
+
+A prompt has K sampled sequences, each a rationale z and then the answer y; a packed batch holds one
+log-probability per token of both. Sums run over the rows of a segment:
+
+    answer_logp_s = Σ_answer logp                 rationale_logp_s = Σ_rationale logp
+    kl="reward":    kl_s = Σ_rationale (logp − ref_logp)    reward_s = answer_logp_s − β·kl_s
+    kl="k3":        kl_s = Σ_rationale (exp(d) − d − 1)     reward_s = answer_logp_s
+                    with d = ref_logp − logp
+    advantage_k   = reward_k − mean_{j≠k} reward_j = m/(m−1)·(reward_k − mean reward)
+
+with the means over the m sequences of the group that count. The loss to minimise is linear in logp,
+
+    loss = Σ_rows coefficient·logp,   c = 1/(num_groups·K)
+    coefficient = −c·advantage_s                               on rationale rows
+                  −c·advantage_s − c·β·(exp(d) − 1)            on rationale rows, kl="k3"
+                  −c·answer_weight                             on answer rows
+
+so there is no backward here: the coefficients are constants, and logp has its own backward. With
+kl="k3" they are the gradient of c·β·Σ kl_s as well; the value of that term is not in the loss.
+
+Formulas: "Language Models are Hidden Reasoners", arXiv 2411.04282; the k3 estimate is
+Schulman's, http://joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from latro_kernels import native
+from latro_kernels.dispatch import resolve
+
+KL_FORMS = ("reward", "k3")
+UNFINISHED_RULES = ("floor", "exclude")
+
+
+@dataclass(frozen=True, eq=False)
+class GroupLayout:
+    """Which row of a packed batch is what.
+
+    The rows of a sequence are contiguous, its rationale first, then its answer; the K sequences of
+    a prompt are consecutive. S = G·K sequences make N rows.
+
+    Args:
+        offsets: int64 [2·S + 1], ascending, from 0 to N. Rows offsets[2s]:offsets[2s + 1] are the
+            rationale of sequence s, rows offsets[2s + 1]:offsets[2s + 2] its answer.
+        num_generations: K, at least 2.
+        finished: bool [S], on the device of `offsets`; False where the rationale hit the length
+            limit. None: all are finished.
+        num_groups: the prompts of the whole update, over which coefficients are averaged; more than
+            G where an update goes through in several batches. None: G.
+
+    Raises:
+        TypeError: a field of the wrong type or dtype.
+        ValueError: a field of the wrong shape, device or range. The values of `offsets` are not
+            read, as that would wait for the device: `check` does.
+    """
+
+    offsets: Tensor
+    num_generations: int
+    finished: Tensor | None = None
+    num_groups: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_tensor("offsets", self.offsets, torch.int64)
+        if self.offsets.numel() % 2 == 0:
+            raise ValueError(
+                f"offsets: expected two segments a sequence, 2·S + 1 entries, "
+                f"got {self.offsets.numel()}"
+            )
+        _check_count("num_generations", self.num_generations, 2)
+        if self.num_sequences % self.num_generations:
+            raise ValueError(
+                f"offsets: expected whole groups of num_generations={self.num_generations} "
+                f"sequences, got {self.num_sequences} sequences"
+            )
+        if self.finished is not None:
+            _check_tensor("finished", self.finished, torch.bool)
+            _check_same("finished", self.finished, (self.num_sequences,), self.offsets.device)
+        if self.num_groups is not None:
+            _check_count("num_groups", self.num_groups, self.num_sequences // self.num_generations)
+
+    @property
+    def num_sequences(self) -> int:
+        """S."""
+        return self.offsets.numel() // 2
+
+    def check(self, num_rows: int) -> None:
+        """Check the values of `offsets` against N = `num_rows`; waits for the device they are on.
+
+        Raises:
+            ValueError: `offsets` is not ascending from 0 to `num_rows`, or an answer has no rows.
+        """
+        _check_offsets(self.offsets, num_rows)
+        answers = self.offsets.diff()[1::2]
+        if bool((answers == 0).any()):
+            empty = int((answers == 0).nonzero()[0])
+            raise ValueError(
+                f"offsets: expected an answer of one row or more, got none for sequence {empty}"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class GroupAdvantage:
+    """What `group_advantage` returns: fp32, on the device of logp, without gradient.
+
+    Args:
+        reward: [S], nats; with unfinished="floor" that of an unfinished sequence is the floor.
+        answer_logp: [S], nats: log π(y | x, z).
+        rationale_logp: [S], nats: log π(z | x).
+        kl: [S], nats: the estimate of KL(π ‖ π_0) that `kl` names; 0 without `ref_logp`.
+        advantage: [S], nats.
+        coefficient: [N], of logp in the loss.
+    """
+
+    reward: Tensor
+    answer_logp: Tensor
+    rationale_logp: Tensor
+    kl: Tensor
+    advantage: Tensor
+    coefficient: Tensor
+
+
+def reference(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    layout: GroupLayout,
+    *,
+    beta: float = 0.05,
+    answer_weight: float = 1.0,
+    kl: str = "reward",
+    unfinished: str = "floor",
+) -> GroupAdvantage:
+    """The formulas in plain PyTorch, in the dtype of logp, fp32 or fp64; no argument is checked."""
+    S, K = layout.num_sequences, layout.num_generations
+    segment = torch.repeat_interleave(
+        torch.arange(2 * S, device=logp.device), layout.offsets.diff(), output_size=logp.numel()
+    )
+    sequence = segment // 2
+    is_answer = segment % 2 == 1
+
+    def sequence_sum(rows: Tensor) -> Tensor:
+        return rows.new_zeros(S).index_add(0, sequence, rows)
+
+    zero = torch.zeros_like(logp)
+    d = zero if ref_logp is None else torch.where(is_answer, 0, ref_logp - logp)
+    answer_logp = sequence_sum(torch.where(is_answer, logp, 0))
+    rationale_logp = sequence_sum(torch.where(is_answer, 0, logp))
+    kl_sum = sequence_sum(d.expm1() - d if kl == "k3" else -d)
+    reward = answer_logp - (beta * kl_sum if kl == "reward" else 0)
+
+    reward = reward.view(-1, K)
+    finished = torch.ones(S, dtype=torch.bool, device=logp.device)
+    finished = (finished if layout.finished is None else layout.finished).view(-1, K)
+    if unfinished == "floor":
+        reward = torch.where(finished, reward, reward.amin(1, keepdim=True))
+        member = torch.ones_like(finished)
+    else:
+        member = finished
+    # Centred on the lowest, so that equal rewards give exactly 0 and large ones lose nothing.
+    lowest = torch.where(member, reward, math.inf).amin(1, keepdim=True)
+    excess = torch.where(member, reward - lowest, 0)
+    m = member.sum(1, keepdim=True)
+    advantage = (m * excess - excess.sum(1, keepdim=True)) / (m - 1)
+    advantage = torch.where(member & (m > 1), advantage, 0).view(-1)
+
+    rationale = advantage[sequence] + (beta * d.expm1() if kl == "k3" else zero)
+    weight = torch.where(is_answer, answer_weight, rationale)
+    num_groups = layout.num_groups or S // K
+    coefficient = torch.where(member.view(-1)[sequence], -weight / max(1, num_groups * K), 0)
+    return GroupAdvantage(
+        reward.reshape(-1), answer_logp, rationale_logp, kl_sum, advantage, coefficient
+    )
+
+
+torch.library.define(
+    "latro_kernels::group_advantage",
+    "(Tensor logp, Tensor? ref_logp, Tensor offsets, Tensor? finished, int num_generations, "
+    "int num_groups, float beta, float answer_weight, str kl, str unfinished, str backend) -> "
+    "(Tensor reward, Tensor answer_logp, Tensor rationale_logp, Tensor kl, Tensor advantage, "
+    "Tensor coefficient)",
+)
+
+
+@torch.library.impl("latro_kernels::group_advantage", ("cpu", "cuda"))
+def _group_advantage(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    offsets: Tensor,
+    finished: Tensor | None,
+    num_generations: int,
+    num_groups: int,
+    beta: float,
+    answer_weight: float,
+    kl: str,
+    unfinished: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    # Resolved here rather than in the public function, for torch.compile cannot trace the search
+    # for a library.
+    backend = resolve(backend, logp.device)
+    if backend == "reference":
+        layout = GroupLayout(offsets, num_generations, finished, num_groups)
+        out = reference(
+            logp.double(),
+            None if ref_logp is None else ref_logp.double(),
+            layout,
+            beta=beta,
+            answer_weight=answer_weight,
+            kl=kl,
+            unfinished=unfinished,
+        )
+        return tuple(getattr(out, field.name).to(logp.dtype) for field in fields(out))
+
+    S = offsets.numel() // 2
+    G = S // num_generations
+    outputs = (*(logp.new_empty(S) for _ in range(5)), torch.empty_like(logp))
+    tensors = (logp, ref_logp, offsets, finished, *outputs)
+    settings = (
+        G,
+        num_generations,
+        1 / max(1, num_groups * num_generations),
+        beta,
+        answer_weight,
+        kl == "k3",
+        unfinished == "exclude",
+    )
+    if backend == "triton":
+        from latro_kernels.triton import group_advantage as kernels
+
+        kernels.launch(tensors, *settings)
+        return outputs
+    rewards = torch.empty(S, dtype=torch.float64, device=logp.device)
+    if backend == "cpu":
+        # Free on this device, and a wrong offset would have the kernel read outside of logp.
+        _check_offsets(offsets, logp.numel())
+        threads = torch.get_num_threads()
+        native.call("latro_cpu_group_advantage_forward", *tensors, rewards, *settings, threads)
+    else:
+        with torch.cuda.device(logp.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            native.call("latro_cuda_group_advantage_forward", *tensors, rewards, *settings, stream)
+    return outputs
+
+
+@torch.library.register_fake("latro_kernels::group_advantage")
+def _(logp: Tensor, ref_logp: Tensor | None, offsets: Tensor, *_: object) -> tuple[Tensor, ...]:
+    S = offsets.numel() // 2
+    return (*(logp.new_empty(S) for _ in range(5)), logp.new_empty(logp.numel()))
+
+
+def group_advantage(
+    logp: Tensor,
+    ref_logp: Tensor | None,
+    layout: GroupLayout,
+    *,
+    beta: float = 0.05,
+    answer_weight: float = 1.0,
+    kl: str = "reward",
+    unfinished: str = "floor",
+    backend: str = "auto",
+) -> GroupAdvantage:
+    """Rewards, leave-one-out advantages and the coefficient of every row in the loss.
+
+    With sequences of one rationale and one answer row, logp [G, K, 2] and no settings, this is
+
+        reward = answer_logp - beta * (rationale_logp - ref_rationale_logp)
+        advantage = (reward - reward.mean(1, keepdim=True)) * K / (K - 1)
+        coefficient = -torch.stack([advantage, torch.ones_like(advantage)], -1) / (G * K)
+
+    and the update is `(coefficient.detach() * logp).sum().backward()`. Sums are carried in fp64.
+    NaN in a sequence makes every advantage of its group NaN and touches no other group; with
+    unfinished="exclude" a sequence that is left out passes nothing on.
+
+    Args:
+        logp: [N] fp32, nats: log π(token) of each row. backend="reference" takes fp64 too, and
+            returns it. No gradient flows through this function.
+        ref_logp: [N] like logp: log π_0(token); answer rows may hold anything. None: beta is 0.
+        layout: the segments and groups of the N rows.
+        beta: weight of the KL term, at least 0.
+        answer_weight: λ, weight of the answers' own log-likelihood in the loss.
+        kl: "reward", Σ log-ratio in the reward, as published; "k3", the k3 estimate in the loss.
+        unfinished: "floor", an unfinished sequence has the lowest reward of its group; "exclude",
+            it is left out of the baseline and has coefficient 0 on all rows, and where fewer than
+            two are left all advantages of the group are 0.
+        backend: "auto", "reference", "cpu", "triton" or "cuda".
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value; on the CPU also offsets that do
+            not ascend from 0 to N (elsewhere unchecked: see `GroupLayout.check`).
+        BackendUnavailableError: the backend cannot run here.
+    """
+    if not isinstance(layout, GroupLayout):
+        raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
+    if backend == "reference":
+        _check_tensor("logp", logp, torch.float32, torch.float64)
+    else:
+        _check_tensor("logp", logp, torch.float32)
+    _check_same("layout.offsets", layout.offsets, layout.offsets.shape, logp.device)
+    _check_number("beta", beta)
+    _check_number("answer_weight", answer_weight)
+    if beta < 0:
+        raise ValueError(f"beta: expected 0 or more, got {beta}")
+    if ref_logp is not None:
+        _check_tensor("ref_logp", ref_logp, logp.dtype)
+        _check_same("ref_logp", ref_logp, logp.shape, logp.device)
+    elif beta != 0:
+        raise ValueError(f"ref_logp: expected a tensor where beta is not 0, got None, beta={beta}")
+    _check_choice("kl", kl, KL_FORMS)
+    _check_choice("unfinished", unfinished, UNFINISHED_RULES)
+
+    S, K = layout.num_sequences, layout.num_generations
+    outputs = torch.ops.latro_kernels.group_advantage(
+        logp.detach().contiguous(),
+        None if ref_logp is None else ref_logp.detach().contiguous(),
+        layout.offsets.contiguous(),
+        None if layout.finished is None else layout.finished.contiguous(),
+        K,
+        S // K if layout.num_groups is None else layout.num_groups,
+        float(beta),
+        float(answer_weight),
+        kl,
+        unfinished,
+        backend,
+    )
+    return GroupAdvantage(*outputs)
+
+
+def _check_tensor(name: str, value: object, *dtypes: torch.dtype) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {tuple(value.shape)}")
+
+
+def _check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def _check_count(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_offsets(offsets: Tensor, num_rows: int) -> None:
+    first, last = int(offsets[0]), int(offsets[-1])
+    if (first, last) != (0, num_rows):
+        raise ValueError(
+            f"offsets: expected first 0 and last {num_rows}, the number of rows, "
+            f"got {first} and {last}"
+        )
+    descents = (offsets.diff() < 0).nonzero()
+    if len(descents):
+        i = int(descents[0])
+        raise ValueError(
+            f"offsets: expected ascending values, got {int(offsets[i])} then "
+            f"{int(offsets[i + 1])} at {i}"
+        )

@@ -1,0 +1,166 @@
+"""group_advantage in Triton: one launch, one program a group.
+
+The formulas stand in `latro_kernels.group_advantage`. The K rewards of a group stay in registers,
+in fp64: they may be large and close together, and the work is a few reads per row either way.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_N = 512
+
+
+@triton.jit
+def _sequence_bounds(offsets_ptr, sequence):
+    begin = tl.load(offsets_ptr + 2 * sequence)
+    middle = tl.load(offsets_ptr + 2 * sequence + 1)
+    end = tl.load(offsets_ptr + 2 * sequence + 2)
+    return begin, middle, end
+
+
+@triton.jit
+def _load_rows(ptr, rows, mask):
+    return tl.load(ptr + rows, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def group_advantage_kernel(
+    logp_ptr,
+    ref_logp_ptr,
+    offsets_ptr,
+    finished_ptr,
+    reward_ptr,
+    answer_logp_ptr,
+    rationale_logp_ptr,
+    kl_ptr,
+    advantage_ptr,
+    coefficient_ptr,
+    K,
+    scale,
+    beta,
+    answer_weight,
+    HAS_REF: tl.constexpr,
+    HAS_FINISHED: tl.constexpr,
+    KL_IN_LOSS: tl.constexpr,
+    EXCLUDE_UNFINISHED: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * K
+    lane = tl.arange(0, BLOCK_N).to(tl.int64)
+    k_index = tl.arange(0, BLOCK_K)
+    in_group = k_index < K
+
+    rewards = tl.zeros((BLOCK_K,), tl.float64)
+    for k in range(0, K):
+        sequence = first + k
+        begin, middle, end = _sequence_bounds(offsets_ptr, sequence)
+        rationale = tl.zeros((BLOCK_N,), tl.float64)
+        divergence = tl.zeros((BLOCK_N,), tl.float64)
+        for start in range(begin, middle, BLOCK_N):
+            rows = start + lane
+            mask = rows < middle
+            logp = _load_rows(logp_ptr, rows, mask)
+            rationale += logp
+            if HAS_REF:
+                d = _load_rows(ref_logp_ptr, rows, mask) - logp
+                # In fp64, exp(d) - 1 is as good as a fp32 expm1 at every d that matters.
+                divergence += tl.exp(d) - 1.0 - d if KL_IN_LOSS else -d
+        answer = tl.zeros((BLOCK_N,), tl.float64)
+        for start in range(middle, end, BLOCK_N):
+            rows = start + lane
+            answer += _load_rows(logp_ptr, rows, rows < end)
+        answer_sum = tl.sum(answer, 0)
+        divergence_sum = tl.sum(divergence, 0)
+        tl.store(rationale_logp_ptr + sequence, tl.sum(rationale, 0).to(tl.float32))
+        tl.store(kl_ptr + sequence, divergence_sum.to(tl.float32))
+        tl.store(answer_logp_ptr + sequence, answer_sum.to(tl.float32))
+        reward = answer_sum if KL_IN_LOSS else answer_sum - beta * divergence_sum
+        rewards = tl.where(k_index == k, reward, rewards)
+
+    finished = in_group
+    if HAS_FINISHED:
+        finished = tl.load(finished_ptr + first + k_index, mask=in_group, other=0) != 0
+    member = finished if EXCLUDE_UNFINISHED else in_group
+    # A minimum may drop NaN, and with it the sign that a log-probability went wrong.
+    any_nan = tl.max((member & (rewards != rewards)).to(tl.int32), 0) > 0  # noqa: PLR0124
+    lowest = tl.min(tl.where(member, rewards, float("inf")), 0)
+    lowest = tl.where(any_nan, float("nan"), lowest)
+    if not EXCLUDE_UNFINISHED:
+        rewards = tl.where(finished, rewards, lowest)
+    # Centred on the lowest, so that equal rewards give exactly 0.
+    excess = tl.where(member, rewards - lowest, 0.0)
+    m = tl.sum(member.to(tl.float64), 0)
+    advantages = (m * excess - tl.sum(excess, 0)) / tl.maximum(m - 1.0, 1.0)
+    advantages = tl.where(m > 1.0, tl.where(member, advantages, 0.0), 0.0)
+    tl.store(reward_ptr + first + k_index, rewards.to(tl.float32), mask=in_group)
+    tl.store(advantage_ptr + first + k_index, advantages.to(tl.float32), mask=in_group)
+
+    for k in range(0, K):
+        begin, middle, end = _sequence_bounds(offsets_ptr, first + k)
+        own = k_index == k
+        included = tl.max((own & member).to(tl.int32), 0) > 0
+        advantage = tl.sum(tl.where(own, advantages, 0.0), 0)
+        for start in range(begin, middle, BLOCK_N):
+            rows = start + lane
+            mask = rows < middle
+            weight = tl.zeros((BLOCK_N,), tl.float64) + advantage
+            if HAS_REF and KL_IN_LOSS:
+                d = _load_rows(ref_logp_ptr, rows, mask) - _load_rows(logp_ptr, rows, mask)
+                weight += beta * (tl.exp(d) - 1.0)
+            weight = tl.where(included, -scale * weight, 0.0)
+            tl.store(coefficient_ptr + rows, weight.to(tl.float32), mask=mask)
+        answer_coefficient = tl.where(included, -scale * answer_weight, 0.0)
+        for start in range(middle, end, BLOCK_N):
+            rows = start + lane
+            weight = tl.zeros((BLOCK_N,), tl.float32) + answer_coefficient
+            tl.store(coefficient_ptr + rows, weight, mask=rows < end)
+
+
+def launch(
+    tensors: tuple[Tensor | None, ...],
+    G: int,
+    K: int,
+    scale: float,
+    beta: float,
+    answer_weight: float,
+    kl_in_loss: bool,
+    exclude_unfinished: bool,
+) -> None:
+    """Fill the outputs.
+
+    Args:
+        tensors: logp, ref_logp, offsets, finished, then the fields of `GroupAdvantage`.
+        G: groups.
+        K: sequences a group.
+        scale: 1 / (prompts·K) of the whole update.
+        beta: as in `group_advantage`.
+        answer_weight: as in `group_advantage`.
+        kl_in_loss: whether kl is "k3".
+        exclude_unfinished: whether unfinished is "exclude".
+    """
+    if G == 0:
+        return
+    logp, ref_logp, offsets, finished, *outputs = tensors
+    with torch.cuda.device_of(logp):
+        group_advantage_kernel[(G,)](
+            logp,
+            ref_logp,
+            offsets,
+            None if finished is None else finished.view(torch.uint8),
+            *outputs,
+            K,
+            scale,
+            beta,
+            answer_weight,
+            HAS_REF=ref_logp is not None,
+            HAS_FINISHED=finished is not None,
+            KL_IN_LOSS=kl_in_loss,
+            EXCLUDE_UNFINISHED=exclude_unfinished,
+            BLOCK_K=triton.next_power_of_2(K),
+            BLOCK_N=BLOCK_N,
+        )

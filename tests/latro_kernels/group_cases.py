@@ -1,0 +1,173 @@
+"""Batches for the tests of group_advantage, and the gate that every backend has to pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage, reference
+
+FIELDS = [field.name for field in fields(GroupAdvantage)]
+SETTINGS = [
+    {"kl": kl, "unfinished": rule} for kl in ("reward", "k3") for rule in ("floor", "exclude")
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The inputs of one call."""
+
+    logp: Tensor
+    ref_logp: Tensor
+    layout: GroupLayout
+
+    def to(self, device: str) -> Batch:
+        finished = self.layout.finished
+        layout = replace(
+            self.layout,
+            offsets=self.layout.offsets.to(device),
+            finished=None if finished is None else finished.to(device),
+        )
+        return Batch(self.logp.to(device), self.ref_logp.to(device), layout)
+
+    def double(self) -> Batch:
+        return replace(self, logp=self.logp.double(), ref_logp=self.ref_logp.double())
+
+    @property
+    def answer_rows(self) -> Tensor:
+        """bool [N]."""
+        return answer_rows(self.layout.offsets)
+
+
+def answer_rows(offsets: Tensor) -> Tensor:
+    segment = torch.arange(offsets.numel() - 1, device=offsets.device)
+    return torch.repeat_interleave(segment, offsets.diff()) % 2 == 1
+
+
+def make_batch(
+    lengths: list[int],
+    num_generations: int,
+    *,
+    finished: list[bool] | None = None,
+    num_groups: int | None = None,
+    seed: int = 0,
+) -> Batch:
+    """A batch of segments of these lengths; ref_logp is NaN on answer rows: nobody computes it."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    N = sum(lengths)
+    logp = -torch.rand(N, generator=generator) * 8
+    ref_logp = torch.minimum(logp + torch.randn(N, generator=generator), torch.zeros(()))
+    ref_logp[answer_rows(offsets)] = torch.nan
+    flags = None if finished is None else torch.tensor(finished, dtype=torch.bool)
+    return Batch(logp, ref_logp, GroupLayout(offsets, num_generations, flags, num_groups))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> Batch:
+    """Ragged groups: empty segments, no groups, any sequences unfinished."""
+    K, G = draw(st.integers(2, 9)), draw(st.integers(0, 5))
+    lengths = draw(st.lists(st.integers(0, 50), min_size=2 * G * K, max_size=2 * G * K))
+    finished = st.lists(st.booleans(), min_size=G * K, max_size=G * K)
+    return make_batch(
+        lengths,
+        K,
+        finished=draw(st.none() | finished),
+        num_groups=draw(st.none() | st.integers(max(1, G), 20)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@contextlib.contextmanager
+def nan_filled_empty() -> Iterator[None]:
+    """`torch.empty` holds NaN, so that an output row nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def run(batch: Batch, backend: str, **settings: object) -> GroupAdvantage:
+    with nan_filled_empty():
+        return group_advantage(
+            batch.logp, batch.ref_logp, batch.layout, backend=backend, **settings
+        )
+
+
+def assert_gate(batch: Batch, backend: str, **settings: object) -> None:
+    """Error against fp64 truth at most twice that of fp32 PyTorch, plus 1e-5, in every field."""
+    before = [batch.logp.clone(), batch.ref_logp.clone(), batch.layout.offsets.clone()]
+    out = run(batch, backend, **settings)
+    for tensor, copy in zip(
+        (batch.logp, batch.ref_logp, batch.layout.offsets), before, strict=True
+    ):
+        torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
+
+    wide = batch.double()
+    truth = reference(wide.logp, wide.ref_logp, wide.layout, **settings)
+    unfused = reference(batch.logp, batch.ref_logp, batch.layout, **settings)
+    for name in FIELDS:
+        exact, got, plain = (getattr(x, name) for x in (truth, out, unfused))
+        assert got.dtype == torch.float32
+        assert got.shape == exact.shape
+        if exact.numel():
+            error, allowed = ((x - exact).abs().max().item() for x in (got, plain))
+            assert error <= 2 * allowed + 1e-5, f"{name}: {error:.2e} against {allowed:.2e}"
+
+
+def assert_same(left: GroupAdvantage, right: GroupAdvantage) -> None:
+    """The same bits in every field."""
+    for name in FIELDS:
+        torch.testing.assert_close(
+            getattr(left, name), getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name
+        )
+
+
+def assert_nan_stays_in_its_group(batch: Batch, backend: str, row: int, **settings: object) -> None:
+    """NaN at a row shows in its whole group and leaves the other groups as they were."""
+    layout, K = batch.layout, batch.layout.num_generations
+    clean = run(batch, backend, **settings)
+    logp = batch.logp.clone()
+    logp[row] = torch.nan
+    spoilt = run(replace(batch, logp=logp), backend, **settings)
+
+    sequence = int(torch.searchsorted(layout.offsets, row, right=True) - 1) // 2
+    group = torch.arange(layout.num_sequences, device=logp.device) // K == sequence // K
+    rows = group.repeat_interleave(layout.offsets[::2].diff())
+    assert spoilt.reward[sequence].isnan()
+    assert spoilt.advantage[group].isnan().all()
+    assert spoilt.coefficient[rows & ~batch.answer_rows].isnan().all()
+    torch.testing.assert_close(spoilt.advantage[~group], clean.advantage[~group], rtol=0, atol=0)
+    torch.testing.assert_close(spoilt.coefficient[~rows], clean.coefficient[~rows], rtol=0, atol=0)
+
+
+def assert_exact_advantages(backend: str, device: str) -> None:
+    """Rewards at -10,000 that lie 2⁻¹⁴ apart, where fp32 has a step of 2⁻¹⁰."""
+    K, step = 5, 2.0**-14
+    excess = torch.tensor([3.0, 0.0, 7.0, 1.0, 4.0], dtype=torch.float64) * step
+    answers = torch.stack([torch.full((K,), -10_001.0), 1 + excess.float()], 1)
+    logp = torch.cat([torch.zeros(K, 1), answers], 1).view(-1).to(device)
+    offsets = torch.tensor([0, *[1, 2] * K]).cumsum(0).to(device)
+    batch = Batch(logp, logp.clone(), GroupLayout(offsets, K))
+    expected = (K * excess - excess.sum()) / (K - 1)
+    assert (expected.float().double() == expected).all(), "the expected values are exact in fp32"
+    torch.testing.assert_close(
+        run(batch, backend).advantage.cpu(), expected.float(), rtol=0, atol=0
+    )
+
+
+def assert_equal_rewards_give_zero(backend: str, device: str) -> None:
+    for K in range(2, 10):
+        one = -torch.rand(9, generator=torch.Generator().manual_seed(K))
+        logp = one.repeat(K).to(device)
+        offsets = torch.tensor([0, *[5, 4] * K]).cumsum(0).to(device)
+        batch = Batch(logp, logp - 0.1, GroupLayout(offsets, K))
+        out = run(batch, backend)
+        assert (out.advantage == 0).all()
+        assert (out.coefficient[~batch.answer_rows] == 0).all()

@@ -1,0 +1,364 @@
+"""group_advantage on every backend that runs here."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from latro_kernels.group_advantage import GroupLayout, group_advantage
+from tests.latro_kernels.group_cases import (
+    FIELDS,
+    SETTINGS,
+    Batch,
+    assert_equal_rewards_give_zero,
+    assert_exact_advantages,
+    assert_gate,
+    assert_nan_stays_in_its_group,
+    assert_same,
+    batches,
+    make_batch,
+    run,
+)
+
+
+def _on_gpu(backend: str) -> object:
+    no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+    return pytest.param(backend, "cuda", marks=[pytest.mark.gpu, no_gpu])
+
+
+each_backend = pytest.mark.parametrize(
+    ("backend", "device"),
+    [("reference", "cpu"), ("cpu", "cpu"), *map(_on_gpu, ("reference", "triton", "cuda"))],
+)
+each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(s.values()))
+SPOILABLE = make_batch([2, 3] * 9, 3, finished=[s != 4 for s in range(9)])
+SMALL = make_batch([3, 2, 0, 1, 4, 3, 2, 5], 2, finished=[True, False, True, True])
+
+
+@each_backend
+@each_setting
+@given(batch=batches(), beta=st.floats(0, 1), answer_weight=st.floats(0, 2))
+@settings(max_examples=30, deadline=None)
+def test_gate(
+    backend: str,
+    device: str,
+    setting: dict[str, str],
+    batch: Batch,
+    beta: float,
+    answer_weight: float,
+) -> None:
+    assert_gate(batch.to(device), backend, beta=beta, answer_weight=answer_weight, **setting)
+
+
+@each_backend
+@each_setting
+def test_long_segments_and_many_sequences(
+    backend: str, device: str, setting: dict[str, str]
+) -> None:
+    assert_gate(make_batch([100_000, 3, 0, 70_001], 2).to(device), backend, **setting)
+    draw = random.Random(0)
+    finished = [draw.random() < 0.9 for _ in range(1024)]
+    lengths = [draw.randrange(40) for _ in range(2048)]
+    assert_gate(make_batch(lengths, 1024, finished=finished).to(device), backend, **setting)
+
+
+@each_backend
+def test_rewards_large_and_close_together(backend: str, device: str) -> None:
+    assert_exact_advantages(backend, device)
+
+
+@each_backend
+def test_equal_rewards_give_exactly_zero(backend: str, device: str) -> None:
+    assert_equal_rewards_give_zero(backend, device)
+
+
+@each_backend
+@each_setting
+def test_nan_stays_in_its_group(backend: str, device: str, setting: dict[str, str]) -> None:
+    batch = SPOILABLE.to(device)
+    assert_nan_stays_in_its_group(batch, backend, 4, **setting)
+    if setting["unfinished"] == "floor":
+        assert_nan_stays_in_its_group(batch, backend, 24, **setting)
+    if setting["kl"] == "reward":
+        assert_nan_stays_in_its_group(batch, backend, 0, **setting)
+
+
+@each_backend
+@pytest.mark.parametrize("kl", ["reward", "k3"])
+def test_an_excluded_sequence_passes_nothing_on(backend: str, device: str, kl: str) -> None:
+    batch = SPOILABLE.to(device)
+    logp = batch.logp.clone()
+    logp[20:25] = torch.nan
+    spoilt = run(replace(batch, logp=logp), backend, kl=kl, unfinished="exclude")
+    clean = run(batch, backend, kl=kl, unfinished="exclude")
+    assert spoilt.reward[4].isnan()
+    assert (clean.coefficient[20:25] == 0).all()
+    torch.testing.assert_close(spoilt.advantage, clean.advantage, rtol=0, atol=0)
+    torch.testing.assert_close(spoilt.coefficient, clean.coefficient, rtol=0, atol=0)
+
+
+@each_backend
+@each_setting
+def test_same_bits_twice(backend: str, device: str, setting: dict[str, str]) -> None:
+    batch = make_batch([9_001, 40, 12_345, 7, 0, 1, 3, 3], 2).to(device)
+    assert_same(run(batch, backend, **setting), run(batch, backend, **setting))
+
+
+@each_setting
+def test_cpu_result_does_not_depend_on_threads(setting: dict[str, str]) -> None:
+    batch = make_batch([900 + 7 * i for i in range(48)], 4)
+    several = run(batch, "cpu", **setting)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 3)
+        assert_same(several, run(batch, "cpu", **setting))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinished: str) -> Tensor:
+    """The loss of the paper's update, written out with a loop and differentiable in logp."""
+    offsets, K = batch.layout.offsets.tolist(), batch.layout.num_generations
+    sequences = range(len(offsets) // 2)
+    finished = (
+        [True] * len(sequences) if batch.layout.finished is None else batch.layout.finished.tolist()
+    )
+    log_z, log_y, divergence, rewards = [], [], [], []
+    for s in sequences:
+        z = slice(offsets[2 * s], offsets[2 * s + 1])
+        log_z.append(batch.logp[z].sum())
+        log_y.append(batch.logp[offsets[2 * s + 1] : offsets[2 * s + 2]].sum())
+        log_ratio = batch.logp[z] - batch.ref_logp[z]
+        if kl == "reward":
+            rewards.append((log_y[s] - beta * log_ratio.sum()).item())
+        else:
+            divergence.append((torch.exp(-log_ratio) + log_ratio - 1).sum())
+            rewards.append(log_y[s].item())
+    loss = batch.logp.new_zeros(())
+    for first in sequences[::K]:
+        group = range(first, first + K)
+        if unfinished == "floor":
+            lowest = min(rewards[s] for s in group)
+            included = {s: rewards[s] if finished[s] else lowest for s in group}
+        else:
+            included = {s: rewards[s] for s in group if finished[s]}
+        for s in included:
+            others = [included[j] for j in included if j != s]
+            advantage = included[s] - sum(others) / len(others) if others else 0.0
+            loss = loss - advantage * log_z[s] - answer_weight * log_y[s]
+            if kl == "k3":
+                loss = loss + beta * divergence[s]
+    num_groups = batch.layout.num_groups or len(sequences) // K
+    return loss / (num_groups * K)
+
+
+@each_setting
+@given(batch=batches(), beta=st.floats(0, 1), answer_weight=st.floats(0, 2))
+@settings(max_examples=25, deadline=None)
+def test_coefficients_are_the_gradient_of_the_objective(
+    setting: dict[str, str], batch: Batch, beta: float, answer_weight: float
+) -> None:
+    N = batch.logp.numel()
+    generator = torch.Generator().manual_seed(N)
+    logits = torch.randn(N, 7, dtype=torch.float64, generator=generator, requires_grad=True)
+    target = torch.randint(7, (N, 1), generator=generator)
+    logp = logits.log_softmax(-1).gather(1, target).squeeze(1)
+    batch = replace(batch.double(), logp=logp)
+    loss = objective(batch, beta, answer_weight, **setting)
+    (expected,) = torch.autograd.grad(loss + 0 * logp.sum(), logits, retain_graph=True)
+
+    out = run(batch, "reference", beta=beta, answer_weight=answer_weight, **setting)
+    assert not out.coefficient.requires_grad
+    (got,) = torch.autograd.grad((out.coefficient * logp).sum(), logits)
+    torch.testing.assert_close(got, expected)
+
+
+@each_backend
+@each_setting
+def test_micro_batches_add_up_to_the_update(
+    backend: str, device: str, setting: dict[str, str]
+) -> None:
+    draw = random.Random(1)
+    lengths = [draw.randrange(1, 9) for _ in range(24)]
+    whole = make_batch(lengths, 3).to(device)
+    parts = []
+    for offsets in (whole.layout.offsets[:13], whole.layout.offsets[12:]):
+        rows = slice(int(offsets[0]), int(offsets[-1]))
+        layout = GroupLayout(offsets - offsets[0], 3, num_groups=4)
+        part = Batch(whole.logp[rows], whole.ref_logp[rows], layout)
+        parts.append(run(part, backend, **setting))
+    joined = torch.cat([part.coefficient for part in parts])
+    torch.testing.assert_close(joined, run(whole, backend, **setting).coefficient, rtol=0, atol=0)
+
+
+@each_backend
+def test_without_a_reference(backend: str, device: str) -> None:
+    batch = SMALL.to(device)
+    for kl in ("reward", "k3"):
+        out = group_advantage(batch.logp, None, batch.layout, beta=0, kl=kl, backend=backend)
+        given = group_advantage(
+            batch.logp, batch.ref_logp, batch.layout, beta=0, kl=kl, backend=backend
+        )
+        assert (out.kl == 0).all()
+        assert not (given.kl == 0).all()
+        torch.testing.assert_close(out.coefficient, given.coefficient, rtol=0, atol=0)
+
+
+@each_backend
+def test_strided_inputs_that_require_grad(backend: str, device: str) -> None:
+    batch = SMALL.to(device)
+    columns = torch.stack([batch.logp, batch.ref_logp], 1).requires_grad_()
+    strided = replace(batch, logp=columns[:, 0], ref_logp=columns[:, 1])
+    out = run(strided, backend)
+    assert_same(out, run(batch, backend))
+    assert not any(getattr(out, name).requires_grad for name in FIELDS)
+
+
+def test_auto_is_the_cpu_backend_on_the_cpu() -> None:
+    assert_same(run(SMALL, "auto"), run(SMALL, "cpu"))
+
+
+def call(**changes: object) -> None:
+    """A valid call, but for `changes`."""
+    layout = {"offsets": SMALL.layout.offsets, "num_generations": 2}
+    arguments = {"logp": SMALL.logp, "ref_logp": SMALL.ref_logp}
+    for name, value in changes.items():
+        (layout if name in GroupLayout.__dataclass_fields__ else arguments)[name] = value
+    group_advantage(**{"layout": GroupLayout(**layout)} | arguments)
+
+
+OFFSETS = SMALL.layout.offsets
+BAD_INPUTS = [
+    ({"logp": [1.0]}, TypeError, "logp: expected a tensor, got list"),
+    ({"logp": SMALL.logp.double()}, TypeError, "logp: expected dtype torch.float32, got"),
+    ({"logp": SMALL.logp[None]}, ValueError, r"logp: expected one dimension, got shape \(1, 20\)"),
+    ({"logp": SMALL.logp.half(), "backend": "reference"}, TypeError, "float32 or torch.float64"),
+    ({"ref_logp": SMALL.ref_logp[:-1]}, ValueError, r"ref_logp: expected shape \(20,\), got"),
+    ({"ref_logp": SMALL.ref_logp.double()}, TypeError, "ref_logp: expected dtype torch.float32"),
+    ({"ref_logp": SMALL.ref_logp.to("meta")}, ValueError, "ref_logp: expected device cpu"),
+    ({"ref_logp": None}, ValueError, "ref_logp: expected a tensor where beta is not 0, got None"),
+    ({"layout": OFFSETS}, TypeError, "layout: expected a GroupLayout, got Tensor"),
+    ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected device cpu, got meta"),
+    ({"offsets": OFFSETS.int()}, TypeError, "offsets: expected dtype torch.int64, got torch.int32"),
+    ({"offsets": OFFSETS[:-1]}, ValueError, "offsets: expected two segments a sequence"),
+    ({"offsets": OFFSETS[:0]}, ValueError, "offsets: expected two segments a sequence"),
+    ({"num_generations": 3}, ValueError, "expected whole groups of num_generations=3 sequences"),
+    ({"num_generations": 1}, ValueError, "num_generations: expected 2 or more, got 1"),
+    ({"num_generations": 2.0}, TypeError, "num_generations: expected an int, got float"),
+    ({"num_groups": 1}, ValueError, "num_groups: expected 2 or more, got 1"),
+    ({"num_groups": True}, TypeError, "num_groups: expected an int, got bool"),
+    ({"finished": torch.ones(4)}, TypeError, "finished: expected dtype torch.bool"),
+    (
+        {"finished": torch.ones(3).bool()},
+        ValueError,
+        r"finished: expected shape \(4,\), got \(3,\)",
+    ),
+    ({"finished": torch.ones(4).bool().to("meta")}, ValueError, "finished: expected device cpu"),
+    ({"beta": -0.1}, ValueError, "beta: expected 0 or more, got -0.1"),
+    ({"beta": float("nan")}, ValueError, "beta: expected a finite number, got nan"),
+    ({"beta": "0.1"}, TypeError, "beta: expected a float, got str"),
+    ({"answer_weight": float("inf")}, ValueError, "answer_weight: expected a finite number"),
+    ({"kl": "k1"}, ValueError, "kl: expected one of 'reward', 'k3', got 'k1'"),
+    ({"unfinished": "drop"}, ValueError, "unfinished: expected one of 'floor', 'exclude', got"),
+    ({"backend": "metal"}, ValueError, "backend: expected 'auto' or one of"),
+    ({"backend": "cuda"}, ValueError, "backend 'cuda': expected tensors on cuda, got cpu"),
+    ({"backend": "triton"}, ValueError, "backend 'triton': expected tensors on cuda, got cpu"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BAD_INPUTS)
+def test_bad_input(changes: dict[str, object], error: type[Exception], message: str) -> None:
+    call()
+    with pytest.raises(error, match=message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        ([1, 2, 3, 4, 6], "expected first 0 and last 6, the number of rows, got 1 and 6"),
+        ([0, 2, 3, 4, 9], "expected first 0 and last 6, the number of rows, got 0 and 9"),
+        ([0, 3, 2, 4, 6], "expected ascending values, got 3 then 2 at 1"),
+        ([0, 1, 9, 2, 6], "expected ascending values, got 9 then 2 at 2"),
+    ],
+)
+def test_offsets_out_of_order(offsets: list[int], message: str) -> None:
+    layout = GroupLayout(torch.tensor(offsets), 2)
+    with pytest.raises(ValueError, match=message):
+        layout.check(6)
+    with pytest.raises(ValueError, match=message):
+        group_advantage(torch.zeros(6), torch.zeros(6), layout, backend="cpu")
+
+
+def test_check_wants_answers() -> None:
+    GroupLayout(torch.tensor([0, 0, 2, 4, 6]), 2).check(6)
+    with pytest.raises(ValueError, match="answer of one row or more, got none for sequence 1"):
+        GroupLayout(torch.tensor([0, 0, 2, 6, 6]), 2).check(6)
+
+
+@each_backend
+@each_setting
+def test_opcheck(backend: str, device: str, setting: dict[str, str]) -> None:
+    batch = SMALL.to(device)
+    layout = batch.layout
+    for ref_logp, finished in ((batch.ref_logp, layout.finished), (None, None)):
+        arguments = (batch.logp, ref_logp, layout.offsets, finished, 2, 2, 0.05, 1.0)
+        torch.library.opcheck(
+            torch.ops.latro_kernels.group_advantage.default,
+            (*arguments, *setting.values(), backend),
+        )
+
+
+@pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), *map(_on_gpu, ("triton", "cuda"))])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(backend: str, device: str, dynamic: bool) -> None:
+    def loss(logp: Tensor, ref_logp: Tensor, offsets: Tensor, finished: Tensor) -> Tensor:
+        layout = GroupLayout(offsets, 2, finished)
+        out = group_advantage(logp, ref_logp, layout, kl="k3", backend=backend)
+        return (out.coefficient * logp).sum() + out.reward.sum()
+
+    batch = SMALL.to(device)
+    inputs = (batch.ref_logp, batch.layout.offsets, batch.layout.finished)
+    eager, compiled = (batch.logp.clone().requires_grad_() for _ in range(2))
+    expected = loss(eager, *inputs)
+    expected.backward()
+    got = torch.compile(loss, fullgraph=True, dynamic=dynamic)(compiled, *inputs)
+    got.backward()
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(compiled.grad, eager.grad)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("full", [False, True])
+def test_triton_kernel_compiles(capability: int, full: bool) -> None:
+    """To machine code, with and without everything optional; needs no GPU."""
+    pytest.importorskip("triton")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from latro_kernels.triton.group_advantage import BLOCK_N, group_advantage_kernel
+
+    signature = {name: "*fp32" for name in group_advantage_kernel.arg_names if "_ptr" in name}
+    signature |= {"offsets_ptr": "*i64", "finished_ptr": "*u8", "K": "i32"}
+    signature |= dict.fromkeys(("scale", "beta", "answer_weight"), "fp32")
+    constants = {
+        "HAS_REF": full,
+        "HAS_FINISHED": full,
+        "KL_IN_LOSS": full,
+        "EXCLUDE_UNFINISHED": full,
+        "BLOCK_K": 1024 if full else 2,
+        "BLOCK_N": BLOCK_N,
+    }
+    if not full:
+        constants |= {"ref_logp_ptr": None, "finished_ptr": None}
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(group_advantage_kernel, signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["cubin"]
