@@ -1,0 +1,188 @@
+"""Pre-train the small model that ships, from nothing but generated text.
+
+A document is a problem of the arithmetic task's train split, a rationale, and the right answer:
+
+    Tom has 10 pens. Tom loses 2. Tom gets 7. How many? 10 - 2 = 8. 8 + 7 = 15. The answer is 15
+
+The rationale is of one of four kinds, by `MIXTURE`. Steps make the answer likely, filler does not,
+and the model writes both: that leaves LaTRO something to choose from. Where the steps have a slip
+the answer is still right, so that a slip costs little likelihood; without these documents a single
+slip costs more than guessing, and reasoning does not pay.
+
+    python scripts/pretrain_small_model.py --output_dir latro/assets/small
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm.auto import trange
+from transformers import (
+    GenerationConfig,
+    HfArgumentParser,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+from latro.tasks.arithmetic import Arithmetic, Problem, generate_problems
+
+MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
+FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
+EOS = "<eos>"
+IGNORE_INDEX = -100
+
+
+@dataclass
+class Arguments:
+    """Settings of one pre-training run; the defaults make the model that ships."""
+
+    output_dir: Path = field(metadata={"help": "Folder to write; replaced if it is there."})
+    steps: int = field(default=1600, metadata={"help": "Optimizer steps."})
+    batch_size: int = field(default=64, metadata={"help": "Documents a step."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak; cosine to zero."})
+    warmup_steps: int = field(default=50, metadata={"help": "Steps to the peak."})
+    vocab_size: int = field(default=512, metadata={"help": "At most, bytes and <eos> included."})
+    tokenizer_documents: int = field(default=20_000, metadata={"help": "To train the BPE on."})
+    seed: int = field(default=42, metadata={"help": "Of text, weights and order."})
+
+
+def generate_documents(seed: int) -> Iterator[str]:
+    """Yield documents without their EOS, without end."""
+    rng = random.Random(f"documents {seed}")
+    kinds, weights = list(MIXTURE), list(MIXTURE.values())
+    for problem in generate_problems("train", seed):
+        (kind,) = rng.choices(kinds, weights)
+        parts = [problem.prompt, *rationale(problem, kind, rng)]
+        yield " ".join([*parts, Arithmetic.answer_template, str(problem.answer)])
+
+
+def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
+    """The sentences of one rationale; `kind` is a key of `MIXTURE`."""
+    if kind == "nothing":
+        return []
+    if kind == "filler":
+        return ["Let me see.", *rng.sample(FILLER, rng.randint(0, 2))]
+    slip_at = rng.randrange(len(problem.changes)) if kind == "slip" else None
+    sentences = []
+    count = problem.start
+    for index, change in enumerate(problem.changes):
+        result = count + change
+        if index == slip_at:
+            result = max(0, result + rng.choice((-2, -1, 1, 2)))
+        sign = "+" if change > 0 else "-"
+        sentences.append(f"{count} {sign} {abs(change)} = {result}.")
+        count = result
+    return sentences
+
+
+def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
+    """A lossless byte-level BPE: frequent words are one token, each digit is its own."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    documents = generate_documents(args.seed)
+    bpe.train_from_iterator(
+        (next(documents) for _ in range(args.tokenizer_documents)),
+        trainers.BpeTrainer(
+            vocab_size=args.vocab_size,
+            special_tokens=[EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+    return model
+
+
+def make_batch(
+    documents: list[str], tokenizer: PreTrainedTokenizerFast
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`input_ids` and `labels`, both [documents, longest] int64, padded on the right.
+
+    Padding follows every token that has a label, so causal attention needs no mask.
+    """
+    ids = tokenizer([document + EOS for document in documents]).input_ids
+    longest = max(map(len, ids))
+    input_ids = torch.full((len(ids), longest), tokenizer.eos_token_id)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    for row, document in enumerate(ids):
+        input_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
+    return input_ids, labels
+
+
+def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    set_seed(args.seed)
+    model = build_model(tokenizer).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
+    documents = generate_documents(args.seed)
+    progress = trange(args.steps, desc="pre-training", unit="step")
+    for _ in progress:
+        batch = [next(documents) for _ in range(args.batch_size)]
+        input_ids, labels = make_batch(batch, tokenizer)
+        loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+    return model.eval()
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+    """Write the whole folder beside its place, then move it there: never half a model."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".pretrain-") as scratch:
+        written = Path(scratch) / "new"
+        model.save_pretrained(written)
+        tokenizer.save_pretrained(written)
+        if output_dir.exists():
+            shutil.move(output_dir, Path(scratch) / "old")
+        written.rename(output_dir)
+
+
+def main() -> None:
+    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    tokenizer = train_tokenizer(args)
+    save(pretrain(args, tokenizer), tokenizer, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
