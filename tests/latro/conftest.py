@@ -1,0 +1,96 @@
+"""Tiny models of real architectures, a BPE tokenizer trained here, a task of a few problems."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.rollout import AnswerJoin, Rollout
+from latro.tasks import Task
+from scripts.make_tiny_model import make_model, make_tokenizer
+
+TEXTS = [
+    f"Tom has {a} pens. Tom gets {b}. How many? Tom has {a}+{b}={a + b}. The answer is {a + b}"
+    for a in range(2, 40)
+    for b in range(2, 20)
+]
+
+
+class Sums(Task):
+    """Sums of two numbers, graded by equality."""
+
+    name = "sums"
+
+    def _rows(
+        self, split: str, path: Path | None, num_examples: int | None, seed: int
+    ) -> list[dict[str, Any]]:
+        numbers = random.Random(f"{split} {seed}")
+        pairs = [(numbers.randint(2, 39), numbers.randint(2, 19)) for _ in range(num_examples or 8)]
+        return [
+            {"prompt": f"Tom has {a} pens. Tom gets {b}. How many?", "answer": str(a + b)}
+            for a, b in pairs
+        ]
+
+    def same(self, predicted: str, answer: str) -> bool:
+        return predicted == answer
+
+    def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
+        return statement.strip() or None
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_tokenizer(TEXTS, vocab_size=400)
+
+
+@pytest.fixture
+def tiny(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
+    """`tiny(architecture, **options)`: a fresh model with the session's tokenizer."""
+
+    def build(architecture: str = "llama", **options: Any) -> PreTrainedModel:
+        return make_model(architecture, tokenizer, **options)
+
+    return build
+
+
+@pytest.fixture
+def task() -> Task:
+    return Sums()
+
+
+@pytest.fixture
+def dataset(task: Task) -> Dataset:
+    return task.load("train")
+
+
+@pytest.fixture
+def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Rollout]]]:
+    """Ragged groups of every ending: template, end of sequence at once or later, length limit."""
+
+    def build(num_groups: int, num_generations: int, seed: int = 0) -> list[list[Rollout]]:
+        numbers = random.Random(seed)
+        join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+        groups = []
+        for _ in range(num_groups):
+            prompt = tokenizer.encode(f"Tom has {numbers.randint(2, 39)} pens. How many?")
+            group = []
+            for index in range(num_generations):
+                text = " Tom has" * numbers.randint(0, 6) + f" {numbers.randint(2, 60)}"
+                ending = ("template", "eos", "length", "empty")[index % 4]
+                ids = {
+                    "template": tokenizer.encode(f"{text}. The answer is"),
+                    "eos": [*tokenizer.encode(text), tokenizer.eos_token_id],
+                    "length": tokenizer.encode(text),
+                    "empty": [tokenizer.eos_token_id],
+                }[ending]
+                group.append(join(prompt, ids, str(numbers.randint(2, 99))))
+            groups.append(group)
+        return groups
+
+    return build
