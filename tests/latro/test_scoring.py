@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from latro.layout import collate
+from latro.scoring import Scorer
+from scripts.make_tiny_model import ARCHITECTURES
+
+CPU = torch.device("cpu")
+
+
+def full_logits_logp(model, rollouts, temperature):
+    """Each row's log-prob from the model's own logits, one unpadded sequence at a time."""
+    rows = []
+    for r in rollouts:
+        logits = model(input_ids=torch.tensor([r.input_ids])).logits[0].double() / temperature
+        logp = logits.log_softmax(-1)
+        first = len(r.prompt_ids) - 1
+        rows += [logp[first + i, token] for i, token in enumerate(r.sampled_ids)]
+        first += r.answer_start
+        rows += [logp[first + j, token] for j, token in enumerate(r.answer_ids)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperature):
+    # Values away from 1 (or from "none"), so that a scale left out or applied twice shows.
+    options = {
+        "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+        "mistral": {"sliding_window": 8},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 0.25},
+    }.get(architecture, {})
+    model = tiny(architecture, **options)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    sequences = [r for group in rollouts(2, 4) for r in group]
+    scores = Scorer(model, temperature=temperature)(collate(sequences, CPU))
+    expected = full_logits_logp(model, sequences, temperature)
+    torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_padding_and_company_change_nothing(tiny, rollouts):
+    scorer = Scorer(tiny())
+    (group,) = rollouts(1, 4)
+    together = scorer(collate(group, CPU)).logp
+    apart = torch.cat([scorer(collate([r], CPU)).logp for r in group])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_scores_in_its_dtype(tiny, rollouts):
+    model = tiny()
+    (group,) = rollouts(1, 4)
+    exact = Scorer(model)(collate(group, CPU)).logp
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = Scorer(model)(collate(group, CPU)).logp
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1
+    rounded.sum().backward()
+    assert model.get_output_embeddings().weight.grad.dtype == torch.float32
+
+
+def test_a_model_with_logits_of_its_own_making_is_refused(tiny):
+    model = tiny()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+
+    def doubled(module, args, output):
+        output.logits = output.logits * 2
+        return output
+
+    model.register_forward_hook(doubled)
+    with pytest.raises(ValueError, match="does not compute its logits as"):
+        Scorer(model)
+
+
+def test_nan_weights_are_named(tiny):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Scorer(model)
