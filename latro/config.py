@@ -1,0 +1,225 @@
+"""The settings: `LatroConfig`, the model's and the data's arguments, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from latro.tasks import TASKS
+
+ASSETS = Path(__file__).parent / "assets"
+SMALL_MODEL = ASSETS / "small"
+
+
+def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
+    """A dataclass field that the command line shows with a help text and other names."""
+    metadata: dict[str, Any] = {"help": text, **kwargs}
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class LatroConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with LaTRO's own settings.
+
+    A batch is a batch of prompts: `per_device_train_batch_size` prompts give
+    `per_device_train_batch_size · num_generations` sequences, and `num_train_epochs` counts passes
+    over the prompts. Defaults are those of the paper (arXiv 2411.04282).
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    # The parents' fields with a default of ours.
+    output_dir: str | None = setting("runs/latro", "Where checkpoints, metrics and the model go.")
+    learning_rate: float = setting(5e-7, "The initial learning rate.")
+    per_device_train_batch_size: int = setting(3, "Prompts a device and step.")
+    logging_steps: float = setting(1, "Log every so many updates.")
+    remove_unused_columns: bool | None = setting(
+        False, "Not used: the prompt and answer columns are no arguments of the model."
+    )
+
+    dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
+
+    num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
+    max_completion_length: int = setting(
+        500, "The longest rationale, in tokens.", "response_length"
+    )
+    temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
+    kl: str = setting(
+        "reward",
+        "Where the KL stands: in the reward, as the paper has it, or as k3 in the loss.",
+        choices=["reward", "k3"],
+    )
+    answer_weight: float = setting(1.0, "λ, the weight of the answer's likelihood gradient.")
+    unfinished: str = setting(
+        "floor",
+        "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
+        choices=["floor", "exclude"],
+    )
+    token_budget: int = setting(
+        16384, "Tokens of one micro-batch, padding included; results do not depend on it."
+    )
+    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
+    num_completions_to_print: int = setting(4, "Rows of that table.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
+        _at_least("max_completion_length", self.max_completion_length, 1)
+        _at_least("token_budget", self.token_budget, 1)
+        _at_least("beta", self.beta, 0)
+        _at_least("answer_weight", self.answer_weight, 0)
+        if not self.temperature > 0:
+            raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        _one_of("kl", self.kl, ("reward", "k3"))
+        _one_of("unfinished", self.unfinished, ("floor", "exclude"))
+        _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, got True")
+        if self.world_size > 1 or self.n_gpu > 1:
+            raise ValueError(
+                "LatroTrainer runs in one process on one device for now; got "
+                f"{self.world_size} processes and {self.n_gpu} GPUs (set CUDA_VISIBLE_DEVICES)"
+            )
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = setting(
+        None, "A hub id or a model directory; without it the small model that ships is trained."
+    )
+    model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
+    dtype: str = setting(
+        "auto",
+        "Of the weights; auto: as they were saved.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    attn_implementation: str | None = setting(
+        None, "transformers' name; without it flash_attention_2 where it runs, else its default."
+    )
+    trust_remote_code: bool = setting(False, "Run model code that comes with a hub model.")
+
+
+@dataclass
+class DataArguments:
+    """Which problems."""
+
+    _argument_group_name = "data"
+
+    dataset_name: str = setting("arithmetic", f"A task: {', '.join(sorted(TASKS))}.")
+    dataset_path: str | None = setting(
+        None, "A folder with the raw files; without it the data comes from the hub."
+    )
+    num_train_examples: int | None = setting(None, "Use so many training problems.")
+    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
+    eval_split: str = setting("test", "Held-out problems: validation or test.")
+
+
+def _at_least(name: str, value: float, least: float, why: str = "") -> None:
+    if not value >= least:
+        raise ValueError(
+            f"{name}: expected at least {least}{f' ({why})' if why else ''}, got {value}"
+        )
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def parse_arguments(
+    classes: Sequence[type], argv: Sequence[str] | None = None, *, prog: str
+) -> tuple[Any, ...]:
+    """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
+
+    Without `--model_name_or_path` the small model that ships is meant, and the settings made for
+    it (`latro/assets/default.yaml`) stand in for the defaults.
+
+    Raises:
+        ValueError: the YAML file is missing, malformed or names an unknown argument.
+    """
+    # argparse's own usage would be four screens of brackets.
+    usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
+    parser = HfArgumentParser(classes, prog=prog, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
+    _group_help(parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given, _ = _preparse(argv)
+    settings = _read_yaml(given.config) if given.config else {}
+    if given.model_name_or_path is None and "model_name_or_path" not in settings:
+        known = {f.name for cls in classes for f in dataclasses.fields(cls)}
+        small = _read_yaml(ASSETS / "default.yaml")
+        settings = {k: v for k, v in small.items() if k in known} | settings
+    _reject_unknown(settings, classes, given.config)
+    parser.set_defaults(**settings)
+    *parsed, _ = parser.parse_args_into_dataclasses(argv)
+    return tuple(parsed)
+
+
+def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--model_name_or_path", "--model-name-or-path")
+    return first.parse_known_args(argv)
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise ValueError(f"--config: no such file: {path}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config: {path}: expected lines of `name: value`, got {settings!r}")
+    return settings
+
+
+def _reject_unknown(settings: dict[str, Any], classes: Sequence[type], path: str | None) -> None:
+    known = [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
+
+
+def _group_help(parser: HfArgumentParser) -> None:
+    """Put LaTRO's own settings before the hundred that come from the Trainer, in `--help`."""
+    groups = (
+        ("LaTRO", {f.name for f in dataclasses.fields(LatroConfig)} - _inherited()),
+        ("transformers.TrainingArguments", _inherited()),
+    )
+    options = parser._optionals._group_actions
+    for title, names in groups:
+        members = [a for a in options if a.dest in names]
+        if members:
+            group = parser.add_argument_group(title)
+            for action in members:
+                options.remove(action)
+                group._group_actions.append(action)
+
+
+def _inherited() -> set[str]:
+    redefined = set(inspect.get_annotations(LatroConfig))
+    return {f.name for f in dataclasses.fields(TrainingArguments)} - redefined

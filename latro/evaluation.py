@@ -1,0 +1,202 @@
+"""Accuracy of a model on a task: greedy, sampled, by majority, with the answer's likelihood."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from latro.layout import collate, plan
+from latro.prompts import encode_prompt
+from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
+from latro.scoring import Scorer
+from latro.tasks import Task
+
+# Room for the answer after a rationale of full length: no answer of the tasks here is longer.
+ANSWER_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate.
+
+    Attributes:
+        num_samples: completions a problem, sampled at `temperature`; 0: greedy only.
+        majority: the k of maj@k, each at most `num_samples`.
+        max_completion_length: tokens of a rationale; the answer may take 32 more.
+        batch_size: problems a batch.
+        temperature: of sampling.
+        seed: decides the samples.
+        token_budget: padded tokens of one scoring batch.
+        progress: show a progress bar.
+    """
+
+    num_samples: int = 1
+    majority: tuple[int, ...] = ()
+    max_completion_length: int = 500
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    token_budget: int = 16384
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0:
+            raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
+        for k in self.majority:
+            if not 1 <= k <= self.num_samples:
+                raise ValueError(
+                    f"majority: expected k from 1 to num_samples = {self.num_samples}, got {k}"
+                )
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One graded completion."""
+
+    text: str
+    rollout: Rollout
+    predicted: str | None
+    correct: bool
+
+
+def evaluate_model(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    dataset: Dataset,
+    settings: EvaluationSettings,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Generate, grade and score.
+
+    Args:
+        scorer: of the model; used for the mean log π(y|x⊕z).
+        tokenizer: the model's.
+        task: grades the completions.
+        dataset: rows of the task; at least one.
+        settings: how many samples, how long, and so on.
+
+    Returns:
+        Metrics, and one record a problem (prompt, answer, the completions and their grades).
+        Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
+        error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
+        `unfinished` (share that states no answer and does not end) and `answer_logp` (mean
+        log π(y|x⊕z), nats), each over the samples, or over the greedy completions without samples.
+    """
+    model = scorer.model
+    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
+    modes = [("greedy", 0.0, 1)]
+    if settings.num_samples:
+        modes.append(("sampled", settings.temperature, settings.num_samples))
+    graded: dict[str, list[list[Completion]]] = {name: [] for name, _, _ in modes}
+    starts = range(0, len(dataset), settings.batch_size)
+    for start in track(starts, "evaluating", disable=not settings.progress, transient=True):
+        rows = [dataset[i] for i in range(start, min(start + settings.batch_size, len(dataset)))]
+        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+        for name, temperature, num_samples in modes:
+            completions = generate(
+                model,
+                tokenizer,
+                prompts,
+                num_samples=num_samples,
+                max_new_tokens=settings.max_completion_length + ANSWER_TOKENS,
+                temperature=temperature,
+                seed=settings.seed + start,
+            )
+            for row, prompt, ids in zip(rows, prompts, completions, strict=True):
+                graded[name].append([_grade(task, tokenizer, join, row, prompt, i) for i in ids])
+
+    metrics = {"accuracy_greedy": _mean(c.correct for (c,) in graded["greedy"])}
+    if settings.num_samples:
+        shares = [_mean(c.correct for c in group) for group in graded["sampled"]]
+        metrics["accuracy_sampled"] = _mean(shares)
+        metrics["accuracy_sampled_stderr"] = _standard_error(shares)
+        for k in settings.majority:
+            metrics[f"maj@{k}"] = _mean(
+                majority_correct(task, group[:k], row)
+                for group, row in zip(graded["sampled"], dataset, strict=True)
+            )
+    last = [c.rollout for group in graded[modes[-1][0]] for c in group]
+    metrics["rationale_length"] = _mean(len(r.rationale_ids) for r in last)
+    metrics["unfinished"] = _mean(not r.finished for r in last)
+    metrics["answer_logp"] = _mean(answer_logp(scorer, last, settings.token_budget))
+    return metrics, _records(dataset, graded)
+
+
+def majority_correct(task: Task, group: Sequence[Completion], row: Mapping[str, Any]) -> bool:
+    """Whether the commonest stated answer is right; of equally common ones the first stated."""
+    votes = Counter(c.predicted for c in group if c.predicted is not None)
+    return bool(votes) and task.same(votes.most_common(1)[0][0], row["answer"])
+
+
+@torch.no_grad()
+def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) -> list[float]:
+    """log π(y|x⊕z) of each rollout, in nats, in micro-batches under a token budget."""
+    was_training = scorer.model.training
+    scorer.model.eval()
+    values: dict[int, float] = {}
+    for micro in plan([[r] for r in rollouts], token_budget):
+        batch = collate(micro.rollouts, scorer.model.device)
+        summed = scorer(batch).logp.double().cumsum(0)
+        of_each = summed[batch.offsets[2::2] - 1] - summed[batch.offsets[1::2] - 1]
+        values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
+    scorer.model.train(was_training)
+    # Micro-batches go by length; the caller's order is another.
+    return [values[id(r)] for r in rollouts]
+
+
+def _grade(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    join: AnswerJoin,
+    row: Mapping[str, Any],
+    prompt_ids: list[int],
+    ids: list[int],
+) -> Completion:
+    ended = ids[:-1] if ids and ids[-1] in join.eos_token_ids else ids
+    text = decode(tokenizer, ended)
+    predicted = task.extract(text, row)
+    return Completion(
+        text=text,
+        rollout=join(prompt_ids, ids, row["answer"]),
+        predicted=predicted,
+        correct=predicted is not None and task.same(predicted, row["answer"]),
+    )
+
+
+def _records(
+    dataset: Dataset, graded: Mapping[str, list[list[Completion]]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": row["prompt"],
+            "answer": row["answer"],
+            **{
+                name: [
+                    {"text": c.text, "predicted": c.predicted, "correct": c.correct}
+                    for c in groups[index]
+                ]
+                for name, groups in graded.items()
+            },
+        }
+        for index, row in enumerate(dataset)
+    ]
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+
+from latro import LatroConfig, LatroTrainer
+
+
+@pytest.fixture
+def make_trainer(tiny, tokenizer, task, dataset, tmp_path):
+    """`make_trainer(model=None, ref_model=None, **settings)` on the toy task."""
+
+    def make(model=None, ref_model=None, train_dataset=dataset, **settings):
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **settings,
+        }
+        return LatroTrainer(
+            tiny() if model is None else model,
+            LatroConfig(**settings),
+            train_dataset,
+            tokenizer,
+            task,
+            eval_dataset=dataset,
+            ref_model=ref_model,
+        )
+
+    return make
+
+
+def sequence_logps(model, rollout):
+    """log π of each rationale token and of each answer token, from whole logits."""
+    logp = model(input_ids=torch.tensor([rollout.input_ids])).logits[0].log_softmax(-1)
+    first = len(rollout.prompt_ids) - 1
+    z = [logp[first + i, t] for i, t in enumerate(rollout.sampled_ids)]
+    y = [logp[first + rollout.answer_start + j, t] for j, t in enumerate(rollout.answer_ids)]
+    return torch.stack(z), torch.stack(y)
+
+
+def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
+    """The method's loss as the paper writes it, by autograd through whole logits.
+
+    −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, or as k3 added.
+    """
+    loss = 0.0
+    count = sum(map(len, groups))
+    for group in groups:
+        z_logp, y_logp, z_kl, k3 = [], [], [], []
+        for rollout in group:
+            z, y = sequence_logps(model, rollout)
+            with torch.no_grad():
+                ref, _ = sequence_logps(ref_model, rollout)
+            z_logp.append(z.sum())
+            y_logp.append(y.sum())
+            z_kl.append((z - ref).sum())
+            k3.append((torch.exp(ref - z) - (ref - z) - 1).sum())
+        rewards = [y - beta * d if kl == "reward" else y for y, d in zip(y_logp, z_kl, strict=True)]
+        rewards = [r.item() for r in rewards]
+        members = list(range(len(group)))
+        if unfinished == "floor":
+            floor = min(rewards)
+            rewards = [r if g.finished else floor for r, g in zip(rewards, group, strict=True)]
+        else:
+            members = [k for k in members if group[k].finished]
+        for k in members:
+            others = [rewards[j] for j in members if j != k]
+            advantage = rewards[k] - sum(others) / len(others) if others else 0.0
+            loss = loss - advantage * z_logp[k] - answer_weight * y_logp[k]
+            if kl == "k3":
+                loss = loss + beta * k3[k]
+    return loss / count
+
+
+@pytest.mark.parametrize("kl", ["reward", "k3"])
+@pytest.mark.parametrize("unfinished", ["floor", "exclude"])
+@pytest.mark.parametrize("token_budget", [10**6, 150, 1])
+def test_gradients_equal_autograd_through_the_formula(
+    make_trainer, tiny, rollouts, kl, unfinished, token_budget
+):
+    model, ref_model = tiny(seed=1).double(), tiny(seed=2).double()
+    with torch.no_grad():
+        # Sharper than fresh weights, so that rewards differ and rows are not all alike.
+        for m in (model, ref_model):
+            m.get_output_embeddings().weight.mul_(10)
+    reference = copy.deepcopy(model)
+    settings = {"beta": 0.3, "answer_weight": 0.7, "kl": kl, "unfinished": unfinished}
+    trainer = make_trainer(
+        model, ref_model, backend="reference", token_budget=token_budget, **settings
+    )
+    groups = rollouts(3, 4)
+    trainer.rollout = lambda examples: groups
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.training_step(model, [])
+    expected = formula_loss(reference, ref_model, groups, **settings)
+    expected.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        # The head works in fp64 here; what is left is that log-probs leave it in fp32.
+        scale = theirs.grad.abs().max()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
+    assert torch.isfinite(loss)
+
+
+def test_kl_is_exactly_zero_at_the_start(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert history[0]["kl"] == 0.0
+    assert history[1]["kl"] != 0.0
+
+
+def test_accumulated_micro_steps_equal_one_large_batch(make_trainer, tiny, rollouts):
+    groups = rollouts(4, 4)
+
+    def trained(batch_size, accumulation):
+        model = tiny()
+        trainer = make_trainer(
+            model,
+            max_steps=1,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+        )
+        waiting = list(groups)
+        trainer.rollout = lambda examples: [waiting.pop(0) for _ in examples]
+        trainer.train()
+        return model
+
+    large, accumulated = trained(4, 1), trained(2, 2)
+    for a, b in zip(large.parameters(), accumulated.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_micro_steps_of_one_update_draw_different_samples(make_trainer, task):
+    row = task.load("train", num_examples=1)
+    seen = []
+    trainer = make_trainer(
+        train_dataset=row.select([0, 0, 0, 0]),
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=1,
+    )
+    rollout = trainer.rollout
+    trainer.rollout = lambda examples: seen.append(rollout(examples)) or seen[-1]
+    trainer.train()
+    draws = [str([r.sampled_ids for r in groups[0]]) for groups in seen]
+    assert len(draws) == 4
+    assert len(set(draws)) == 4
+
+
+def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny, tmp_path):
+    straight, interrupted = tiny(), tiny()
+    make_trainer(straight, save_strategy="steps", save_steps=2).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-2")
+    # The Trainer saves in the middle of the schedule, so a fresh one can go on from there.
+    trainer = make_trainer(interrupted, output_dir=str(tmp_path / "again"))
+    trainer.train(resume_from_checkpoint=checkpoint)
+    for a, b in zip(straight.parameters(), interrupted.parameters(), strict=True):
+        assert torch.equal(a, b)
+    lines = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if "reward" in line] == [1, 2, 3, 4]
+
+
+def test_every_statistic_is_logged(make_trainer):
+    trainer = make_trainer(max_steps=2, logging_steps=2)
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "loss" in e]
+    assert {
+        "reward",
+        "kl",
+        "entropy",
+        "advantage_std",
+        "groups_without_advantage",
+        "rationale_length",
+        "unfinished",
+        "rows_per_second",
+        "time_rollout",
+        "time_score",
+        "time_backward",
+        "peak_memory_gib",
+    } <= set(entry)
+    # A fresh model of V tokens is nearly uniform: entropy log V, and no template in six tokens.
+    vocab = trainer.model.config.vocab_size
+    assert entry["entropy"] == pytest.approx(torch.tensor(vocab).log().item(), rel=0.02)
+    assert 0 < entry["rationale_length"] <= 6
+    assert 0 < entry["unfinished"] <= 1
+    assert entry["reward"] < 0
+    assert entry["time_step"] >= entry["time_rollout"] + entry["time_backward"]
+
+
+def test_an_update_makes_the_answers_likelier(make_trainer):
+    trainer = make_trainer(max_steps=20, lr_scheduler_type="constant", beta=0.0)
+    assert trainer.ref_scorer is None
+    trainer.train()
+    rewards = [e["reward"] for e in trainer.state.log_history if "reward" in e]
+    # Twenty steps of Adam at 1e-2 on a handful of answers: far above any noise of sampling.
+    assert rewards[-1] > rewards[0] + 5
+
+
+def test_mixed_precision_is_the_trainers(make_trainer):
+    trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True)
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "kl" in e]
+    assert entry["kl"] == 0.0
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_dropout_is_off(make_trainer, tiny):
+    model = tiny(attention_dropout=0.5)
+    trainer = make_trainer(model, max_steps=1)
+    trainer.train()
+    assert [e["kl"] for e in trainer.state.log_history if "kl" in e] == [0.0]
+
+
+def test_weights_that_become_nan_stop_the_run(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    rollout = trainer.rollout
+
+    def spoiled(examples):
+        groups = rollout(examples)
+        with torch.no_grad():
+            trainer.model.model.norm.weight[0] = float("nan")
+        return groups
+
+    trainer.rollout = spoiled
+    with pytest.raises(FloatingPointError, match="step 0: the log-probs or advantages"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"prompt": ["a"]}, "columns prompt and answer"),
+        ({"prompt": [], "answer": []}, "at least one row"),
+        ({"prompt": ["How?", "How?"], "answer": ["5", " "]}, "row 1: expected a non-empty answer"),
+        ({"prompt": [""], "answer": ["5"]}, "row 0: the prompt has no tokens"),
+        ({"prompt": ["pens " * 2000], "answer": ["5"]}, "but the model has 1024"),
+    ],
+)
+def test_bad_rows_are_refused_before_training(make_trainer, rows, message):
+    from datasets import Dataset
+
+    with pytest.raises(ValueError, match=message):
+        make_trainer(train_dataset=Dataset.from_dict(rows))
+
+
+def test_evaluation_without_a_dataset(make_trainer):
+    trainer = make_trainer()
+    trainer.eval_dataset = None
+    with pytest.raises(ValueError, match="eval_dataset: expected a dataset"):
+        trainer.evaluate()
