@@ -1,0 +1,106 @@
+"""Loads a model, its tokenizer and a task's problems, with errors that say what to mend."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from latro.config import SMALL_MODEL, DataArguments, ModelArguments
+from latro.tasks import Task
+
+
+def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that the arguments name, and its tokenizer.
+
+    Only safetensors are read: a pickled checkpoint can run code.
+
+    Raises:
+        ValueError: no such model, or a tokenizer with more tokens than the model has.
+    """
+    name = args.model_name_or_path or str(SMALL_MODEL)
+    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation or _attention(args.dtype),
+            use_safetensors=True,
+            **options,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"model_name_or_path: cannot load {name!r}: {error}. Expected a hub id or a directory "
+            "with config.json, safetensors weights and a tokenizer"
+        ) from error
+    vocab = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > vocab:
+        raise ValueError(
+            f"model_name_or_path: {name!r}: the tokenizer has {len(tokenizer)} tokens but the "
+            f"model's embedding has {vocab}"
+        )
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model, tokenizer
+
+
+def _attention(dtype: str) -> str | None:
+    """flash-attn where it is installed and can run; else what transformers takes by itself."""
+    half = dtype in ("bfloat16", "float16")
+    if half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return None
+
+
+def load_split(
+    task: Task, split: str, args: DataArguments, num_examples: int | None, seed: int
+) -> Dataset:
+    """Rows of one split.
+
+    Raises:
+        ValueError: a missing file, a malformed row or an unknown split.
+    """
+    try:
+        return task.load(
+            split, dataset_path=args.dataset_path, num_examples=num_examples, seed=seed
+        )
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def last_whole_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint folder that was written to its end.
+
+    `trainer_state.json` is the last file of a checkpoint, so one without it, or with a torn one,
+    was cut off.
+
+    Raises:
+        ValueError: there is none.
+    """
+    folders = sorted(
+        (
+            p
+            for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+            if p.name.rpartition("-")[2].isdigit()
+        ),
+        key=lambda p: int(p.name.rpartition("-")[2]),
+        reverse=True,
+    )
+    for folder in folders:
+        try:
+            json.loads((folder / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            continue
+        return str(folder)
+    raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}")

@@ -1,0 +1,114 @@
+"""`python -m latro.train`: train a causal language model with LaTRO.
+
+Without arguments it trains the small model that ships on generated word problems, which takes a few
+minutes on two cores and needs no network.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from latro.callbacks import METRICS_FILE, PLOT_FILE
+from latro.config import DataArguments, LatroConfig, ModelArguments, parse_arguments
+from latro.files import write_json
+from latro.loading import last_whole_checkpoint, load_model, load_split
+from latro.tasks import get_task
+from latro.trainer import LatroTrainer
+
+_SHOWN = (
+    ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
+    ("sampled accuracy", "eval_accuracy_sampled", "{:.1%}"),
+    ("rationale length, tokens", "eval_rationale_length", "{:.1f}"),
+    ("mean log π(y|x⊕z), nats", "eval_answer_logp", "{:.2f}"),
+)
+
+
+def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+    """Run the command line; returns the metrics before ("base") and after ("final").
+
+    Raises:
+        ValueError: bad settings, model or data; the output folder is then as it was.
+    """
+    model_args, data_args, args = parse_arguments(
+        (ModelArguments, DataArguments, LatroConfig), argv, prog="python -m latro.train"
+    )
+    # The library's remarks on its own defaults are none of the user's business here.
+    transformers_logging.set_verbosity_error()
+    resume = _checkpoint(args)
+    task = get_task(data_args.dataset_name)
+    train_dataset = load_split(task, "train", data_args, data_args.num_train_examples, args.seed)
+    eval_dataset = load_split(
+        task, data_args.eval_split, data_args, data_args.num_eval_examples, args.seed
+    )
+    model, tokenizer = load_model(model_args)
+    # A run that goes on has its first evaluation behind it.
+    args.eval_on_start = resume is None
+    trainer = LatroTrainer(model, args, train_dataset, tokenizer, task, eval_dataset=eval_dataset)
+    Console().print(
+        f"{model.num_parameters():,} parameters, {len(train_dataset):,} prompts of "
+        f"{task.name}, {args.num_generations} rationales each, into {args.output_dir}"
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
+    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+        evaluations.append(trainer.state.log_history[-1])
+    trainer.save_state()
+    results = {"base": evaluations[0], "final": evaluations[-1]}
+    write_json(Path(args.output_dir) / "results.json", results)
+    Console().print(_table(results, len(eval_dataset)))
+    Console().print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
+    return results
+
+
+def _checkpoint(args: LatroConfig) -> str | None:
+    """The folder to resume from, or None.
+
+    Raises:
+        ValueError: there is no such checkpoint, or one would be mixed with another run's.
+    """
+    asked = args.resume_from_checkpoint
+    if asked and asked.lower() in ("true", "latest"):
+        return last_whole_checkpoint(args.output_dir)
+    if asked and asked.lower() != "false":
+        if not (Path(asked) / "trainer_state.json").is_file():
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint folder, got {asked!r}, which has "
+                "no trainer_state.json"
+            )
+        return asked
+    if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+        raise ValueError(
+            f"output_dir: {args.output_dir} has the checkpoints of an earlier run; resume it with "
+            "--resume_from_checkpoint true, or name another folder"
+        )
+    return None
+
+
+def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
+    table = Table(title=f"{problems} held-out problems")
+    for column in ("", "base", "final"):
+        table.add_column(column, justify="right" if column else "left")
+    for title, key, form in _SHOWN:
+        table.add_row(title, *(form.format(results[when][key]) for when in ("base", "final")))
+    return table
+
+
+def main() -> None:
+    """The command: errors in the user's input as one line, not as a traceback."""
+    try:
+        train()
+    except (ValueError, FloatingPointError) as error:
+        sys.exit(f"latro.train: {error}")
+
+
+if __name__ == "__main__":
+    main()

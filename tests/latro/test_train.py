@@ -1,0 +1,155 @@
+"""The command line, end to end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from latro.loading import last_whole_checkpoint
+from latro.train import train
+from scripts.make_tiny_model import make_model, make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def model_dir(tiny, tokenizer, tmp_path):
+    """A directory as a user brings it, with the toy tokenizer."""
+    path = tmp_path / "model"
+    tiny().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+SMALL = (
+    *("--dataset_name", "arithmetic", "--num_train_examples", "16", "--num_eval_examples", "4"),
+    *("--num_generations", "2", "--max_completion_length", "8", "--disable_tqdm", "true"),
+    *("--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--use_cpu", "true"),
+)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3"])
+@pytest.mark.parametrize("name", ["gsm8k", "arc_challenge"])
+def test_real_data(tmp_path, architecture, name):
+    folder = DATA / name
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: the data set is not part of the repository")
+    lines = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()[:400]
+    tokenizer = make_tokenizer(lines, vocab_size=600)
+    make_model(architecture, tokenizer, max_position_embeddings=2048).save_pretrained(
+        tmp_path / "model"
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    output = tmp_path / "run"
+    train(
+        [
+            *("--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(output)),
+            *("--dataset_name", name, "--dataset_path", str(folder), "--max_steps", "2"),
+            *("--num_generations", "4", "--max_completion_length", "16"),
+            *("--num_eval_examples", "4", "--disable_tqdm", "true", "--beta", "0.25"),
+        ]
+    )
+    steps = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in steps if "reward" in s] == [1, 2]
+    assert next(s["kl"] for s in steps if "kl" in s) == 0.0
+    assert (output / "progress.png").stat().st_size > 0
+    results = json.loads((output / "results.json").read_text())
+    assert set(results) == {"base", "final"}
+    AutoModelForCausalLM.from_pretrained(output)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(model_dir, tmp_path):
+    # Four whole updates and evaluations of real processes, one of them killed without warning.
+    options = (*SMALL, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "6")
+    options = ("--model_name_or_path", str(model_dir), *options)
+
+    def command(output: Path, *more: str) -> list[str]:
+        return [sys.executable, "-m", "latro.train", *options, "--output_dir", str(output), *more]
+
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while not (killed / "checkpoint-2" / "trainer_state.json").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (killed / "results.json").exists()
+    # Cut off while it was written: the newest whole checkpoint is taken, not this one.
+    (killed / "checkpoint-99").mkdir()
+    subprocess.run(command(killed, "--resume_from_checkpoint", "true"), cwd=ROOT, check=True)
+    subprocess.run(command(whole), cwd=ROOT, check=True)
+    resumed, straight = (load_file(p / "model.safetensors") for p in (killed, whole))
+    assert resumed.keys() == straight.keys()
+    for name, tensor in straight.items():
+        assert tensor.equal(resumed[name]), name
+    rewards = [
+        [json.loads(line).get("reward") for line in (p / "metrics.jsonl").read_text().splitlines()]
+        for p in (killed, whole)
+    ]
+    assert rewards[0] == rewards[1]
+
+
+def test_the_last_whole_checkpoint(tmp_path):
+    for name, state in (("9", "{}"), ("10", "{}"), ("11", '{"global'), ("12", None)):
+        folder = tmp_path / f"checkpoint-{name}"
+        folder.mkdir()
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        last_whole_checkpoint(str(tmp_path / "checkpoint-9"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--num_generations", "1"), "num_generations: expected at least 2"),
+        (("--dataset_name", "gsm9k"), "gsm9k"),
+        (("--dataset_name", "gsm8k", "--dataset_path", "nowhere"), "there is no file"),
+        (("--eval_split", "tset"), "tset"),
+        (("--model_name_or_path", "./nowhere"), "model_name_or_path: cannot load"),
+        (("--backend", "tpu"), "backend: expected one of"),
+        (("--resume_from_checkpoint", "./nowhere"), "expected a checkpoint folder"),
+        (("--max_completion_length", "100000"), "lower max_completion_length"),
+    ],
+)
+def test_bad_input_leaves_the_output_folder_as_it_was(tmp_path, monkeypatch, argv, message):
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("earlier")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        train([*SMALL, "--output_dir", str(output), *argv])
+    assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
+    assert (output / "metrics.jsonl").read_text() == "earlier"
+
+
+def test_a_folder_with_another_runs_checkpoints_is_not_mixed(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="checkpoints of an earlier run"):
+        train([*SMALL, "--output_dir", str(tmp_path)])
+
+
+def test_errors_are_one_line_of_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "latro.train", "--num_generations", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("latro.train: num_generations: expected")
+    assert "Traceback" not in done.stderr
