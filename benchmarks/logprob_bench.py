@@ -272,7 +272,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     if args.quick:
-        args.reps, args.seconds = min(args.reps, 5), min(args.seconds, 2.0)
+        args.reps, args.seconds = min(args.reps, timing.MIN_REPS), min(args.seconds, 1.0)
     return args
 
 

@@ -41,7 +41,7 @@ GPU_SHAPES = (
     Shape("qwen2.5-7b", 8192, 3584, 152064),
 )
 OTHER_SHAPES = (
-    Shape("quick", 256, 512, 8192),
+    Shape("quick", 128, 512, 8192),
     Shape("gpt2", 1024, 768, 50257),
 )
 SHAPES = {shape.name: shape for shape in (*CPU_SHAPES, *GPU_SHAPES, *OTHER_SHAPES)}
