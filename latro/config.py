@@ -43,7 +43,7 @@ class LatroConfig(TrainingArguments):
     """
 
     # The parents' fields with a default of ours.
-    output_dir: str | None = setting("runs/latro", "Where checkpoints, metrics and the model go.")
+    output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(5e-7, "The initial learning rate.")
     per_device_train_batch_size: int = setting(3, "Prompts a device and step.")
     logging_steps: float = setting(1, "Log every so many updates.")

@@ -55,6 +55,10 @@ class LatroTrainer(Trainer):
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
     """
 
+    args: LatroConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -82,21 +86,20 @@ class LatroTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=_as_list,
+            data_collator=_collate,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
-        settings = {"temperature": args.temperature, "backend": args.backend}
-        self.scorer = Scorer(model, **settings)
+        self.scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
         self.ref_scorer: Scorer | None = None
         if ref_model is not None:
             _disable_dropout(ref_model)
             ref_model.requires_grad_(False).eval().to(self.args.device)
-            self.ref_scorer = Scorer(ref_model, **settings)
+            self.ref_scorer = Scorer(ref_model, temperature=args.temperature, backend=args.backend)
         self._sums: defaultdict[str, float] = defaultdict(float)
-        self._flos = 0.0
+        self._flos = 0
         self._micro_step = 0
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
@@ -112,14 +115,14 @@ class LatroTrainer(Trainer):
     def training_step(
         self,
         model: nn.Module,
-        inputs: list[dict[str, Any]],
+        inputs: dict[str, Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sample, score and backpropagate one batch of prompts; returns the detached loss."""
         started = time.perf_counter()
         model.train()
         with self.compute_loss_context_manager():
-            groups = self.rollout(inputs)
+            groups = self.rollout(inputs["examples"])
         self._sums["time_rollout"] += time.perf_counter() - started
         num_groups = len(groups) * self.current_gradient_accumulation_steps
         loss = torch.zeros((), device=self.args.device)
@@ -200,14 +203,14 @@ class LatroTrainer(Trainer):
         entropy = torch.cat([s.entropy for s in scores])
         return loss, _statistics(advantage, entropy, layout.offsets, self.args.num_generations)
 
-    def _batch_flos(self, input_ids: Tensor) -> float:
+    def _batch_flos(self, input_ids: Tensor) -> int:
         # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
         passes = 3 + (self.ref_scorer is not None)
-        return 2.0 * passes * self.model.num_parameters() * input_ids.numel()
+        return 2 * passes * self.model.num_parameters() * input_ids.numel()
 
-    def floating_point_ops(self, inputs: Any) -> float:
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of the last update; the Trainer adds them up."""
-        flos, self._flos = self._flos, 0.0
+        flos, self._flos = self._flos, 0
         return flos
 
     # What is logged.
@@ -268,8 +271,8 @@ class LatroTrainer(Trainer):
         return averages
 
     def _logged_step(self) -> int:
-        steps = [entry["step"] for entry in self.state.log_history if "loss" in entry]
-        return steps[-1] if steps else self._initial_global_step
+        steps = [int(entry["step"]) for entry in self.state.log_history if "loss" in entry]
+        return steps[-1] if steps else int(self._initial_global_step)
 
     # Evaluation.
 
@@ -363,6 +366,6 @@ def _disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0
 
 
-def _as_list(examples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The collator: tokenising waits for the rollout."""
-    return examples
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is its rows: tokenising them is the rollout's."""
+    return {"examples": examples}
