@@ -81,4 +81,18 @@ LATRO_API int32_t latro_cpu_linear_logprob_grad(
     const float* log_total, int64_t rows, int64_t cols, int64_t first_col, float softcap,
     float temperature, int64_t threads);
 
+LATRO_API int32_t latro_cuda_linear_logprob_fold(
+    const float* tile, const float* bias, const int64_t* target, float* peak, float* total,
+    float* picked, float* weighted, int64_t rows, int64_t cols, int64_t first_col, float softcap,
+    float temperature, void* stream);
+
+LATRO_API int32_t latro_cuda_linear_logprob_grad(
+    const float* tile, void* dtile, int32_t dtype, const float* bias, const int64_t* target,
+    const float* grad_logp, const float* grad_entropy, const float* logp, const float* entropy,
+    const float* peak, const float* log_total, int64_t rows, int64_t cols, int64_t first_col,
+    float softcap, float temperature, void* stream);
+
+/* What a status that a CUDA launcher returned means. */
+LATRO_API const char* latro_cuda_error_string(int32_t status);
+
 #endif /* LATRO_H_ */

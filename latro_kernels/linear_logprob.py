@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from latro_kernels import tiles
 from latro_kernels.dispatch import resolve
@@ -184,8 +183,12 @@ class _LinearLogprob(torch.autograd.Function):
         return logp, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let a gradient penalty go by with a gradient of zero.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_logprob has no double backward; use backend='reference' for create_graph"
+            )
         hidden, weight, target, bias, *kept = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
         gradients = torch.ops.latro_kernels.linear_logprob_backward(

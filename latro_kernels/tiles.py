@@ -24,10 +24,13 @@ from torch import Tensor
 
 from latro_kernels import native
 
-# A tile on the CPU: half of the last-level cache of a small server, and products large enough to
-# run at full speed. Measured: see `tile_shape`.
+# A tile on the CPU stays in the last-level cache of a small server. A larger one gains nothing, and
+# in a smaller one the products are too small to run at full speed.
 CPU_TILE_BYTES = 16 * 2**20
-MAX_TILE_ROWS = 1024
+# More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
+MAX_TILE_ROWS = 8192
+# The least H at which products in bf16 save more time than they lose digits.
+MIN_BF16_H = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +58,15 @@ class Head:
     @property
     def operand_dtype(self) -> torch.dtype:
         """The dtype in which products are made."""
-        dtype, on_cpu = self.hidden.dtype, self.hidden.device.type == "cpu"
-        # torch's CPU products are slow in fp16, and in bf16 where the processor lacks it; Triton
-        # runs on the CPU in its interpreter only.
-        native_dtype = dtype == torch.bfloat16 and self.backend == "cpu" and _multiplies_bf16()
-        return torch.float32 if on_cpu and not native_dtype else dtype
+        dtype = self.hidden.dtype
+        if self.hidden.device.type != "cpu":
+            return dtype
+        # On the CPU fp32 is at least as fast, and more exact, than fp16, than bf16 that the
+        # processor cannot multiply, and than short bf16 products. Triton's interpreter, whose
+        # kernels meet CPU tensors as well, is no place for speed.
+        long = self.hidden.shape[1] >= MIN_BF16_H
+        fast = dtype == torch.bfloat16 and self.backend == "cpu" and long and _multiplies_bf16()
+        return dtype if fast else torch.float32
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -121,10 +128,9 @@ def tile_shape(head: Head) -> tuple[int, int]:
     device = head.hidden.device
     if device.type == "cuda":
         tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        max_rows = 4 * MAX_TILE_ROWS
     else:
-        tile_bytes, max_rows = CPU_TILE_BYTES, MAX_TILE_ROWS
-    rows = max(1, min(len(head.hidden), max_rows))
+        tile_bytes = CPU_TILE_BYTES
+    rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
     columns = tile_bytes // (rows * head.tile_dtype.itemsize)
     # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
     return rows, min(len(head.weight), max(64, columns // 64 * 64))
@@ -236,19 +242,16 @@ def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, 
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out += a · b, or out = a · b for the first product of a sum."""
+    """out += a · b, or out = a · b for the first product of a sum; never rounded on the way."""
     if a.dtype != out.dtype and out.device.type == "cuda":
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             out += torch.mm(a, b, out_dtype=out.dtype)
-    elif a.dtype != out.dtype:
-        product = torch.mm(a, b)
-        if first:
-            out.copy_(product)
-        else:
-            out += product
-    elif first:
+        return
+    # On the CPU a product of bf16 comes out in bf16, so a sum of several is made in fp32.
+    a, b = a.to(out.dtype), b.to(out.dtype)
+    if first:
         torch.mm(a, b, out=out)
     else:
         out.addmm_(a, b)

@@ -1,0 +1,215 @@
+"""linear_logprob in Triton: the two folds over a tile of logits, one program a row.
+
+The formulas stand in `latro_kernels.linear_logprob`, the loops around the folds in
+`latro_kernels.tiles`. exp, tanh and expm1 are made of what the interpreter has as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latro_kernels.tiles import Head, RowGrad, RowState
+
+BLOCK_V = 1024
+
+
+@triton.jit
+def _tanh(x):
+    # An odd polynomial near 0, where the formula by exp would cancel; minimax on [0, 0.625].
+    s = x * x
+    t = -0.0057170366
+    t = t * s + 0.020650579
+    t = t * s - 0.053743495
+    t = t * s + 0.13331491
+    t = t * s - 0.33333284
+    small = x + x * s * t
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(magnitude, 10.0)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def _expm1(x):
+    # Taylor's series where exp(x) - 1 would cancel: below 0.5 the next term is under 2^-24.
+    series = 1.0 + x / 9
+    series = 1.0 + x / 8 * series
+    series = 1.0 + x / 7 * series
+    series = 1.0 + x / 6 * series
+    series = 1.0 + x / 5 * series
+    series = 1.0 + x / 4 * series
+    series = 1.0 + x / 3 * series
+    series = 1.0 + x / 2 * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _logits(
+    row_ptr,
+    bias_ptr,
+    columns,
+    mask,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """z of some columns of a row; -inf, which counts for nothing, outside of the mask."""
+    z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    if HAS_SOFTCAP:
+        z = softcap * _tanh(z / softcap)
+    return tl.where(mask, z / temperature, float("-inf"))
+
+
+@triton.jit
+def fold_kernel(
+    tile_ptr,
+    bias_ptr,
+    target_ptr,
+    peak_ptr,
+    total_ptr,
+    picked_ptr,
+    weighted_ptr,
+    columns,
+    first_column,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * columns
+    peak = tl.load(peak_ptr + row)
+    total = tl.load(total_ptr + row)
+    if WITH_ENTROPY:
+        weighted = tl.load(weighted_ptr + row)
+    for begin in range(0, columns, BLOCK_V):
+        j = begin + tl.arange(0, BLOCK_V)
+        z = _logits(row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+        largest = tl.maximum(peak, tl.max(z, 0))
+        # A row that is -inf so far has no peak to subtract.
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        drop = peak - shift
+        shrink = tl.exp(drop)
+        below = z - shift
+        e = tl.exp(below)
+        if WITH_ENTROPY:
+            # 0 * -inf counts as 0.
+            moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), 0)
+            weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total)) + moment
+        total = total * shrink + tl.sum(e, 0)
+        peak = largest
+    tl.store(peak_ptr + row, peak)
+    tl.store(total_ptr + row, total)
+    if WITH_ENTROPY:
+        tl.store(weighted_ptr + row, weighted)
+    hit = tl.load(target_ptr + row) - first_column
+    is_here = (hit >= 0) & (hit < columns)
+    picked = _logits(row_ptr, bias_ptr, hit, is_here, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+    tl.store(picked_ptr + row, picked, mask=is_here)
+
+
+@triton.jit
+def grad_kernel(
+    tile_ptr,
+    dtile_ptr,
+    bias_ptr,
+    target_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,
+    logp_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_total_ptr,
+    columns,
+    first_column,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * columns
+    hit = tl.load(target_ptr + row) - first_column
+    grad_logp = tl.load(grad_logp_ptr + row)
+    logp = tl.load(logp_ptr + row)
+    peak = tl.load(peak_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
+    if WITH_ENTROPY:
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    for begin in range(0, columns, BLOCK_V):
+        j = begin + tl.arange(0, BLOCK_V)
+        mask = j < columns
+        z = _logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+        log_p = tl.where(j == hit, logp, (z - peak) - log_total)
+        p = tl.exp(log_p)
+        # 1 - p by expm1: exact where p is close to 1.
+        dz = grad_logp * tl.where(j == hit, -_expm1(logp), -p)
+        if WITH_ENTROPY:
+            dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
+        if HAS_SOFTCAP:
+            tanh = z * temperature / softcap
+            dz *= 1.0 - tanh * tanh
+        tl.store(dtile_ptr + row * columns + j, dz / temperature, mask=mask)
+
+
+class TritonKernels:
+    """The folds as `latro_kernels.tiles` calls them."""
+
+    @staticmethod
+    def fold(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        state: RowState,
+        first_column: int,
+    ) -> None:
+        """Add a tile of products to the state of its rows."""
+        with torch.cuda.device_of(tile):
+            fold_kernel[(len(tile),)](
+                *(tile, bias, target),
+                *(state.peak, state.total, state.picked, state.weighted),
+                *(tile.shape[1], first_column, head.softcap, head.temperature),
+                HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=head.softcap > 0,
+                WITH_ENTROPY=state.weighted is not None,
+                BLOCK_V=BLOCK_V,
+            )
+
+    @staticmethod
+    def grad(
+        head: Head,
+        tile: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        grad: RowGrad,
+        first_column: int,
+    ) -> Tensor:
+        """The gradient with respect to a tile of products, in the dtype of the next product."""
+        dtile = (
+            tile
+            if tile.dtype == head.operand_dtype
+            else tile.new_empty(tile.shape, dtype=head.operand_dtype)
+        )
+        with torch.cuda.device_of(tile):
+            grad_kernel[(len(tile),)](
+                *(tile, dtile, bias, target),
+                *(grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
+                *(grad.peak, grad.log_total),
+                *(tile.shape[1], first_column, head.softcap, head.temperature),
+                HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=head.softcap > 0,
+                WITH_ENTROPY=grad.grad_entropy is not None,
+                BLOCK_V=BLOCK_V,
+            )
+        return dtile

@@ -1,0 +1,51 @@
+"""The Triton kernels of linear_logprob in the interpreter: test_triton_interpreted.py runs this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from latro_kernels.triton import linear_logprob as kernels
+from tests.latro_kernels.logprob_cases import fused, problem, solve, solve_all, truth
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+CASES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
+    ((1, 1, 1), torch.float32, {"bias": True, "entropy": True}),
+    ((5, 3, 101), torch.float32, {"softcap": 5.0, "temperature": 0.7, "entropy": True}),
+    ((26, 7, 211), torch.float32, {}),
+    ((5, 3, 101), torch.bfloat16, {"bias": True, "softcap": 30.0}),
+    ((5, 3, 101), torch.float16, {"entropy": True}),
+    ((6, 150, 397), torch.float32, {"rows": "peaked", "entropy": True}),
+    ((6, 150, 397), torch.bfloat16, {"rows": "peaked"}),
+    ((6, 9, 397), torch.float32, {"rows": "flat", "entropy": True}),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "options"), CASES)
+def test_matches_fp64(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    gate: Callable[[str, Tensor, Tensor, Tensor], None],
+    small_tiles: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_V", 64)
+    for name, ours, exact, plain in solve_all(problem(shape, dtype, **options), "triton"):
+        gate(name, ours, exact, plain)
+
+
+def test_logits_of_minus_infinity(small_tiles: None) -> None:
+    given = problem((4, 9, 300), bias=True, entropy=True)
+    given.bias[:250] = -torch.inf
+    given.target.fill_(260)
+    ours = solve(fused("triton", True), given)
+    exact = truth(given)
+    for name in ("logp", "entropy"):
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=1e-5, atol=1e-5)
+    assert not ours["dw"][:250].any()
+    assert ours["dx"].isfinite().all()
