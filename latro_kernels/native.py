@@ -96,7 +96,12 @@ def library(name: str) -> ctypes.CDLL:
         raise BackendUnavailableError(f"backend {name!r}: {path.name}: {error}") from error
     for symbol, (result, arguments) in signatures().items():
         if symbol.startswith(f"latro_{name}_"):
-            function = getattr(loaded, symbol)
+            function = getattr(loaded, symbol, None)
+            if function is None:
+                raise BackendUnavailableError(
+                    f"backend {name!r}: {path.name} has no {symbol}: it is older than latro.h; "
+                    "run `pip install -e .`"
+                )
             function.restype, function.argtypes = result, arguments
     return loaded
 
