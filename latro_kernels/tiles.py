@@ -167,7 +167,7 @@ def backward(
     dx, dw, db = _gradients(head, needs)
     if len(head.hidden) == 0:
         return dx, *(None if t is None else t.zero_() for t in (dw, db))
-    kernels, buffer = _kernels(head.backend), _tile_buffer(head)
+    kernels, buffer, operands = _kernels(head.backend), _tile_buffer(head), _Operands()
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
     one_block = tile_shape(head)[0] == len(head.hidden)
     in_place = head.operand_dtype == head.weight.dtype and (
@@ -181,9 +181,19 @@ def backward(
         for rows, x, tile in _tiles(head, weight, buffer):
             dz = kernels.grad(head, tile, bias, head.target[rows], grad.rows(rows), columns.start)
             if dx is not None:
-                _add_product(dx[rows], dz, weight, first=columns.start == 0)
+                _add_product(
+                    dx[rows],
+                    operands.of("dz", dz, dx),
+                    operands.of("weight", weight, dx),
+                    first=columns.start == 0,
+                )
             if slice_dw is not None:
-                _add_product(slice_dw, dz.t(), x, first=rows.start == 0)
+                _add_product(
+                    slice_dw,
+                    operands.of("dz", dz, slice_dw).t(),
+                    operands.of("x", x, slice_dw),
+                    first=rows.start == 0,
+                )
             if db is not None:
                 slice_db += dz.sum(0, dtype=torch.float32)
         if dw is not None and not in_place:
@@ -241,6 +251,26 @@ def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, 
         yield rows, x, tile
 
 
+class _Operands:
+    """Operands of the sums in fp32: on the CPU a product of bf16 comes out in bf16, rounded.
+
+    The copies are made in room that is kept from tile to tile, for fresh memory of that size is
+    slower to get than to fill.
+    """
+
+    def __init__(self) -> None:
+        self._room: dict[str, Tensor] = {}
+
+    def of(self, name: str, operand: Tensor, out: Tensor) -> Tensor:
+        """`operand` in the dtype that a sum in `out` takes; `name` tells the copies apart."""
+        if operand.dtype == out.dtype or out.device.type == "cuda":
+            return operand
+        room = self._room.get(name)
+        if room is None or room.numel() < operand.numel():
+            room = self._room[name] = torch.empty(operand.numel(), dtype=out.dtype)
+        return room[: operand.numel()].view(operand.shape).copy_(operand)
+
+
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out += a · b, or out = a · b for the first product of a sum; never rounded on the way."""
     if a.dtype != out.dtype and out.device.type == "cuda":
@@ -249,8 +279,6 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         else:
             out += torch.mm(a, b, out_dtype=out.dtype)
         return
-    # On the CPU a product of bf16 comes out in bf16, so a sum of several is made in fp32.
-    a, b = a.to(out.dtype), b.to(out.dtype)
     if first:
         torch.mm(a, b, out=out)
     else:
