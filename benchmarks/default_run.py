@@ -59,13 +59,15 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [run(seed, Path(folder) / str(seed)) for seed in args.seeds]
+        curve = (Path(folder) / str(args.seeds[0]) / "progress.png").read_bytes()
     packages = ("transformers", "accelerate", "datasets")
     where = report.environment(torch.device("cpu"), packages)
     report.write_json(args.out / "default_run.json", {"environment": where, "runs": runs})
+    report.write_bytes(args.out / "default_run.png", curve)
     for metric in METRICS[:2]:
         gains = [r["final"][metric] - r["base"][metric] for r in runs]
         print(f"{metric}: +{min(gains):.3f} to +{max(gains):.3f}")
-    print(f"written to {args.out / 'default_run.json'}")
+    print(f"default_run.json and default_run.png, the first seed's curve: {args.out}")
 
 
 if __name__ == "__main__":

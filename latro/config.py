@@ -46,6 +46,7 @@ class LatroConfig(TrainingArguments):
     output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(5e-7, "The initial learning rate.")
     per_device_train_batch_size: int = setting(3, "Prompts a device and step.")
+    per_device_eval_batch_size: int = setting(64, "Prompts a device and evaluation batch.")
     logging_steps: float = setting(1, "Log every so many updates.")
     remove_unused_columns: bool | None = setting(
         False, "Not used: the prompt and answer columns are no arguments of the model."

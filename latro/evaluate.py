@@ -11,11 +11,12 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from latro.config import DataArguments, ModelArguments, parse_arguments, setting
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.files import write_json
-from latro.loading import load_model, load_split
+from latro.loading import load_held_out, load_model
 from latro.scoring import Scorer
 from latro.tasks import get_task
 
@@ -34,7 +35,7 @@ class EvaluateArguments:
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Of the sampled completions.")
     batch_size: int = setting(64, "Problems a batch.")
-    seed: int = setting(42, "Decides the samples, and the problems where they are drawn.")
+    seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
     save_completions: bool = setting(False, "Keep every completion in the JSON.")
 
@@ -48,6 +49,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, EvaluateArguments), argv, prog="python -m latro.evaluate"
     )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     settings = EvaluationSettings(
         num_samples=args.num_samples,
         majority=tuple(k for k in args.majority if args.num_samples),
@@ -58,9 +61,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         progress=True,
     )
     task = get_task(data_args.dataset_name)
-    dataset = load_split(
-        task, data_args.eval_split, data_args, data_args.num_eval_examples, args.seed
-    )
+    dataset = load_held_out(task, data_args)
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
     metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)

@@ -63,18 +63,30 @@ def _attention(dtype: str) -> str | None:
     return None
 
 
-def load_split(
-    task: Task, split: str, args: DataArguments, num_examples: int | None, seed: int
-) -> Dataset:
-    """Rows of one split.
+def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:
+    """The training problems that the arguments name; `seed` draws them.
+
+    Raises:
+        ValueError: a missing file or a malformed row.
+    """
+    return _load(task, "train", args, args.num_train_examples, seed)
+
+
+def load_held_out(task: Task, args: DataArguments) -> Dataset:
+    """The held-out problems that the arguments name, the same ones for every seed of a run.
 
     Raises:
         ValueError: a missing file, a malformed row or an unknown split.
     """
+    return _load(task, args.eval_split, args, args.num_eval_examples, seed=0)
+
+
+def _load(
+    task: Task, split: str, args: DataArguments, num_examples: int | None, seed: int
+) -> Dataset:
+    path = args.dataset_path
     try:
-        return task.load(
-            split, dataset_path=args.dataset_path, num_examples=num_examples, seed=seed
-        )
+        return task.load(split, dataset_path=path, num_examples=num_examples, seed=seed)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
 

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from latro.callbacks import METRICS_FILE, PLOT_FILE
 from latro.config import DataArguments, LatroConfig, ModelArguments, parse_arguments
 from latro.files import write_json
-from latro.loading import last_whole_checkpoint, load_model, load_split
+from latro.loading import last_whole_checkpoint, load_held_out, load_model, load_train
 from latro.tasks import get_task
 from latro.trainer import LatroTrainer
 
@@ -39,14 +39,14 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, LatroConfig), argv, prog="python -m latro.train"
     )
-    # The library's remarks on its own defaults are none of the user's business here.
+    # The library's remarks on its own defaults, and its bars for each file read or written, are
+    # none of the user's business here.
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     resume = _checkpoint(args)
     task = get_task(data_args.dataset_name)
-    train_dataset = load_split(task, "train", data_args, data_args.num_train_examples, args.seed)
-    eval_dataset = load_split(
-        task, data_args.eval_split, data_args, data_args.num_eval_examples, args.seed
-    )
+    train_dataset = load_train(task, data_args, args.seed)
+    eval_dataset = load_held_out(task, data_args)
     model, tokenizer = load_model(model_args)
     # A run that goes on has its first evaluation behind it.
     args.eval_on_start = resume is None
