@@ -51,6 +51,18 @@ def test_samples_depend_on_the_seed_alone(tiny, tokenizer):
     assert len({tuple(ids) for ids in first[0]}) == 4
 
 
+def test_a_padding_token_that_is_the_end_token_is_no_special_case(tiny, tokenizer):
+    model = tiny()
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    options = {"num_samples": 4, "max_new_tokens": 8, "temperature": 1.0, "seed": 1}
+    without = generate(model, tokenizer, prompts, **options)
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        assert generate(model, tokenizer, prompts, **options) == without
+    finally:
+        tokenizer.pad_token = None
+
+
 def test_the_whole_distribution_is_sampled_whatever_the_generation_config_says(tiny, tokenizer):
     model = tiny()
     own = GenerationConfig(top_k=1, repetition_penalty=2.0, eos_token_id=tokenizer.eos_token_id)

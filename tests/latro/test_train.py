@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -134,6 +135,44 @@ def test_bad_input_leaves_the_output_folder_as_it_was(tmp_path, monkeypatch, arg
         train([*SMALL, "--output_dir", str(output), *argv])
     assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
     assert (output / "metrics.jsonl").read_text() == "earlier"
+
+
+def test_a_malformed_row_is_named(tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        '{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?"}\n'
+    )
+    options = ("--dataset_name", "gsm8k", "--dataset_path", str(tmp_path))
+    output = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"train\.jsonl:2: .*'answer'"):
+        train([*SMALL, "--output_dir", str(output), *options])
+    assert not output.exists()
+
+
+def test_weights_that_are_nan_are_refused(tiny, tokenizer, tmp_path):
+    model = tiny()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "metrics.jsonl").write_text("earlier")
+    with pytest.raises(ValueError, match="logits are not finite; the weights hold NaN"):
+        train(
+            [
+                *("--model_name_or_path", str(tmp_path / "model")),
+                *(*SMALL, "--output_dir", str(output)),
+            ]
+        )
+    assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
+    assert (output / "metrics.jsonl").read_text() == "earlier"
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tiny, tokenizer, tmp_path):
+    tiny(vocab_size=100).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens but .* has 100"):
+        train(["--model_name_or_path", str(tmp_path), *SMALL])
 
 
 def test_a_folder_with_another_runs_checkpoints_is_not_mixed(tmp_path):
