@@ -26,11 +26,13 @@ from latro_kernels import native
 
 # A tile on the CPU stays in the last-level cache of a small server. A larger one gains nothing, and
 # in a smaller one the products are too small to run at full speed.
-CPU_TILE_BYTES = 16 * 2**20
+CPU_TILE_BYTES = 8 * 2**20
 # More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
-MAX_TILE_ROWS = 8192
+MAX_TILE_ROWS = 4096
 # The least H at which products in bf16 save more time than they lose digits.
 MIN_BF16_H = 128
+# The part of a sum's length that is cast from bf16 at a time.
+CAST_LENGTH = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ def backward(
     dx, dw, db = _gradients(head, needs)
     if len(head.hidden) == 0:
         return dx, *(None if t is None else t.zero_() for t in (dw, db))
-    kernels, buffer, operands = _kernels(head.backend), _tile_buffer(head), _Operands()
+    kernels, buffer, sums = _kernels(head.backend), _tile_buffer(head), _Sum()
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
     one_block = tile_shape(head)[0] == len(head.hidden)
     in_place = head.operand_dtype == head.weight.dtype and (
@@ -181,19 +183,9 @@ def backward(
         for rows, x, tile in _tiles(head, weight, buffer):
             dz = kernels.grad(head, tile, bias, head.target[rows], grad.rows(rows), columns.start)
             if dx is not None:
-                _add_product(
-                    dx[rows],
-                    operands.of("dz", dz, dx),
-                    operands.of("weight", weight, dx),
-                    first=columns.start == 0,
-                )
+                sums.add(dx[rows], dz, weight, first=columns.start == 0)
             if slice_dw is not None:
-                _add_product(
-                    slice_dw,
-                    operands.of("dz", dz, slice_dw).t(),
-                    operands.of("x", x, slice_dw),
-                    first=rows.start == 0,
-                )
+                sums.add(slice_dw, dz.t(), x, first=rows.start == 0)
             if db is not None:
                 slice_db += dz.sum(0, dtype=torch.float32)
         if dw is not None and not in_place:
@@ -251,23 +243,33 @@ def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, 
         yield rows, x, tile
 
 
-class _Operands:
-    """Operands of the sums in fp32: on the CPU a product of bf16 comes out in bf16, rounded.
+class _Sum:
+    """Sums of products in fp32, also of bf16 ones on the CPU, which torch would round one by one.
 
-    The copies are made in room that is kept from tile to tile, for fresh memory of that size is
-    slower to get than to fill.
+    There the operands are cast a stretch at a time, in memory that is kept: fresh memory is slower
+    to get than to fill, and the whole of both would be four tiles more.
     """
 
     def __init__(self) -> None:
-        self._room: dict[str, Tensor] = {}
+        self._room = torch.empty(0), torch.empty(0)
 
-    def of(self, name: str, operand: Tensor, out: Tensor) -> Tensor:
-        """`operand` in the dtype that a sum in `out` takes; `name` tells the copies apart."""
-        if operand.dtype == out.dtype or out.device.type == "cuda":
-            return operand
-        room = self._room.get(name)
-        if room is None or room.numel() < operand.numel():
-            room = self._room[name] = torch.empty(operand.numel(), dtype=out.dtype)
+    def add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+        """out += a · b, or out = a · b for the first product of a sum."""
+        if a.dtype == out.dtype or out.device.type == "cuda":
+            _add_product(out, a, b, first=first)
+            return
+        for begin in range(0, a.shape[1], CAST_LENGTH):
+            stretch = slice(begin, begin + CAST_LENGTH)
+            _add_product(
+                out,
+                self._cast(0, a[:, stretch]),
+                self._cast(1, b[stretch]),
+                first=first and begin == 0,
+            )
+
+    def _cast(self, which: int, operand: Tensor) -> Tensor:
+        room = self._room[which]
+        room.resize_(max(room.numel(), operand.numel()))
         return room[: operand.numel()].view(operand.shape).copy_(operand)
 
 
