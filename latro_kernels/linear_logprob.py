@@ -122,7 +122,7 @@ def _backward(
     grad_logp: Tensor,
     grad_entropy: Tensor,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     head = _head(hidden, weight, target, bias, temperature, softcap, backend)
     grad = tiles.RowGrad(
         logp=logp,
@@ -138,7 +138,7 @@ def _backward(
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob_backward")
-def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
         hidden.new_empty(shape) if needed else _absent(hidden)
@@ -257,16 +257,20 @@ def linear_logprob(
 
 
 def _check(
-    hidden: object,
-    weight: object,
-    target: object,
-    bias: object,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
     temperature: object,
     softcap: object,
     backend: object,
 ) -> None:
     """Types, shapes, devices and numbers."""
-    shaped = [("hidden", hidden, 2), ("weight", weight, 2), ("target", target, 1)]
+    shaped: list[tuple[str, object, int]] = [
+        ("hidden", hidden, 2),
+        ("weight", weight, 2),
+        ("target", target, 1),
+    ]
     if bias is not None:
         shaped.append(("bias", bias, 1))
     for name, value, dimensions in shaped:

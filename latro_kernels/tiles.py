@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -93,7 +93,7 @@ class RowState:
     weighted: Tensor | None
 
     def rows(self, block: slice) -> RowState:
-        return RowState(*(None if t is None else t[block] for t in vars(self).values()))
+        return RowState(**_part(self, block))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +117,11 @@ class RowGrad:
     grad_entropy: Tensor | None
 
     def rows(self, block: slice | Tensor) -> RowGrad:
-        return RowGrad(*(None if t is None else t[block] for t in vars(self).values()))
+        return RowGrad(**_part(self, block))
+
+
+def _part(rows: RowState | RowGrad, block: slice | Tensor) -> dict[str, Any]:
+    return {name: None if t is None else t[block] for name, t in vars(rows).items()}
 
 
 def _multiplies_bf16() -> bool:
@@ -154,9 +158,7 @@ def forward(head: Head, with_entropy: bool) -> RowState:
     return state
 
 
-def backward(
-    head: Head, grad: RowGrad, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(head: Head, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias; None where `needs` says that nobody asks."""
     if head.hidden.device.type == "cpu":
         # Finding the rows that matter costs nothing here; on a GPU it would wait for the device.
@@ -188,7 +190,7 @@ def backward(
                 sums.add(slice_dw, dz.t(), x, first=rows.start == 0)
             if db is not None:
                 slice_db += dz.sum(0, dtype=torch.float32)
-        if dw is not None and not in_place:
+        if dw is not None and slice_dw is not None and not in_place:
             dw[columns] = slice_dw
         if db is not None:
             db[columns] = slice_db
@@ -196,8 +198,8 @@ def backward(
 
 
 def _backward_of(
-    index: Tensor, head: Head, grad: RowGrad, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    index: Tensor, head: Head, grad: RowGrad, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     """`backward` from the rows in `index` alone; the others get a gradient of zero."""
     some = replace(head, hidden=head.hidden[index], target=head.target[index])
     dx, dw, db = backward(some, grad.rows(index), needs)
@@ -206,9 +208,7 @@ def _backward_of(
     return dx, dw, db
 
 
-def _gradients(
-    head: Head, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(head: Head, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Room for dx, in fp32, and for dw and db."""
     device, dtype = head.hidden.device, head.hidden.dtype
     shapes = (head.hidden.shape, head.weight.shape, head.weight.shape[:1])
@@ -394,9 +394,9 @@ class _CudaKernels:
         return dz
 
 
-def _kernels(backend: str) -> type[_Kernels]:
+def _kernels(backend: str) -> _Kernels:
     if backend == "triton":
         from latro_kernels.triton.linear_logprob import TritonKernels
 
-        return TritonKernels
-    return _CpuKernels if backend == "cpu" else _CudaKernels
+        return TritonKernels()
+    return _CpuKernels() if backend == "cpu" else _CudaKernels()
