@@ -59,7 +59,10 @@ def constants() -> dict[str, int]:
 def signatures() -> dict[str, tuple[type, list[type]]]:
     """Each exported function's result type and argument types, as ctypes."""
     return {
-        m["name"]: (_ctype(m["result"]), [_ctype(arg) for arg in m["args"].split(",")])
+        m["name"]: (
+            _ctype(m["result"]),
+            [_ctype(arg) for arg in m["args"].split(",") if arg.strip() != "void"],
+        )
         for m in _DECLARATION.finditer(header())
     }
 

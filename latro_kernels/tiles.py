@@ -31,8 +31,6 @@ CPU_TILE_BYTES = 8 * 2**20
 MAX_TILE_ROWS = 4096
 # The least H at which products in bf16 save more time than they lose digits.
 MIN_BF16_H = 128
-# The part of a sum's length that is cast from bf16 at a time.
-CAST_LENGTH = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +65,10 @@ class Head:
         # processor cannot multiply, and than short bf16 products. Triton's interpreter, whose
         # kernels meet CPU tensors as well, is no place for speed.
         long = self.hidden.shape[1] >= MIN_BF16_H
-        fast = dtype == torch.bfloat16 and self.backend == "cpu" and long and _multiplies_bf16()
-        return dtype if fast else torch.float32
+        if dtype != torch.bfloat16 or self.backend != "cpu" or not long:
+            return torch.float32
+        supported = native.library("cpu").latro_cpu_matmul_bf16_supported()
+        return torch.bfloat16 if supported else torch.float32
 
     @property
     def tile_dtype(self) -> torch.dtype:
@@ -124,11 +124,6 @@ def _part(rows: RowState | RowGrad, block: slice | Tensor) -> dict[str, Any]:
     return {name: None if t is None else t[block] for name, t in vars(rows).items()}
 
 
-def _multiplies_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
 def tile_shape(head: Head) -> tuple[int, int]:
     """Rows and columns of a tile: a bound in bytes that depends on neither N nor V."""
     device = head.hidden.device
@@ -171,7 +166,7 @@ def backward(head: Head, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor
     dx, dw, db = _gradients(head, needs)
     if len(head.hidden) == 0:
         return dx, *(None if t is None else t.zero_() for t in (dw, db))
-    kernels, buffer, sums = _kernels(head.backend), _tile_buffer(head), _Sum()
+    kernels, buffer = _kernels(head.backend), _tile_buffer(head)
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
     one_block = tile_shape(head)[0] == len(head.hidden)
     in_place = head.operand_dtype == head.weight.dtype and (
@@ -185,9 +180,9 @@ def backward(head: Head, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor
         for rows, x, tile in _tiles(head, weight, buffer):
             dz = kernels.grad(head, tile, bias, head.target[rows], grad.rows(rows), columns.start)
             if dx is not None:
-                sums.add(dx[rows], dz, weight, first=columns.start == 0)
+                _add_product(dx[rows], dz, weight, first=columns.start == 0)
             if slice_dw is not None:
-                sums.add(slice_dw, dz.t(), x, first=rows.start == 0)
+                _add_product(slice_dw, dz.t(), x, first=rows.start == 0)
             if db is not None:
                 slice_db += dz.sum(0, dtype=torch.float32)
         if dw is not None and slice_dw is not None and not in_place:
@@ -243,48 +238,25 @@ def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, 
         yield rows, x, tile
 
 
-class _Sum:
-    """Sums of products in fp32, also of bf16 ones on the CPU, which torch would round one by one.
-
-    There the operands are cast a stretch at a time, in memory that is kept: fresh memory is slower
-    to get than to fill, and the whole of both would be four tiles more.
-    """
-
-    def __init__(self) -> None:
-        self._room = torch.empty(0), torch.empty(0)
-
-    def add(self, out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-        """out += a · b, or out = a · b for the first product of a sum."""
-        if a.dtype == out.dtype or out.device.type == "cuda":
-            _add_product(out, a, b, first=first)
-            return
-        for begin in range(0, a.shape[1], CAST_LENGTH):
-            stretch = slice(begin, begin + CAST_LENGTH)
-            _add_product(
-                out,
-                self._cast(0, a[:, stretch]),
-                self._cast(1, b[stretch]),
-                first=first and begin == 0,
-            )
-
-    def _cast(self, which: int, operand: Tensor) -> Tensor:
-        room = self._room[which]
-        room.resize_(max(room.numel(), operand.numel()))
-        return room[: operand.numel()].view(operand.shape).copy_(operand)
-
-
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out += a · b, or out = a · b for the first product of a sum; never rounded on the way."""
-    if a.dtype != out.dtype and out.device.type == "cuda":
+    """out += a · b, or out = a · b for the first product of a sum; a sum in fp32 is not rounded."""
+    if a.dtype == out.dtype:
+        if first:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
+    elif out.device.type == "cuda":
         if first:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
         else:
             out += torch.mm(a, b, out_dtype=out.dtype)
-        return
-    if first:
-        torch.mm(a, b, out=out)
     else:
-        out.addmm_(a, b)
+        # torch's product of bf16 on the CPU comes in bf16: each part of the sum would be rounded.
+        native.call(
+            "latro_cpu_matmul_bf16",
+            *(a, *a.stride(), b, *b.stride(), out, *out.shape, a.shape[1]),
+            *(not first, torch.get_num_threads()),
+        )
 
 
 class _Kernels(Protocol):

@@ -27,4 +27,5 @@ def test_triton_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
     assert "skipped" not in result.stdout, result.stdout

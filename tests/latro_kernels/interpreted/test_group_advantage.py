@@ -20,10 +20,6 @@ from tests.latro_kernels.group_cases import (
     run,
 )
 
-triton = pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    not triton.knobs.runtime.interpret, reason="runs through test_triton_interpreted.py"
-)
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(s.values()))
 
 
