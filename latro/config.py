@@ -54,6 +54,9 @@ class LatroConfig(TrainingArguments):
 
     dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
 
+    eval_split: str = setting(
+        "validation", "Held-out problems: validation, so that no choice is made on the test split."
+    )
     num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
     max_completion_length: int = setting(
         500, "The longest rationale, in tokens.", "response_length"
@@ -132,7 +135,6 @@ class DataArguments:
     )
     num_train_examples: int | None = setting(None, "Use so many training problems.")
     num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
-    eval_split: str = setting("test", "Held-out problems: validation or test.")
 
 
 def _at_least(name: str, value: float, least: float, why: str = "") -> None:

@@ -72,13 +72,13 @@ def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:
     return _load(task, "train", args, args.num_train_examples, seed)
 
 
-def load_held_out(task: Task, args: DataArguments) -> Dataset:
-    """The held-out problems that the arguments name, the same ones for every seed of a run.
+def load_held_out(task: Task, split: str, args: DataArguments) -> Dataset:
+    """Held-out problems, of "validation" or "test", the same ones for every seed of a run.
 
     Raises:
         ValueError: a missing file, a malformed row or an unknown split.
     """
-    return _load(task, args.eval_split, args, args.num_eval_examples, seed=0)
+    return _load(task, split, args, args.num_eval_examples, seed=0)
 
 
 def _load(

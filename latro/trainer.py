@@ -33,6 +33,7 @@ from latro.layout import MicroBatch, collate, group_layout, plan
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
 from latro.scoring import Scorer
+from latro.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro_kernels import GroupAdvantage, group_advantage
 
@@ -101,6 +102,7 @@ class LatroTrainer(Trainer):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._flos = 0
         self._micro_step = 0
+        self._stopwatch = Stopwatch(self.args.device)
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
         self.add_callback(MetricsFiles())
@@ -121,9 +123,8 @@ class LatroTrainer(Trainer):
         """Sample, score and backpropagate one batch of prompts; returns the detached loss."""
         started = time.perf_counter()
         model.train()
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), self._stopwatch.lap("time_rollout"):
             groups = self.rollout(inputs["examples"])
-        self._sums["time_rollout"] += time.perf_counter() - started
         num_groups = len(groups) * self.current_gradient_accumulation_steps
         loss = torch.zeros((), device=self.args.device)
         stats = torch.zeros(len(_STATISTICS), dtype=torch.float64, device=self.args.device)
@@ -133,7 +134,10 @@ class LatroTrainer(Trainer):
             stats += micro_stats
         self._record(stats, groups)
         self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
+        # The statistics have waited for the device, so the clock tells the whole step.
         self._sums["time_step"] += time.perf_counter() - started
+        for name, seconds in self._stopwatch.read().items():
+            self._sums[name] += seconds
         return loss
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
@@ -165,40 +169,38 @@ class LatroTrainer(Trainer):
         token budget comes in several: all are scored without gradient first, because an advantage
         needs its whole group, and then each is run once more for its gradient.
         """
-        started = time.perf_counter()
         batches = [collate(piece, self.args.device) for piece in micro.pieces]
         whole = len(batches) == 1
-        with self.compute_loss_context_manager():
-            with torch.set_grad_enabled(whole):
-                scores = [self.scorer(batch) for batch in batches]
-            logp = torch.cat([s.logp for s in scores])
-            ref_logp = None
-            if self.ref_scorer is not None:
-                with torch.no_grad():
-                    ref_logp = torch.cat([self.ref_scorer(batch).logp for batch in batches])
-        layout = group_layout(batches, self.args.num_generations, num_groups)
-        advantage = group_advantage(
-            logp.detach(),
-            ref_logp,
-            layout,
-            beta=self.args.beta,
-            answer_weight=self.args.answer_weight,
-            kl=self.args.kl,
-            unfinished=self.args.unfinished,
-            backend=self.args.backend,
-        )
-        scored = time.perf_counter()
-        self._sums["time_score"] += scored - started
+        with self._stopwatch.lap("time_score"):
+            with self.compute_loss_context_manager():
+                with torch.set_grad_enabled(whole):
+                    scores = [self.scorer(batch) for batch in batches]
+                logp = torch.cat([s.logp for s in scores])
+                ref_logp = None
+                if self.ref_scorer is not None:
+                    with torch.no_grad():
+                        ref_logp = torch.cat([self.ref_scorer(batch).logp for batch in batches])
+            layout = group_layout(batches, self.args.num_generations, num_groups)
+            advantage = group_advantage(
+                logp.detach(),
+                ref_logp,
+                layout,
+                beta=self.args.beta,
+                answer_weight=self.args.answer_weight,
+                kl=self.args.kl,
+                unfinished=self.args.unfinished,
+                backend=self.args.backend,
+            )
 
         loss = torch.zeros((), device=self.args.device)
         coefficients = advantage.coefficient.split([batch.num_rows for batch in batches])
-        for batch, score, coefficient in zip(batches, scores, coefficients, strict=True):
-            with self.compute_loss_context_manager():
-                piece_logp = score.logp if whole else self.scorer(batch).logp
-                piece_loss = (coefficient * piece_logp).sum()
-            self.accelerator.backward(piece_loss)
-            loss += piece_loss.detach()
-        self._sums["time_backward"] += time.perf_counter() - scored
+        with self._stopwatch.lap("time_backward"):
+            for batch, score, coefficient in zip(batches, scores, coefficients, strict=True):
+                with self.compute_loss_context_manager():
+                    piece_logp = score.logp if whole else self.scorer(batch).logp
+                    piece_loss = (coefficient * piece_logp).sum()
+                self.accelerator.backward(piece_loss)
+                loss += piece_loss.detach()
         self._flos += sum(self._batch_flos(batch.input_ids) for batch in batches)
         entropy = torch.cat([s.entropy for s in scores])
         return loss, _statistics(advantage, entropy, layout.offsets, self.args.num_generations)
