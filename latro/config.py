@@ -57,6 +57,7 @@ class LatroConfig(TrainingArguments):
     eval_split: str = setting(
         "validation", "Held-out problems: validation, so that no choice is made on the test split."
     )
+    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
     num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
     max_completion_length: int = setting(
         500, "The longest rationale, in tokens.", "response_length"
@@ -134,7 +135,6 @@ class DataArguments:
         None, "A folder with the raw files; without it the data comes from the hub."
     )
     num_train_examples: int | None = setting(None, "Use so many training problems.")
-    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
 
 
 def _at_least(name: str, value: float, least: float, why: str = "") -> None:

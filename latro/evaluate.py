@@ -29,6 +29,7 @@ class EvaluateArguments:
 
     output: str = setting("evaluation.json", "The JSON file to write.")
     eval_split: str = setting("test", "Which problems: validation or test.")
+    num_eval_examples: int | None = setting(None, "Evaluate on so many; without it, on all.")
     num_samples: int = setting(8, "Sampled completions a problem.")
     majority: list[int] = field(
         default_factory=lambda: [8], metadata={"help": "The k of maj@k, each at most num_samples."}
@@ -62,7 +63,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         progress=True,
     )
     task = get_task(data_args.dataset_name)
-    dataset = load_held_out(task, args.eval_split, data_args)
+    dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
     metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)

@@ -72,13 +72,13 @@ def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:
     return _load(task, "train", args, args.num_train_examples, seed)
 
 
-def load_held_out(task: Task, split: str, args: DataArguments) -> Dataset:
+def load_held_out(task: Task, split: str, args: DataArguments, num_examples: int | None) -> Dataset:
     """Held-out problems, of "validation" or "test", the same ones for every seed of a run.
 
     Raises:
         ValueError: a missing file, a malformed row or an unknown split.
     """
-    return _load(task, split, args, args.num_eval_examples, seed=0)
+    return _load(task, split, args, num_examples, seed=0)
 
 
 def _load(

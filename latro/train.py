@@ -46,7 +46,7 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     resume = _checkpoint(args)
     task = get_task(data_args.dataset_name)
     train_dataset = load_train(task, data_args, args.seed)
-    eval_dataset = load_held_out(task, args.eval_split, data_args)
+    eval_dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
     model, tokenizer = load_model(model_args)
     # A run that goes on has its first evaluation behind it.
     args.eval_on_start = resume is None
