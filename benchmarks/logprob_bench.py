@@ -199,6 +199,7 @@ def bench(
     sample = problem.rows(error_rows)
     truth = solve_fp64(sample)
 
+    print("  errors", end="", file=sys.stderr, flush=True)
     error: dict[str, dict[str, float]] = {}
     reasons: dict[str, str] = {}
     for name, logprob in found.items():
@@ -208,6 +209,7 @@ def bench(
             reasons[name] = reason(failure)
     del truth, sample
 
+    print(", times", end="", file=sys.stderr, flush=True)
     candidates = [bare_gemms(problem)]
     candidates += [TrainStep(found[name], problem).candidate(name) for name in error]
     reps, seconds = limits
@@ -215,6 +217,7 @@ def bench(
     times = {name: phases(laps) for name, laps in samples.items()}
     del candidates, problem
 
+    print(", memory", file=sys.stderr)
     rows = []
     for name, by_phase in times.items():
         is_bare = name == BARE_GEMMS
@@ -307,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
 
+    where = report.environment(device, PEER_PACKAGES)
     rows: list[Row] = []
     cannot_run: dict[tuple[str, str], list[str]] = {}  # (provider, reason) -> where
     for dtype in args.dtype:
@@ -319,16 +323,22 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows += more
             for absence in reasons.items():
                 cannot_run.setdefault(absence, []).append(f"{shape.name} {dtype}")
-    absent = [f"{name} ({', '.join(places)}): {why}" for (name, why), places in cannot_run.items()]
+            absent = [
+                f"{name} ({', '.join(places)}): {why}" for (name, why), places in cannot_run.items()
+            ]
+            # After each shape: a run that is cut off keeps what it has measured.
+            write(args.out, rows, absent, where)
+    logprob_report.show(rows, absent, where, args.out)
 
-    where = report.environment(device, PEER_PACKAGES)
-    report.write_csv(args.out / "logprob.csv", [logprob_report.flat(row) for row in rows])
+
+def write(out: Path, rows: Sequence[Row], absent: Sequence[str], where: dict[str, object]) -> None:
+    """The three files of the results so far."""
+    report.write_csv(out / "logprob.csv", [logprob_report.flat(row) for row in rows])
     report.write_json(
-        args.out / "logprob.json",
+        out / "logprob.json",
         {"environment": where, "cannot_run": absent, "rows": [asdict(row) for row in rows]},
     )
-    report.write_bytes(args.out / "logprob.png", logprob_report.plot(rows, where))
-    logprob_report.show(rows, absent, where, args.out)
+    report.write_bytes(out / "logprob.png", logprob_report.plot(rows, where))
 
 
 if __name__ == "__main__":

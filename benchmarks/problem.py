@@ -30,10 +30,7 @@ class Shape:
         return 6 * self.n * self.h * self.v
 
 
-CPU_SHAPES = (
-    Shape("cpu-8k", 1024, 1024, 8192),
-    Shape("cpu-1k", 1024, 1024, 32000),
-)
+CPU_SHAPES = (Shape("cpu-1k", 1024, 1024, 32000),)
 GPU_SHAPES = (
     Shape("llama-3.1-8b", 8192, 4096, 128256),
     Shape("mistral-7b", 8192, 4096, 32768),
@@ -42,6 +39,7 @@ GPU_SHAPES = (
 )
 OTHER_SHAPES = (
     Shape("quick", 128, 512, 8192),
+    Shape("cpu-8k", 1024, 1024, 8192),
     Shape("gpt2", 1024, 768, 50257),
 )
 SHAPES = {shape.name: shape for shape in (*CPU_SHAPES, *GPU_SHAPES, *OTHER_SHAPES)}

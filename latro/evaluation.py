@@ -14,7 +14,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from latro.layout import collate, plan
-from latro.prompts import encode_prompt
+from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
 from latro.scoring import Scorer
 from latro.tasks import Task
@@ -83,6 +83,9 @@ def evaluate_model(
         dataset: rows of the task; at least one.
         settings: how many samples, how long, and so on.
 
+    Raises:
+        ValueError: the dataset lacks a column or a row of it does not fit the model.
+
     Returns:
         Metrics, and one record a problem (prompt, answer, the completions and their grades).
         Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
@@ -95,6 +98,7 @@ def evaluate_model(
     modes = [("greedy", 0.0, 1)]
     if settings.num_samples:
         modes.append(("sampled", settings.temperature, settings.num_samples))
+    check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
     graded: dict[str, list[list[Completion]]] = {name: [] for name, _, _ in modes}
     starts = range(0, len(dataset), settings.batch_size)
     for start in track(starts, "evaluating", disable=not settings.progress, transient=True):

@@ -110,8 +110,16 @@ def test_the_command_line(tmp_path, capsys):
     assert "maj@2" in capsys.readouterr().out
 
 
-def test_a_bad_call_writes_nothing(tmp_path):
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--num_samples", "2", "--majority", "3"), "k from 1 to num_samples = 2"),
+        (("--max_completion_length", "100000"), "lower max_completion_length"),
+        (("--eval_split", "tset"), "tset"),
+    ],
+)
+def test_a_bad_call_writes_nothing(tmp_path, argv, message):
     output = tmp_path / "evaluation.json"
-    with pytest.raises(ValueError, match="k from 1 to num_samples = 2"):
-        evaluate(["--num_samples", "2", "--majority", "3", "--output", str(output)])
+    with pytest.raises(ValueError, match=message):
+        evaluate(["--output", str(output), *argv])
     assert not output.exists()
