@@ -15,6 +15,7 @@ the Trainer's.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -133,7 +134,9 @@ class LatroTrainer(Trainer):
             loss += micro_loss
             stats += micro_stats
         self._record(stats, groups)
-        self._micro_step = 0 if self.accelerator.sync_gradients else self._micro_step + 1
+        last = self.accelerator.sync_gradients
+        self._micro_step = 0 if last else self._micro_step + 1
+        self._sums["updates"] += last
         # The statistics have waited for the device, so the clock tells the whole step.
         self._sums["time_step"] += time.perf_counter() - started
         for name, seconds in self._stopwatch.read().items():
@@ -221,7 +224,7 @@ class LatroTrainer(Trainer):
         """Add a step's statistics to the sums; the step's one wait for the device."""
         values = dict(zip(_STATISTICS, stats.tolist(), strict=True))
         rollouts = [rollout for group in groups for rollout in group]
-        if not all(map(_is_finite, values.values())):
+        if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(
                 f"step {self.state.global_step}: the log-probs or advantages are not finite "
                 f"({values}); check the weights for NaN, lower the learning rate or use fp32. "
@@ -255,7 +258,7 @@ class LatroTrainer(Trainer):
     def _averages(self) -> dict[str, float]:
         sums = self._sums
         sequences, groups = sums["sequences"], sums["groups"]
-        updates = max(1, self.state.global_step - self._logged_step())
+        updates = max(1.0, sums["updates"])
         averages = {
             "reward": sums["answer_logp"] / sequences,
             "kl": sums["kl"] / sequences,
@@ -271,10 +274,6 @@ class LatroTrainer(Trainer):
             averages[name] = sums[name] / updates
         averages["peak_memory_gib"] = _peak_memory_gib(self.args.device)
         return averages
-
-    def _logged_step(self) -> int:
-        steps = [int(entry["step"]) for entry in self.state.log_history if "loss" in entry]
-        return steps[-1] if steps else int(self._initial_global_step)
 
     # Evaluation.
 
@@ -344,10 +343,6 @@ def _statistics(
             rationale.double().sum(),
         ]
     )
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
 
 
 def _peak_memory_gib(device: torch.device) -> float:
