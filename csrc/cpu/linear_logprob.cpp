@@ -1,91 +1,15 @@
 // linear_logprob on the CPU: the two folds over a tile of logits. The products around them are
 // torch's. A row is one thread's and is walked in blocks of a fixed width, so that the result does
 // not depend on the number of threads.
-#include <cmath>
-#include <limits>
-
 #include "latro.h"
-#include "vector_math.h"
+#include "softmax.h"
 
 namespace {
 
 using latro::bfloat16;
-
-// Columns taken at a time: three passes over a block hit the first-level cache.
-constexpr int64_t kBlock = 1024;
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// What lies between a product and the logit z: z = softcap * tanh((product + bias) / softcap) / T.
-struct Transform {
-  float softcap;  // 0: none
-  float temperature;
-
-  template <typename T>
-  void logits(const T* products, const float* bias, int64_t n, float* z) const {
-    if (bias != nullptr) {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) z[j] = latro::load(products[j]) + bias[j];
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) z[j] = latro::load(products[j]);
-    }
-    if (softcap > 0.0f) {
-      const float inverse = 1.0f / softcap;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) z[j] = softcap * latro::tanh_vec(z[j] * inverse);
-    }
-    const float scale = 1.0f / temperature;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) z[j] *= scale;
-  }
-
-  // From the gradient with respect to z to the one with respect to the product, in place.
-  void chain(const float* z, int64_t n, float* dz) const {
-    const float scale = 1.0f / temperature;
-    if (softcap > 0.0f) {
-      const float to_tanh = temperature / softcap;
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) {
-        const float tanh = z[j] * to_tanh;
-        dz[j] *= scale * (1.0f - tanh * tanh);
-      }
-    } else {
-#pragma omp simd
-      for (int64_t j = 0; j < n; ++j) dz[j] *= scale;
-    }
-  }
-};
-
-// The running state of one row. `weighted` is the sum of exp(z - peak) * (z - peak).
-struct State {
-  float peak, total, weighted;
-
-  void add(const float* z, int64_t n, bool entropy) {
-    float largest = peak;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
-    // A row that is -inf so far has no peak to subtract.
-    const float shift = largest == -kInfinity ? 0.0f : largest;
-    const float drop = peak - shift;
-    const float shrink = std::exp(drop);
-    float sum = 0.0f, moment = 0.0f;
-    if (entropy) {
-#pragma omp simd reduction(+ : sum, moment)
-      for (int64_t j = 0; j < n; ++j) {
-        const float distance = z[j] - shift;
-        const float e = latro::exp_vec(distance);
-        sum += e;
-        moment += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
-      }
-      weighted = shrink == 0.0f ? moment : shrink * (weighted + drop * total) + moment;
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += latro::exp_vec(z[j] - shift);
-    }
-    total = total * shrink + sum;
-    peak = largest;
-  }
-};
+using latro::kBlock;
+using latro::State;
+using latro::Transform;
 
 template <typename T>
 void fold_rows(const T* tile, const float* bias, const int64_t* target, float* peak, float* total,
@@ -116,30 +40,16 @@ void grad_rows(T* tile, const float* bias, const int64_t* target, const float* g
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     float z[kBlock], dz[kBlock];
-    const float g = grad_logp[i], shift = peak[i], log_sum = log_total[i];
-    const float h = grad_entropy != nullptr ? grad_entropy[i] : 0.0f;
-    const float mean = grad_entropy != nullptr ? entropy[i] : 0.0f;
+    const bool has_entropy = grad_entropy != nullptr;
+    const latro::RowGrad grad{grad_logp[i], has_entropy ? grad_entropy[i] : 0.0f,
+                              logp[i],      has_entropy ? entropy[i] : 0.0f,
+                              peak[i],      log_total[i],
+                              has_entropy};
     for (int64_t begin = 0; begin < cols; begin += kBlock) {
       const int64_t n = cols - begin < kBlock ? cols - begin : kBlock;
       T* block = tile + i * cols + begin;
       transform.logits(block, bias != nullptr ? bias + begin : nullptr, n, z);
-      if (grad_entropy != nullptr) {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) {
-          const float log_p = (z[j] - shift) - log_sum;
-          const float p = latro::exp_vec(log_p);
-          dz[j] = p == 0.0f ? 0.0f : -p * (g + h * (log_p + mean));
-        }
-      } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) dz[j] = -g * latro::exp_vec((z[j] - shift) - log_sum);
-      }
-      const int64_t hit = target[i] - first_col - begin;
-      if (hit >= 0 && hit < n) {
-        // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
-        dz[hit] = -g * std::expm1(logp[i]);
-        if (h != 0.0f) dz[hit] -= h * std::exp(logp[i]) * (logp[i] + mean);
-      }
+      grad.logits(z, n, target[i] - first_col - begin, dz);
       transform.chain(z, n, dz);
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) latro::store(dz[j], block + j);

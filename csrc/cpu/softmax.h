@@ -1,0 +1,120 @@
+// What happens to a row of logits between the products, and to its gradient: shared by every op
+// that folds logits on the CPU. All of it works on a short stretch of a row at a time.
+#ifndef LATRO_CPU_SOFTMAX_H_
+#define LATRO_CPU_SOFTMAX_H_
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "vector_math.h"
+
+namespace latro {
+
+constexpr int64_t kBlock = 1024;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// What lies between a product and the logit z: z = softcap * tanh((product + bias) / softcap) / T.
+struct Transform {
+  float softcap;  // 0: none
+  float temperature;
+
+  template <typename T>
+  void logits(const T* products, const float* bias, int64_t n, float* z) const {
+    if (bias != nullptr) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) z[j] = load(products[j]) + bias[j];
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) z[j] = load(products[j]);
+    }
+    if (softcap > 0.0f) {
+      const float inverse = 1.0f / softcap;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) z[j] = softcap * tanh_vec(z[j] * inverse);
+    }
+    const float scale = 1.0f / temperature;
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) z[j] *= scale;
+  }
+
+  // From the gradient with respect to z to the one with respect to the product, in place.
+  void chain(const float* z, int64_t n, float* dz) const {
+    const float scale = 1.0f / temperature;
+    if (softcap > 0.0f) {
+      const float to_tanh = temperature / softcap;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const float tanh = z[j] * to_tanh;
+        dz[j] *= scale * (1.0f - tanh * tanh);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) dz[j] *= scale;
+    }
+  }
+};
+
+// The running state of one row. `weighted` is the sum of exp(z - peak) * (z - peak).
+struct State {
+  float peak, total, weighted;
+
+  void add(const float* z, int64_t n, bool entropy) {
+    float largest = peak;
+#pragma omp simd reduction(max : largest)
+    for (int64_t j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
+    // A row that is -inf so far has no peak to subtract.
+    const float shift = largest == -kInfinity ? 0.0f : largest;
+    const float drop = peak - shift;
+    const float shrink = std::exp(drop);
+    float sum = 0.0f, moment = 0.0f;
+    if (entropy) {
+#pragma omp simd reduction(+ : sum, moment)
+      for (int64_t j = 0; j < n; ++j) {
+        const float distance = z[j] - shift;
+        const float e = exp_vec(distance);
+        sum += e;
+        moment += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
+      }
+      weighted = shrink == 0.0f ? moment : shrink * (weighted + drop * total) + moment;
+    } else {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < n; ++j) sum += exp_vec(z[j] - shift);
+    }
+    total = total * shrink + sum;
+    peak = largest;
+  }
+};
+
+// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.py.
+struct RowGrad {
+  float grad_logp, grad_entropy;  // upstream; grad_entropy 0 where there is none
+  float logp, entropy, peak, log_total;
+  bool has_entropy;
+
+  // The gradient with respect to n logits z; `hit` is the target's place, anywhere outside 0 .. n
+  // where it is not among them.
+  void logits(const float* z, int64_t n, int64_t hit, float* dz) const {
+    const float g = grad_logp, h = grad_entropy, mean = entropy, shift = peak, log_sum = log_total;
+    if (has_entropy) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) {
+        const float log_p = (z[j] - shift) - log_sum;
+        const float p = exp_vec(log_p);
+        dz[j] = p == 0.0f ? 0.0f : -p * (g + h * (log_p + mean));
+      }
+    } else {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) dz[j] = -g * exp_vec((z[j] - shift) - log_sum);
+    }
+    if (hit >= 0 && hit < n) {
+      // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
+      dz[hit] = -g * std::expm1(logp);
+      if (h != 0.0f) dz[hit] -= h * std::exp(logp) * (logp + mean);
+    }
+  }
+};
+
+}  // namespace latro
+
+#endif  // LATRO_CPU_SOFTMAX_H_
