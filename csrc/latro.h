@@ -57,35 +57,57 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
     float* coefficient, double* rewards, int64_t G, int64_t K, double scale, double beta,
     double answer_weight, int32_t kl_in_loss, int32_t exclude_unfinished, void* stream);
 
-/* linear_logprob: what happens to one tile of logits between the products.
+/* linear_logprob, whole, on the CPU.
  *
- * The tile holds rows x cols products hidden . weight, contiguous, for the vocabulary columns
- * first_col .. first_col + cols; bias[cols] or null is added to them. softcap 0 means none.
- * z = softcap * tanh((product + bias) / softcap) / temperature.
+ * hidden and weight are [N, H] and [V, H] of `dtype` with any steps (in elements); bias[V] or null;
+ * a target outside of 0 .. V - 1 is no column of this weight. bf16_products: whether bf16 is
+ * multiplied as it is, for a processor where `latro_cpu_bf16_products_supported` is 1, or as fp32.
  *
- * fold: adds the tile to the rows' running state: peak[rows], the maximum of z (start: -inf);
- * total[rows], the sum of exp(z - peak) (start: 0); weighted[rows] or null, the sum of
- * exp(z - peak) * (z - peak) (start: 0); picked[rows], z at the target, written when it is met.
+ *     z = softcap * tanh((hidden . weight + bias) / softcap) / temperature      softcap 0: none
  *
- * grad: turns the tile into the gradient with respect to the products. log_total is log(total);
- * grad_entropy and entropy are null when the entropy was not asked for. The CPU works in place;
- * CUDA reads an fp32 tile and writes dtile in the dtype of the products to come (dtile may be the
- * tile where that is fp32).
+ * forward fills peak[N], the maximum of z; total[N], the sum of exp(z - peak); picked[N], z at the
+ * target, -inf where it is no column; and, each or null, weighted[N], the sum of
+ * exp(z - peak) * (z - peak); pull[N, H], the sum over j other than the target of
+ * exp(z_j - peak) * (dz_j / dproduct_j) * weight_j; kept[N, kept_cols], the products of the first
+ * kept_cols columns, a multiple of 192 or V; block_peak[N, ceil(V / 96)], the maximum of z over
+ * each 96 columns.
+ *
+ * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1), from the
+ * forward's results (log_total = log(total); entropy and grad_entropy null where there is none). It
+ * fills dx[., H] in those rows, dw[V, H] in `dtype` and db[V], each or null. With block_peak, 12 of
+ * its rows by 96 columns are left out where they hold no target and no entry of dz reaches
+ * grad_filter.
  */
-LATRO_API int32_t latro_cpu_linear_logprob_fold(const void* tile, int32_t dtype, const float* bias,
-                                                const int64_t* target, float* peak, float* total,
-                                                float* picked, float* weighted, int64_t rows,
-                                                int64_t cols, int64_t first_col, float softcap,
-                                                float temperature, int64_t threads);
+LATRO_API int32_t latro_cpu_bf16_products_supported(void);
 
-LATRO_API int32_t latro_cpu_linear_logprob_grad(void* tile, int32_t dtype, const float* bias,
-                                                const int64_t* target, const float* grad_logp,
-                                                const float* grad_entropy, const float* logp,
-                                                const float* entropy, const float* peak,
-                                                const float* log_total, int64_t rows, int64_t cols,
-                                                int64_t first_col, float softcap, float temperature,
-                                                int64_t threads);
+LATRO_API int32_t latro_cpu_linear_logprob_forward(
+    const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
+    int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
+    const float* bias, const int64_t* target, float* peak, float* total, float* picked,
+    float* weighted, float* pull, float* kept, int64_t kept_cols, float* block_peak, int64_t N,
+    int64_t H, int64_t V, float softcap, float temperature, int64_t threads);
 
+LATRO_API int32_t latro_cpu_linear_logprob_backward(
+    const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
+    int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
+    const float* bias, const int64_t* target, const int64_t* rows, const float* grad_logp,
+    const float* grad_entropy, const float* logp, const float* entropy, const float* peak,
+    const float* log_total, const float* kept, int64_t kept_cols, const float* block_peak,
+    float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
+    float softcap, float temperature, int64_t threads);
+
+/* linear_logprob on CUDA: what happens to one tile of logits between the products.
+ *
+ * The tile holds rows x cols products, fp32, contiguous, for the vocabulary columns first_col ..
+ * first_col + cols; bias[cols] or null is added to them, and z is made of them as above.
+ *
+ * fold: adds the tile to the rows' running state: peak[rows] (start: -inf), total[rows] (start: 0),
+ * weighted[rows] or null (start: 0); picked[rows] is written when the target is met.
+ *
+ * grad: turns the tile into the gradient with respect to the products, written to dtile in the
+ * dtype of the products to come (dtile may be the tile where that is fp32). log_total is
+ * log(total); grad_entropy and entropy are null where the entropy was not asked for.
+ */
 LATRO_API int32_t latro_cuda_linear_logprob_fold(const float* tile, const float* bias,
                                                  const int64_t* target, float* peak, float* total,
                                                  float* picked, float* weighted, int64_t rows,
@@ -99,17 +121,6 @@ LATRO_API int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile,
                                                  const float* peak, const float* log_total,
                                                  int64_t rows, int64_t cols, int64_t first_col,
                                                  float softcap, float temperature, void* stream);
-
-/* matmul_bf16: c[rows, cols] = a[rows, length] . b[length, cols], or += with accumulate; bf16
- * operands with any steps (in elements), fp32 sums and an fp32 result, contiguous. Needs a
- * processor for which `supported` is 1.
- */
-LATRO_API int32_t latro_cpu_matmul_bf16_supported(void);
-
-LATRO_API int32_t latro_cpu_matmul_bf16(const void* a, int64_t a_row_step, int64_t a_k_step,
-                                        const void* b, int64_t b_k_step, int64_t b_col_step,
-                                        float* c, int64_t rows, int64_t cols, int64_t length,
-                                        int32_t accumulate, int64_t threads);
 
 /* What a status that a CUDA launcher returned means. */
 LATRO_API const char* latro_cuda_error_string(int32_t status);

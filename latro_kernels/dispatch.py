@@ -30,7 +30,7 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BAC
         BackendUnavailableError: the backend's library or package is not installed.
     """
     if backend == "auto":
-        backend = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
+        backend = default_backend(device)
     if backend not in supported:
         raise ValueError(
             f"backend: expected 'auto' or one of {', '.join(map(repr, supported))}, got {backend!r}"
@@ -49,6 +49,11 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BAC
         if device.type != "cuda" and not _interpreted():
             _require_device(backend, device, "cuda")
     return backend
+
+
+def default_backend(device: torch.device) -> str:
+    """What "auto" stands for."""
+    return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
 
 
 def _interpreted() -> bool:

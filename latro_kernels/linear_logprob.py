@@ -15,21 +15,49 @@ For upstream gradients g of logp and h of the entropy
     dx = ∂/∂a · W        dW = (∂/∂a)ᵀ · x        db = Σ_n ∂/∂a
 
 In the target's column 1 − p_t is −expm1(logp): where p_t is close to 1 the subtraction would lose
-the digits that are left, and that is where answer tokens live. The logits are made a tile at a
-time, forward and again backward; `tiles` does that. The online sum of exponentials is Milakov and
-Gimelshein's, "Online normalizer calculation for softmax", arXiv 1805.02867.
+the digits that are left, and that is where answer tokens live. The online sum of exponentials is
+Milakov and Gimelshein's, "Online normalizer calculation for softmax", arXiv 1805.02867.
+
+In units of N·H·V floating-point operations a matrix product over the head is 2. The forward is 2;
+the backward makes the logits again, 2, and two products with dz, 4. Less is done where
+
+- products that the forward made fit the memory budget: they are kept, and the 2 are saved;
+- the head is frozen, and nobody asks for the entropy's gradient: the forward then makes
+
+      u = ∂logp/∂x = (1 − p_t)·s_t·w_t − Σ_{j≠t} p_j·s_j·w_j        s_j = ∂z_j/∂a_j
+
+  as it goes, from sums that are rescaled as the maximum moves, and the backward is dx = g·u: 4 in
+  all, and no logits again;
+- rows have no upstream gradient, or, with `grad_filter`, blocks of the vocabulary have no
+  probability for some rows: they are left out.
+
+With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
+row forward, and sum dx backward. `head` says what the backends `cpu` and `tiles` have to provide.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from latro_kernels import tiles
-from latro_kernels.dispatch import resolve
+from latro_kernels import cpu, tiles, vocab_parallel
+from latro_kernels.checks import (
+    check_device,
+    check_float_dtype,
+    check_positive,
+    check_target,
+    check_target_values,
+    check_tensor,
+    check_type,
+)
+from latro_kernels.dispatch import default_backend, resolve
+from latro_kernels.head import DEFAULT_MEMORY_BUDGET, Head, RowGrad, State, Wanted
 
 
 def reference(
@@ -56,16 +84,22 @@ def reference(
 torch.library.define(
     "latro_kernels::linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, bool with_entropy, str backend) -> "
-    "(Tensor logp, Tensor entropy, Tensor peak, Tensor log_total)",
+    "float softcap, str backend, bool weighted, bool pull, bool block_peak, int memory_budget) -> "
+    "(Tensor peak, Tensor total, Tensor picked, Tensor weighted, Tensor pull, Tensor kept, "
+    "Tensor block_peak)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_backward",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, bool with_entropy, str backend, Tensor logp, Tensor entropy, Tensor peak, "
-    "Tensor log_total, Tensor grad_logp, Tensor grad_entropy, bool[3] needs) -> "
-    "(Tensor dx, Tensor dw, Tensor db)",
+    "float softcap, str backend, Tensor logp, Tensor? entropy, Tensor peak, Tensor log_total, "
+    "Tensor grad_logp, Tensor? grad_entropy, Tensor kept, Tensor? block_peak, float grad_filter, "
+    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
 )
+torch.library.define(
+    "latro_kernels::linear_logprob_frozen_backward",
+    "(Tensor weight, Tensor target, Tensor pull, Tensor of_pull, Tensor of_target) -> Tensor dx",
+)
+torch.library.define("latro_kernels::check_target", "(Tensor target, int V) -> ()")
 
 
 @torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
@@ -76,18 +110,14 @@ def _forward(
     bias: Tensor | None,
     temperature: float,
     softcap: float,
-    with_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    head = _head(hidden, weight, target, bias, temperature, softcap, backend)
-    _check_target_values(target, len(weight))
+    *wanted: Any,
+) -> tuple[Tensor, ...]:
+    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        state = tiles.forward(head, with_entropy)
-    log_total = state.total.log()
-    entropy = _absent(hidden)
-    if state.weighted is not None:
-        entropy = log_total - state.weighted / state.total
-    return (state.picked - state.peak) - log_total, entropy, state.peak, log_total
+        return _outputs(_driver(backend).forward(head, Wanted(*wanted)))
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
@@ -98,11 +128,12 @@ def _(
     bias: Tensor | None,
     temperature: float,
     softcap: float,
-    with_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logp, peak, log_total = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
-    return logp, torch.empty_like(logp) if with_entropy else _absent(hidden), peak, log_total
+    *wanted: Any,
+) -> tuple[Tensor, ...]:
+    backend = default_backend(hidden.device) if backend == "auto" else backend
+    head = Head(hidden, weight, target, bias, temperature, softcap, backend)
+    return _outputs(_driver(backend).empty_state(head, Wanted(*wanted)))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
@@ -113,56 +144,91 @@ def _backward(
     bias: Tensor | None,
     temperature: float,
     softcap: float,
-    with_entropy: bool,
     backend: str,
-    logp: Tensor,
-    entropy: Tensor,
-    peak: Tensor,
-    log_total: Tensor,
-    grad_logp: Tensor,
-    grad_entropy: Tensor,
-    needs: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    head = _head(hidden, weight, target, bias, temperature, softcap, backend)
-    grad = tiles.RowGrad(
-        logp=logp,
-        entropy=entropy if with_entropy else None,
-        peak=peak,
-        log_total=log_total,
-        grad_logp=grad_logp.contiguous(),
-        grad_entropy=grad_entropy.contiguous() if with_entropy else None,
-    )
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
+    *rows, kept, block_peak, grad_filter, needs = arguments
+    grad = RowGrad(*(None if t is None else t.contiguous() for t in rows))
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = tiles.backward(head, grad, tuple(needs))
+        gradients = _driver(backend).backward(
+            head, grad, kept, block_peak, grad_filter, tuple(needs)
+        )
     return tuple(_absent(hidden) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob_backward")
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (torch.float32, weight.dtype, weight.dtype)
     return tuple(
-        hidden.new_empty(shape) if needed else _absent(hidden)
-        for shape, needed in zip(shapes, arguments[-1], strict=True)
+        hidden.new_empty(shape, dtype=dtype) if needed else _absent(hidden)
+        for shape, dtype, needed in zip(shapes, dtypes, arguments[-1], strict=True)
     )
 
 
-def _head(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-) -> tiles.Head:
-    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    backend = resolve(backend, hidden.device)
-    return tiles.Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
+@torch.library.impl("latro_kernels::linear_logprob_frozen_backward", ("cpu", "cuda"))
+def _frozen_backward(
+    weight: Tensor, target: Tensor, pull: Tensor, of_pull: Tensor, of_target: Tensor
+) -> Tensor:
+    """dx = of_pull·pull + of_target·w_target, a tile of rows at a time; 0 where both are 0."""
+    dx = torch.empty_like(pull)
+    for rows in torch.arange(len(pull)).split(_ROWS_AT_ONCE):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        # Elsewhere than in this weight, of_target is 0.
+        of_rows = weight[target[block].clamp(0, len(weight) - 1)].float()
+        dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(pull[block], of_pull[block, None])
+    # A row that counts for nothing may hold NaN.
+    return dx.masked_fill_(((of_pull == 0) & (of_target == 0))[:, None], 0)
+
+
+@torch.library.register_fake("latro_kernels::linear_logprob_frozen_backward")
+def _(weight: Tensor, target: Tensor, pull: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(pull)
+
+
+torch.library.impl("latro_kernels::check_target", ("cpu", "cuda"))(check_target_values)
+
+
+@torch.library.register_fake("latro_kernels::check_target")
+def _(target: Tensor, V: int) -> None:
+    return None
+
+
+# Of a gather of weight rows: bounds its memory.
+_ROWS_AT_ONCE = 1024
+
+
+def _driver(backend: str) -> ModuleType:
+    return cpu if backend == "cpu" else tiles
 
 
 def _absent(like: Tensor) -> Tensor:
     """Stands for an output that was not asked for: an op returns tensors, never None."""
     return like.new_empty(0, dtype=torch.float32)
+
+
+def _outputs(state: State) -> tuple[Tensor, ...]:
+    return tuple(_absent(state.peak) if t is None else t for t in vars(state).values())
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `linear_logprob` was asked for, and what follows from which inputs have gradients."""
+
+    temperature: float
+    softcap: float
+    backend: str
+    with_entropy: bool
+    memory_budget: int
+    grad_filter: float
+    frozen: bool
+    group: ProcessGroup | None
+
+    @property
+    def head(self) -> tuple[float, float, str]:
+        return self.temperature, self.softcap, self.backend
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -173,29 +239,87 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        settings: tuple[float, float, bool, str],
-    ) -> tuple[Tensor, Tensor]:
-        logp, entropy, peak, log_total = torch.ops.latro_kernels.linear_logprob(
-            hidden, weight, target, bias, *settings
+        options: _Options,
+    ) -> tuple[Tensor, Tensor | None]:
+        V: int | Tensor = len(weight)
+        if options.group is not None:
+            first, V = vocab_parallel.place(weight, options.group)
+            check_target_values(target, V)
+            target = target - first
+        else:
+            torch.ops.latro_kernels.check_target(target, V)
+        peak, total, picked, weighted, pull, kept, block_peak = (
+            torch.ops.latro_kernels.linear_logprob(
+                *(hidden, weight, target, bias, *options.head),
+                *(options.with_entropy, options.frozen, options.grad_filter > 0),
+                options.memory_budget,
+            )
         )
-        ctx.save_for_backward(hidden, weight, target, bias, logp, entropy, peak, log_total)
-        ctx.settings = settings
+        own_peak = peak
+        if options.group is not None:
+            peak, total, picked, weighted = vocab_parallel.merge(
+                peak, total, picked, weighted, options.group
+            )
+        log_total = total.log()
+        logp = (picked - peak) - log_total
+        entropy = log_total - weighted / total if options.with_entropy else None
+        # What turns the pull, which was summed under this rank's own peak, into probabilities.
+        scale = torch.exp(own_peak - peak) / total
+        ctx.save_for_backward(
+            *(hidden, weight, target, bias, logp, entropy, peak, log_total, picked),
+            *(scale, pull, kept, block_peak),
+        )
+        ctx.options = options
+        ctx.set_materialize_grads(False)
         return logp, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_logprob has no double backward; use backend='reference' for create_graph"
             )
-        hidden, weight, target, bias, *kept = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        gradients = torch.ops.latro_kernels.linear_logprob_backward(
-            hidden, weight, target, bias, *ctx.settings, *kept, grad_logp, grad_entropy, needs
+        options: _Options = ctx.options
+        hidden, weight, target, bias, logp, entropy, peak, log_total, picked, *rest = (
+            ctx.saved_tensors
         )
-        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        scale, pull, kept, block_peak = rest
+        needs = ctx.needs_input_grad[:3]
+        if grad_logp is None:
+            grad_logp = torch.zeros_like(logp)
+        dw = db = None
+        if options.frozen and grad_entropy is None:
+            slope = _slope(picked, options) * -torch.expm1(logp)
+            is_here = (target >= 0) & (target < len(weight))
+            dx = torch.ops.latro_kernels.linear_logprob_frozen_backward(
+                weight,
+                target,
+                pull,
+                -grad_logp * scale,
+                torch.where(is_here & (grad_logp != 0), grad_logp * slope, 0),
+            )
+        else:
+            dx, dw, db = torch.ops.latro_kernels.linear_logprob_backward(
+                *(hidden, weight, target, bias, *options.head),
+                *(logp, None if grad_entropy is None else entropy, peak, log_total),
+                *(grad_logp, grad_entropy, kept),
+                *(block_peak if options.grad_filter > 0 else None, options.grad_filter, needs),
+            )
+        if needs[0]:
+            if options.group is not None:
+                vocab_parallel.sum_(dx, options.group)
+            dx = dx.to(hidden.dtype)
+        wanted = (g if needed else None for g, needed in zip((dx, dw, db), needs, strict=True))
         return *wanted, None, None
+
+
+def _slope(z: Tensor, options: _Options) -> Tensor:
+    """∂z/∂a where the logit is z."""
+    tanh = z * (options.temperature / options.softcap) if options.softcap else torch.zeros_like(z)
+    return (1 - tanh * tanh) / options.temperature
 
 
 def linear_logprob(
@@ -208,6 +332,9 @@ def linear_logprob(
     softcap: float | None = None,
     return_entropy: bool = False,
     backend: str = "auto",
+    memory_budget: int | None = None,
+    grad_filter: float = 0.0,
+    group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of `target` under the LM head, differentiable, without a tensor of logits.
 
@@ -217,9 +344,19 @@ def linear_logprob(
         logp = torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
 
     in memory that grows with N, not with N·V. Products are made in the dtype of `hidden` and summed
-    in fp32 (on the CPU torch rounds each bf16 product once); everything after them is fp32. Under
-    autocast, hidden, weight and bias are cast as `linear` casts them. Rows whose upstream gradient
-    is 0 cost nothing in a backward on the CPU. There is no double backward.
+    in fp32; everything after them is fp32. Under autocast, hidden, weight and bias are cast as
+    `linear` casts them. There is no double backward.
+
+    Where neither weight nor bias requires a gradient, the forward makes the gradient of hidden as
+    well, in an fp32 tensor [N, H] that stands for the products' second making; the entropy's
+    gradient, should anyone ask for it, is then made from the logits again.
+
+    On the CPU, rows whose upstream gradient is 0 cost nothing in a backward, and a row's log-prob,
+    entropy and dx are the same bits whatever other rows stand beside it and on any number of
+    threads (with `grad_filter`, dx within its bound). Elsewhere that is up to torch's products.
+
+    Memory beyond inputs, outputs and gradients is `memory_budget`, numbers per row, a tile whose
+    size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its gradient.
 
     Args:
         hidden: [N, H] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
@@ -230,17 +367,31 @@ def linear_logprob(
         softcap: c of c·tanh(logits / c), before the temperature; above 0, None for none.
         return_entropy: whether to return the entropy of each row's distribution too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
+        memory_budget: bytes of products to keep for the backward, which makes the rest again; no
+            bit of any result depends on it. None: 64 MiB on the CPU, 512 MiB on a GPU. Nothing is
+            kept where it would not be used.
+        grad_filter: ε. The backward leaves out blocks of rows and columns (on the CPU 12 × 96) that
+            hold no target and in which |∂loss/∂z| < ε everywhere by the maxima that the forward
+            keeps, one fp32 per row and 96 columns. With |∂z/∂a| ≤ 1/temperature, no entry of dX is
+            off by more than ε/temperature · Σ_j |W_jh|, none of dW by ε/temperature · Σ_n |X_nh|.
+            0: exact. A frozen head has no use for it, and "reference" is always exact.
+        group: the ranks that hold the vocabulary between them, `weight` and `bias` being this
+            rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
+            same hidden and target (numbered over the whole vocabulary), gets the same result and
+            the whole dx, and its own slice's dw and db.
 
     Returns:
         logp [N], fp32, nats; with `return_entropy` the pair logp [N], entropy [N], fp32, nats.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape, device or value, or an unknown backend. A target
-            out of range raises on the CPU; on a GPU it stops the device, as no value is read back.
+        ValueError: an argument of the wrong shape, device or value, an unknown backend, or an
+            option that the backend does not have. A target out of range raises on the CPU; on a GPU
+            it stops the device, as no value is read back.
         BackendUnavailableError: the backend cannot run here.
     """
     _check(hidden, weight, target, bias, temperature, softcap, backend)
+    _check_options(hidden.device, backend, memory_budget, grad_filter, group)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -248,11 +399,26 @@ def linear_logprob(
         bias = None if bias is None else bias.to(dtype)
     _check_dtypes(hidden, weight, bias, backend)
     if backend == "reference":
-        _check_target_values(target, len(weight))
+        check_target_values(target, len(weight))
         logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
-    else:
-        settings = (float(temperature), float(softcap or 0.0), return_entropy, backend)
-        logp, entropy = _LinearLogprob.apply(hidden, weight, bias, target, settings)
+        return (logp, entropy) if return_entropy else logp
+    has_grad = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+    if not torch.is_grad_enabled():
+        has_grad = [False] * 3
+    frozen = has_grad == [True, False, False]
+    if memory_budget is None:
+        memory_budget = DEFAULT_MEMORY_BUDGET[device_type]
+    options = _Options(
+        temperature=float(temperature),
+        softcap=float(softcap or 0.0),
+        backend=backend,
+        with_entropy=return_entropy,
+        memory_budget=memory_budget if any(has_grad) and not frozen else 0,
+        grad_filter=float(grad_filter) if any(has_grad) and not frozen else 0.0,
+        frozen=frozen,
+        group=group,
+    )
+    logp, entropy = _LinearLogprob.apply(hidden, weight, bias, target, options)
     return (logp, entropy) if return_entropy else logp
 
 
@@ -266,73 +432,66 @@ def _check(
     backend: object,
 ) -> None:
     """Types, shapes, devices and numbers."""
-    shaped: list[tuple[str, object, int]] = [
+    for name, value, dimensions in (
         ("hidden", hidden, 2),
         ("weight", weight, 2),
         ("target", target, 1),
-    ]
-    if bias is not None:
-        shaped.append(("bias", bias, 1))
-    for name, value, dimensions in shaped:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-        if value.dim() != dimensions:
-            raise ValueError(
-                f"{name}: expected {dimensions} dimension{'s'[: dimensions - 1]}, "
-                f"got shape {tuple(value.shape)}"
-            )
-        if value.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected the device of hidden, {hidden.device}, got {value.device}"
-            )
+        ("bias", bias, 1),
+    ):
+        if name != "bias" or value is not None:
+            check_tensor(name, value, dimensions)
+            check_device(name, value, "hidden", hidden)
     (N, H), V = hidden.shape, weight.shape[0]
     if V == 0 or H == 0 or weight.shape[1] != H:
         raise ValueError(
             f"weight: expected shape [V, H] with V > 0 and H = {H} > 0, as in hidden, "
             f"got {tuple(weight.shape)}"
         )
-    if target.shape[0] != N:
-        raise ValueError(
-            f"target: expected shape ({N},), as hidden has rows, got {target.shape[0]}"
-        )
+    check_target(target, "hidden", N)
     if bias is not None and bias.shape[0] != V:
         raise ValueError(f"bias: expected shape ({V},), as weight has rows, got {bias.shape[0]}")
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
-    _check_positive("temperature", temperature)
+    check_positive("temperature", temperature)
     if softcap is not None:
-        _check_positive("softcap", softcap)
-    if not isinstance(backend, str):
-        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+        check_positive("softcap", softcap)
+    check_type("backend", backend, str)
 
 
-def _check_positive(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+def _check_options(
+    device: torch.device,
+    backend: str,
+    memory_budget: object,
+    grad_filter: object,
+    group: object,
+) -> None:
+    if memory_budget is not None:
+        if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
+            raise TypeError(
+                f"memory_budget: expected bytes as an int, got {type(memory_budget).__name__}"
+            )
+        if memory_budget < 0:
+            raise ValueError(f"memory_budget: expected 0 or more bytes, got {memory_budget}")
+    if not isinstance(grad_filter, (int, float)) or isinstance(grad_filter, bool):
+        raise TypeError(f"grad_filter: expected a float, got {type(grad_filter).__name__}")
+    if not 0 <= grad_filter < math.inf:
+        raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")
+    runs_on = default_backend(device) if backend == "auto" else backend
+    if grad_filter > 0 and runs_on not in ("cpu", "reference"):
+        raise ValueError(
+            f"grad_filter: expected 0 with backend {runs_on!r}, which has no filter, "
+            f"got {grad_filter}"
+        )
+    if group is not None:
+        check_type("group", group, ProcessGroup)
+        if backend == "reference":
+            raise ValueError(
+                "group: expected None with backend 'reference', which takes the whole weight"
+            )
 
 
 def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if backend == "reference":
-        allowed.append(torch.float64)
-    if hidden.dtype not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise TypeError(f"hidden: expected dtype {expected}, got {hidden.dtype}")
+    check_float_dtype("hidden", hidden, backend)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != hidden.dtype:
             raise TypeError(
                 f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}"
             )
-
-
-def _check_target_values(target: Tensor, V: int) -> None:
-    bad = (target < 0) | (target >= V)
-    if target.device.type != "cpu":
-        torch._assert_async(~bad.any(), f"target: expected values in 0..{V - 1}")
-    elif bool(bad.any()):
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"target: expected values in 0..{V - 1}, got {int(target[row])} in row {row}"
-        )

@@ -1,8 +1,9 @@
-"""The LM head in tiles: products by torch, everything between them by a fold kernel.
+"""`linear_logprob` in tiles, for the GPU backends: products by torch, folds by a kernel.
 
 A tile is the products hidden[rows] · weight[columns]ᵀ of a block of rows and a slice of the
-vocabulary. The forward folds each tile into four numbers per row and drops it. The backward makes
-it again and turns it into the gradient dz with respect to the products, from which
+vocabulary. The forward folds each tile into a few numbers per row and drops it, or keeps it where
+the memory budget has room. The backward takes the kept tile, or makes it again, and turns it into
+the gradient dz with respect to the products, from which
 
     dx[rows]    += dz · weight[columns]
     dw[columns] += dzᵀ · hidden[rows]
@@ -16,112 +17,18 @@ than the weight's.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from latro_kernels import native
+from latro_kernels.head import Head, RowGrad, State, Wanted, kept_columns
 
-# A tile on the CPU stays in the last-level cache of a small server. A larger one gains nothing, and
-# in a smaller one the products are too small to run at full speed.
-CPU_TILE_BYTES = 8 * 2**20
 # More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
 MAX_TILE_ROWS = 4096
-# The least H at which products in bf16 save more time than they lose digits.
-MIN_BF16_H = 128
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The problem: logits z = softcap · tanh((hidden · weightᵀ + bias) / softcap) / temperature.
-
-    Args:
-        hidden: [N, H].
-        weight: [V, H], dtype and device of hidden.
-        target: [N] int64, contiguous.
-        bias: [V] or None.
-        temperature: divides the logits.
-        softcap: 0 where there is none.
-        backend: "cpu", "triton" or "cuda": whose kernels fold.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
-    bias: Tensor | None
-    temperature: float
-    softcap: float
-    backend: str
-
-    @property
-    def operand_dtype(self) -> torch.dtype:
-        """The dtype in which products are made."""
-        dtype = self.hidden.dtype
-        if self.hidden.device.type != "cpu":
-            return dtype
-        # On the CPU fp32 is at least as fast, and more exact, than fp16, than bf16 that the
-        # processor cannot multiply, and than short bf16 products. Triton's interpreter, whose
-        # kernels meet CPU tensors as well, is no place for speed.
-        long = self.hidden.shape[1] >= MIN_BF16_H
-        if dtype != torch.bfloat16 or self.backend != "cpu" or not long:
-            return torch.float32
-        supported = native.library("cpu").latro_cpu_matmul_bf16_supported()
-        return torch.bfloat16 if supported else torch.float32
-
-    @property
-    def tile_dtype(self) -> torch.dtype:
-        """The dtype of the products: fp32 but for bf16 on the CPU, where torch rounds them."""
-        return self.operand_dtype if self.hidden.device.type == "cpu" else torch.float32
-
-
-@dataclass(frozen=True, eq=False)
-class RowState:
-    """What the forward carries from tile to tile, fp32 [N] each; z are a row's logits so far.
-
-    Args:
-        peak: max z.
-        total: Σ exp(z − peak).
-        picked: z at the target.
-        weighted: Σ exp(z − peak) · (z − peak), or None where no entropy is asked for.
-    """
-
-    peak: Tensor
-    total: Tensor
-    picked: Tensor
-    weighted: Tensor | None
-
-    def rows(self, block: slice) -> RowState:
-        return RowState(**_part(self, block))
-
-
-@dataclass(frozen=True, eq=False)
-class RowGrad:
-    """What the backward needs of each row, fp32 [N] each and contiguous.
-
-    Args:
-        logp: the forward's log-prob of the target.
-        entropy: the forward's entropy, or None with `grad_entropy`.
-        peak: max z.
-        log_total: log Σ exp(z − peak).
-        grad_logp: upstream gradient.
-        grad_entropy: upstream gradient, or None where no entropy was asked for.
-    """
-
-    logp: Tensor
-    entropy: Tensor | None
-    peak: Tensor
-    log_total: Tensor
-    grad_logp: Tensor
-    grad_entropy: Tensor | None
-
-    def rows(self, block: slice | Tensor) -> RowGrad:
-        return RowGrad(**_part(self, block))
-
-
-def _part(rows: RowState | RowGrad, block: slice | Tensor) -> dict[str, Any]:
-    return {name: None if t is None else t[block] for name, t in vars(rows).items()}
+# Where there is no GPU to ask: Triton's interpreter, whose kernels meet CPU tensors.
+_INTERPRETED_TILE_BYTES = 8 * 2**20
 
 
 def tile_shape(head: Head) -> tuple[int, int]:
@@ -130,55 +37,103 @@ def tile_shape(head: Head) -> tuple[int, int]:
     if device.type == "cuda":
         tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     else:
-        tile_bytes = CPU_TILE_BYTES
+        tile_bytes = _INTERPRETED_TILE_BYTES
     rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
-    columns = tile_bytes // (rows * head.tile_dtype.itemsize)
     # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
-    return rows, min(len(head.weight), max(64, columns // 64 * 64))
+    return rows, min(len(head.weight), max(64, tile_bytes // (rows * 4) // 64 * 64))
 
 
-def forward(head: Head, with_entropy: bool) -> RowState:
+def forward(head: Head, wanted: Wanted) -> State:
     """Fold every tile into the state of its rows."""
-    N, device = len(head.hidden), head.hidden.device
-    state = RowState(
-        peak=torch.full((N,), -torch.inf, device=device),
-        total=torch.zeros(N, device=device),
-        picked=torch.empty(N, device=device),
-        weighted=torch.zeros(N, device=device) if with_entropy else None,
-    )
+    state = empty_state(head, wanted)
+    state.peak.fill_(-torch.inf)
+    state.picked.fill_(-torch.inf)
+    state.total.zero_()
+    if state.weighted is not None:
+        state.weighted.zero_()
     kernels, buffer = _kernels(head.backend), _tile_buffer(head)
     for columns, weight, bias in _slices(head):
-        for rows, _, tile in _tiles(head, weight, buffer):
+        for rows, x, tile in _tiles(head, weight, columns, state.kept, buffer):
+            _add_product(tile, x, weight.t(), first=True)
+            before = state.peak[rows].clone()
             kernels.fold(head, tile, bias, head.target[rows], state.rows(rows), columns.start)
+            if state.pull is not None:
+                _pull(head, state, rows, columns, tile, weight, bias, before)
     return state
 
 
-def backward(head: Head, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, weight and bias; None where `needs` says that nobody asks."""
-    if head.hidden.device.type == "cpu":
-        # Finding the rows that matter costs nothing here; on a GPU it would wait for the device.
-        active = grad.grad_logp != 0
-        if grad.grad_entropy is not None:
-            active |= grad.grad_entropy != 0
-        if not bool(active.all()):
-            return _backward_of(active.nonzero().flatten(), head, grad, needs)
+def empty_state(head: Head, wanted: Wanted) -> State:
+    """Room for what `forward` makes."""
+    (N, H), V = head.hidden.shape, len(head.weight)
 
+    def empty(*shape: int) -> Tensor:
+        return head.hidden.new_empty(shape, dtype=torch.float32)
+
+    kept = kept_columns(N, V, wanted.memory_budget, tile_shape(head)[1])
+    return State(
+        *(empty(N) for _ in range(3)),
+        weighted=empty(N) if wanted.weighted else None,
+        pull=empty(N, H) if wanted.pull else None,
+        kept=empty(N * kept),
+        block_peak=None,
+    )
+
+
+def _pull(
+    head: Head,
+    state: State,
+    rows: slice,
+    columns: slice,
+    tile: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    before: Tensor,
+) -> None:
+    """Add a tile to the rows' pull, rescaled from the peak `before` to the one of now."""
+    peak = state.peak[rows]
+    nothing = torch.zeros_like(peak)
+    # With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target.
+    unit = RowGrad(nothing, None, peak, nothing, nothing - 1, None)
+    kernels = _kernels(head.backend)
+    e = kernels.grad(head, tile, bias, head.target[rows], unit, columns.start)
+    pull = state.pull[rows]
+    first = columns.start == 0
+    if not first:
+        pull *= torch.where(peak == before, 1, torch.exp(before - peak))[:, None]
+    _add_product(pull, e, weight, first=first)
+
+
+def backward(
+    head: Head,
+    grad: RowGrad,
+    kept: Tensor,
+    block_peak: Tensor | None,
+    grad_filter: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks."""
     dx, dw, db = _gradients(head, needs)
     if len(head.hidden) == 0:
         return dx, *(None if t is None else t.zero_() for t in (dw, db))
     kernels, buffer = _kernels(head.backend), _tile_buffer(head)
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
     one_block = tile_shape(head)[0] == len(head.hidden)
-    in_place = head.operand_dtype == head.weight.dtype and (
-        one_block or head.weight.dtype == torch.float32
-    )
+    in_place = one_block or head.weight.dtype == torch.float32
     for columns, weight, bias in _slices(head):
         slice_dw = None
         if dw is not None:
             slice_dw = dw[columns] if in_place else torch.empty(weight.shape, device=weight.device)
         slice_db = torch.zeros(len(weight), device=weight.device)
-        for rows, x, tile in _tiles(head, weight, buffer):
-            dz = kernels.grad(head, tile, bias, head.target[rows], grad.rows(rows), columns.start)
+        for rows, x, tile in _tiles(head, weight, columns, kept, buffer):
+            if _is_kept(head, columns, kept):
+                # The gradient may take the tile's place, and a second backward wants it again.
+                products = tile.clone()
+            else:
+                products = tile
+                _add_product(products, x, weight.t(), first=True)
+            dz = kernels.grad(
+                head, products, bias, head.target[rows], grad.rows(rows), columns.start
+            )
             if dx is not None:
                 _add_product(dx[rows], dz, weight, first=columns.start == 0)
             if slice_dw is not None:
@@ -189,17 +144,6 @@ def backward(head: Head, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor
             dw[columns] = slice_dw
         if db is not None:
             db[columns] = slice_db
-    return None if dx is None else dx.to(head.hidden.dtype), dw, db
-
-
-def _backward_of(
-    index: Tensor, head: Head, grad: RowGrad, needs: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """`backward` from the rows in `index` alone; the others get a gradient of zero."""
-    some = replace(head, hidden=head.hidden[index], target=head.target[index])
-    dx, dw, db = backward(some, grad.rows(index), needs)
-    if dx is not None:
-        dx = dx.new_zeros(head.hidden.shape).index_copy_(0, index, dx)
     return dx, dw, db
 
 
@@ -214,28 +158,43 @@ def _gradients(head: Head, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]
 
 
 def _slices(head: Head) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Slices of the vocabulary, with their weight as operand and their bias in fp32."""
+    """Slices of the vocabulary, with their weight and their bias in fp32."""
     V, width = len(head.weight), tile_shape(head)[1]
     for begin in range(0, V, width):
         columns = slice(begin, min(begin + width, V))
         bias = None if head.bias is None else head.bias[columns].float()
-        yield columns, head.weight[columns].to(head.operand_dtype), bias
+        yield columns, head.weight[columns].to(operand_dtype(head)), bias
 
 
 def _tile_buffer(head: Head) -> Tensor:
     rows, columns = tile_shape(head)
-    return torch.empty(rows * columns, dtype=head.tile_dtype, device=head.hidden.device)
+    return torch.empty(rows * columns, device=head.hidden.device)
 
 
-def _tiles(head: Head, weight: Tensor, buffer: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Blocks of rows, with their hidden states as operand and their products with `weight`."""
+def _tiles(
+    head: Head, weight: Tensor, columns: slice, kept: Tensor, buffer: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Blocks of rows, with their hidden states and the memory of their tile, in `kept` or not."""
     N, height = len(head.hidden), tile_shape(head)[0]
+    is_kept = _is_kept(head, columns, kept)
+    if is_kept:
+        buffer = kept[N * columns.start :]
     for begin in range(0, N, height):
         rows = slice(begin, min(begin + height, N))
-        x = head.hidden[rows].to(head.operand_dtype)
-        tile = buffer[: len(x) * len(weight)].view(len(x), len(weight))
-        _add_product(tile, x, weight.t(), first=True)
+        x = head.hidden[rows].to(operand_dtype(head))
+        offset = begin * len(weight) if is_kept else 0
+        tile = buffer[offset : offset + len(x) * len(weight)].view(len(x), len(weight))
         yield rows, x, tile
+
+
+def _is_kept(head: Head, columns: slice, kept: Tensor) -> bool:
+    return columns.stop * len(head.hidden) <= kept.numel()
+
+
+def operand_dtype(head: Head) -> torch.dtype:
+    """The dtype in which products are made."""
+    # On the CPU, for the interpreter, torch would round a product of bf16.
+    return head.hidden.dtype if head.hidden.device.type == "cuda" else torch.float32
 
 
 def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
@@ -245,18 +204,12 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
             torch.mm(a, b, out=out)
         else:
             out.addmm_(a, b)
-    elif out.device.type == "cuda":
-        if first:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            out += torch.mm(a, b, out_dtype=out.dtype)
+    elif first and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif first:
+        out.copy_(torch.mm(a, b))
     else:
-        # torch's product of bf16 on the CPU comes in bf16: each part of the sum would be rounded.
-        native.call(
-            "latro_cpu_matmul_bf16",
-            *(a, *a.stride(), b, *b.stride(), out, *out.shape, a.shape[1]),
-            *(not first, torch.get_num_threads()),
-        )
+        out += torch.mm(a, b, out_dtype=out.dtype)
 
 
 class _Kernels(Protocol):
@@ -268,7 +221,7 @@ class _Kernels(Protocol):
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        state: RowState,
+        state: State,
         first_column: int,
     ) -> None:
         """Add the tile to `state`, in place."""
@@ -285,43 +238,6 @@ class _Kernels(Protocol):
         """The gradient with respect to the tile's products, as operand; the tile may be lost."""
 
 
-class _CpuKernels:
-    @staticmethod
-    def fold(
-        head: Head,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        state: RowState,
-        first_column: int,
-    ) -> None:
-        native.call(
-            "latro_cpu_linear_logprob_fold",
-            *(tile, native.dtype_code(tile.dtype), bias, target),
-            *(state.peak, state.total, state.picked, state.weighted),
-            *(*tile.shape, first_column, head.softcap, head.temperature),
-            torch.get_num_threads(),
-        )
-
-    @staticmethod
-    def grad(
-        head: Head,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        grad: RowGrad,
-        first_column: int,
-    ) -> Tensor:
-        native.call(
-            "latro_cpu_linear_logprob_grad",
-            *(tile, native.dtype_code(tile.dtype), bias, target),
-            *(grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
-            *(grad.peak, grad.log_total, *tile.shape, first_column),
-            *(head.softcap, head.temperature, torch.get_num_threads()),
-        )
-        return tile
-
-
 class _CudaKernels:
     @staticmethod
     def fold(
@@ -329,7 +245,7 @@ class _CudaKernels:
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        state: RowState,
+        state: State,
         first_column: int,
     ) -> None:
         with torch.cuda.device(tile.device):
@@ -350,11 +266,8 @@ class _CudaKernels:
         grad: RowGrad,
         first_column: int,
     ) -> Tensor:
-        dz = (
-            tile
-            if tile.dtype == head.operand_dtype
-            else torch.empty_like(tile, dtype=head.operand_dtype)
-        )
+        dtype = operand_dtype(head)
+        dz = tile if tile.dtype == dtype else torch.empty_like(tile, dtype=dtype)
         with torch.cuda.device(tile.device):
             native.call(
                 "latro_cuda_linear_logprob_grad",
@@ -371,4 +284,4 @@ def _kernels(backend: str) -> _Kernels:
         from latro_kernels.triton.linear_logprob import TritonKernels
 
         return TritonKernels()
-    return _CpuKernels() if backend == "cpu" else _CudaKernels()
+    return _CudaKernels()

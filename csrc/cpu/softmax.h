@@ -3,6 +3,7 @@
 #ifndef LATRO_CPU_SOFTMAX_H_
 #define LATRO_CPU_SOFTMAX_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -13,6 +14,29 @@ namespace latro {
 
 constexpr int64_t kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// The largest of n numbers and `start`.
+inline float largest(const float* z, int64_t n, float start) {
+#pragma omp simd reduction(max : start)
+  for (int64_t j = 0; j < n; ++j) start = z[j] > start ? z[j] : start;
+  return start;
+}
+
+template <typename T>
+void store_all(const float* from, int64_t n, T* to) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) store(from[j], to + j);
+}
+
+// to = from, or += with `add`.
+inline void accumulate(const float* from, int64_t n, bool add, float* to) {
+  if (add) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+  } else {
+    std::copy_n(from, n, to);
+  }
+}
 
 // What lies between a product and the logit z: z = softcap * tanh((product + bias) / softcap) / T.
 struct Transform {
@@ -60,9 +84,7 @@ struct State {
   float peak, total, weighted;
 
   void add(const float* z, int64_t n, bool entropy) {
-    float largest = peak;
-#pragma omp simd reduction(max : largest)
-    for (int64_t j = 0; j < n; ++j) largest = z[j] > largest ? z[j] : largest;
+    const float largest = latro::largest(z, n, peak);
     // A row that is -inf so far has no peak to subtract.
     const float shift = largest == -kInfinity ? 0.0f : largest;
     const float drop = peak - shift;

@@ -1,5 +1,5 @@
-// exp, tanh and bf16 in a form that the compiler turns into vector instructions: no branch, no
-// table, no library call. Coefficients are minimax fits made for these intervals; errors are
+// exp, tanh, bf16 and fp16 in a form that the compiler turns into vector instructions: no branch,
+// no table, no library call. Coefficients are minimax fits made for these intervals; errors are
 // against the exact function.
 #ifndef LATRO_CPU_VECTOR_MATH_H_
 #define LATRO_CPU_VECTOR_MATH_H_
@@ -61,8 +61,23 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// By hand, for _Float16 is not a type of every compiler, nor does every one vectorise it.
+struct float16 {
+  uint16_t bits;
+};
+
 inline float load(float x) { return x; }
 inline float load(bfloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(float16 x) {
+  constexpr uint32_t kBias = (127u - 15u) << 23;
+  constexpr uint32_t kInfinity = 31u << 23, kLeastNormal = 1u << 23;  // fp16's, before the bias
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  // A subnormal is read as if it were normal, and the leading 1 that it lacks is taken off again.
+  const float subnormal = float_of(magnitude + kBias + kLeastNormal) - 0x1p-14f;
+  const uint32_t normal = magnitude + kBias + (magnitude >= kInfinity ? kBias : 0u);
+  const uint32_t widened = magnitude < kLeastNormal ? bits_of(subnormal) : normal;
+  return float_of(widened | (x.bits & 0x8000u) << 16);
+}
 
 inline void store(float value, float* to) { *to = value; }
 // Round to nearest, ties to even.
@@ -70,6 +85,19 @@ inline void store(float value, bfloat16* to) {
   const uint32_t bits = bits_of(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   to->bits = static_cast<uint16_t>(value != value ? 0x7fc0u : rounded);
+}
+inline void store(float value, float16* to) {
+  constexpr uint32_t kOverflow = 0x477ff000u;     // 65520, the least that rounds to infinity
+  constexpr uint32_t kLeastNormal = 0x38800000u;  // 2^-14
+  const uint32_t magnitude = bits_of(value) & 0x7fffffffu;
+  const uint32_t odd = (magnitude >> 13) & 1u;
+  const uint32_t normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + odd) >> 13;
+  // Adding 1/2 rounds at fp16's smallest step, 2^-24, and leaves the number of steps in the sum.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < kLeastNormal ? subnormal : normal;
+  const uint32_t special = value != value ? 0x7e00u : 0x7c00u;
+  const uint32_t rounded = magnitude >= kOverflow ? special : finite;
+  to->bits = static_cast<uint16_t>(rounded | (bits_of(value) >> 16 & 0x8000u));
 }
 
 }  // namespace latro

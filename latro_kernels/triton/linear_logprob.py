@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.tiles import Head, RowGrad, RowState
+from latro_kernels.head import Head, RowGrad, State
+from latro_kernels.tiles import operand_dtype
 
 BLOCK_V = 1024
 
@@ -171,7 +172,7 @@ class TritonKernels:
         tile: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        state: RowState,
+        state: State,
         first_column: int,
     ) -> None:
         """Add a tile of products to the state of its rows."""
@@ -196,11 +197,8 @@ class TritonKernels:
         first_column: int,
     ) -> Tensor:
         """The gradient with respect to a tile of products, in the dtype of the next product."""
-        dtile = (
-            tile
-            if tile.dtype == head.operand_dtype
-            else tile.new_empty(tile.shape, dtype=head.operand_dtype)
-        )
+        dtype = operand_dtype(head)
+        dtile = tile if tile.dtype == dtype else tile.new_empty(tile.shape, dtype=dtype)
         with torch.cuda.device_of(tile):
             grad_kernel[(len(tile),)](
                 *(tile, dtile, bias, target),

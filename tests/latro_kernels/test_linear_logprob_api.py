@@ -14,37 +14,53 @@ from tests.latro_kernels.logprob_cases import problem
 OPS = torch.ops.latro_kernels
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(dtype: torch.dtype, with_entropy: bool) -> None:
+def test_opcheck(dtype: torch.dtype, with_entropy: bool, frozen: bool) -> None:
     given = problem((9, 8, 31), dtype, bias=True, entropy=True)
-    arguments = (given.hidden, given.weight, given.target, given.bias, 0.7, 3.0)
-    arguments = (*arguments, with_entropy, "auto")
+    inputs = (given.hidden, given.weight, given.target, given.bias, 0.7, 3.0, "auto")
+    arguments = (*inputs, with_entropy, frozen, not frozen, 0 if frozen else 2**20)
     torch.library.opcheck(OPS.linear_logprob.default, arguments)
-    kept = OPS.linear_logprob(*arguments)
-    upstream = given.grad_logp, given.grad_entropy if with_entropy else torch.empty(0)
+    peak, total, picked, _, pull, kept, block_peak = OPS.linear_logprob(*arguments)
+    logp = picked - peak - total.log()
+    if frozen:
+        pulled = (given.weight, given.target, pull, -1 / total, -torch.expm1(logp))
+        torch.library.opcheck(OPS.linear_logprob_frozen_backward.default, pulled)
+        return
+    entropy = logp.clone() if with_entropy else None
+    grad_entropy = given.grad_entropy if with_entropy else None
+    rows = (logp, entropy, peak, total.log(), given.grad_logp, grad_entropy)
     for needs in ([True, True, True], [True, False, False]):
-        torch.library.opcheck(
-            OPS.linear_logprob_backward.default, (*arguments, *kept, *upstream, needs)
-        )
+        arguments = (*inputs, *rows, kept, block_peak, 1e-3, needs)
+        torch.library.opcheck(OPS.linear_logprob_backward.default, arguments)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"memory_budget": 0}, {"grad_filter": 1e-3}, {"frozen": True}], ids=str
+)
 @pytest.mark.parametrize("entropy", [False, True])
-def test_compiles_as_one_graph(entropy: bool) -> None:
+def test_compiles_as_one_graph(entropy: bool, options: dict[str, Any]) -> None:
     given = problem((9, 8, 31), bias=True, entropy=True)
+    frozen = options.pop("frozen", False)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        out = linear_logprob(hidden, weight, given.target, bias=bias, return_entropy=entropy)
+        out = linear_logprob(
+            hidden, weight, given.target, bias=bias, return_entropy=entropy, **options
+        )
         if entropy:
             return (out[0] * given.grad_logp).sum() + (out[1] * given.grad_entropy).sum()
         return (out * given.grad_logp).sum()
 
     results = []
     for function in (loss, torch.compile(loss, fullgraph=True)):
-        inputs = [t.clone().requires_grad_() for t in (given.hidden, given.weight, given.bias)]
+        inputs = [t.clone() for t in (given.hidden, given.weight, given.bias)]
+        trained = inputs[:1] if frozen else inputs
+        for t in trained:
+            t.requires_grad_()
         value = function(*inputs)
         value.backward()
-        results.append([value.detach(), *(t.grad for t in inputs)])
+        results.append([value.detach(), *(t.grad for t in trained)])
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
 
@@ -121,6 +137,16 @@ GOOD: dict[str, Any] = {
         ({"temperature": "1"}, TypeError, "temperature: expected a float, got str"),
         ({"softcap": -1.0}, ValueError, "softcap: expected a finite number above 0, got -1"),
         ({"softcap": float("inf")}, ValueError, "softcap: .*got inf"),
+        ({"memory_budget": -1}, ValueError, "memory_budget: expected 0 or more bytes, got -1"),
+        ({"memory_budget": 1e6}, TypeError, "memory_budget: expected bytes as an int, got float"),
+        ({"grad_filter": -0.1}, ValueError, "grad_filter: expected a finite number, 0 or more"),
+        ({"grad_filter": "no"}, TypeError, "grad_filter: expected a float, got str"),
+        (
+            {"grad_filter": 0.1, "backend": "triton"},
+            ValueError,
+            "grad_filter: expected 0 with backend 'triton'",
+        ),
+        ({"group": 3}, TypeError, "group: expected a ProcessGroup, got int"),
         ({"backend": "fast"}, ValueError, "backend: expected 'auto' or one of"),
         ({"backend": None}, TypeError, "backend: expected a str, got NoneType"),
         ({"backend": "cuda"}, (ValueError, RuntimeError), "backend 'cuda'"),

@@ -25,13 +25,12 @@ def test_the_header_beside_the_libraries_is_that_of_the_sources() -> None:
 
 
 def test_types_are_read_from_the_header() -> None:
-    result, arguments = native.signatures()["latro_cpu_linear_logprob_fold"]
+    result, arguments = native.signatures()["latro_cuda_linear_logprob_fold"]
     pointers, counts = [ctypes.c_void_p], [ctypes.c_int64]
     assert result is ctypes.c_int32
-    assert arguments == [
-        *(pointers + [ctypes.c_int32] + pointers * 6),
-        *(counts * 3 + [ctypes.c_float] * 2 + counts),
-    ]
+    assert arguments == pointers * 7 + counts * 3 + [ctypes.c_float] * 2 + pointers
+    _, arguments = native.signatures()["latro_cpu_group_advantage_forward"]
+    assert arguments[-6:] == [*[ctypes.c_double] * 3, *[ctypes.c_int32] * 2, ctypes.c_int64]
     assert native.signatures()["latro_cuda_error_string"] == (ctypes.c_char_p, [ctypes.c_int32])
 
 
@@ -56,14 +55,16 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(name: str
 
 
 def test_wrong_number_of_arguments() -> None:
-    with pytest.raises(TypeError, match="latro_cpu_linear_logprob_fold takes 14 arguments, got 1"):
-        native.call("latro_cpu_linear_logprob_fold", 1)
+    with pytest.raises(TypeError, match="latro_cpu_linear_logprob_forward takes 24 arguments, got"):
+        native.call("latro_cpu_linear_logprob_forward", 1)
 
 
 def test_a_status_becomes_an_exception() -> None:
-    arguments = (None, 99, *[None] * 6, 0, 0, 0, 0.0, 1.0, 1)
-    with pytest.raises(RuntimeError, match="latro_cpu_linear_logprob_fold: LATRO_BAD_DTYPE"):
-        native.call("latro_cpu_linear_logprob_fold", *arguments)
+    no_matrix, no_results = (None, 0, 0), [None] * 8
+    sizes = (0, None, 0, 1, 1, 0.0, 1.0, 1)
+    arguments = (*no_matrix, *no_matrix, 99, 0, *no_results, *sizes)
+    with pytest.raises(RuntimeError, match="latro_cpu_linear_logprob_forward: LATRO_BAD_DTYPE"):
+        native.call("latro_cpu_linear_logprob_forward", *arguments)
 
 
 @needs_cuda_library

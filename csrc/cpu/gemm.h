@@ -1,0 +1,280 @@
+// The matrix products of the CPU backend, as pieces: two operands are packed into panels, and a
+// kernel multiplies one panel of each into a small block of the result, in registers.
+//
+// A panel of A holds kRows of its vectors, a panel of B kCols, and both run along the depth k, the
+// index that is summed over: word (k, i) of a panel stands at k * width + i. What a word is depends
+// on the Gemm: one float, or two neighbouring k in bf16. There is no copy of a whole matrix:
+// callers pack as much as they are about to use.
+//
+// Each entry of a block is summed in the same order whatever stands beside it. A row of a result
+// depends on that row alone, not on the other rows, their number or the threads.
+#ifndef LATRO_CPU_GEMM_H_
+#define LATRO_CPU_GEMM_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "vector_math.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define LATRO_HAS_AVX512_BF16 1
+#include <immintrin.h>
+#endif
+
+namespace latro {
+
+// One sum in fp32 over a longer depth than this loses digits that sums of parts keep.
+constexpr int64_t kMaxDepth = 256;
+constexpr int64_t kAlign = 64;
+// Words in a line of the cache, and rows fetched before they are packed.
+constexpr int64_t kLineWords = 16, kRowsAhead = 16;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Products in fp32. The vectors are the compiler's own, so that one text serves AVX-512, AVX2 and
+// NEON; the block of the result and one row of B fill the registers that there are.
+struct Fp32Gemm {
+  using Element = float;
+  using Word = float;
+#if defined(__AVX512F__)
+  static constexpr int64_t kLanes = 16, kRows = 12;
+#elif defined(__AVX__)
+  static constexpr int64_t kLanes = 8, kRows = 6;
+#elif defined(__aarch64__)
+  static constexpr int64_t kLanes = 4, kRows = 12;
+#else
+  static constexpr int64_t kLanes = 4, kRows = 6;
+#endif
+  static constexpr int64_t kCols = 2 * kLanes;
+  static constexpr int64_t kPerWord = 1;
+
+  static Word word(float low, float) { return low; }
+
+  // c[kRows][kCols] = a . b, or += with `add`; row i of c at i * c_step.
+  static void multiply(const Word* a, const Word* b, int64_t depth, float* c, int64_t c_step,
+                       bool add) {
+    typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
+    Vector sum[kRows][2] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+      Vector b0, b1;
+      std::memcpy(&b0, b + k * kCols, sizeof b0);
+      std::memcpy(&b1, b + k * kCols + kLanes, sizeof b1);
+#pragma GCC unroll 12
+      for (int64_t i = 0; i < kRows; ++i) {
+        sum[i][0] += a[k * kRows + i] * b0;
+        sum[i][1] += a[k * kRows + i] * b1;
+      }
+    }
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+      for (int64_t half = 0; half < 2; ++half) {
+        float* to = c + i * c_step + half * kLanes;
+        Vector before = {};
+        if (add) std::memcpy(&before, to, sizeof before);
+        before += sum[i][half];
+        std::memcpy(to, &before, sizeof before);
+      }
+    }
+  }
+};
+
+#ifdef LATRO_HAS_AVX512_BF16
+// Products of bf16 with sums in fp32, for processors that have them (`bf16_gemm_supported`).
+struct Bf16Gemm {
+  using Element = bfloat16;
+  using Word = uint32_t;
+  static constexpr int64_t kRows = 12, kCols = 32;
+  static constexpr int64_t kPerWord = 2;
+
+  static Word word(bfloat16 low, bfloat16 high) {
+    return low.bits | static_cast<uint32_t>(high.bits) << 16;
+  }
+
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void multiply(
+      const Word* a, const Word* b, int64_t depth, float* c, int64_t c_step, bool add) {
+    __m512 sum[kRows][2];
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < kRows; ++i) sum[i][0] = sum[i][1] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < depth; ++k) {
+      const auto b0 = reinterpret_cast<__m512bh>(_mm512_load_si512(b + k * kCols));
+      const auto b1 = reinterpret_cast<__m512bh>(_mm512_load_si512(b + k * kCols + 16));
+#pragma GCC unroll 12
+      for (int64_t i = 0; i < kRows; ++i) {
+        const auto one =
+            reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[k * kRows + i])));
+        sum[i][0] = _mm512_dpbf16_ps(sum[i][0], one, b0);
+        sum[i][1] = _mm512_dpbf16_ps(sum[i][1], one, b1);
+      }
+    }
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < kRows; ++i) {
+      float* to = c + i * c_step;
+      if (add) {
+        sum[i][0] = _mm512_add_ps(sum[i][0], _mm512_loadu_ps(to));
+        sum[i][1] = _mm512_add_ps(sum[i][1], _mm512_loadu_ps(to + 16));
+      }
+      _mm512_storeu_ps(to, sum[i][0]);
+      _mm512_storeu_ps(to + 16, sum[i][1]);
+    }
+  }
+};
+#endif
+
+inline bool bf16_gemm_supported() {
+#ifdef LATRO_HAS_AVX512_BF16
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+// A matrix with any steps (in elements); `index`, where there is one, names the rows that count.
+template <typename T>
+struct Matrix {
+  const T* data;
+  int64_t row_step, col_step;
+  const int64_t* index = nullptr;
+
+  const T* row(int64_t i) const { return data + (index != nullptr ? index[i] : i) * row_step; }
+};
+
+template <typename Element, typename T>
+Element convert(T value) {
+  if constexpr (std::is_same_v<Element, T>) {
+    return value;
+  } else {
+    Element out;
+    store(load(value), &out);
+    return out;
+  }
+}
+
+// to[i * to_step + j] = word i of from[j], for 4 x 4 words.
+template <typename Word>
+void transpose4(const void* const* from, int64_t word, Word* to, int64_t to_step) {
+  typedef Word Four __attribute__((vector_size(16)));
+  Four row[4];
+  for (int j = 0; j < 4; ++j) {
+    std::memcpy(&row[j], static_cast<const Word*>(from[j]) + word, sizeof row[j]);
+  }
+  const Four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four column[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
+                          __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+                          __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
+                          __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_step, &column[i], sizeof column[i]);
+}
+
+// A panel whose vectors are `count` rows of m from `first` and whose depth is its first `length`
+// columns; zeros fill it up to `width` vectors and to whole words.
+template <typename Gemm, int64_t width, typename T>
+void pack_rows(const Matrix<T>& m, int64_t first, int64_t count, int64_t length,
+               typename Gemm::Word* out) {
+  using Element = typename Gemm::Element;
+  using Word = typename Gemm::Word;
+  const int64_t words = length / Gemm::kPerWord;
+  const T* row[width];
+  for (int64_t i = 0; i < count; ++i) row[i] = m.row(first + i);
+  int64_t fast_rows = 0, fast_words = 0;
+  if constexpr (std::is_same_v<T, Element>) {
+    if (m.col_step == 1) {
+      // Neighbouring columns are a word already: transpose 4 x 4 of them at a time.
+      fast_rows = count / 4 * 4;
+      fast_words = words / 4 * 4;
+      for (int64_t i = 0; i < fast_rows; i += 4) {
+        const void* four[4] = {row[i], row[i + 1], row[i + 2], row[i + 3]};
+        const int64_t next = std::min(i + 8, count);
+        for (int64_t k = 0; k < fast_words; k += 4) {
+          // A row is too short for the processor to see where it leads.
+          for (int64_t j = i + 4; k % kLineWords == 0 && j < next; ++j) {
+            __builtin_prefetch(row[j] + k * Gemm::kPerWord);
+          }
+          transpose4<Word>(four, k, out + k * width + i, width);
+        }
+      }
+    }
+  }
+  const auto at = [&](int64_t i, int64_t column) {
+    return convert<Element>(row[i][column * m.col_step]);
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t k = i < fast_rows ? fast_words : 0; k < words; ++k) {
+      const int64_t column = k * Gemm::kPerWord;
+      out[k * width + i] = Gemm::word(at(i, column), at(i, column + Gemm::kPerWord - 1));
+    }
+  }
+  if (length % Gemm::kPerWord != 0) {
+    for (int64_t j = 0; j < count; ++j) {
+      out[words * width + j] = Gemm::word(at(j, length - 1), Element{});
+    }
+  }
+  for (int64_t k = 0; count < width && k < ceil_div(length, Gemm::kPerWord); ++k) {
+    for (int64_t j = count; j < width; ++j) out[k * width + j] = Word{};
+  }
+}
+
+// A panel whose vectors are `count` columns of m from `first` and whose depth is `length` of its
+// rows from `begin`; zeros fill it up to `width` vectors and to whole words.
+template <typename Gemm, int64_t width, typename T>
+void pack_columns(const Matrix<T>& m, int64_t begin, int64_t length, int64_t first, int64_t count,
+                  typename Gemm::Word* out) {
+  using Element = typename Gemm::Element;
+  for (int64_t k = 0; k < length; k += Gemm::kPerWord) {
+    const T* low = m.row(begin + k) + first * m.col_step;
+    typename Gemm::Word* to = out + k / Gemm::kPerWord * width;
+    for (int64_t ahead = k + kRowsAhead; ahead < std::min(k + kRowsAhead + Gemm::kPerWord, length);
+         ++ahead) {
+      __builtin_prefetch(m.row(begin + ahead) + first * m.col_step);
+    }
+    const bool single = k + Gemm::kPerWord > length;
+    const T* high = single ? low : m.row(begin + k + Gemm::kPerWord - 1) + first * m.col_step;
+    if (m.col_step == 1 && count == width && !single) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) {
+        to[i] = Gemm::word(convert<Element>(low[i]), convert<Element>(high[i]));
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const Element other =
+          single && Gemm::kPerWord > 1 ? Element{} : convert<Element>(high[i * m.col_step]);
+      to[i] = Gemm::word(convert<Element>(low[i * m.col_step]), other);
+    }
+    for (int64_t i = count; i < width; ++i) to[i] = typename Gemm::Word{};
+  }
+}
+
+// c[kRows][kCols] = a . b, or += with `add`, over any depth.
+template <typename Gemm>
+void multiply(const typename Gemm::Word* a, const typename Gemm::Word* b, int64_t depth, float* c,
+              int64_t c_step, bool add) {
+  for (int64_t k = 0; k < depth; k += kMaxDepth) {
+    const int64_t some = depth - k < kMaxDepth ? depth - k : kMaxDepth;
+    Gemm::multiply(a + k * Gemm::kRows, b + k * Gemm::kCols, some, c, c_step, add || k > 0);
+  }
+}
+
+// Uninitialised memory for `count` of T, aligned for panels; null where there is none to be had.
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+using Room = std::unique_ptr<T[], Free>;
+template <typename T>
+Room<T> room(int64_t count) {
+  const int64_t bytes = ceil_div(count * static_cast<int64_t>(sizeof(T)), kAlign) * kAlign;
+  return Room<T>(static_cast<T*>(std::aligned_alloc(kAlign, bytes > 0 ? bytes : kAlign)));
+}
+
+}  // namespace latro
+
+#endif  // LATRO_CPU_GEMM_H_

@@ -1,0 +1,77 @@
+"""Checks of arguments that the ops share; an error names the argument, and says what came instead.
+
+Under a checked name stands a `TypeError` for a wrong type or dtype, a `ValueError` for the rest.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# What the kernels read; the references take fp64 as well.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object, dimensions: int) -> None:
+    """A tensor of that many dimensions."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() != dimensions:
+        raise ValueError(
+            f"{name}: expected {dimensions} dimension{'s'[: dimensions - 1]}, "
+            f"got shape {tuple(value.shape)}"
+        )
+
+
+def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """`value` is on the device of `other`."""
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
+    """A dtype that `backend` computes with."""
+    allowed = (*KERNEL_DTYPES, torch.float64) if backend == "reference" else KERNEL_DTYPES
+    if value.dtype not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """A finite number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+
+
+def check_type(name: str, value: object, expected: type) -> None:
+    """An instance of `expected`."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_target(target: Tensor, rows_of: str, N: int) -> None:
+    """int64 [N]; `rows_of` names the argument that has N rows. Values are not read."""
+    if target.shape[0] != N:
+        raise ValueError(
+            f"target: expected shape ({N},), as {rows_of} has rows, got {target.shape[0]}"
+        )
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
+
+
+def check_target_values(target: Tensor, V: int) -> None:
+    """Values in 0..V − 1; on a GPU, whose values cannot be read without a wait, by the device."""
+    bad = (target < 0) | (target >= V)
+    if target.device.type != "cpu":
+        torch._assert_async(~bad.any(), f"target: expected values in 0..{V - 1}")
+    elif bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"target: expected values in 0..{V - 1}, got {int(target[row])} in row {row}"
+        )

@@ -1,0 +1,98 @@
+"""`linear_logprob` on the CPU: `csrc/cpu/linear_logprob.cpp` does all of it.
+
+Products are made in fp32, or in bf16 with sums in fp32 where the processor multiplies bf16 as it
+is; logits are fp32 in any case.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latro_kernels import native
+from latro_kernels.head import Head, RowGrad, State, Wanted, kept_columns
+
+# The grain of the gradient filter: so many rows and columns are left out together, or not.
+FILTER_ROWS, FILTER_COLUMNS = 12, 96
+# Columns of which all products are kept, or none.
+_KEPT_GRAIN = 2 * FILTER_COLUMNS
+# The least H at which products in bf16 save more time than their dz loses digits.
+_MIN_BF16_H = 128
+
+
+def forward(head: Head, wanted: Wanted) -> State:
+    """The sweep that makes log-probs."""
+    state = empty_state(head, wanted)
+    native.call(
+        "latro_cpu_linear_logprob_forward",
+        *_operands(head),
+        *(head.target, state.peak, state.total, state.picked, state.weighted, state.pull),
+        *(state.kept, _columns_of(state.kept, len(head.hidden)), state.block_peak),
+        *(*head.hidden.shape, len(head.weight), head.softcap, head.temperature),
+        torch.get_num_threads(),
+    )
+    return state
+
+
+def backward(
+    head: Head,
+    grad: RowGrad,
+    kept: Tensor,
+    block_peak: Tensor | None,
+    grad_filter: float,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks."""
+    (N, H), V = head.hidden.shape, len(head.weight)
+    active = grad.active()
+    rows = None if bool(active.all()) else active.nonzero().flatten()
+    M = N if rows is None else len(rows)
+    # What no row contributes to is 0; the rest is written whole.
+    make = torch.empty if M else torch.zeros
+    dx = None if not needs[0] else (make if M == N else torch.zeros)(N, H)
+    dw = make(V, H, dtype=head.weight.dtype) if needs[1] else None
+    db = make(V) if needs[2] else None
+    if M:
+        native.call(
+            "latro_cpu_linear_logprob_backward",
+            *_operands(head),
+            *(head.target, rows, grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
+            *(grad.peak, grad.log_total, kept, _columns_of(kept, N), block_peak, grad_filter),
+            *(dx, dw, db, M, H, V, head.softcap, head.temperature, torch.get_num_threads()),
+        )
+    return dx, dw, None if db is None else db.to(head.weight.dtype)
+
+
+def empty_state(head: Head, wanted: Wanted) -> State:
+    """Room for what `forward` makes."""
+    (N, H), V = head.hidden.shape, len(head.weight)
+
+    def empty(*shape: int) -> Tensor:
+        return head.hidden.new_empty(shape, dtype=torch.float32)
+
+    return State(
+        *(empty(N) for _ in range(3)),
+        weighted=empty(N) if wanted.weighted else None,
+        pull=empty(N, H) if wanted.pull else None,
+        kept=empty(N * kept_columns(N, V, wanted.memory_budget, _KEPT_GRAIN)),
+        block_peak=empty(N, -(-V // FILTER_COLUMNS)) if wanted.block_peak else None,
+    )
+
+
+def _columns_of(kept: Tensor, N: int) -> int:
+    return kept.numel() // N if N else 0
+
+
+def _operands(head: Head) -> tuple[object, ...]:
+    """The first arguments of both calls, up to the bias."""
+    hidden, weight = head.hidden, head.weight
+    in_bf16 = (
+        hidden.dtype == torch.bfloat16
+        and hidden.shape[1] >= _MIN_BF16_H
+        and native.library("cpu").latro_cpu_bf16_products_supported()
+    )
+    return (
+        *(hidden, *hidden.stride(), weight, *weight.stride()),
+        *(native.dtype_code(hidden.dtype), bool(in_bf16)),
+        None if head.bias is None else head.bias.float().contiguous(),
+    )
