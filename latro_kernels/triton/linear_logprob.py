@@ -1,7 +1,7 @@
 """linear_logprob in Triton: the two folds over a tile of logits, one program a row.
 
 The formulas stand in `latro_kernels.linear_logprob`, the loops around the folds in
-`latro_kernels.tiles`. exp, tanh and expm1 are made of what the interpreter has as well.
+`latro_kernels.tiles`.
 """
 
 from __future__ import annotations
@@ -13,57 +13,9 @@ from torch import Tensor
 
 from latro_kernels.head import Head, RowGrad, State
 from latro_kernels.tiles import operand_dtype
+from latro_kernels.triton.softmax import expm1, row_logits
 
 BLOCK_V = 1024
-
-
-@triton.jit
-def _tanh(x):
-    # An odd polynomial near 0, where the formula by exp would cancel; minimax on [0, 0.625].
-    s = x * x
-    t = -0.0057170366
-    t = t * s + 0.020650579
-    t = t * s - 0.053743495
-    t = t * s + 0.13331491
-    t = t * s - 0.33333284
-    small = x + x * s * t
-    magnitude = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(magnitude, 10.0)) + 1.0)
-    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
-
-
-@triton.jit
-def _expm1(x):
-    # Taylor's series where exp(x) - 1 would cancel: below 0.5 the next term is under 2^-24.
-    series = 1.0 + x / 9
-    series = 1.0 + x / 8 * series
-    series = 1.0 + x / 7 * series
-    series = 1.0 + x / 6 * series
-    series = 1.0 + x / 5 * series
-    series = 1.0 + x / 4 * series
-    series = 1.0 + x / 3 * series
-    series = 1.0 + x / 2 * series
-    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def _logits(
-    row_ptr,
-    bias_ptr,
-    columns,
-    mask,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """z of some columns of a row; -inf, which counts for nothing, outside of the mask."""
-    z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    if HAS_SOFTCAP:
-        z = softcap * _tanh(z / softcap)
-    return tl.where(mask, z / temperature, float("-inf"))
 
 
 @triton.jit
@@ -92,7 +44,9 @@ def fold_kernel(
         weighted = tl.load(weighted_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
-        z = _logits(row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = row_logits(
+            row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+        )
         largest = tl.maximum(peak, tl.max(z, 0))
         # A row that is -inf so far has no peak to subtract.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
@@ -112,7 +66,9 @@ def fold_kernel(
         tl.store(weighted_ptr + row, weighted)
     hit = tl.load(target_ptr + row) - first_column
     is_here = (hit >= 0) & (hit < columns)
-    picked = _logits(row_ptr, bias_ptr, hit, is_here, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+    picked = row_logits(
+        row_ptr, bias_ptr, hit, is_here, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
     tl.store(picked_ptr + row, picked, mask=is_here)
 
 
@@ -150,11 +106,11 @@ def grad_kernel(
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
-        z = _logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
         log_p = tl.where(j == hit, logp, (z - peak) - log_total)
         p = tl.exp(log_p)
         # 1 - p by expm1: exact where p is close to 1.
-        dz = grad_logp * tl.where(j == hit, -_expm1(logp), -p)
+        dz = grad_logp * tl.where(j == hit, -expm1(logp), -p)
         if WITH_ENTROPY:
             dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
         if HAS_SOFTCAP:

@@ -1,0 +1,58 @@
+"""What every Triton kernel that folds logits needs of them.
+
+exp, tanh and expm1 are made of what Triton's interpreter has as well.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # An odd polynomial near 0, where the formula by exp would cancel; minimax on [0, 0.625].
+    s = x * x
+    t = -0.0057170366
+    t = t * s + 0.020650579
+    t = t * s - 0.053743495
+    t = t * s + 0.13331491
+    t = t * s - 0.33333284
+    small = x + x * s * t
+    magnitude = tl.abs(x)
+    large = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(magnitude, 10.0)) + 1.0)
+    return tl.where(magnitude < 0.625, small, tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def expm1(x):
+    # Taylor's series where exp(x) - 1 would cancel: below 0.5 the next term is under 2^-24.
+    series = 1.0 + x / 9
+    series = 1.0 + x / 8 * series
+    series = 1.0 + x / 7 * series
+    series = 1.0 + x / 6 * series
+    series = 1.0 + x / 5 * series
+    series = 1.0 + x / 4 * series
+    series = 1.0 + x / 3 * series
+    series = 1.0 + x / 2 * series
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def row_logits(
+    row_ptr,
+    bias_ptr,
+    columns,
+    mask,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """z of some columns of a row; -inf, which counts for nothing, outside of the mask."""
+    z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return tl.where(mask, z / temperature, float("-inf"))
