@@ -122,6 +122,43 @@ LATRO_API int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile,
                                                  int64_t rows, int64_t cols, int64_t first_col,
                                                  float softcap, float temperature, void* stream);
 
+/* gather_logprob: log-probabilities of one token a row from logits that exist, and their gradient.
+ *
+ * logits[rows, cols] of type dtype, rows row_step elements apart; dlogits alike, with drow_step. No
+ * alignment is asked for beyond an element's. dlogits may be logits, with the same step.
+ * softcap 0 means none. z = softcap * tanh(logit / softcap) / temperature.
+ *
+ * forward: target[rows], in 0 .. cols - 1; writes logp[rows], entropy[rows] unless null,
+ * peak[rows], the maximum of z, and log_total[rows], log of the sum of exp(z - peak).
+ *
+ * backward: takes these back; grad_entropy and entropy are null when the entropy was not asked for.
+ * A row whose upstream gradients are 0 is not read.
+ */
+LATRO_API int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype,
+                                                   int64_t row_step, const int64_t* target,
+                                                   float* logp, float* entropy, float* peak,
+                                                   float* log_total, int64_t rows, int64_t cols,
+                                                   float softcap, float temperature,
+                                                   int64_t threads);
+
+LATRO_API int32_t latro_cpu_gather_logprob_backward(
+    const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
+    const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
+    const float* entropy, const float* peak, const float* log_total, int64_t rows, int64_t cols,
+    float softcap, float temperature, int64_t threads);
+
+LATRO_API int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype,
+                                                    int64_t row_step, const int64_t* target,
+                                                    float* logp, float* entropy, float* peak,
+                                                    float* log_total, int64_t rows, int64_t cols,
+                                                    float softcap, float temperature, void* stream);
+
+LATRO_API int32_t latro_cuda_gather_logprob_backward(
+    const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
+    const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
+    const float* entropy, const float* peak, const float* log_total, int64_t rows, int64_t cols,
+    float softcap, float temperature, void* stream);
+
 /* What a status that a CUDA launcher returned means. */
 LATRO_API const char* latro_cuda_error_string(int32_t status);
 

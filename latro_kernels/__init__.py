@@ -1,5 +1,6 @@
 """Fused log-probabilities at the LM head, and the group advantages made of them."""
 
+from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.native import BackendUnavailableError
@@ -8,6 +9,7 @@ __all__ = [
     "BackendUnavailableError",
     "GroupAdvantage",
     "GroupLayout",
+    "gather_logprob",
     "group_advantage",
     "linear_logprob",
 ]

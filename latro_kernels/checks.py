@@ -1,6 +1,7 @@
-"""Checks of arguments that the ops share; an error names the argument, and says what came instead.
+"""Checks of arguments that the ops share.
 
-Under a checked name stands a `TypeError` for a wrong type or dtype, a `ValueError` for the rest.
+Each raises with the argument's name, what was expected and what came: `TypeError` for a wrong type
+or dtype, `ValueError` for the rest.
 """
 
 from __future__ import annotations

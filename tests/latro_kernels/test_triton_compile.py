@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -40,12 +41,61 @@ GRAD = {
 }
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
-def test_linear_logprob_compiles_without_spills(kernel: str, capability: int) -> None:
+GATHER_FORWARD = {
+    "logits_ptr": "*fp32",
+    "target_ptr": "*i64",
+    "logp_ptr": ROW,
+    "entropy_ptr": ROW,
+    "peak_ptr": ROW,
+    "log_total_ptr": ROW,
+    "stride_n": "i64",
+    "V": "i32",
+    "softcap": "fp32",
+    "temperature": "fp32",
+}
+GATHER_BACKWARD = {
+    "logits_ptr": "*fp32",
+    "dlogits_ptr": "*fp32",
+    "target_ptr": "*i64",
+    "grad_logp_ptr": ROW,
+    "grad_entropy_ptr": ROW,
+    "logp_ptr": ROW,
+    "entropy_ptr": ROW,
+    "peak_ptr": ROW,
+    "log_total_ptr": ROW,
+    "stride_n": "i64",
+    "stride_dn": "i64",
+    "V": "i32",
+    "softcap": "fp32",
+    "temperature": "fp32",
+}
+
+
+def compile_without_spills(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    **options: int,
+) -> None:
+    """Compile a kernel for a GPU with the shared memory and the registers that it has."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    source = ASTSource(
+        function, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert f"sm_{capability}" in compiled.asm["ptx"]
+    assert len(compiled.asm["cubin"]) > 0
+    # A local depot is where ptxas would find spilled or indexed arrays.
+    assert ".local" not in compiled.asm["ptx"]
+    assert compiled.metadata.shared <= 48 * 1024
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
+def test_linear_logprob_compiles_without_spills(kernel: str, capability: int) -> None:
     from latro_kernels.triton import linear_logprob as kernels
 
     name, _, dtype = kernel.partition("-")
@@ -58,12 +108,28 @@ def test_linear_logprob_compiles_without_spills(kernel: str, capability: int) ->
             "WITH_ENTROPY": entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        source = ASTSource(
-            function, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
+        compile_without_spills(function, signature, constants, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_gather_logprob_compiles_without_spills(kernel: str, dtype: str, capability: int) -> None:
+    from latro_kernels.triton import gather_logprob as kernels
+
+    function, signature = {
+        "forward": (kernels.forward_kernel, GATHER_FORWARD | {"logits_ptr": f"*{dtype}"}),
+        "backward": (
+            kernels.backward_kernel,
+            GATHER_BACKWARD | {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"},
+        ),
+    }[kernel]
+    for softcap, entropy in itertools.product([True, False], repeat=2):
+        constants = {
+            "HAS_SOFTCAP": softcap,
+            "WITH_ENTROPY": entropy,
+            "BLOCK_V": kernels.BLOCK_V,
+        }
+        compile_without_spills(
+            function, signature, constants, capability, num_warps=kernels.NUM_WARPS
         )
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-        assert f"sm_{capability}" in compiled.asm["ptx"]
-        assert len(compiled.asm["cubin"]) > 0
-        # A local depot is where ptxas would find spilled or indexed arrays.
-        assert ".local" not in compiled.asm["ptx"]
-        assert compiled.metadata.shared <= 48 * 1024

@@ -1,0 +1,123 @@
+// gather_logprob on the CPU: one pass over the logits forward, one pass over them and the gradient
+// backward. A row is one thread's and is walked in blocks of a fixed width, so that the result does
+// not depend on the number of threads; a block is read before its gradient is written, so that the
+// two may share their memory. The formulas stand in latro_kernels/gather_logprob.py.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "latro.h"
+#include "softmax.h"
+
+namespace {
+
+using latro::bfloat16;
+using latro::float16;
+using latro::kBlock;
+using latro::RowGrad;
+using latro::State;
+using latro::Transform;
+
+// [rows, cols] in memory: rows that are `row_step` elements apart.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t row_step;
+
+  T* row(int64_t i) const { return data + i * row_step; }
+};
+
+template <typename T>
+void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, float* entropy,
+                  float* peak, float* log_total, int64_t rows, int64_t cols, Transform transform,
+                  int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = logits.row(i);
+    float z[kBlock], picked = 0.0f;
+    State state{-latro::kInfinity, 0.0f, 0.0f};
+    for (int64_t begin = 0; begin < cols; begin += kBlock) {
+      const int64_t n = std::min(cols - begin, kBlock);
+      transform.logits(row + begin, nullptr, n, z);
+      state.add(z, n, entropy != nullptr);
+      // The very number that was added: made once more, it might be rounded otherwise.
+      const int64_t hit = target[i] - begin;
+      if (hit >= 0 && hit < n) picked = z[hit];
+    }
+    peak[i] = state.peak;
+    log_total[i] = std::log(state.total);
+    logp[i] = (picked - state.peak) - log_total[i];
+    if (entropy != nullptr) entropy[i] = log_total[i] - state.weighted / state.total;
+  }
+}
+
+template <typename T>
+void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
+                   const float* grad_logp, const float* grad_entropy, const float* logp,
+                   const float* entropy, const float* peak, const float* log_total, int64_t rows,
+                   int64_t cols, Transform transform, int64_t threads) {
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* row = logits.row(i);
+    T* drow = dlogits.row(i);
+    const bool has_entropy = grad_entropy != nullptr;
+    // Finite, so that p log p is 0 for a target that -inf rules out; NaN stays NaN.
+    const float log_p = std::max(logp[i], std::numeric_limits<float>::lowest());
+    const RowGrad grad{grad_logp[i], has_entropy ? grad_entropy[i] : 0.0f,
+                       log_p,        has_entropy ? entropy[i] : 0.0f,
+                       peak[i],      log_total[i],
+                       has_entropy};
+    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {
+      std::fill(drow, drow + cols, T{});
+      continue;
+    }
+    float z[kBlock], dz[kBlock];
+    for (int64_t begin = 0; begin < cols; begin += kBlock) {
+      const int64_t n = std::min(cols - begin, kBlock);
+      transform.logits(row + begin, nullptr, n, z);
+      grad.logits(z, n, target[i] - begin, dz);
+      transform.chain(z, n, dz);
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) latro::store(dz[j], drow + begin + j);
+    }
+  }
+}
+
+}  // namespace
+
+int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
+                                         const int64_t* target, float* logp, float* entropy,
+                                         float* peak, float* log_total, int64_t rows, int64_t cols,
+                                         float softcap, float temperature, int64_t threads) {
+  const auto run = [&](auto element) {
+    const Rows<const decltype(element)> x{static_cast<const decltype(element)*>(logits), row_step};
+    forward_rows(x, target, logp, entropy, peak, log_total, rows, cols,
+                 Transform{softcap, temperature}, threads);
+    return LATRO_OK;
+  };
+  if (dtype == LATRO_F32) return run(float{});
+  if (dtype == LATRO_BF16) return run(bfloat16{});
+  if (dtype == LATRO_F16) return run(float16{});
+  return LATRO_BAD_DTYPE;
+}
+
+int32_t latro_cpu_gather_logprob_backward(const void* logits, void* dlogits, int32_t dtype,
+                                          int64_t row_step, int64_t drow_step,
+                                          const int64_t* target, const float* grad_logp,
+                                          const float* grad_entropy, const float* logp,
+                                          const float* entropy, const float* peak,
+                                          const float* log_total, int64_t rows, int64_t cols,
+                                          float softcap, float temperature, int64_t threads) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    backward_rows(Rows<const T>{static_cast<const T*>(logits), row_step},
+                  Rows<T>{static_cast<T*>(dlogits), drow_step}, target, grad_logp, grad_entropy,
+                  logp, entropy, peak, log_total, rows, cols, Transform{softcap, temperature},
+                  threads);
+    return LATRO_OK;
+  };
+  if (dtype == LATRO_F32) return run(float{});
+  if (dtype == LATRO_BF16) return run(bfloat16{});
+  if (dtype == LATRO_F16) return run(float16{});
+  return LATRO_BAD_DTYPE;
+}

@@ -1,0 +1,122 @@
+// gather_logprob on CUDA: one pass over the logits forward, one pass over them and the gradient
+// backward, one block a row. Every element is written by the thread that has read it, so that the
+// gradient may take the logits' place. The formulas stand in latro_kernels/gather_logprob.py.
+#include <cstdint>
+
+#include "latro.h"
+#include "softmax.cuh"
+
+namespace {
+
+using latro::for_each;
+using latro::kThreads;
+using latro::Pack;
+using latro::RowGrad;
+using latro::RowGrads;
+using latro::State;
+using latro::Transform;
+
+// What the forward writes of each row; entropy is null where none is asked for.
+struct Outputs {
+  float *logp, *entropy, *peak, *log_total;
+};
+
+template <bool kEntropy, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const T* logits, int64_t row_step, const int64_t* target, Outputs out,
+                   int64_t rows, int64_t cols, Transform transform) {
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const T* row = logits + i * row_step;
+    State state;
+    for_each(row, cols, [&](int64_t, auto pack) {
+      constexpr int n = pack.kSize;
+      float z[n];
+      for (int k = 0; k < n; ++k) z[k] = transform.logit(static_cast<float>(pack.at[k]));
+      state.add<kEntropy>(z);
+    });
+    state = merge_block(state);
+    if (threadIdx.x == 0) {
+      const float picked = transform.logit(static_cast<float>(row[target[i]]));
+      const float log_total = logf(state.total);
+      out.peak[i] = state.peak;
+      out.log_total[i] = log_total;
+      out.logp[i] = (picked - state.peak) - log_total;
+      if (kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
+    }
+  }
+}
+
+template <bool kEntropy, typename T>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(const T* logits, T* dlogits, int64_t row_step, int64_t drow_step,
+                    const int64_t* target, RowGrads grads, int64_t rows, int64_t cols,
+                    Transform transform) {
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    T* drow = dlogits + i * drow_step;
+    const RowGrad grad = grads.row<kEntropy>(i);
+    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {
+      for (int64_t j = threadIdx.x; j < cols; j += kThreads) drow[j] = static_cast<T>(0.0f);
+      continue;
+    }
+    const int64_t hit = target[i];
+    for_each(logits + i * row_step, cols, [&](int64_t j, auto pack) {
+      constexpr int n = pack.kSize;
+      Pack<T, n> gradient;
+      for (int k = 0; k < n; ++k) {
+        const float z = transform.logit(static_cast<float>(pack.at[k]));
+        const float dz = grad.logit<kEntropy>(z, j + k == hit);
+        gradient.at[k] = static_cast<T>(dz * transform.slope(z));
+      }
+      gradient.store(drow + j);
+    });
+  }
+}
+
+// Calls run(an element of the type that `dtype` stands for).
+template <typename Run>
+int32_t for_dtype(int32_t dtype, Run run) {
+  if (dtype == LATRO_F32) {
+    run(float{});
+  } else if (dtype == LATRO_BF16) {
+    run(__nv_bfloat16{});
+  } else if (dtype == LATRO_F16) {
+    run(__half{});
+  } else {
+    return LATRO_BAD_DTYPE;
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
+                                          const int64_t* target, float* logp, float* entropy,
+                                          float* peak, float* log_total, int64_t rows, int64_t cols,
+                                          float softcap, float temperature, void* stream) {
+  if (rows == 0) return LATRO_OK;
+  return for_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    auto* kernel = entropy != nullptr ? forward_kernel<true, T> : forward_kernel<false, T>;
+    kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<const T*>(logits), row_step, target, Outputs{logp, entropy, peak, log_total},
+        rows, cols, Transform{softcap, temperature});
+  });
+}
+
+int32_t latro_cuda_gather_logprob_backward(const void* logits, void* dlogits, int32_t dtype,
+                                           int64_t row_step, int64_t drow_step,
+                                           const int64_t* target, const float* grad_logp,
+                                           const float* grad_entropy, const float* logp,
+                                           const float* entropy, const float* peak,
+                                           const float* log_total, int64_t rows, int64_t cols,
+                                           float softcap, float temperature, void* stream) {
+  if (rows == 0) return LATRO_OK;
+  const RowGrads grads{grad_logp, grad_entropy, logp, entropy, peak, log_total};
+  return for_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    auto* kernel = grad_entropy != nullptr ? backward_kernel<true, T> : backward_kernel<false, T>;
+    kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        static_cast<const T*>(logits), static_cast<T*>(dlogits), row_step, drow_step, target, grads,
+        rows, cols, Transform{softcap, temperature});
+  });
+}

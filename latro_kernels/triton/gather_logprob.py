@@ -1,0 +1,164 @@
+"""gather_logprob in Triton: one pass over the logits each way, one program a row.
+
+The formulas stand in `latro_kernels.gather_logprob`. A program reads a block of its row before it
+writes the block's gradient, so that the gradient may take the logits' place.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latro_kernels.gather_logprob import Rows, RowState
+from latro_kernels.triton.softmax import expm1, row_logits
+
+# Of 2-byte logits, two loads of 16 bytes for each of the threads of 8 warps.
+BLOCK_V = 4096
+NUM_WARPS = 8
+
+
+@triton.jit
+def forward_kernel(
+    logits_ptr,
+    target_ptr,
+    logp_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_total_ptr,
+    stride_n,
+    V,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_n
+    lane = tl.arange(0, BLOCK_V).to(tl.int64)
+    peak = float("-inf")
+    # One sum a lane: they share the peak, and are added up once, at the end.
+    total = tl.zeros((BLOCK_V,), tl.float32)
+    weighted = tl.zeros((BLOCK_V,), tl.float32)
+    for begin in range(0, V, BLOCK_V):
+        j = begin + lane
+        z = row_logits(row_ptr, None, j, j < V, softcap, temperature, False, HAS_SOFTCAP)
+        largest = tl.maximum(peak, tl.max(z, 0))
+        # A row that is -inf so far has no peak to subtract.
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        drop = peak - shift
+        shrink = tl.exp(drop)
+        below = z - shift
+        e = tl.exp(below)
+        if WITH_ENTROPY:
+            # 0 * -inf counts as 0.
+            weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total))
+            weighted += tl.where(e == 0.0, 0.0, e * below)
+        total = total * shrink + e
+        peak = largest
+    sum_total = tl.sum(total, 0)
+    log_total = tl.log(sum_total)
+    hit = tl.load(target_ptr + row)
+    picked = row_logits(row_ptr, None, hit, hit < V, softcap, temperature, False, HAS_SOFTCAP)
+    tl.store(logp_ptr + row, (picked - peak) - log_total)
+    tl.store(peak_ptr + row, peak)
+    tl.store(log_total_ptr + row, log_total)
+    if WITH_ENTROPY:
+        tl.store(entropy_ptr + row, log_total - tl.sum(weighted, 0) / sum_total)
+
+
+@triton.jit
+def backward_kernel(
+    logits_ptr,
+    dlogits_ptr,
+    target_ptr,
+    grad_logp_ptr,
+    grad_entropy_ptr,
+    logp_ptr,
+    entropy_ptr,
+    peak_ptr,
+    log_total_ptr,
+    stride_n,
+    stride_dn,
+    V,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_n
+    lane = tl.arange(0, BLOCK_V).to(tl.int64)
+    hit = tl.load(target_ptr + row)
+    grad_logp = tl.load(grad_logp_ptr + row)
+    logp = tl.load(logp_ptr + row)
+    peak = tl.load(peak_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
+    is_read = grad_logp != 0.0
+    if WITH_ENTROPY:
+        grad_entropy = tl.load(grad_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+        is_read |= grad_entropy != 0.0
+    # A row that nobody asks about is not read, and gets 0 whatever is in it.
+    length = tl.where(is_read, V, 0)
+    for begin in range(0, V, BLOCK_V):
+        j = begin + lane
+        z = row_logits(row_ptr, None, j, j < length, softcap, temperature, False, HAS_SOFTCAP)
+        log_p = tl.where(j == hit, logp, (z - peak) - log_total)
+        p = tl.exp(log_p)
+        # 1 - p by expm1: exact where p is close to 1.
+        dz = grad_logp * tl.where(j == hit, -expm1(logp), -p)
+        if WITH_ENTROPY:
+            dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
+        if HAS_SOFTCAP:
+            tanh = z * temperature / softcap
+            dz *= 1.0 - tanh * tanh
+        dz = tl.where(j < length, dz / temperature, 0.0)
+        tl.store(dlogits_ptr + row * stride_dn + j, dz, mask=j < V)
+
+
+def forward(rows: Rows, state: RowState) -> None:
+    """Fill `state`."""
+    N, V = rows.logits.shape
+    if N == 0:
+        return
+    with torch.cuda.device_of(rows.logits):
+        forward_kernel[(N,)](
+            *(rows.logits, rows.target),
+            *(state.logp, state.entropy, state.peak, state.log_total),
+            *(rows.logits.stride(0), V, rows.softcap, rows.temperature),
+            HAS_SOFTCAP=rows.softcap > 0,
+            WITH_ENTROPY=state.entropy is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
+
+
+def backward(
+    rows: Rows, state: RowState, upstream: tuple[Tensor, Tensor | None], dlogits: Tensor
+) -> None:
+    """Fill `dlogits`, [N, V] in the logits' dtype, which may be the logits.
+
+    Args:
+        rows: the forward's.
+        state: what the forward found out.
+        upstream: gradients of logp and of the entropy, fp32 [N] and contiguous; the latter None
+            where no entropy was asked for.
+        dlogits: any stride between rows, none within.
+    """
+    N, V = rows.logits.shape
+    if N == 0:
+        return
+    with torch.cuda.device_of(rows.logits):
+        backward_kernel[(N,)](
+            *(rows.logits, dlogits, rows.target, *upstream),
+            *(state.logp, state.entropy, state.peak, state.log_total),
+            *(rows.logits.stride(0), dlogits.stride(0), V, rows.softcap, rows.temperature),
+            HAS_SOFTCAP=rows.softcap > 0,
+            WITH_ENTROPY=state.entropy is not None,
+            BLOCK_V=BLOCK_V,
+            num_warps=NUM_WARPS,
+        )
