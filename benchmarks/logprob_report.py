@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -24,9 +24,10 @@ ERRORS = ("logp", "dx", "dw", "dx_peaked")
 class Row:
     """One provider on one shape in one dtype.
 
-    Times are in seconds, by `PHASES`, and `multiples` their medians over those of the bare
-    GEMMs; memory is in bytes, by `MEMORY_PHASES`; errors are relative, by `ERRORS`, over the
-    first `error_rows` rows. `None`: does not apply, or could not be had.
+    Times are in seconds, by those of `PHASES` that were timed, and `multiples` their medians over
+    those of the bare GEMMs; memory is in bytes, by those of `MEMORY_PHASES`; errors are relative,
+    by `ERRORS`, over the first `error_rows` rows. `None`: does not apply, or could not be had.
+    `more` is what only some tables have, by the heading it gets there.
     """
 
     shape: Shape
@@ -37,10 +38,11 @@ class Row:
     memory: Mapping[str, int | None]
     error: Mapping[str, float | None]
     error_rows: int | None
+    more: Mapping[str, float] = field(default_factory=dict)
 
 
 def flat(row: Row) -> dict[str, object]:
-    """`row` under one key a number: milliseconds, MiB, relative errors."""
+    """`row` under one key a number: milliseconds, MiB, relative errors; `None` if there is none."""
     cells: dict[str, object] = {
         "shape": row.shape.name,
         "N": row.shape.n,
@@ -48,21 +50,24 @@ def flat(row: Row) -> dict[str, object]:
         "V": row.shape.v,
         "dtype": row.dtype,
         "provider": row.provider,
-        "reps": row.times["full"].reps,
+        "reps": max((summary.reps for summary in row.times.values()), default=None),
     }
     for phase in PHASES:
-        summary = row.times[phase]
-        cells[f"{phase}_ms"] = round(summary.median * 1e3, 4)
-        cells[f"{phase}_ms_min"] = round(summary.low * 1e3, 4)
-        cells[f"{phase}_ms_max"] = round(summary.high * 1e3, 4)
-        cells[f"{phase}_x_gemm"] = round(row.multiples[phase], 4)
+        summary = row.times.get(phase)
+        for key, seconds in (
+            (f"{phase}_ms", summary and summary.median),
+            (f"{phase}_ms_min", summary and summary.low),
+            (f"{phase}_ms_max", summary and summary.high),
+        ):
+            cells[key] = None if seconds is None else round(seconds * 1e3, 4)
+        cells[f"{phase}_x_gemm"] = round(row.multiples[phase], 4) if summary else None
     for phase in MEMORY_PHASES:
-        peak = row.memory[phase]
+        peak = row.memory.get(phase)
         cells[f"{phase}_peak_extra_mib"] = None if peak is None else round(peak / 2**20, 2)
     for name in ERRORS:
-        cells[f"{name}_error"] = row.error[name]
+        cells[f"{name}_error"] = row.error.get(name)
     cells["error_rows"] = row.error_rows
-    return cells
+    return cells | dict(row.more)
 
 
 def _time(summary: Summary) -> str:
@@ -79,32 +84,44 @@ def _error(error: float | None) -> str:
     return "–" if error is None else f"{error:.0e}"
 
 
-def _table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row], title: str = "") -> Table:
+    """`rows` of one shape and dtype, with columns for what at least one of them has."""
     shape, dtype = rows[0].shape, rows[0].dtype
+    phases = [phase for phase in PHASES if any(phase in row.times for row in rows)]
+    memory_phases = [phase for phase in MEMORY_PHASES if any(phase in row.memory for row in rows)]
+    more = list(dict.fromkeys(name for row in rows for name in row.more))
     table = Table(
-        title=f"{shape.name} {dtype}: N={shape.n} H={shape.h} V={shape.v}", title_justify="left"
+        title=f"{title}{shape.name} {dtype}: N={shape.n} H={shape.h} V={shape.v}",
+        title_justify="left",
     )
     table.add_column("provider", no_wrap=True)
-    for phase in PHASES:
+    for phase in phases:
         table.add_column(f"{phase} ms\n(range)", justify="right")
         table.add_column("× GEMM", justify="right", style="bold")
-    for phase in MEMORY_PHASES:
+    for phase in memory_phases:
         table.add_column(f"{phase}\nextra MiB", justify="right")
     for name in ERRORS:
         table.add_column(f"error\n{name.replace('_', ' ')}", justify="right")
+    for name in more:
+        table.add_column(name.replace(" ", "\n", 1), justify="right")
     for row in rows:
         cells = [row.provider]
-        for phase in PHASES:
+        for phase in phases:
             cells += [_time(row.times[phase]), f"{row.multiples[phase]:.2f}"]
-        cells += [_mib(row.memory[phase]) for phase in MEMORY_PHASES]
+        cells += [_mib(row.memory.get(phase)) for phase in memory_phases]
         cells += [_error(row.error[name]) for name in ERRORS]
+        cells += [f"{row.more[name]:.3g}" if name in row.more else "–" for name in more]
         table.add_row(*cells)
-    reps = sorted({row.times["full"].reps for row in rows})
-    caption = f"median (least–greatest) of {reps[0]} to {reps[-1]} interleaved repetitions"
+    captions = []
+    reps = sorted({summary.reps for row in rows for summary in row.times.values()})
+    if reps:
+        captions.append(
+            f"median (least–greatest) of {reps[0]} to {reps[-1]} interleaved repetitions"
+        )
     error_rows = max((row.error_rows or 0 for row in rows), default=0)
     if 0 < error_rows < shape.n:
-        caption += f"; errors over the first {error_rows} of {shape.n} rows"
-    table.caption = caption
+        captions.append(f"errors over the first {error_rows} of {shape.n} rows")
+    table.caption = "; ".join(captions)
     return table
 
 
@@ -116,20 +133,23 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
+def wide_console() -> Console:
+    """A console on stdout: a table cut to the width of a pipe would lose its numbers."""
+    console = Console()
+    return console if console.is_terminal else Console(width=170)
+
+
 def show(
     rows: Sequence[Row], absent: Sequence[str], where: Mapping[str, object], out: Path
 ) -> None:
     """Print who cannot run and why, where this ran, and the tables last."""
-    # A table cut to the width of a pipe loses its numbers.
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=170)
+    console = wide_console()
     for line in absent:
         console.print(f"cannot run: {line}", markup=False, highlight=False)
     console.print(", ".join(f"{key} {value}" for key, value in where.items()), highlight=False)
     console.print(f"written: {out}/logprob.csv, logprob.json, logprob.png", highlight=False)
     for group in grouped(rows):
-        console.print(_table(group))
+        console.print(table(group))
 
 
 def plot(rows: Sequence[Row], where: Mapping[str, object]) -> bytes:

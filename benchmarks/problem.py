@@ -46,13 +46,19 @@ SHAPES = {shape.name: shape for shape in (*CPU_SHAPES, *GPU_SHAPES, *OTHER_SHAPE
 
 
 class Problem(NamedTuple):
-    """`hidden` [N, H], `weight` [V, H] in the tested dtype and requiring gradients; `target` [N]
-    int64; `grad` [N] fp32, the upstream gradient of the log-probs."""
+    """`hidden` [N, H], `weight` [V, H] in the tested dtype and requiring gradients, but for the
+    weight of a frozen head; `target` [N] int64; `grad` [N] fp32, the upstream gradient of the
+    log-probs."""
 
     hidden: Tensor
     weight: Tensor
     target: Tensor
     grad: Tensor
+
+    @property
+    def differentiable(self) -> tuple[Tensor, ...]:
+        """Those of hidden and weight that require a gradient."""
+        return tuple(tensor for tensor in (self.hidden, self.weight) if tensor.requires_grad)
 
     def rows(self, count: int) -> Problem:
         """The same problem cut to its first `count` rows."""
@@ -61,7 +67,12 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    shape: Shape, dtype: torch.dtype, device: torch.device, *, seed: int = 0
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    seed: int = 0,
+    frozen: bool = False,
 ) -> Problem:
     """Random inputs whose logits have standard deviation about 3, as language models' have.
 
@@ -69,7 +80,7 @@ def make_problem(
     cancels, and low-precision gradients break. Half of those rows have that token as their target,
     half another. The upstream gradient is normal, so that a kernel that uses one gradient for all
     rows is found out. None is zero: a method that leaves such rows out would be compared with
-    others on less work.
+    others on less work. The weight of a `frozen` head requires no gradient.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -91,16 +102,20 @@ def make_problem(
 
     grad = normal(shape.n)
     return Problem(
-        hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, grad
+        hidden.to(dtype).requires_grad_(),
+        weight.to(dtype).requires_grad_(not frozen),
+        target,
+        grad,
     )
 
 
 class Solution(NamedTuple):
-    """Log-probs [N] and the gradients of `grad · logp`: dX [N, H], dW [V, H]."""
+    """Log-probs [N] and the gradients of `grad · logp`: dX [N, H] and dW [V, H], None where the
+    head is frozen."""
 
     logp: Tensor
     dx: Tensor
-    dw: Tensor
+    dw: Tensor | None
 
 
 @torch.no_grad()
@@ -113,7 +128,8 @@ def solve_fp64(problem: Problem) -> Solution:
     hidden, weight = problem.hidden.double(), problem.weight.double()
     grad = problem.grad.double()
     logp = torch.empty_like(grad)
-    dx, dw = torch.empty_like(hidden), torch.zeros_like(weight)
+    dx = torch.empty_like(hidden)
+    dw = torch.zeros_like(weight) if problem.weight.requires_grad else None
     chunk = max(1, _TRUTH_CHUNK_BYTES // (8 * weight.shape[0]))
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
@@ -124,7 +140,8 @@ def solve_fp64(problem: Problem) -> Solution:
         dz.scatter_add_(1, target, torch.ones_like(target, dtype=dz.dtype))
         dz *= grad[rows, None]
         dx[rows] = dz @ weight
-        dw.addmm_(dz.T, hidden[rows])
+        if dw is not None:
+            dw.addmm_(dz.T, hidden[rows])
     return Solution(logp, dx, dw)
 
 
@@ -140,13 +157,14 @@ def relative_error(got: Tensor, truth: Tensor) -> float:
     return (error / truth.abs().max()).item()
 
 
-def errors(got: Solution, truth: Solution) -> dict[str, float]:
-    """`relative_error` of logp, dX and dW, and of dX over the planted rows whose target is the
-    planted token (`dx_peaked`), whose gradients are too small to show in the whole."""
+def errors(got: Solution, truth: Solution) -> dict[str, float | None]:
+    """`relative_error` of logp, dX and dW (None where there is none), and of dX over the planted
+    rows whose target is the planted token (`dx_peaked`), whose gradients are too small to show in
+    the whole."""
     peaked = slice(0, None, 2 * PEAKED_EVERY)
     return {
         "logp": relative_error(got.logp, truth.logp),
         "dx": relative_error(got.dx, truth.dx),
-        "dw": relative_error(got.dw, truth.dw),
+        "dw": None if got.dw is None or truth.dw is None else relative_error(got.dw, truth.dw),
         "dx_peaked": relative_error(got.dx[peaked], truth.dx[peaked]),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -33,6 +33,10 @@ CANNOT_RUN = (
     OSError,
 )
 """What a provider raises where it cannot run: peers check their input by assert, too."""
+
+BUDGETS = {"keep": 1 << 50, "64mib": 64 << 20, "recompute": 0}
+"""memory_budget, in bytes, of `latro-BACKEND-NAME`: all logits are kept from forward to backward,
+those that fit into 64 MiB, or none."""
 
 # Width of TRL's vocabulary tiles: what its trainers pass.
 _TRL_CHUNK_SIZE = 32768
@@ -64,7 +68,7 @@ def _find_unfused(device: torch.device) -> LogprobFn:
     return _unfused
 
 
-def _find_ours(backend: str, device: torch.device) -> LogprobFn:
+def _find_ours(backend: str, options: Mapping[str, object], device: torch.device) -> LogprobFn:
     if backend in ("triton", "cuda"):
         _require_gpu(device, f"backend {backend!r}")
     if backend == "cpu" and device.type != "cpu":
@@ -72,7 +76,7 @@ def _find_ours(backend: str, device: torch.device) -> LogprobFn:
     _require("latro_kernels", "pip install -e .")
     from latro_kernels import linear_logprob
 
-    return partial(linear_logprob, backend=backend)
+    return partial(linear_logprob, backend=backend, **options)
 
 
 def _find_torch_chunked(device: torch.device) -> LogprobFn:
@@ -151,13 +155,22 @@ class Provider:
     slow_start: bool = False
 
 
+def _ours() -> Iterator[Provider]:
+    """Every backend with its default budget, and those that have one with each of `BUDGETS`."""
+    for backend in ("reference", "cpu", "triton", "cuda"):
+        name, what = f"latro-{backend}", f"ours, backend {backend!r}"
+        yield Provider(name, what, partial(_find_ours, backend, {}))
+        if backend == "reference":
+            continue
+        for suffix, size in BUDGETS.items():
+            find = partial(_find_ours, backend, {"memory_budget": size})
+            yield Provider(f"{name}-{suffix}", f"{what}, memory_budget={size}", find)
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
-        *(
-            Provider(f"latro-{backend}", f"ours, backend {backend!r}", partial(_find_ours, backend))
-            for backend in ("reference", "cpu", "triton", "cuda")
-        ),
+        *_ours(),
         Provider("unfused", "fp32 log_softmax of whole logits, gather", _find_unfused),
         Provider("torch-chunked", "F.linear_cross_entropy, auto chunks", _find_torch_chunked),
         Provider("trl", "TRL's chunked log-prob (Triton on GPU, else torch tiles)", _find_trl),
@@ -179,10 +192,8 @@ PROVIDERS: dict[str, Provider] = {
 def solve(logprob: LogprobFn, problem: Problem) -> Solution:
     """Log-probs and gradients of `problem` by `logprob`: one forward, one backward."""
     logp = logprob(problem.hidden, problem.weight, problem.target)
-    dx, dw = torch.autograd.grad(
-        logp, (problem.hidden, problem.weight), problem.grad.to(logp.dtype)
-    )
-    return Solution(logp.detach(), dx, dw)
+    dx, *dw = torch.autograd.grad(logp, problem.differentiable, problem.grad.to(logp.dtype))
+    return Solution(logp.detach(), dx, dw[0] if dw else None)
 
 
 def discover(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import logprob_bench
-from benchmarks.logprob_report import BARE_GEMMS, ERRORS, flat
-from benchmarks.problem import CPU_SHAPES, Shape
+from benchmarks.logprob_report import BARE_GEMMS, ERRORS
+from benchmarks.problem import CPU_SHAPES
 
 TINY_RUN = ["--device", "cpu", "--n", "33", "--hidden", "48", "--vocab", "301", "--reps", "3"]
 
@@ -68,31 +68,10 @@ def test_table_names_providers_and_absences(tmp_path, capsys):
     assert "cannot run" not in table
 
 
-def test_full_is_the_sum_of_its_laps():
-    laps = {"forward": [9.0, 9.0], "forward_grad": [1.0, 2.0], "backward": [10.0, 30.0]}
-    full = logprob_bench.phases(laps)["full"]
-    assert (full.low, full.median, full.high) == (11.0, 21.5, 32.0)
-
-
-def test_long_truth_is_of_the_first_rows(monkeypatch):
-    shape = Shape("test", 64, 32, 128)
-    monkeypatch.setitem(logprob_bench.TRUTH_FLOP, "cpu", shape.step_flop / 4)
-    found = {"unfused": logprob_bench.PROVIDERS["unfused"].find(torch.device("cpu"))}
-    rows, reasons = logprob_bench.bench(shape, "fp32", found, torch.device("cpu"), (1, 1.0))
-    assert not reasons
-    assert [flat(row)["error_rows"] for row in rows] == [None, 16]
-
-
-def test_provider_that_fails_on_the_shape_is_dropped_with_its_reason():
-    def broken(hidden, weight, target):
-        raise RuntimeError("out of memory")
-
-    shape = Shape("test", 8, 16, 32)
-    rows, reasons = logprob_bench.bench(
-        shape, "fp32", {"broken": broken}, torch.device("cpu"), (1, 1.0)
-    )
-    assert [row.provider for row in rows] == [BARE_GEMMS]
-    assert reasons == {"broken": "RuntimeError: out of memory"}
+def test_providers_that_are_absent_for_one_reason_share_a_line():
+    cannot_run = {("a", "why"): ["fp32", "bf16"], ("b", "why"): ["fp32", "bf16"]}
+    cannot_run[("c", "why")] = ["bf16"]
+    assert logprob_bench.absences(cannot_run) == ["a, b (fp32, bf16): why", "c (bf16): why"]
 
 
 def test_default_shapes_follow_the_device():

@@ -74,3 +74,14 @@ def test_first_rows_are_a_problem_of_their_own():
     assert truth.dx.shape == (10, SHAPE.h)
     assert problem.hidden.is_leaf
     assert problem.hidden.requires_grad
+
+
+def test_frozen_head_is_the_same_problem_without_its_gradient():
+    frozen = make_problem(SHAPE, torch.float32, CPU, frozen=True)
+    trainable = make_problem(SHAPE, torch.float32, CPU)
+    assert [tensor.shape for tensor in frozen.differentiable] == [(SHAPE.n, SHAPE.h)]
+    assert len(trainable.differentiable) == 2
+    got, truth = solve_fp64(frozen), solve_fp64(trainable)
+    assert got.dw is None
+    assert torch.equal(got.dx, truth.dx)
+    assert errors(got, truth)["dw"] is None

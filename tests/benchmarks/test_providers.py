@@ -31,6 +31,16 @@ def test_gpu_backend_on_cpu(name):
     assert "needs a CUDA GPU" in reasons[name]
 
 
+def test_budgets_are_those_of_the_names():
+    budgets = {"latro-cpu": None, "latro-cpu-64mib": 1 << 26, "latro-cpu-recompute": 0}
+    for name, budget in budgets.items():
+        logprob = providers.PROVIDERS[name].find(CPU)
+        assert logprob.keywords.get("memory_budget") == budget
+    kept = providers.PROVIDERS["latro-cpu-keep"].find(CPU).keywords["memory_budget"]
+    assert kept > 4 * 2**31
+    assert "latro-reference-keep" not in providers.PROVIDERS
+
+
 def test_provider_that_breaks_is_named_with_its_error(monkeypatch):
     def broken(hidden, weight, target):
         raise NotImplementedError("no kernel for this\nand a long story")
