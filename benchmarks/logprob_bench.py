@@ -3,6 +3,7 @@
     python benchmarks/logprob_bench.py                   # CPU shapes, or GPU shapes on a GPU
     python benchmarks/logprob_bench.py --quick           # under a minute
     python benchmarks/logprob_bench.py --shapes mistral-7b --dtype bf16
+    python benchmarks/logprob_bench.py --study head      # see `head_study`
     python benchmarks/logprob_bench.py --n 512 --hidden 768 --vocab 50257
 
 Providers take turns, repetition by repetition (see `timing`). Three times are reported:
@@ -38,7 +39,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import logprob_report, report, timing
+from benchmarks import head_study, head_study_report, logprob_report, report, timing
 from benchmarks.logprob_report import Row
 from benchmarks.measure import DTYPES, PEER_PACKAGES, TRUTH_FLOP, Limits, bench
 from benchmarks.problem import CPU_SHAPES, GPU_SHAPES, SHAPES, Shape
@@ -62,6 +63,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=10.0,
         help=f"of one provider on one shape, after {timing.MIN_REPS} repetitions (default 10)",
     )
+    parser.add_argument("--study", choices=["head"], help="the study of the head instead")
+    parser.add_argument(
+        "--sections",
+        default=",".join(head_study.SECTIONS),
+        help=f"of the study: {', '.join(head_study.SECTIONS)}; all by default",
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=head_study.DATA,
+        help="folder of train.jsonl and test.jsonl, GSM8K's format, for the study's small model "
+        "(default: ../shared/data/gsm8k beside the repository)",
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, nothing compiled")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
@@ -71,6 +85,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         args.shapes = choose_shapes(args)
         args.dtype = choose(args.dtype, DTYPES, "--dtype")
+        args.sections = choose(args.sections, head_study.SECTIONS, "--sections")
         args.providers = (
             choose(args.providers, PROVIDERS, "--providers")
             if args.providers
@@ -92,8 +107,9 @@ def choose(text: str, known: Sequence[str] | dict[str, object], argument: str) -
     return names
 
 
-def choose_shapes(args: argparse.Namespace) -> list[Shape]:
-    """Named shapes, one of the user's own, or the default set of the device."""
+def choose_shapes(args: argparse.Namespace) -> list[Shape] | None:
+    """Named shapes, one of the user's own, or the default set of the device; a study has its own
+    defaults, for which None stands."""
     own = (args.n, args.hidden, args.vocab)
     if any(own):
         if args.shapes or not all(size and size > 0 for size in own):
@@ -105,6 +121,8 @@ def choose_shapes(args: argparse.Namespace) -> list[Shape]:
         return [SHAPES[name] for name in choose(args.shapes, SHAPES, "--shapes")]
     if args.quick:
         return [SHAPES["quick"]]
+    if args.study:
+        return None
     return list(GPU_SHAPES if torch.device(args.device).type == "cuda" else CPU_SHAPES)
 
 
@@ -114,6 +132,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     limits = Limits(args.reps, args.seconds, TRUTH_FLOP[device.type])
+    if args.study:
+        study(args, device, limits)
+    else:
+        benchmark(args, device, limits)
+
+
+def study(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
+    """`--study head`: its tables, files and charts."""
+    plan = head_study.Plan(
+        sections=tuple(args.sections),
+        shapes=args.shapes,
+        dtypes=tuple(args.dtype),
+        limits=limits,
+        device=device,
+        data=args.data,
+        out=args.out,
+        quick=args.quick,
+    )
+    head_study_report.show(head_study.run(plan))
+
+
+def benchmark(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
+    """Every provider on every shape, in every dtype."""
     where = report.environment(device, PEER_PACKAGES)
     rows: list[Row] = []
     cannot_run: dict[tuple[str, str], list[str]] = {}  # (provider, reason) -> where

@@ -37,12 +37,19 @@ GPU_SHAPES = (
     Shape("phi-3.5-mini", 8192, 3072, 32064),
     Shape("qwen2.5-7b", 8192, 3584, 152064),
 )
+# The study's rows of few and many tokens under a vocabulary of Llama 2 and one of GPT-2.
+STUDY_SHAPES = (
+    *CPU_SHAPES,
+    Shape("cpu-1k-50k", 1024, 1024, 50257),
+    Shape("cpu-4k", 4096, 1024, 32000),
+    Shape("cpu-4k-50k", 4096, 1024, 50257),
+)
 OTHER_SHAPES = (
     Shape("quick", 128, 512, 8192),
     Shape("cpu-8k", 1024, 1024, 8192),
     Shape("gpt2", 1024, 768, 50257),
 )
-SHAPES = {shape.name: shape for shape in (*CPU_SHAPES, *GPU_SHAPES, *OTHER_SHAPES)}
+SHAPES = {shape.name: shape for shape in (*STUDY_SHAPES, *GPU_SHAPES, *OTHER_SHAPES)}
 
 
 class Problem(NamedTuple):

@@ -89,6 +89,7 @@ def test_default_shapes_follow_the_device():
         ["--shapes", "gpt5"],
         ["--dtype", "int8"],
         ["--providers", "nobody"],
+        ["--study", "head", "--sections", "tail"],
         ["--n", "4"],
         ["--n", "4", "--hidden", "4", "--vocab", "4", "--shapes", "quick"],
     ],

@@ -1,0 +1,316 @@
+"""The head study's results: kept in files, as tables, against what the op aims at, as charts."""
+
+from __future__ import annotations
+
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import log
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from benchmarks import logprob_report, report
+from benchmarks.logprob_report import BARE_GEMMS, MEMORY_PHASES, Row
+from benchmarks.problem import Shape
+from benchmarks.timing import Summary
+
+MULTIPLES = {
+    ("forward", ""): {"fp32": 1.05, "bf16": 1.05},
+    ("full", "keep"): {"fp32": 1.05, "bf16": 1.3},
+    ("full", "64mib"): {"fp32": 1.35, "bf16": 1.6},
+    ("frozen", ""): {"fp32": 1.1, "bf16": 1.3},
+    ("filter", "eps 2^-12"): {"fp32": 1.0, "bf16": 1.0},
+}
+"""The greatest multiple of the bare GEMMs aimed at: by section and end of our name, by dtype."""
+
+_UNFUSED_TIME = {"fp32": 1.05, "bf16": 1.0}
+_UNFUSED_MEMORY = 0.1
+_BF16_LOGP_ERROR = 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one section, shape (or axis of the scaling) and dtype, measured in one go."""
+
+    section: str
+    name: str
+    dtype: str
+    rows: list[Row]
+    notes: list[str]
+    environment: Mapping[str, object]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.section, self.name, self.dtype
+
+
+@dataclass(frozen=True)
+class Check:
+    """`measured` beside the greatest value aimed at."""
+
+    where: str
+    what: str
+    measured: float
+    target: float
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.target
+
+
+class Results:
+    """The groups in the files of a folder: those it held, each until it is put again.
+
+    Raises:
+        ValueError: the folder's study_head.json is not one of this study's.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._groups: dict[tuple[str, str, str], Group] = {}
+        saved = out / "study_head.json"
+        if saved.exists():
+            try:
+                groups = [_group(item) for item in json.loads(saved.read_text())["groups"]]
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{saved}: expected the results of a head study") from error
+            self._groups = {group.key: group for group in groups}
+
+    @property
+    def groups(self) -> list[Group]:
+        return list(self._groups.values())
+
+    def put(self, group: Group) -> None:
+        """Add a group, in place of one with the same section, shape and dtype; write the files."""
+        self._groups[group.key] = group
+        groups = self.groups
+        flat = [
+            {"section": of.section} | logprob_report.flat(row) for of in groups for row in of.rows
+        ]
+        columns = dict.fromkeys(name for cells in flat for name in cells)
+        report.write_csv(self.out / "study_head.csv", [columns | cells for cells in flat])
+        report.write_json(
+            self.out / "study_head.json",
+            {
+                "groups": [asdict(of) for of in groups],
+                "checks": [asdict(check) | {"met": check.met} for check in checks(groups)],
+                "slopes": {f"{of.name} {of.dtype}": slopes(of) for of in _of(groups, "scaling")},
+            },
+        )
+        report.write_bytes(self.out / "study_head.png", plot(groups))
+        if scaling := _of(groups, "scaling"):
+            report.write_bytes(self.out / "study_head_scaling.png", plot_scaling(scaling))
+
+
+def _group(item: dict) -> Group:
+    rows = [
+        Row(
+            **row
+            | {
+                "shape": Shape(**row["shape"]),
+                "times": {phase: Summary(**summary) for phase, summary in row["times"].items()},
+            }
+        )
+        for row in item["rows"]
+    ]
+    return Group(**item | {"rows": rows})
+
+
+def _of(groups: Iterable[Group], section: str) -> list[Group]:
+    return [group for group in groups if group.section == section]
+
+
+def slopes(group: Group) -> dict[str, float]:
+    """By provider, the slope of log time of full over log N·V, fitted by least squares.
+
+    N or V is fixed, so it is the slope over the other: 1 where the cost is linear.
+    """
+    return {
+        provider: statistics.linear_regression(
+            [log(row.shape.n * row.shape.v) for row in rows],
+            [log(row.times["full"].median) for row in rows],
+        ).slope
+        for provider, rows in _by_provider(group).items()
+    }
+
+
+def _by_provider(group: Group) -> dict[str, list[Row]]:
+    providers: dict[str, list[Row]] = {}
+    for row in group.rows:
+        providers.setdefault(row.provider, []).append(row)
+    return providers
+
+
+def checks(groups: Iterable[Group]) -> list[Check]:
+    """What is aimed at, for every group that has it."""
+    found = []
+    for group in groups:
+        where = f"{group.section} {group.name} {group.dtype}"
+        ours = {row.provider: row for row in group.rows if row.provider.startswith("latro-")}
+        for (section, end), targets in MULTIPLES.items():
+            for name, row in ours.items():
+                if section == group.section and name.endswith(end) and group.dtype in targets:
+                    (phase,) = row.times.keys()
+                    found.append(Check(where, name, row.multiples[phase], targets[group.dtype]))
+        if group.section == "peers":
+            found += _against_peers(group, where, ours)
+        if group.section == "error" and group.dtype == "bf16":
+            unfused = next((row for row in group.rows if row.provider == "unfused"), None)
+            found += [
+                Check(
+                    *(where, f"{name} / unfused, error of logp"),
+                    row.error["logp"] / unfused.error["logp"],
+                    _BF16_LOGP_ERROR,
+                )
+                for name, row in ours.items()
+                if unfused is not None
+            ]
+    return found
+
+
+def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Check]:
+    """Our bounded memory against the peers', in time; both of our ends against the unfused loss."""
+    found = []
+    peers = {row.provider: row for row in group.rows if row.provider not in (*ours, BARE_GEMMS)}
+    for name, row in ours.items():
+        for peer_name, peer in peers.items():
+            pair = f"{name} / {peer_name}"
+            if peer_name == "unfused":
+                if group.dtype not in _UNFUSED_TIME or name.endswith("recompute"):
+                    continue
+                target = _UNFUSED_TIME[group.dtype]
+                mine, theirs = row.memory["full"], peer.memory["full"]
+                if name.endswith("64mib") and mine is not None and theirs:
+                    found.append(Check(where, f"{pair}, memory", mine / theirs, _UNFUSED_MEMORY))
+            elif name.endswith("64mib"):
+                target = 1.0
+            else:
+                continue
+            for phase in (phase for phase in MEMORY_PHASES if phase in row.times):
+                ratio = row.times[phase].median / peer.times[phase].median
+                found.append(Check(where, f"{pair}, {phase}", ratio, target))
+    return found
+
+
+def show(results: Results) -> None:
+    """Print all tables, and what is aimed at last."""
+    console = logprob_report.wide_console()
+    for group in results.groups:
+        where = group.environment
+        console.print(
+            f"\n{group.section}, {group.name} {group.dtype}: {where['device']}, "
+            f"{where['threads']} threads, torch {where['torch']}, {where['date']}",
+            highlight=False,
+        )
+        for note in group.notes:
+            console.print(note, markup=False, highlight=False)
+        title = f"{group.section}, "
+        console.print(
+            _scaling_table(group)
+            if group.section == "scaling"
+            else logprob_report.table(group.rows, title)
+        )
+    found = checks(results.groups)
+    if found:
+        table = Table(title="Aims", title_justify="left")
+        for heading in ("table", "what"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("measured", "at most", "met"):
+            table.add_column(heading, justify="right")
+        for check in found:
+            numbers = f"{check.measured:.3g}", f"{check.target:.3g}"
+            table.add_row(check.where, check.what, *numbers, "yes" if check.met else "no")
+        console.print(table)
+    console.print(f"written: {results.out}/study_head.*", highlight=False)
+
+
+def _scaling_table(group: Group) -> Table:
+    providers = _by_provider(group)
+    table = Table(title=f"scaling, {group.name} {group.dtype}", title_justify="left")
+    for heading in ("N", "H", "V", *(f"{name}\nfull ms" for name in providers)):
+        table.add_column(heading, justify="right")
+    for same_shape in zip(*providers.values(), strict=True):
+        shape = same_shape[0].shape
+        times = (f"{row.times['full'].median * 1e3:.2f}" for row in same_shape)
+        table.add_row(str(shape.n), str(shape.h), str(shape.v), *times)
+    slope = slopes(group)
+    table.add_section()
+    table.add_row("slope", "", "", *(f"{slope[name]:.3f}" for name in providers))
+    return table
+
+
+def plot(groups: Sequence[Group]) -> bytes:
+    """A PNG: one panel a section with its multiples of the bare GEMMs, and the filter's curve."""
+    sections: dict[str, list[Group]] = {}
+    for group in groups:
+        if group.section not in ("scaling", "error"):
+            sections.setdefault(group.section, []).append(group)
+    bars = {
+        section: [row for group in of for row in group.rows if row.provider != BARE_GEMMS]
+        for section, of in sections.items()
+    }
+    if not bars:
+        return _png(Figure())
+    heights = [2 + 0.25 * len(rows) for rows in bars.values()]
+    figure = Figure(figsize=(10, sum(heights)))
+    axes = figure.subplots(
+        len(bars), 1, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.3}
+    )[:, 0]
+    for axis, (section, rows) in zip(axes, bars.items(), strict=True):
+        phase = "forward" if section == "forward" else "full"
+        names = [f"{row.shape.name} {row.dtype}  {row.provider}" for row in rows]
+        values = [row.multiples[phase] for row in rows]
+        colors = ["C0" if row.provider.startswith("latro-") else "C7" for row in rows]
+        drawn = axis.barh(range(len(rows)), values, 0.7, color=colors)
+        axis.bar_label(drawn, [_bar_label(row, phase) for row in rows], fontsize=7)
+        axis.set_yticks(range(len(rows)), names, fontsize=7)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_title(f"{section}: time of {phase} / bare GEMMs")
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        if section == "peers":
+            axis.set_xscale("log")
+    return _png(figure)
+
+
+def _bar_label(row: Row, phase: str) -> str:
+    label = f" {row.multiples[phase]:.2f}"
+    peak = row.memory.get(phase)
+    if peak is not None:
+        label += f", {peak / 2**20:.0f} MiB"
+    if "skipped %" in row.more:
+        label += f", {row.more['skipped %']:.0f} % skipped"
+    return label
+
+
+def plot_scaling(groups: Sequence[Group]) -> bytes:
+    """A PNG: time of full over N, and over V, on logarithmic axes, with the slopes."""
+    figure = Figure(figsize=(6 * len(groups), 4.5))
+    for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
+        over = group.name[0]
+        slope = slopes(group)
+        for provider, rows in _by_provider(group).items():
+            sizes = [row.shape.n if over == "N" else row.shape.v for row in rows]
+            medians = [row.times["full"].median * 1e3 for row in rows]
+            axis.loglog(
+                *(sizes, medians), marker="o", label=f"{provider}: slope {slope[provider]:.3f}"
+            )
+        fixed = rows[0].shape
+        other = f"V = {fixed.v}" if over == "N" else f"N = {fixed.n}"
+        axis.set_xlabel(over)
+        axis.set_ylabel("full, ms")
+        axis.set_title(f"{group.dtype}, H = {fixed.h}, {other}")
+        axis.legend(fontsize=8)
+        axis.grid(which="both", alpha=0.3)
+    figure.tight_layout()
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    return image.getvalue()

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from benchmarks import head_study, logprob_bench, memory
+from benchmarks.head_study import Comparison
+from benchmarks.head_study_report import Group, Results, checks, slopes
+from benchmarks.logprob_report import BARE_GEMMS, Row
+from benchmarks.problem import CPU_SHAPES, STUDY_SHAPES, Shape
+from benchmarks.timing import Summary
+
+CPU = torch.device("cpu")
+SHAPE = Shape("test", 8, 16, 32)
+TINY_RUN = ["--study", "head", "--quick", "--device", "cpu", "--dtype", "fp32"]
+TINY_RUN += ["--n", "33", "--hidden", "48", "--vocab", "301"]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    out = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        peers = Comparison(("-64mib",), ("forward", "full"), ("unfused", "liger-flce"))
+        patch.setitem(head_study.COMPARISONS, "peers", peers)
+        logprob_bench.main([*TINY_RUN, "--data", str(out / "absent"), "--out", str(out)])
+    return out
+
+
+def row(provider: str, *, multiple: float = 1.0, memory: int = 0, logp: float = 0.0) -> Row:
+    times = {"full": Summary(multiple, multiple, multiple, 1)}
+    error = {"logp": logp, "dx": 0.0, "dw": 0.0, "dx_peaked": None}
+    return Row(SHAPE, "fp32", provider, times, {"full": multiple}, {"full": memory}, error, 8)
+
+
+def group(section: str, rows: list[Row], dtype: str = "fp32", name: str = "test") -> Group:
+    return Group(section, name, dtype, rows, [], {"device": "none"})
+
+
+def test_every_section_has_its_rows(ran):
+    rows = list(csv.DictReader((ran / "study_head.csv").open()))
+    sections = {section: [r for r in rows if r["section"] == section] for section in rows_of(rows)}
+    # There is no text to train a small model on.
+    assert list(sections) == ["forward", "full", "frozen", "peers", "error", "scaling"]
+    providers = {name: [r["provider"] for r in of] for name, of in sections.items()}
+    budgets = ["latro-cpu-keep", "latro-cpu-64mib", "latro-cpu-recompute"]
+    assert providers["forward"] == providers["frozen"] == [BARE_GEMMS, "latro-cpu"]
+    assert providers["full"] == [BARE_GEMMS, *budgets]
+    assert providers["peers"] == [BARE_GEMMS, "latro-cpu-64mib", "unfused"]
+    assert providers["error"] == ["latro-cpu", "unfused"]
+    assert len(sections["scaling"]) == 2 * 3 * 3
+
+    assert sections["forward"][1]["full_ms"] == sections["full"][1]["forward_ms"] == ""
+    assert sections["frozen"][1]["dw_error"] == ""
+    for bare in (sections[name][0] for name in ("full", "frozen", "peers")):
+        assert float(bare["full_x_gemm"]) == 1.0
+    for name in ("full", "frozen", "peers"):
+        for measured in sections[name][1:]:
+            assert float(measured["full_ms"]) > 0
+            assert 0 <= float(measured["dx_error"]) < 1e-5
+            if memory.can_measure(CPU) is None:
+                assert float(measured["full_peak_extra_mib"]) >= 0
+    assert [r["full_ms"] for r in sections["error"]] == ["", ""]
+
+
+def rows_of(rows: list[dict[str, str]]) -> list[str]:
+    return list(dict.fromkeys(r["section"] for r in rows))
+
+
+def test_json_says_where_each_table_was_made_and_who_was_absent(ran):
+    result = json.loads((ran / "study_head.json").read_text())
+    by_section = {of["section"]: of for of in result["groups"]}
+    for of in by_section.values():
+        assert of["environment"]["torch"] == torch.__version__
+    (absent,) = by_section["peers"]["notes"]
+    assert absent.startswith("cannot run: liger-flce: ")
+    assert {check["where"] for check in result["checks"]} == {
+        "forward custom fp32",
+        "full custom fp32",
+        "frozen custom fp32",
+        "peers custom fp32",
+    }
+    assert result["slopes"].keys() == {"N to 256 fp32", "V to 4096 fp32"}
+
+
+def test_nothing_but_whole_files_is_left(ran):
+    names = ["study_head.csv", "study_head.json", "study_head.png", "study_head_scaling.png"]
+    assert sorted(path.name for path in ran.iterdir()) == names
+    for name in names[2:]:
+        assert (ran / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_section_measured_again_replaces_itself_and_keeps_the_rest(ran, capsys):
+    before = {of.key: of for of in Results(ran).groups}
+    logprob_bench.main([*TINY_RUN, "--sections", "error,filter", "--out", str(ran), "--data", "x"])
+    captured = capsys.readouterr()
+    after = {of.key: of for of in Results(ran).groups}
+    assert after.keys() == before.keys()
+    for key, of in after.items():
+        assert (of.environment == before[key].environment) or key[0] == "error"
+        assert of.rows == before[key].rows or key[0] == "error"
+    assert "filter: skipped, no text to train a small model on" in captured.err
+    assert "frozen, custom fp32: N=33 H=48 V=301" in captured.out
+    assert "slope" in captured.out
+    assert "Aims" in captured.out
+
+
+def test_file_of_something_else(tmp_path):
+    (tmp_path / "study_head.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match="expected the results of a head study"):
+        Results(tmp_path)
+
+
+def test_slope_is_the_power_of_the_size():
+    def timed(provider: str, n: int, seconds: float) -> Row:
+        times = {"full": Summary(seconds, seconds, seconds, 1)}
+        return Row(Shape("", n, 16, 32), "fp32", provider, times, {}, {}, {}, None)
+
+    sizes = (8, 16, 32, 64)
+    rows = [timed("linear", n, 3e-3 * n) for n in sizes]
+    rows += [timed("square", n, 5e-6 * n**2) for n in sizes]
+    got = slopes(group("scaling", rows, name="N to 64"))
+    assert got == pytest.approx({"linear": 1.0, "square": 2.0})
+
+
+def test_checks_of_multiples_follow_the_dtype():
+    rows = [row(BARE_GEMMS), row("latro-cpu-keep", multiple=1.2), row("latro-cpu-recompute")]
+    for dtype, met in (("fp32", False), ("bf16", True)):
+        (check,) = checks([group("full", rows, dtype)])
+        assert (check.what, check.measured, check.met) == ("latro-cpu-keep", 1.2, met)
+
+
+def test_checks_of_errors_are_of_bf16():
+    rows = [row("latro-cpu", logp=2e-4), row("unfused", logp=8e-4)]
+    assert checks([group("error", rows, "fp32")]) == []
+    (check,) = checks([group("error", rows, "bf16")])
+    assert check.measured == pytest.approx(0.25)
+    assert check.met
+
+
+def test_checks_against_peers():
+    rows = [
+        row(BARE_GEMMS),
+        row("latro-cpu-keep", multiple=1.0, memory=700),
+        row("latro-cpu-64mib", multiple=1.25, memory=50),
+        row("latro-cpu-recompute", multiple=1.5),
+        row("unfused", multiple=1.25, memory=1000),
+        row("trl", multiple=1.0),
+    ]
+    got = {check.what: (check.measured, check.met) for check in checks([group("peers", rows)])}
+    assert got == {
+        "latro-cpu-keep / unfused, full": (0.8, True),
+        "latro-cpu-64mib / unfused, memory": (0.05, True),
+        "latro-cpu-64mib / unfused, full": (1.0, True),
+        "latro-cpu-64mib / trl, full": (1.25, False),
+    }
+
+
+def test_default_shapes():
+    assert logprob_bench.parse_args(["--study", "head", "--device", "cpu"]).shapes is None
+    assert head_study.default_shapes("full", CPU) == STUDY_SHAPES
+    assert head_study.default_shapes("peers", CPU) == CPU_SHAPES
