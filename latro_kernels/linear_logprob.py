@@ -292,14 +292,13 @@ class _LinearLogprob(torch.autograd.Function):
             grad_logp = torch.zeros_like(logp)
         dw = db = None
         if options.frozen and grad_entropy is None:
-            slope = _slope(picked, options) * -torch.expm1(logp)
+            active = grad_logp != 0
             is_here = (target >= 0) & (target < len(weight))
+            slope = _slope(picked, options) * -torch.expm1(logp)
             dx = torch.ops.latro_kernels.linear_logprob_frozen_backward(
-                weight,
-                target,
-                pull,
-                -grad_logp * scale,
-                torch.where(is_here & (grad_logp != 0), grad_logp * slope, 0),
+                *(weight, target, pull),
+                torch.where(active, -grad_logp * scale, 0),
+                torch.where(active & is_here, grad_logp * slope, 0),
             )
         else:
             dx, dw, db = torch.ops.latro_kernels.linear_logprob_backward(

@@ -15,41 +15,12 @@
 #include <limits>
 #include <vector>
 
-#include "gemm.h"
 #include "latro.h"
-#include "softmax.h"
+#include "sweep.h"
 
 namespace {
 
-using latro::bfloat16;
-using latro::ceil_div;
-using latro::Matrix;
-using latro::Room;
-using latro::room;
-using latro::Transform;
-
-// The grain of the filter: these many rows and columns are left out together, or not.
-constexpr int64_t kFilterRows = 12, kFilterCols = 96;
-// Columns whose products are folded together: what one panel of rows makes of them fits the
-// first-level cache, and their weights the second-level one.
-constexpr int64_t kGroupCols = 2 * kFilterCols;
-// Rows that one thread takes at a time.
-constexpr int64_t kChunkRows = 4 * kFilterRows;
-// Rows over which a slice of dw is summed in one go.
-constexpr int64_t kMaxBlockRows = 22 * kChunkRows;
-// A packed slice of the weight; it shares the last-level cache with dz and hidden.
-constexpr int64_t kSliceBytes = 4 << 20;
-
-template <typename T>
-struct Head {
-  Matrix<T> hidden, weight;
-  const float* bias;      // or null
-  const int64_t* target;  // out of 0 .. V: not among these columns
-  int64_t H, V;
-  Transform transform;
-
-  const float* bias_at(int64_t column) const { return bias != nullptr ? bias + column : nullptr; }
-};
+using namespace latro;
 
 // What the forward fills in; all [N] but pull [N, H] and block_peak [N, blocks].
 struct RowState {
@@ -71,7 +42,7 @@ struct Kept {
 struct RowGrads {
   const float *grad_logp, *grad_entropy, *logp, *entropy, *peak, *log_total;
 
-  latro::RowGrad row(int64_t i) const {
+  RowGrad row(int64_t i) const {
     const bool with_entropy = grad_entropy != nullptr;
     return {grad_logp[i], with_entropy ? grad_entropy[i] : 0.0f,
             logp[i],      with_entropy ? entropy[i] : 0.0f,
@@ -87,7 +58,7 @@ struct Filter {
 
   // Whether no entry of a row's gradient can reach the threshold in a block that ends its z at
   // `largest`. NaN reaches it.
-  bool is_below(const latro::RowGrad& grad, float largest) const {
+  bool is_below(const RowGrad& grad, float largest) const {
     const float log_p = (largest - grad.peak) - grad.log_total;
     float weight = std::fabs(grad.grad_logp);
     if (grad.has_entropy) {
@@ -102,115 +73,6 @@ struct Gradients {
   float* dx;  // [N, H]; each may be null
   void* dw;   // [V, H], the dtype of the weight
   float* db;  // [V]
-};
-
-template <typename Gemm>
-int64_t words_of(int64_t length) {
-  return ceil_div(length, Gemm::kPerWord);
-}
-
-template <typename Gemm>
-int64_t slice_columns(int64_t H, int64_t V) {
-  const int64_t fit = kSliceBytes / (words_of<Gemm>(H) * static_cast<int64_t>(sizeof(float)));
-  const int64_t cols = std::max<int64_t>(1, fit / kGroupCols) * kGroupCols;
-  return std::min(cols, ceil_div(V, kGroupCols) * kGroupCols);
-}
-
-// A thread's own room: a chunk of packed rows, products, and the chunk's dz, plain and packed.
-template <typename Gemm>
-struct Scratch {
-  using Word = typename Gemm::Word;
-  using Element = typename Gemm::Element;
-  Room<Word> rows, dz_rows;
-  Room<float> products, z;
-  Room<Element> dz;
-
-  // `width` columns of dz, or 0 for none.
-  Scratch(int64_t H, int64_t width)
-      : rows(room<Word>(kChunkRows * words_of<Gemm>(H))),
-        dz_rows(room<Word>(kChunkRows * words_of<Gemm>(width))),
-        products(room<float>(Gemm::kRows * kGroupCols)),
-        z(room<float>(kChunkRows * width)),
-        dz(room<Element>(kChunkRows * width)) {}
-  bool ok() const { return rows && dz_rows && products && z && dz; }
-};
-
-// The parts of a sweep over the vocabulary that forward and backward share.
-template <typename Gemm, typename T>
-struct Sweep {
-  using Word = typename Gemm::Word;
-  using Element = typename Gemm::Element;
-  static constexpr int64_t kRows = Gemm::kRows, kCols = Gemm::kCols;
-
-  const Head<T>& head;
-  const int64_t words, width;  // of H; of a slice
-  Room<Word> weight_rows;      // a slice, for products with hidden
-  Room<Word> weight_columns;   // a slice, for products with dz
-  std::vector<Scratch<Gemm>> threads;
-
-  Sweep(const Head<T>& head, bool with_dz, bool with_columns, int64_t num_threads)
-      : head(head),
-        words(words_of<Gemm>(head.H)),
-        width(slice_columns<Gemm>(head.H, head.V)),
-        weight_rows(room<Word>(width * words)),
-        weight_columns(room<Word>(
-            with_columns ? ceil_div(head.H, kCols) * kCols * words_of<Gemm>(width) : 0)) {
-    for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(head.H, with_dz ? width : 0);
-  }
-
-  bool ok() const {
-    return weight_rows && weight_columns &&
-           std::all_of(threads.begin(), threads.end(), [](const auto& s) { return s.ok(); });
-  }
-
-  // Packs the slice begin .. begin + cols; called by all threads, who wait for one another.
-  void pack_weight_rows(int64_t begin, int64_t cols) {
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < cols; j += kCols) {
-      latro::pack_rows<Gemm, kCols>(head.weight, begin + j, std::min(kCols, cols - j), head.H,
-                                    weight_rows.get() + j * words);
-    }
-  }
-  void pack_weight_columns(int64_t begin, int64_t cols) {
-#pragma omp for schedule(static)
-    for (int64_t h = 0; h < head.H; h += kCols) {
-      latro::pack_columns<Gemm, kCols>(head.weight, begin, cols, h, std::min(kCols, head.H - h),
-                                       weight_columns.get() + h * words_of<Gemm>(width));
-    }
-  }
-
-  void pack_chunk(const Matrix<T>& hidden, int64_t first, int64_t count, Scratch<Gemm>& own) {
-    for (int64_t i = 0; i < count; i += kRows) {
-      latro::pack_rows<Gemm, kRows>(hidden, first + i, std::min(kRows, count - i), head.H,
-                                    own.rows.get() + i * words);
-    }
-  }
-
-  // Products of the chunk's panel of rows at `i` with the slice's columns from .. to.
-  void products(Scratch<Gemm>& own, int64_t i, int64_t from, int64_t to, float* out) const {
-    for (int64_t j = from; j < to; j += kCols) {
-      latro::multiply<Gemm>(own.rows.get() + i * words, weight_rows.get() + j * words, words,
-                            out + (j - from), kGroupCols, false);
-    }
-  }
-
-  // Packs columns from .. to of the panel of dz at row `i` of the chunk.
-  void pack_dz_rows(Scratch<Gemm>& own, int64_t i, int64_t count, int64_t from, int64_t to) const {
-    const Matrix<Element> dz{own.dz.get() + from, width, 1};
-    latro::pack_rows<Gemm, kRows>(
-        dz, i, std::min(kRows, count - i), to - from,
-        own.dz_rows.get() + i * words_of<Gemm>(width) + from / Gemm::kPerWord * kRows);
-  }
-
-  // block[kRows][kCols] = dz . W for the panel of rows at `i` and the columns of W at `h`, over the
-  // slice's columns from .. to; added with `add`.
-  void multiply_dz(Scratch<Gemm>& own, int64_t i, int64_t h, int64_t from, int64_t to, bool add,
-                   float* block) const {
-    const int64_t depth = words_of<Gemm>(width), begin = from / Gemm::kPerWord;
-    latro::multiply<Gemm>(own.dz_rows.get() + i * depth + begin * kRows,
-                          weight_columns.get() + h * depth + begin * kCols,
-                          words_of<Gemm>(to - from), block, kCols, add);
-  }
 };
 
 template <typename Gemm, typename T>
@@ -264,8 +126,8 @@ struct Forward : Sweep<Gemm, T> {
     float* z = state.pull != nullptr ? kept_z : local;
     if (kept.has(column)) std::copy_n(products, n, kept.at(row, column));
     head.transform.logits(products, head.bias_at(column), n, z);
-    latro::State folded{state.peak[row], state.total[row],
-                        state.weighted != nullptr ? state.weighted[row] : 0.0f};
+    State folded{state.peak[row], state.total[row],
+                 state.weighted != nullptr ? state.weighted[row] : 0.0f};
     folded.add(z, n, state.weighted != nullptr);
     state.peak[row] = folded.peak;
     state.total[row] = folded.total;
@@ -275,7 +137,7 @@ struct Forward : Sweep<Gemm, T> {
     if (state.block_peak == nullptr) return;
     for (int64_t b = 0; b < n; b += kFilterCols) {
       state.block_peak[row * filter_blocks + (column + b) / kFilterCols] =
-          latro::largest(z + b, std::min(kFilterCols, n - b), -latro::kInfinity);
+          largest(z + b, std::min(kFilterCols, n - b), -kInfinity);
     }
   }
 
@@ -292,16 +154,16 @@ struct Forward : Sweep<Gemm, T> {
       for (int64_t from = 0; from < cols; from += kGroupCols) {
         const int64_t n = std::min(kGroupCols, cols - from);
         float e[kGroupCols];
-        const float shift = peak == -latro::kInfinity ? 0.0f : peak;
+        const float shift = peak == -kInfinity ? 0.0f : peak;
 #pragma omp simd
-        for (int64_t j = 0; j < n; ++j) e[j] = latro::exp_vec(z[from + j] - shift);
+        for (int64_t j = 0; j < n; ++j) e[j] = exp_vec(z[from + j] - shift);
         if (hit >= from && hit < from + n) e[hit - from] = 0.0f;
         head.transform.chain(z + from, n, e);
-        latro::store_all(e, n, own.dz.get() + i * width + from);
+        store_all(e, n, own.dz.get() + i * width + from);
       }
     }
     for (int64_t i = 0; i < count; i += kRows) this->pack_dz_rows(own, i, count, 0, cols);
-    alignas(latro::kAlign) float block[kRows * kCols];
+    alignas(kAlign) float block[kRows * kCols];
     for (int64_t h = 0; h < head.H; h += kCols) {
       const int64_t n = std::min(kCols, head.H - h);
       for (int64_t i = 0; i < count; i += kRows) {
@@ -444,7 +306,7 @@ struct Backward : Sweep<Gemm, T> {
     head.transform.logits(products, head.bias_at(column), n, z);
     grads.row(row).logits(z, n, head.target[row] - column, dz);
     head.transform.chain(z, n, dz);
-    latro::store_all(dz, n, to);
+    store_all(dz, n, to);
     if (db == nullptr) return;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) db[j] += dz[j];
@@ -488,7 +350,7 @@ struct Backward : Sweep<Gemm, T> {
       runs.push_back(column_runs(first + i, cols));
       for (const Run& run : runs.back()) this->pack_dz_rows(own, i, count, run.from, run.to);
     }
-    alignas(latro::kAlign) float sum[kRows * kCols];
+    alignas(kAlign) float sum[kRows * kCols];
     for (int64_t h = 0; h < head.H; h += kCols) {
       const int64_t n = std::min(kCols, head.H - h);
       for (int64_t i = 0; i < count; i += kRows) {
@@ -500,7 +362,7 @@ struct Backward : Sweep<Gemm, T> {
         }
         for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
           float* to = out.dx + row_at(block + first + i + r) * head.H + h;
-          latro::accumulate(sum + r * kCols, n, begin > 0, to);
+          accumulate(sum + r * kCols, n, begin > 0, to);
         }
       }
     }
@@ -512,14 +374,14 @@ struct Backward : Sweep<Gemm, T> {
     for (int64_t j = 0; j < cols; j += kRows) {
       Word* panel = dz_columns.get() + j * depth();
       for (const Run& run : row_runs(j, first, first + count)) {
-        latro::pack_columns<Gemm, kRows>(dz, run.from - first, run.to - run.from, j,
-                                         std::min(kRows, cols - j),
-                                         panel + run.from / Gemm::kPerWord * kRows);
+        pack_columns<Gemm, kRows>(dz, run.from - first, run.to - run.from, j,
+                                  std::min(kRows, cols - j),
+                                  panel + run.from / Gemm::kPerWord * kRows);
       }
     }
     if (begin > 0 && one_block()) return;  // packed with the first slice
     for (int64_t h = 0; h < head.H; h += kCols) {
-      latro::pack_columns<Gemm, kCols>(
+      pack_columns<Gemm, kCols>(
           hidden, block + first, count, h, std::min(kCols, head.H - h),
           hidden_columns.get() + h * depth() + first / Gemm::kPerWord * kCols);
     }
@@ -536,26 +398,26 @@ struct Backward : Sweep<Gemm, T> {
         for (int64_t j = top; j < std::min(top + kTall, cols); j += kRows) {
           const std::vector<Run> runs = row_runs(j, 0, rows);
           for (int64_t h = left; h < std::min(left + kWide, head.H); h += kCols) {
-            alignas(latro::kAlign) float sum[kRows * kCols] = {};
+            alignas(kAlign) float sum[kRows * kCols] = {};
             for (const Run& run : runs) {
               const int64_t from = run.from / Gemm::kPerWord;
-              latro::multiply<Gemm>(dz_columns.get() + j * depth() + from * kRows,
-                                    hidden_columns.get() + h * depth() + from * kCols,
-                                    words_of<Gemm>(run.to - run.from), sum, kCols, true);
+              multiply<Gemm>(dz_columns.get() + j * depth() + from * kRows,
+                             hidden_columns.get() + h * depth() + from * kCols,
+                             words_of<Gemm>(run.to - run.from), sum, kCols, true);
             }
             const int64_t n = std::min(kCols, head.H - h);
             for (int64_t r = 0; r < std::min(kRows, cols - j); ++r) {
               T* to = dw + (j + r) * head.H + h;
               if constexpr (std::is_same_v<T, float>) {
-                latro::accumulate(sum + r * kCols, n, block > 0, to);
+                accumulate(sum + r * kCols, n, block > 0, to);
               } else {
                 float* total = sum + r * kCols;
                 if (!one_block()) {
                   float* apart = dw_sum.get() + (j + r) * head.H + h;
-                  latro::accumulate(total, n, block > 0, apart);
+                  accumulate(total, n, block > 0, apart);
                   total = apart;
                 }
-                if (last) latro::store_all(total, n, to);
+                if (last) store_all(total, n, to);
               }
             }
           }
@@ -575,28 +437,9 @@ struct Backward : Sweep<Gemm, T> {
   }
 };
 
-// Calls run(gemm, element) with the types that a dtype and a kind of product stand for.
-template <typename Run>
-int32_t with_types(int32_t dtype, int32_t bf16_products, Run run) {
-  using latro::float16;
-  using latro::Fp32Gemm;
-  if (bf16_products != 0) {
-#ifdef LATRO_HAS_AVX512_BF16
-    if (dtype == LATRO_BF16 && latro::bf16_gemm_supported()) {
-      return run(latro::Bf16Gemm{}, bfloat16{});
-    }
-#endif
-    return LATRO_UNSUPPORTED;
-  }
-  if (dtype == LATRO_F32) return run(Fp32Gemm{}, float{});
-  if (dtype == LATRO_BF16) return run(Fp32Gemm{}, bfloat16{});
-  if (dtype == LATRO_F16) return run(Fp32Gemm{}, float16{});
-  return LATRO_BAD_DTYPE;
-}
-
 }  // namespace
 
-int32_t latro_cpu_bf16_products_supported(void) { return latro::bf16_gemm_supported(); }
+int32_t latro_cpu_bf16_products_supported(void) { return bf16_gemm_supported(); }
 
 int32_t latro_cpu_linear_logprob_forward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
@@ -613,9 +456,9 @@ int32_t latro_cpu_linear_logprob_forward(
                        H,
                        V,
                        Transform{softcap, temperature}};
-    std::fill_n(peak, N, -latro::kInfinity);
+    std::fill_n(peak, N, -kInfinity);
     std::fill_n(total, N, 0.0f);
-    std::fill_n(picked, N, -latro::kInfinity);
+    std::fill_n(picked, N, -kInfinity);
     if (weighted != nullptr) std::fill_n(weighted, N, 0.0f);
     Forward<decltype(gemm), T> forward(head,
                                        RowState{peak, total, picked, weighted, pull, block_peak},
