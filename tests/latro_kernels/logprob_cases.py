@@ -120,8 +120,10 @@ def unfused(
     return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
 
-def fused(backend: str, entropy: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """linear_logprob with the arguments of `unfused`."""
+def fused(
+    backend: str, entropy: bool, *, frozen: bool = False, **more: Any
+) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """linear_logprob with the arguments of `unfused`; frozen: only hidden gets a gradient."""
 
     def function(
         hidden: Tensor,
@@ -131,19 +133,23 @@ def fused(backend: str, entropy: bool) -> Callable[..., tuple[Tensor, Tensor | N
         temperature: float,
         softcap: float | None,
     ) -> tuple[Tensor, Tensor | None]:
+        if frozen:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         options: dict[str, Any] = {"bias": bias, "temperature": temperature, "softcap": softcap}
-        out = linear_logprob(
-            hidden, weight, target, return_entropy=entropy, backend=backend, **options
-        )
+        options |= {"return_entropy": entropy, "backend": backend, **more}
+        out = linear_logprob(hidden, weight, target, **options)
         return out if entropy else (out, None)
 
     return function
 
 
-def solve_all(given: Problem, backend: str) -> list[tuple[str, Tensor, Tensor, Tensor]]:
+def solve_all(
+    given: Problem, backend: str, **more: Any
+) -> list[tuple[str, Tensor, Tensor, Tensor]]:
     """(name, fused, truth, unfused) of every result that the problem has."""
     entropy = given.grad_entropy is not None
-    ours, exact, plain = solve(fused(backend, entropy), given), truth(given), solve(unfused, given)
+    ours = solve(fused(backend, entropy, **more), given)
+    exact, plain = truth(given), solve(unfused, given)
     return [
         (name, ours[name], exact[name], plain[name]) for name in NAMES if ours[name] is not None
     ]

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from latro_kernels import linear_logprob
 from latro_kernels.cpu import FILTER_COLUMNS, FILTER_ROWS
-from tests.latro_kernels.logprob_cases import Problem, problem, solve, truth, unfused
+from tests.latro_kernels.logprob_cases import (
+    Problem,
+    fused,
+    problem,
+    solve,
+    solve_all,
+    truth,
+    unfused,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU = [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
@@ -34,31 +42,8 @@ def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" else "cuda"
 
 
-def ours(given: Problem, frozen: bool = False, **options: Any) -> dict[str, Tensor | None]:
-    """Results by name, from linear_logprob; with a frozen head only hidden has a gradient."""
-
-    def function(
-        hidden: Tensor,
-        weight: Tensor,
-        target: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        if frozen:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        entropy = given.grad_entropy is not None
-        out = linear_logprob(
-            *(hidden, weight, target),
-            bias=bias,
-            temperature=temperature,
-            softcap=softcap,
-            return_entropy=entropy,
-            **options,
-        )
-        return out if entropy else (out, None)
-
-    return solve(function, given)
+def ours(given: Problem, backend: str = "cpu", **options: Any) -> dict[str, Tensor | None]:
+    return solve(fused(backend, given.grad_entropy is not None, **options), given)
 
 
 @cache
@@ -68,22 +53,6 @@ def solved(
     """A problem with its truth and its unfused solution: torch's fp16 is slow on a CPU."""
     given = problem(shape, dtype, **dict(options))
     return given, truth(given), solve(unfused, given)
-
-
-def check(given: Problem, gate: Gate, **options: Any) -> None:
-    got, exact, plain = ours(given, **options), truth(given), solve(unfused, given)
-    compare(got, exact, plain, gate)
-
-
-def compare(
-    got: dict[str, Tensor | None],
-    exact: dict[str, Tensor | None],
-    plain: dict[str, Tensor | None],
-    gate: Gate,
-) -> None:
-    for name, value in got.items():
-        if value is not None:
-            gate(name, value, exact[name], plain[name])
 
 
 @pytest.mark.parametrize("backend", ["cpu", *GPU])
@@ -106,7 +75,9 @@ def test_every_combination_matches_fp64(
     given, exact, plain = solved(shape, dtype, tuple(options.items()))
     given = given.to(device_of(backend))
     got = ours(given, frozen=frozen, memory_budget=budget, backend=backend)
-    compare({k: None if t is None else t.cpu() for k, t in got.items()}, exact, plain, gate)
+    for name, value in got.items():
+        if value is not None:
+            gate(name, value.cpu(), exact[name], plain[name])
 
 
 @pytest.mark.parametrize("backend", ["cpu", *GPU])
@@ -116,7 +87,8 @@ def test_frozen_head_at_the_extremes(
     dtype: torch.dtype, rows: str, backend: str, gate: Gate
 ) -> None:
     given = problem((40, 256, 1031), dtype, rows=rows).to(device_of(backend))
-    check(given, gate, frozen=True, backend=backend)
+    for name, *results in solve_all(given, backend, frozen=True):
+        gate(name, *results)
 
 
 @pytest.mark.parametrize("backend", ["cpu", *GPU])

@@ -39,6 +39,29 @@ def test_matches_fp64(
         gate(name, ours, exact, plain)
 
 
+@pytest.mark.parametrize("more", [{"frozen": True}, {"memory_budget": 0}], ids=str)
+@pytest.mark.parametrize(("shape", "dtype", "options"), CASES)
+def test_forms_match_fp64(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    gate: Callable[[str, Tensor, Tensor, Tensor], None],
+    small_tiles: None,
+) -> None:
+    for name, *results in solve_all(problem(shape, dtype, **options), "triton", **more):
+        gate(name, *results)
+
+
+@pytest.mark.parametrize("budget", [10_000, 10**6])
+def test_no_bit_depends_on_the_budget(budget: int, small_tiles: None) -> None:
+    given = problem((50, 9, 300), bias=True, entropy=True)
+    all_again = solve(fused("triton", True, memory_budget=0), given)
+    some_kept = solve(fused("triton", True, memory_budget=budget), given)
+    for name, value in all_again.items():
+        assert torch.equal(value, some_kept[name]), name
+
+
 def test_logits_of_minus_infinity(small_tiles: None) -> None:
     given = problem((4, 9, 300), bias=True, entropy=True)
     given.bias[:250] = -torch.inf
