@@ -41,9 +41,11 @@ int64_t words_of(int64_t length) {
   return ceil_div(length, Gemm::kPerWord);
 }
 
+// Columns in a slice: its packed weight, and a block's packed dz for them, have kSliceBytes each.
 template <typename Gemm>
 int64_t slice_columns(int64_t H, int64_t V) {
-  const int64_t fit = kSliceBytes / (words_of<Gemm>(H) * static_cast<int64_t>(sizeof(float)));
+  const int64_t depth = std::max(words_of<Gemm>(H), words_of<Gemm>(kMaxBlockRows));
+  const int64_t fit = kSliceBytes / (depth * static_cast<int64_t>(sizeof(float)));
   const int64_t cols = std::max<int64_t>(1, fit / kGroupCols) * kGroupCols;
   return std::min(cols, ceil_div(V, kGroupCols) * kGroupCols);
 }
