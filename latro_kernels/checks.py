@@ -76,3 +76,44 @@ def check_target_values(target: Tensor, V: int) -> None:
         raise ValueError(
             f"target: expected values in 0..{V - 1}, got {int(target[row])} in row {row}"
         )
+
+
+def check_vector(name: str, value: object, *dtypes: torch.dtype) -> None:
+    """A tensor of one dimension and one of these dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected one dimension, got shape {tuple(value.shape)}")
+
+
+def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """A tensor of that shape and device."""
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """An int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected {least} or more, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """A finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """One of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

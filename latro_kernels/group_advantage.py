@@ -7,17 +7,21 @@ log-probability per token of both. Sums run over the rows of a segment:
     kl="reward":    kl_s = Σ_rationale (logp − ref_logp)    reward_s = answer_logp_s − β·kl_s
     kl="k3":        kl_s = Σ_rationale (exp(d) − d − 1)     reward_s = answer_logp_s
                     with d = ref_logp − logp
+    kl="exact":     kl_s = Σ_rationale row_kl               reward_s = answer_logp_s
     advantage_k   = reward_k − mean_{j≠k} reward_j = m/(m−1)·(reward_k − mean reward)
 
 with the means over the m sequences of the group that count. The loss to minimise is linear in logp,
 
-    loss = Σ_rows coefficient·logp,   c = 1/(num_groups·K)
+    loss = Σ_rows coefficient·logp,   c = 1/(num_groups·K)   [+ Σ_rows kl_coefficient·row_kl]
     coefficient = −c·advantage_s                               on rationale rows
                   −c·advantage_s − c·β·(exp(d) − 1)            on rationale rows, kl="k3"
                   −c·answer_weight                             on answer rows
+    kl_coefficient = c·β                                       on rationale rows, kl="exact"
 
 so there is no backward here: the coefficients are constants, and logp has its own backward. With
-kl="k3" they are the gradient of c·β·Σ kl_s as well; the value of that term is not in the loss.
+kl="k3" they are the gradient of c·β·Σ kl_s as well; the value of that term is not in the loss. With
+kl="exact" that term is the sum in brackets, whose gradient goes through row_kl, that is through
+`linear_kl`, and not through logp.
 
 Formulas: "Language Models are Hidden Reasoners", arXiv 2411.04282; the k3 estimate is
 Schulman's, http://joschu.net/blog/kl-approx.html.
@@ -26,16 +30,18 @@ Schulman's, http://joschu.net/blog/kl-approx.html.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from latro_kernels import native
+from latro_kernels.checks import check_choice, check_count, check_number, check_same, check_vector
 from latro_kernels.dispatch import resolve
 
-KL_FORMS = ("reward", "k3")
+KL_FORMS = ("reward", "k3", "exact")
 UNFINISHED_RULES = ("floor", "exclude")
+_OUTPUTS = ("reward", "answer_logp", "rationale_logp", "kl", "advantage", "coefficient")
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +72,23 @@ class GroupLayout:
     num_groups: int | None = None
 
     def __post_init__(self) -> None:
-        _check_tensor("offsets", self.offsets, torch.int64)
+        check_vector("offsets", self.offsets, torch.int64)
         if self.offsets.numel() % 2 == 0:
             raise ValueError(
                 f"offsets: expected two segments a sequence, 2·S + 1 entries, "
                 f"got {self.offsets.numel()}"
             )
-        _check_count("num_generations", self.num_generations, 2)
+        check_count("num_generations", self.num_generations, 2)
         if self.num_sequences % self.num_generations:
             raise ValueError(
                 f"offsets: expected whole groups of num_generations={self.num_generations} "
                 f"sequences, got {self.num_sequences} sequences"
             )
         if self.finished is not None:
-            _check_tensor("finished", self.finished, torch.bool)
-            _check_same("finished", self.finished, (self.num_sequences,), self.offsets.device)
+            check_vector("finished", self.finished, torch.bool)
+            check_same("finished", self.finished, (self.num_sequences,), self.offsets.device)
         if self.num_groups is not None:
-            _check_count("num_groups", self.num_groups, self.num_sequences // self.num_generations)
+            check_count("num_groups", self.num_groups, self.num_sequences // self.num_generations)
 
     @property
     def num_sequences(self) -> int:
@@ -112,9 +118,10 @@ class GroupAdvantage:
         reward: [S], nats; with unfinished="floor" that of an unfinished sequence is the floor.
         answer_logp: [S], nats: log π(y | x, z).
         rationale_logp: [S], nats: log π(z | x).
-        kl: [S], nats: the estimate of KL(π ‖ π_0) that `kl` names; 0 without `ref_logp`.
+        kl: [S], nats: the estimate of KL(π ‖ π_0) that `kl` names; 0 without its input.
         advantage: [S], nats.
         coefficient: [N], of logp in the loss.
+        kl_coefficient: [N], of row_kl in the loss; None where there is no row_kl.
     """
 
     reward: Tensor
@@ -123,6 +130,7 @@ class GroupAdvantage:
     kl: Tensor
     advantage: Tensor
     coefficient: Tensor
+    kl_coefficient: Tensor | None
 
 
 def reference(
@@ -134,6 +142,7 @@ def reference(
     answer_weight: float = 1.0,
     kl: str = "reward",
     unfinished: str = "floor",
+    row_kl: Tensor | None = None,
 ) -> GroupAdvantage:
     """The formulas in plain PyTorch, in the dtype of logp, fp32 or fp64; no argument is checked."""
     S, K = layout.num_sequences, layout.num_generations
@@ -150,7 +159,10 @@ def reference(
     d = zero if ref_logp is None else torch.where(is_answer, 0, ref_logp - logp)
     answer_logp = sequence_sum(torch.where(is_answer, logp, 0))
     rationale_logp = sequence_sum(torch.where(is_answer, 0, logp))
-    kl_sum = sequence_sum(d.expm1() - d if kl == "k3" else -d)
+    row_sum = d.expm1() - d if kl == "k3" else -d
+    if row_kl is not None:
+        row_sum = torch.where(is_answer, 0, row_kl)
+    kl_sum = sequence_sum(row_sum)
     reward = answer_logp - (beta * kl_sum if kl == "reward" else 0)
 
     reward = reward.view(-1, K)
@@ -170,17 +182,28 @@ def reference(
 
     rationale = advantage[sequence] + (beta * d.expm1() if kl == "k3" else zero)
     weight = torch.where(is_answer, answer_weight, rationale)
-    num_groups = layout.num_groups or S // K
-    coefficient = torch.where(member.view(-1)[sequence], -weight / max(1, num_groups * K), 0)
+    scale = 1 / max(1, (layout.num_groups or S // K) * K)
+    is_member = member.view(-1)[sequence]
+    coefficient = torch.where(is_member, -weight * scale, 0)
+    kl_coefficient = None
+    if row_kl is not None:
+        kl_coefficient = torch.where(is_member & ~is_answer, beta * scale, zero)
     return GroupAdvantage(
-        reward.reshape(-1), answer_logp, rationale_logp, kl_sum, advantage, coefficient
+        reward=reward.reshape(-1),
+        answer_logp=answer_logp,
+        rationale_logp=rationale_logp,
+        kl=kl_sum,
+        advantage=advantage,
+        coefficient=coefficient,
+        kl_coefficient=kl_coefficient,
     )
 
 
 torch.library.define(
     "latro_kernels::group_advantage",
-    "(Tensor logp, Tensor? ref_logp, Tensor offsets, Tensor? finished, int num_generations, "
-    "int num_groups, float beta, float answer_weight, str kl, str unfinished, str backend) -> "
+    "(Tensor logp, Tensor? ref_logp, Tensor? row_kl, Tensor offsets, Tensor? finished, "
+    "int num_generations, int num_groups, float beta, float answer_weight, str kl, "
+    "str unfinished, str backend) -> "
     "(Tensor reward, Tensor answer_logp, Tensor rationale_logp, Tensor kl, Tensor advantage, "
     "Tensor coefficient)",
 )
@@ -190,6 +213,7 @@ torch.library.define(
 def _group_advantage(
     logp: Tensor,
     ref_logp: Tensor | None,
+    row_kl: Tensor | None,
     offsets: Tensor,
     finished: Tensor | None,
     num_generations: int,
@@ -213,20 +237,21 @@ def _group_advantage(
             answer_weight=answer_weight,
             kl=kl,
             unfinished=unfinished,
+            row_kl=None if row_kl is None else row_kl.double(),
         )
-        return tuple(getattr(out, field.name).to(logp.dtype) for field in fields(out))
+        return tuple(getattr(out, name).to(logp.dtype) for name in _OUTPUTS)
 
     S = offsets.numel() // 2
     G = S // num_generations
     outputs = (*(logp.new_empty(S) for _ in range(5)), torch.empty_like(logp))
-    tensors = (logp, ref_logp, offsets, finished, *outputs)
+    tensors = (logp, ref_logp, row_kl, offsets, finished, *outputs)
     settings = (
         G,
         num_generations,
         1 / max(1, num_groups * num_generations),
         beta,
         answer_weight,
-        kl == "k3",
+        kl != "reward",
         unfinished == "exclude",
     )
     if backend == "triton":
@@ -248,7 +273,9 @@ def _group_advantage(
 
 
 @torch.library.register_fake("latro_kernels::group_advantage")
-def _(logp: Tensor, ref_logp: Tensor | None, offsets: Tensor, *_: object) -> tuple[Tensor, ...]:
+def _(
+    logp: Tensor, ref_logp: Tensor | None, row_kl: Tensor | None, offsets: Tensor, *_: object
+) -> tuple[Tensor, ...]:
     S = offsets.numel() // 2
     return (*(logp.new_empty(S) for _ in range(5)), logp.new_empty(logp.numel()))
 
@@ -262,6 +289,7 @@ def group_advantage(
     answer_weight: float = 1.0,
     kl: str = "reward",
     unfinished: str = "floor",
+    row_kl: Tensor | None = None,
     backend: str = "auto",
 ) -> GroupAdvantage:
     """Rewards, leave-one-out advantages and the coefficient of every row in the loss.
@@ -272,21 +300,26 @@ def group_advantage(
         advantage = (reward - reward.mean(1, keepdim=True)) * K / (K - 1)
         coefficient = -torch.stack([advantage, torch.ones_like(advantage)], -1) / (G * K)
 
-    and the update is `(coefficient.detach() * logp).sum().backward()`. Sums are carried in fp64.
+    and the update is `(coefficient.detach() * logp).sum().backward()`, with
+    `(kl_coefficient * row_kl).sum()` added where kl is "exact". Sums are carried in fp64.
     NaN in a sequence makes every advantage of its group NaN and touches no other group; with
     unfinished="exclude" a sequence that is left out passes nothing on.
 
     Args:
         logp: [N] fp32, nats: log π(token) of each row. backend="reference" takes fp64 too, and
             returns it. No gradient flows through this function.
-        ref_logp: [N] like logp: log π_0(token); answer rows may hold anything. None: beta is 0.
+        ref_logp: [N] like logp: log π_0(token); answer rows may hold anything. None: beta is 0, or
+            kl is "exact", which has no use for it.
         layout: the segments and groups of the N rows.
         beta: weight of the KL term, at least 0.
         answer_weight: λ, weight of the answers' own log-likelihood in the loss.
-        kl: "reward", Σ log-ratio in the reward, as published; "k3", the k3 estimate in the loss.
+        kl: "reward", Σ log-ratio in the reward, as published; "k3", the k3 estimate in the loss;
+            "exact", `row_kl` in the loss.
         unfinished: "floor", an unfinished sequence has the lowest reward of its group; "exclude",
             it is left out of the baseline and has coefficient 0 on all rows, and where fewer than
             two are left all advantages of the group are 0.
+        row_kl: [N] like logp, with kl="exact" only: KL(π ‖ π_0) of each row's distribution, as from
+            `linear_kl`; answer rows may hold anything. None there: beta is 0.
         backend: "auto", "reference", "cpu", "triton" or "cuda".
 
     Raises:
@@ -298,73 +331,61 @@ def group_advantage(
     if not isinstance(layout, GroupLayout):
         raise TypeError(f"layout: expected a GroupLayout, got {type(layout).__name__}")
     if backend == "reference":
-        _check_tensor("logp", logp, torch.float32, torch.float64)
+        check_vector("logp", logp, torch.float32, torch.float64)
     else:
-        _check_tensor("logp", logp, torch.float32)
-    _check_same("layout.offsets", layout.offsets, layout.offsets.shape, logp.device)
-    _check_number("beta", beta)
-    _check_number("answer_weight", answer_weight)
+        check_vector("logp", logp, torch.float32)
+    check_same("layout.offsets", layout.offsets, layout.offsets.shape, logp.device)
+    check_number("beta", beta)
+    check_number("answer_weight", answer_weight)
     if beta < 0:
         raise ValueError(f"beta: expected 0 or more, got {beta}")
-    if ref_logp is not None:
-        _check_tensor("ref_logp", ref_logp, logp.dtype)
-        _check_same("ref_logp", ref_logp, logp.shape, logp.device)
-    elif beta != 0:
-        raise ValueError(f"ref_logp: expected a tensor where beta is not 0, got None, beta={beta}")
-    _check_choice("kl", kl, KL_FORMS)
-    _check_choice("unfinished", unfinished, UNFINISHED_RULES)
+    check_choice("kl", kl, KL_FORMS)
+    wanted = "row_kl" if kl == "exact" else "ref_logp"
+    for name, value in (("ref_logp", ref_logp), ("row_kl", row_kl)):
+        if value is not None:
+            check_vector(name, value, logp.dtype)
+            check_same(name, value, logp.shape, logp.device)
+            if name != wanted:
+                raise ValueError(f"{name}: expected None with kl={kl!r}, got a tensor")
+        elif beta != 0 and name == wanted:
+            raise ValueError(
+                f"{name}: expected a tensor where beta is not 0, got None, beta={beta}, kl={kl!r}"
+            )
+    check_choice("unfinished", unfinished, UNFINISHED_RULES)
 
     S, K = layout.num_sequences, layout.num_generations
+    num_groups = S // K if layout.num_groups is None else layout.num_groups
     outputs = torch.ops.latro_kernels.group_advantage(
         logp.detach().contiguous(),
         None if ref_logp is None else ref_logp.detach().contiguous(),
+        None if row_kl is None else row_kl.detach().contiguous(),
         layout.offsets.contiguous(),
         None if layout.finished is None else layout.finished.contiguous(),
         K,
-        S // K if layout.num_groups is None else layout.num_groups,
+        num_groups,
         float(beta),
         float(answer_weight),
         kl,
         unfinished,
         backend,
     )
-    return GroupAdvantage(*outputs)
+    kl_coefficient = None
+    if row_kl is not None:
+        weight = beta / max(1, num_groups * K)
+        kl_coefficient = _kl_coefficient(row_kl.detach(), layout, weight, unfinished)
+    return GroupAdvantage(
+        **dict(zip(_OUTPUTS, outputs, strict=True)), kl_coefficient=kl_coefficient
+    )
 
 
-def _check_tensor(name: str, value: object, *dtypes: torch.dtype) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
-    if value.dim() != 1:
-        raise ValueError(f"{name}: expected one dimension, got shape {tuple(value.shape)}")
-
-
-def _check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device}, got {value.device}")
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name}: expected {least} or more, got {value}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+def _kl_coefficient(row_kl: Tensor, layout: GroupLayout, weight: float, unfinished: str) -> Tensor:
+    """`weight` on the rationale rows of the sequences that count, 0 elsewhere."""
+    row = torch.arange(row_kl.numel(), device=row_kl.device)
+    segment = torch.searchsorted(layout.offsets, row, right=True) - 1
+    counts = segment % 2 == 0
+    if unfinished == "exclude" and layout.finished is not None:
+        counts &= layout.finished[segment // 2]
+    return torch.where(counts, weight, torch.zeros_like(row_kl))
 
 
 def _check_offsets(offsets: Tensor, num_rows: int) -> None:

@@ -104,11 +104,12 @@ Baseline baseline(double* rewards, const uint8_t* finished, int64_t K, bool excl
 }  // namespace
 
 int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_logp,
-                                          const int64_t* offsets, const uint8_t* finished,
-                                          float* reward, float* answer_logp, float* rationale_logp,
-                                          float* kl, float* advantage, float* coefficient,
-                                          double* rewards, int64_t G, int64_t K, double scale,
-                                          double beta, double answer_weight, int32_t kl_in_loss,
+                                          const float* row_kl, const int64_t* offsets,
+                                          const uint8_t* finished, float* reward,
+                                          float* answer_logp, float* rationale_logp, float* kl,
+                                          float* advantage, float* coefficient, double* rewards,
+                                          int64_t G, int64_t K, double scale, double beta,
+                                          double answer_weight, int32_t kl_in_loss,
                                           int32_t exclude_unfinished, int64_t threads) {
   const int64_t S = G * K;
   const int team = offsets[2 * S] < kParallelRows ? 1 : static_cast<int>(threads);
@@ -125,6 +126,8 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
       if (ref_logp != nullptr) {
         divergence = kl_in_loss ? sum_k3(logp, ref_logp, begin, middle)
                                 : sum_log_ratio(logp, ref_logp, begin, middle);
+      } else if (row_kl != nullptr) {
+        divergence = sum(row_kl, begin, middle);
       }
       answer_logp[s] = static_cast<float>(answer);
       rationale_logp[s] = static_cast<float>(sum(logp, begin, middle));

@@ -20,6 +20,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 struct Problem {
   const float* logp;
   const float* ref_logp;
+  const float* row_kl;
   const int64_t* offsets;
   const uint8_t* finished;
   float* reward;
@@ -67,6 +68,8 @@ __device__ void sum_sequence(const Problem& p, int64_t s, int lane) {
     if (p.ref_logp != nullptr) {
       const double d = p.ref_logp[i] - logp;
       divergence += p.kl_in_loss ? expm1(d) - d : -d;
+    } else if (p.row_kl != nullptr) {
+      divergence += p.row_kl[i];
     }
   }
   for (int64_t i = middle + lane; i < end; i += kLanes) answer += p.logp[i];
@@ -143,30 +146,18 @@ __global__ void __launch_bounds__(kWarps* kLanes) group_advantage_kernel(Problem
 }  // namespace
 
 int32_t latro_cuda_group_advantage_forward(const float* logp, const float* ref_logp,
-                                           const int64_t* offsets, const uint8_t* finished,
-                                           float* reward, float* answer_logp, float* rationale_logp,
-                                           float* kl, float* advantage, float* coefficient,
-                                           double* rewards, int64_t G, int64_t K, double scale,
-                                           double beta, double answer_weight, int32_t kl_in_loss,
+                                           const float* row_kl, const int64_t* offsets,
+                                           const uint8_t* finished, float* reward,
+                                           float* answer_logp, float* rationale_logp, float* kl,
+                                           float* advantage, float* coefficient, double* rewards,
+                                           int64_t G, int64_t K, double scale, double beta,
+                                           double answer_weight, int32_t kl_in_loss,
                                            int32_t exclude_unfinished, void* stream) {
   if (G == 0) return cudaSuccess;
-  const Problem problem{logp,
-                        ref_logp,
-                        offsets,
-                        finished,
-                        reward,
-                        answer_logp,
-                        rationale_logp,
-                        kl,
-                        advantage,
-                        coefficient,
-                        rewards,
-                        K,
-                        scale,
-                        beta,
-                        answer_weight,
-                        kl_in_loss != 0,
-                        exclude_unfinished != 0};
+  const Problem problem{
+      logp,        ref_logp,       row_kl, offsets,       finished,        reward,
+      answer_logp, rationale_logp, kl,     advantage,     coefficient,     rewards,
+      K,           scale,          beta,   answer_weight, kl_in_loss != 0, exclude_unfinished != 0};
   group_advantage_kernel<<<static_cast<unsigned>(G), kWarps * kLanes, 0,
                            static_cast<cudaStream_t>(stream)>>>(problem);
   return cudaGetLastError();

@@ -31,6 +31,7 @@ def _load_rows(ptr, rows, mask):
 def group_advantage_kernel(
     logp_ptr,
     ref_logp_ptr,
+    row_kl_ptr,
     offsets_ptr,
     finished_ptr,
     reward_ptr,
@@ -44,6 +45,7 @@ def group_advantage_kernel(
     beta,
     answer_weight,
     HAS_REF: tl.constexpr,
+    HAS_ROW_KL: tl.constexpr,
     HAS_FINISHED: tl.constexpr,
     KL_IN_LOSS: tl.constexpr,
     EXCLUDE_UNFINISHED: tl.constexpr,
@@ -70,6 +72,8 @@ def group_advantage_kernel(
                 d = _load_rows(ref_logp_ptr, rows, mask) - logp
                 # In fp64, exp(d) - 1 is as good as a fp32 expm1 at every d that matters.
                 divergence += tl.exp(d) - 1.0 - d if KL_IN_LOSS else -d
+            elif HAS_ROW_KL:
+                divergence += _load_rows(row_kl_ptr, rows, mask)
         answer = tl.zeros((BLOCK_N,), tl.float64)
         for start in range(middle, end, BLOCK_N):
             rows = start + lane
@@ -134,22 +138,23 @@ def launch(
     """Fill the outputs.
 
     Args:
-        tensors: logp, ref_logp, offsets, finished, then the fields of `GroupAdvantage`.
+        tensors: logp, ref_logp, row_kl, offsets, finished, then the fields of `GroupAdvantage`.
         G: groups.
         K: sequences a group.
         scale: 1 / (prompts·K) of the whole update.
         beta: as in `group_advantage`.
         answer_weight: as in `group_advantage`.
-        kl_in_loss: whether kl is "k3".
+        kl_in_loss: whether kl is "k3" or "exact".
         exclude_unfinished: whether unfinished is "exclude".
     """
     if G == 0:
         return
-    logp, ref_logp, offsets, finished, *outputs = tensors
+    logp, ref_logp, row_kl, offsets, finished, *outputs = tensors
     with torch.cuda.device_of(logp):
         group_advantage_kernel[(G,)](
             logp,
             ref_logp,
+            row_kl,
             offsets,
             None if finished is None else finished.view(torch.uint8),
             *outputs,
@@ -158,6 +163,7 @@ def launch(
             beta,
             answer_weight,
             HAS_REF=ref_logp is not None,
+            HAS_ROW_KL=row_kl is not None,
             HAS_FINISHED=finished is not None,
             KL_IN_LOSS=kl_in_loss,
             EXCLUDE_UNFINISHED=exclude_unfinished,

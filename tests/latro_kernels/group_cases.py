@@ -10,21 +10,35 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage, reference
+from latro_kernels.group_advantage import (
+    KL_FORMS,
+    UNFINISHED_RULES,
+    GroupAdvantage,
+    GroupLayout,
+    group_advantage,
+    reference,
+)
 
 FIELDS = [field.name for field in fields(GroupAdvantage)]
-SETTINGS = [
-    {"kl": kl, "unfinished": rule} for kl in ("reward", "k3") for rule in ("floor", "exclude")
-]
+SETTINGS = [{"kl": kl, "unfinished": rule} for kl in KL_FORMS for rule in UNFINISHED_RULES]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The inputs of one call."""
+    """The inputs of one call of any form of KL."""
 
     logp: Tensor
     ref_logp: Tensor
+    row_kl: Tensor
     layout: GroupLayout
+
+    def of_kl(self, kl: str = "reward") -> dict[str, Tensor | None]:
+        """The inputs that this form takes."""
+        exact = kl == "exact"
+        return {
+            "ref_logp": None if exact else self.ref_logp,
+            "row_kl": self.row_kl if exact else None,
+        }
 
     def to(self, device: str) -> Batch:
         finished = self.layout.finished
@@ -33,10 +47,16 @@ class Batch:
             offsets=self.layout.offsets.to(device),
             finished=None if finished is None else finished.to(device),
         )
-        return Batch(self.logp.to(device), self.ref_logp.to(device), layout)
+        rows = (t.to(device) for t in (self.logp, self.ref_logp, self.row_kl))
+        return Batch(*rows, layout)
 
     def double(self) -> Batch:
-        return replace(self, logp=self.logp.double(), ref_logp=self.ref_logp.double())
+        return replace(
+            self,
+            logp=self.logp.double(),
+            ref_logp=self.ref_logp.double(),
+            row_kl=self.row_kl.double(),
+        )
 
     @property
     def answer_rows(self) -> Tensor:
@@ -57,15 +77,20 @@ def make_batch(
     num_groups: int | None = None,
     seed: int = 0,
 ) -> Batch:
-    """A batch of segments of these lengths; ref_logp is NaN on answer rows: nobody computes it."""
+    """A batch of segments of these lengths.
+
+    ref_logp and row_kl are NaN on answer rows: nobody computes them there.
+    """
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     N = sum(lengths)
     logp = -torch.rand(N, generator=generator) * 8
     ref_logp = torch.minimum(logp + torch.randn(N, generator=generator), torch.zeros(()))
-    ref_logp[answer_rows(offsets)] = torch.nan
+    row_kl = torch.rand(N, generator=generator)
+    for unread in (ref_logp, row_kl):
+        unread[answer_rows(offsets)] = torch.nan
     flags = None if finished is None else torch.tensor(finished, dtype=torch.bool)
-    return Batch(logp, ref_logp, GroupLayout(offsets, num_generations, flags, num_groups))
+    return Batch(logp, ref_logp, row_kl, GroupLayout(offsets, num_generations, flags, num_groups))
 
 
 @st.composite
@@ -94,26 +119,36 @@ def nan_filled_empty() -> Iterator[None]:
 
 
 def run(batch: Batch, backend: str, **settings: object) -> GroupAdvantage:
+    inputs = batch.of_kl(settings.get("kl", "reward"))
     with nan_filled_empty():
         return group_advantage(
-            batch.logp, batch.ref_logp, batch.layout, backend=backend, **settings
+            batch.logp, layout=batch.layout, backend=backend, **inputs, **settings
         )
+
+
+def run_reference(batch: Batch, **settings: object) -> GroupAdvantage:
+    inputs = batch.of_kl(settings.get("kl", "reward"))
+    return reference(batch.logp, layout=batch.layout, **inputs, **settings)
+
+
+def present(out: GroupAdvantage) -> dict[str, Tensor]:
+    """The fields that there are, by name."""
+    return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
 
 
 def assert_gate(batch: Batch, backend: str, **settings: object) -> None:
     """Error against fp64 truth at most twice that of fp32 PyTorch, plus 1e-5, in every field."""
-    before = [batch.logp.clone(), batch.ref_logp.clone(), batch.layout.offsets.clone()]
-    out = run(batch, backend, **settings)
-    for tensor, copy in zip(
-        (batch.logp, batch.ref_logp, batch.layout.offsets), before, strict=True
-    ):
+    inputs = (batch.logp, batch.ref_logp, batch.row_kl, batch.layout.offsets)
+    before = [tensor.clone() for tensor in inputs]
+    out = present(run(batch, backend, **settings))
+    for tensor, copy in zip(inputs, before, strict=True):
         torch.testing.assert_close(tensor, copy, rtol=0, atol=0, equal_nan=True)
 
-    wide = batch.double()
-    truth = reference(wide.logp, wide.ref_logp, wide.layout, **settings)
-    unfused = reference(batch.logp, batch.ref_logp, batch.layout, **settings)
-    for name in FIELDS:
-        exact, got, plain = (getattr(x, name) for x in (truth, out, unfused))
+    truth = present(run_reference(batch.double(), **settings))
+    unfused = present(run_reference(batch, **settings))
+    assert out.keys() == truth.keys()
+    for name in truth:
+        exact, got, plain = (x[name] for x in (truth, out, unfused))
         assert got.dtype == torch.float32
         assert got.shape == exact.shape
         if exact.numel():
@@ -123,10 +158,10 @@ def assert_gate(batch: Batch, backend: str, **settings: object) -> None:
 
 def assert_same(left: GroupAdvantage, right: GroupAdvantage) -> None:
     """The same bits in every field."""
-    for name in FIELDS:
-        torch.testing.assert_close(
-            getattr(left, name), getattr(right, name), rtol=0, atol=0, equal_nan=True, msg=name
-        )
+    one, other = present(left), present(right)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True, msg=name)
 
 
 def assert_nan_stays_in_its_group(batch: Batch, backend: str, row: int, **settings: object) -> None:
@@ -154,7 +189,7 @@ def assert_exact_advantages(backend: str, device: str) -> None:
     answers = torch.stack([torch.full((K,), -10_001.0), 1 + excess.float()], 1)
     logp = torch.cat([torch.zeros(K, 1), answers], 1).view(-1).to(device)
     offsets = torch.tensor([0, *[1, 2] * K]).cumsum(0).to(device)
-    batch = Batch(logp, logp.clone(), GroupLayout(offsets, K))
+    batch = Batch(logp, logp.clone(), torch.zeros_like(logp), GroupLayout(offsets, K))
     expected = (K * excess - excess.sum()) / (K - 1)
     assert (expected.float().double() == expected).all(), "the expected values are exact in fp32"
     torch.testing.assert_close(
@@ -167,7 +202,7 @@ def assert_equal_rewards_give_zero(backend: str, device: str) -> None:
         one = -torch.rand(9, generator=torch.Generator().manual_seed(K))
         logp = one.repeat(K).to(device)
         offsets = torch.tensor([0, *[5, 4] * K]).cumsum(0).to(device)
-        batch = Batch(logp, logp - 0.1, GroupLayout(offsets, K))
+        batch = Batch(logp, logp - 0.1, torch.zeros_like(logp), GroupLayout(offsets, K))
         out = run(batch, backend)
         assert (out.advantage == 0).all()
         assert (out.coefficient[~batch.answer_rows] == 0).all()

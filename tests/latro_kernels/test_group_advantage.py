@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from latro_kernels.group_advantage import GroupLayout, group_advantage
+from latro_kernels.group_advantage import KL_FORMS, GroupLayout, group_advantage
 from tests.latro_kernels.group_cases import (
-    FIELDS,
     SETTINGS,
     Batch,
     assert_equal_rewards_give_zero,
@@ -23,6 +22,7 @@ from tests.latro_kernels.group_cases import (
     assert_same,
     batches,
     make_batch,
+    present,
     run,
 )
 
@@ -90,7 +90,7 @@ def test_nan_stays_in_its_group(backend: str, device: str, setting: dict[str, st
 
 
 @each_backend
-@pytest.mark.parametrize("kl", ["reward", "k3"])
+@pytest.mark.parametrize("kl", KL_FORMS)
 def test_an_excluded_sequence_passes_nothing_on(backend: str, device: str, kl: str) -> None:
     batch = SPOILABLE.to(device)
     logp = batch.logp.clone()
@@ -138,7 +138,8 @@ def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinish
         if kl == "reward":
             rewards.append((log_y[s] - beta * log_ratio.sum()).item())
         else:
-            divergence.append((torch.exp(-log_ratio) + log_ratio - 1).sum())
+            k3 = torch.exp(-log_ratio) + log_ratio - 1
+            divergence.append((k3 if kl == "k3" else batch.row_kl[z]).sum())
             rewards.append(log_y[s].item())
     loss = batch.logp.new_zeros(())
     for first in sequences[::K]:
@@ -152,7 +153,7 @@ def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinish
             others = [included[j] for j in included if j != s]
             advantage = included[s] - sum(others) / len(others) if others else 0.0
             loss = loss - advantage * log_z[s] - answer_weight * log_y[s]
-            if kl == "k3":
+            if kl != "reward":
                 loss = loss + beta * divergence[s]
     num_groups = batch.layout.num_groups or len(sequences) // K
     return loss / (num_groups * K)
@@ -169,13 +170,18 @@ def test_coefficients_are_the_gradient_of_the_objective(
     logits = torch.randn(N, 7, dtype=torch.float64, generator=generator, requires_grad=True)
     target = torch.randint(7, (N, 1), generator=generator)
     logp = logits.log_softmax(-1).gather(1, target).squeeze(1)
-    batch = replace(batch.double(), logp=logp)
+    ref_log_p = torch.randn(N, 7, dtype=torch.float64, generator=generator).log_softmax(-1)
+    row_kl = (logits.log_softmax(-1) - ref_log_p).mul(logits.softmax(-1)).sum(-1)
+    batch = replace(batch.double(), logp=logp, row_kl=row_kl)
     loss = objective(batch, beta, answer_weight, **setting)
     (expected,) = torch.autograd.grad(loss + 0 * logp.sum(), logits, retain_graph=True)
 
     out = run(batch, "reference", beta=beta, answer_weight=answer_weight, **setting)
-    assert not out.coefficient.requires_grad
-    (got,) = torch.autograd.grad((out.coefficient * logp).sum(), logits)
+    assert not any(value.requires_grad for value in present(out).values())
+    ours = (out.coefficient * logp).sum()
+    if out.kl_coefficient is not None:
+        ours = ours + (out.kl_coefficient * row_kl).sum()
+    (got,) = torch.autograd.grad(ours, logits)
     torch.testing.assert_close(got, expected)
 
 
@@ -191,7 +197,7 @@ def test_micro_batches_add_up_to_the_update(
     for offsets in (whole.layout.offsets[:13], whole.layout.offsets[12:]):
         rows = slice(int(offsets[0]), int(offsets[-1]))
         layout = GroupLayout(offsets - offsets[0], 3, num_groups=4)
-        part = Batch(whole.logp[rows], whole.ref_logp[rows], layout)
+        part = Batch(whole.logp[rows], whole.ref_logp[rows], whole.row_kl[rows], layout)
         parts.append(run(part, backend, **setting))
     joined = torch.cat([part.coefficient for part in parts])
     torch.testing.assert_close(joined, run(whole, backend, **setting).coefficient, rtol=0, atol=0)
@@ -200,11 +206,10 @@ def test_micro_batches_add_up_to_the_update(
 @each_backend
 def test_without_a_reference(backend: str, device: str) -> None:
     batch = SMALL.to(device)
-    for kl in ("reward", "k3"):
+    for kl in KL_FORMS:
         out = group_advantage(batch.logp, None, batch.layout, beta=0, kl=kl, backend=backend)
-        given = group_advantage(
-            batch.logp, batch.ref_logp, batch.layout, beta=0, kl=kl, backend=backend
-        )
+        given = run(batch, backend, beta=0, kl=kl)
+        assert out.kl_coefficient is None
         assert (out.kl == 0).all()
         assert not (given.kl == 0).all()
         torch.testing.assert_close(out.coefficient, given.coefficient, rtol=0, atol=0)
@@ -217,7 +222,7 @@ def test_strided_inputs_that_require_grad(backend: str, device: str) -> None:
     strided = replace(batch, logp=columns[:, 0], ref_logp=columns[:, 1])
     out = run(strided, backend)
     assert_same(out, run(batch, backend))
-    assert not any(getattr(out, name).requires_grad for name in FIELDS)
+    assert not any(value.requires_grad for value in present(out).values())
 
 
 def test_auto_is_the_cpu_backend_on_the_cpu() -> None:
@@ -264,7 +269,12 @@ BAD_INPUTS = [
     ({"beta": float("nan")}, ValueError, "beta: expected a finite number, got nan"),
     ({"beta": "0.1"}, TypeError, "beta: expected a float, got str"),
     ({"answer_weight": float("inf")}, ValueError, "answer_weight: expected a finite number"),
-    ({"kl": "k1"}, ValueError, "kl: expected one of 'reward', 'k3', got 'k1'"),
+    ({"kl": "k1"}, ValueError, "kl: expected one of 'reward', 'k3', 'exact', got 'k1'"),
+    ({"kl": "exact"}, ValueError, "ref_logp: expected None with kl='exact', got a tensor"),
+    ({"kl": "exact", "ref_logp": None}, ValueError, "row_kl: expected a tensor where beta is not"),
+    ({"row_kl": SMALL.logp}, ValueError, "row_kl: expected None with kl='reward', got a tensor"),
+    ({"row_kl": SMALL.logp[1:]}, ValueError, r"row_kl: expected shape \(20,\), got"),
+    ({"row_kl": SMALL.logp.double()}, TypeError, "row_kl: expected dtype torch.float32"),
     ({"unfinished": "drop"}, ValueError, "unfinished: expected one of 'floor', 'exclude', got"),
     ({"backend": "metal"}, ValueError, "backend: expected 'auto' or one of"),
     ({"backend": "cuda"}, ValueError, "backend 'cuda': expected tensors on cuda, got cpu"),
@@ -307,8 +317,9 @@ def test_check_wants_answers() -> None:
 def test_opcheck(backend: str, device: str, setting: dict[str, str]) -> None:
     batch = SMALL.to(device)
     layout = batch.layout
-    for ref_logp, finished in ((batch.ref_logp, layout.finished), (None, None)):
-        arguments = (batch.logp, ref_logp, layout.offsets, finished, 2, 2, 0.05, 1.0)
+    inputs = tuple(batch.of_kl(setting["kl"]).values())
+    for kl_inputs, finished in ((inputs, layout.finished), ((None, None), None)):
+        arguments = (batch.logp, *kl_inputs, layout.offsets, finished, 2, 2, 0.05, 1.0)
         torch.library.opcheck(
             torch.ops.latro_kernels.group_advantage.default,
             (*arguments, *setting.values(), backend),
@@ -316,15 +327,20 @@ def test_opcheck(backend: str, device: str, setting: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), [("cpu", "cpu"), *map(_on_gpu, ("triton", "cuda"))])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_to_one_graph(backend: str, device: str, dynamic: bool) -> None:
-    def loss(logp: Tensor, ref_logp: Tensor, offsets: Tensor, finished: Tensor) -> Tensor:
+@pytest.mark.parametrize(("kl", "dynamic"), [("k3", False), ("k3", True), ("exact", True)])
+def test_compiles_to_one_graph(backend: str, device: str, kl: str, dynamic: bool) -> None:
+    def loss(logp: Tensor, inputs: dict[str, Tensor], offsets: Tensor, finished: Tensor) -> Tensor:
         layout = GroupLayout(offsets, 2, finished)
-        out = group_advantage(logp, ref_logp, layout, kl="k3", backend=backend)
-        return (out.coefficient * logp).sum() + out.reward.sum()
+        out = group_advantage(
+            logp, layout=layout, kl=kl, unfinished="exclude", backend=backend, **inputs
+        )
+        coefficient = out.coefficient
+        if out.kl_coefficient is not None:
+            coefficient = coefficient + out.kl_coefficient
+        return (coefficient * logp).sum() + out.reward.sum()
 
     batch = SMALL.to(device)
-    inputs = (batch.ref_logp, batch.layout.offsets, batch.layout.finished)
+    inputs = (batch.of_kl(kl), batch.layout.offsets, batch.layout.finished)
     eager, compiled = (batch.logp.clone().requires_grad_() for _ in range(2))
     expected = loss(eager, *inputs)
     expected.backward()
@@ -350,6 +366,7 @@ def test_triton_kernel_compiles(capability: int, full: bool) -> None:
     signature |= dict.fromkeys(("scale", "beta", "answer_weight"), "fp32")
     constants = {
         "HAS_REF": full,
+        "HAS_ROW_KL": not full,
         "HAS_FINISHED": full,
         "KL_IN_LOSS": full,
         "EXCLUDE_UNFINISHED": full,
@@ -358,6 +375,8 @@ def test_triton_kernel_compiles(capability: int, full: bool) -> None:
     }
     if not full:
         constants |= {"ref_logp_ptr": None, "finished_ptr": None}
+    else:
+        constants |= {"row_kl_ptr": None}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(group_advantage_kernel, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
