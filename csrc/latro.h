@@ -162,6 +162,58 @@ LATRO_API int32_t latro_cuda_gather_logprob_backward(
     const float* entropy, const float* peak, const float* log_total, int64_t rows, int64_t cols,
     float softcap, float temperature, void* stream);
 
+/* linear_kl, whole, on the CPU: KL(p || q) of N rows of two heads over one vocabulary.
+ *
+ * hidden_*[N, H_*] and weight_*[V, H_*] are of `dtype`, contiguous; weight_q is null where it is
+ * weight_p. bias_*[V] or null; bf16_products, softcap and temperature are as in linear_logprob.
+ *
+ * forward fills kl[N], center[N], the mean of z_p - z_q under p, peak[N], the maximum of z_p, and
+ * log_total[N], the logarithm of the sum of exp(z_p - peak).
+ *
+ * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1) and fills
+ * dx[., H_p] in those rows, dw[V, H_p] in `dtype` and db[V], each or null.
+ */
+LATRO_API int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p,
+                                              const float* bias_p, int64_t H_p,
+                                              const void* hidden_q, const void* weight_q,
+                                              const float* bias_q, int64_t H_q, int32_t dtype,
+                                              int32_t bf16_products, float* kl, float* center,
+                                              float* peak, float* log_total, int64_t N, int64_t V,
+                                              float softcap, float temperature, int64_t threads);
+
+LATRO_API int32_t latro_cpu_linear_kl_backward(
+    const void* hidden_p, const void* weight_p, const float* bias_p, int64_t H_p,
+    const void* hidden_q, const void* weight_q, const float* bias_q, int64_t H_q, int32_t dtype,
+    int32_t bf16_products, const int64_t* rows, const float* grad_kl, const float* center,
+    const float* peak, const float* log_total, float* dx, void* dw, float* db, int64_t M, int64_t V,
+    float softcap, float temperature, int64_t threads);
+
+/* linear_kl on CUDA: what happens to one tile of logits of each head between the products.
+ *
+ * Both tiles hold rows x cols products, contiguous, of the same vocabulary columns; bias_*[cols] or
+ * null is added to them, and softcap and temperature are as in linear_logprob. dp and dq below are
+ * a logit's distances from its head's peak.
+ *
+ * fold: adds the tiles to the rows' running state, [rows] each: peak_*, the maximum of z (start:
+ * -inf); total_*, the sum of exp(d*); first, the sum of exp(dp) * (dp - dq); second, the sum of
+ * exp(dp) * (exp(dq - dp) - 1 + dp - dq) (start: 0).
+ *
+ * grad: writes the gradient with respect to p's products into dtile, in the dtype of the products
+ * to come (it may be tile_p where that is fp32). center is E_p[zp - zq], log_total log(total_p).
+ */
+LATRO_API int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q,
+                                            const float* bias_p, const float* bias_q, float* peak_p,
+                                            float* total_p, float* peak_q, float* total_q,
+                                            float* first, float* second, int64_t rows, int64_t cols,
+                                            float softcap, float temperature, void* stream);
+
+LATRO_API int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q,
+                                            const float* bias_p, const float* bias_q, void* dtile,
+                                            int32_t dtype, const float* grad_kl,
+                                            const float* center, const float* peak,
+                                            const float* log_total, int64_t rows, int64_t cols,
+                                            float softcap, float temperature, void* stream);
+
 /* What a status that a CUDA launcher returned means. */
 LATRO_API const char* latro_cuda_error_string(int32_t status);
 

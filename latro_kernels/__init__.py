@@ -1,7 +1,8 @@
-"""Fused log-probabilities at the LM head, and the group advantages made of them."""
+"""Fused log-probabilities and KL at the LM head, and the group advantages made of them."""
 
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
+from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.native import BackendUnavailableError
 
@@ -11,5 +12,6 @@ __all__ = [
     "GroupLayout",
     "gather_logprob",
     "group_advantage",
+    "linear_kl",
     "linear_logprob",
 ]

@@ -69,6 +69,16 @@ GATHER_BACKWARD = {
     "softcap": "fp32",
     "temperature": "fp32",
 }
+KL_TILES = {
+    "tile_p_ptr": "*fp32",
+    "tile_q_ptr": "*fp32",
+    "bias_p_ptr": "*fp32",
+    "bias_q_ptr": "*fp32",
+}
+KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
+KL_STATE = ("peak_p", "total_p", "peak_q", "total_q", "first", "second")
+KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
+KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "center", "peak", "log_total")}
 
 
 def compile_without_spills(
@@ -133,3 +143,25 @@ def test_gather_logprob_compiles_without_spills(kernel: str, dtype: str, capabil
         compile_without_spills(
             function, signature, constants, capability, num_warps=kernels.NUM_WARPS
         )
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
+def test_linear_kl_compiles_without_spills(kernel: str, capability: int) -> None:
+    from latro_kernels.triton import linear_kl as kernels
+
+    name, _, dtype = kernel.partition("-")
+    function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel
+    signature = (
+        KL_FOLD
+        if name == "fold"
+        else {**KL_TILES, "dtile_ptr": f"*{dtype}", **KL_ROWS, **KL_NUMBERS}
+    )
+    for plain in (True, False):
+        constants = {
+            "HAS_BIAS_P": not plain,
+            "HAS_BIAS_Q": not plain,
+            "HAS_SOFTCAP": not plain,
+            "BLOCK_V": kernels.BLOCK_V,
+        }
+        compile_without_spills(function, signature, constants, capability)

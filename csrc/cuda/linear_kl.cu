@@ -1,0 +1,199 @@
+// linear_kl on CUDA: the two folds over the tiles of both heads. The products around them are
+// cuBLAS's, in fp32. One block a row; rows beyond the grid are reached by striding. The formulas
+// stand in latro_kernels/linear_kl.py.
+#include <cstdint>
+
+#include "latro.h"
+#include "softmax.cuh"
+
+namespace {
+
+using latro::blocks_for;
+using latro::kAllLanes;
+using latro::kInfinity;
+using latro::kThreads;
+using latro::kWarps;
+using latro::Transform;
+
+// A row of both tiles.
+struct Row {
+  const float *p, *q, *bias_p, *bias_q;
+  Transform transform;
+
+  __device__ float2 logits(int64_t j) const {
+    return {transform.logit(bias_p != nullptr ? p[j] + bias_p[j] : p[j]),
+            transform.logit(bias_q != nullptr ? q[j] + bias_q[j] : q[j])};
+  }
+};
+
+struct Tiles {
+  const float *p, *q, *bias_p, *bias_q;
+  int64_t rows, cols;
+  Transform transform;
+
+  __device__ Row row(int64_t i) const {
+    return {p + i * cols, q + i * cols, bias_p, bias_q, transform};
+  }
+};
+
+// exp(-x) - 1 + x, by Taylor's series where the formula would cancel.
+__device__ float second_order(float x) {
+  float series = 1.0f - x / 8;
+  series = 1.0f - x / 7 * series;
+  series = 1.0f - x / 6 * series;
+  series = 1.0f - x / 5 * series;
+  series = 1.0f - x / 4 * series;
+  series = 1.0f - x / 3 * series;
+  return 0.5f * x * x * series;
+}
+constexpr float kClose = 0.5f;  // the next term of the series is under 2^-24 there
+
+// What the columns of a row come to, measured from the peaks.
+struct Sums {
+  float total_p, total_q, first, second;
+};
+
+__device__ Sums operator+(Sums a, Sums b) {
+  return {a.total_p + b.total_p, a.total_q + b.total_q, a.first + b.first, a.second + b.second};
+}
+
+struct Peaks {
+  float p, q;
+};
+
+__device__ Peaks highest(Peaks a, Peaks b) {
+  return {a.p > b.p ? a.p : b.p, a.q > b.q ? a.q : b.q};
+}
+
+__device__ Peaks shuffle(Peaks x, int offset) {
+  return {__shfl_xor_sync(kAllLanes, x.p, offset), __shfl_xor_sync(kAllLanes, x.q, offset)};
+}
+
+__device__ Sums shuffle(Sums x, int offset) {
+  return {
+      __shfl_xor_sync(kAllLanes, x.total_p, offset), __shfl_xor_sync(kAllLanes, x.total_q, offset),
+      __shfl_xor_sync(kAllLanes, x.first, offset), __shfl_xor_sync(kAllLanes, x.second, offset)};
+}
+
+// `x` of all threads of the block together; every thread gets the result.
+template <typename T, typename Merge>
+__device__ T merge_block(T x, Merge merge) {
+  __shared__ T partial[kWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  for (int offset = 16; offset > 0; offset /= 2) x = merge(x, shuffle(x, offset));
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  x = partial[lane % kWarps];
+  for (int offset = kWarps / 2; offset > 0; offset /= 2) x = merge(x, shuffle(x, offset));
+  __syncthreads();  // `partial` is free for the next row
+  return x;
+}
+
+// The running state of every row.
+struct State {
+  float *peak_p, *total_p, *peak_q, *total_q, *first, *second;
+};
+
+// What a row had summed before, seen from higher peaks.
+__device__ Sums rescale(Sums before, float drop_p, float drop_q) {
+  const float shrink_p = expf(drop_p), shrink_q = expf(drop_q);
+  const float turn = drop_p - drop_q;
+  Sums after{before.total_p * shrink_p, before.total_q * shrink_q, 0.0f, 0.0f};
+  if (shrink_p != 0.0f) after.first = shrink_p * (before.first + turn * before.total_p);
+  after.second = fabsf(turn) < kClose
+                     ? shrink_q * before.second +
+                           shrink_p * (second_order(turn) * (before.total_p - before.first) +
+                                       turn * before.first)
+                     : (after.total_q - after.total_p) + after.first;
+  return after;
+}
+
+__global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state) {
+  for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
+    const Row row = tiles.row(i);
+    Peaks peaks{-kInfinity, -kInfinity};
+    for (int64_t j = threadIdx.x; j < tiles.cols; j += kThreads) {
+      const float2 z = row.logits(j);
+      peaks = highest({z.x, z.y}, peaks);
+    }
+    const Peaks before{state.peak_p[i], state.peak_q[i]};
+    peaks = highest(merge_block(peaks, highest), before);
+    // A row that is -inf so far has no peak to subtract.
+    const float shift_p = peaks.p == -kInfinity ? 0.0f : peaks.p;
+    const float shift_q = peaks.q == -kInfinity ? 0.0f : peaks.q;
+    Sums sums{};
+    for (int64_t j = threadIdx.x; j < tiles.cols; j += kThreads) {
+      const float2 z = row.logits(j);
+      const float ep = expf(z.x - shift_p), eq = expf(z.y - shift_q);
+      const float delta = (z.x - z.y) - (shift_p - shift_q);
+      const float moment = ep == 0.0f ? 0.0f : ep * delta;  // 0 * inf counts as 0
+      const float second = fabsf(delta) < kClose ? ep * second_order(delta) : (eq - ep) + moment;
+      sums = sums + Sums{ep, eq, moment, second};
+    }
+    sums = merge_block(sums, [](Sums a, Sums b) { return a + b; });
+    if (threadIdx.x == 0) {
+      const Sums old{state.total_p[i], state.total_q[i], state.first[i], state.second[i]};
+      sums = rescale(old, before.p - shift_p, before.q - shift_q) + sums;
+      state.peak_p[i] = peaks.p;
+      state.peak_q[i] = peaks.q;
+      state.total_p[i] = sums.total_p;
+      state.total_q[i] = sums.total_q;
+      state.first[i] = sums.first;
+      state.second[i] = sums.second;
+    }
+  }
+}
+
+struct RowGrad {
+  const float *grad_kl, *center, *peak, *log_total;
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, RowGrad grad) {
+  for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
+    const Row row = tiles.row(i);
+    const float g = grad.grad_kl[i], center = grad.center[i];
+    const float peak = grad.peak[i], log_total = grad.log_total[i];
+    for (int64_t j = threadIdx.x; j < tiles.cols; j += kThreads) {
+      const float2 z = row.logits(j);
+      const float p = expf((z.x - peak) - log_total);
+      const float dz = p == 0.0f ? 0.0f : g * p * ((z.x - z.y) - center);
+      dtile[i * tiles.cols + j] = static_cast<T>(dz * tiles.transform.slope(z.x));
+    }
+  }
+}
+
+}  // namespace
+
+int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q, const float* bias_p,
+                                  const float* bias_q, float* peak_p, float* total_p, float* peak_q,
+                                  float* total_q, float* first, float* second, int64_t rows,
+                                  int64_t cols, float softcap, float temperature, void* stream) {
+  if (rows == 0 || cols == 0) return LATRO_OK;
+  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
+  fold_kernel<<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+      tiles, State{peak_p, total_p, peak_q, total_q, first, second});
+  return cudaGetLastError();
+}
+
+int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q, const float* bias_p,
+                                  const float* bias_q, void* dtile, int32_t dtype,
+                                  const float* grad_kl, const float* center, const float* peak,
+                                  const float* log_total, int64_t rows, int64_t cols, float softcap,
+                                  float temperature, void* stream) {
+  if (rows == 0 || cols == 0) return LATRO_OK;
+  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
+  const RowGrad grad{grad_kl, center, peak, log_total};
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (dtype == LATRO_F32) {
+    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<float*>(dtile), grad);
+  } else if (dtype == LATRO_BF16) {
+    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<__nv_bfloat16*>(dtile),
+                                                       grad);
+  } else if (dtype == LATRO_F16) {
+    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<__half*>(dtile), grad);
+  } else {
+    return LATRO_BAD_DTYPE;
+  }
+  return cudaGetLastError();
+}
