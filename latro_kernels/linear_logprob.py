@@ -39,14 +39,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from latro_kernels import cpu, tiles, vocab_parallel
+from latro_kernels import linear_logprob_ops as ops
+from latro_kernels import vocab_parallel
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
@@ -56,8 +56,8 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.dispatch import default_backend, resolve
-from latro_kernels.head import DEFAULT_MEMORY_BUDGET, Head, RowGrad, State, Wanted
+from latro_kernels.dispatch import default_backend
+from latro_kernels.head import DEFAULT_MEMORY_BUDGET
 
 
 def reference(
@@ -79,138 +79,6 @@ def reference(
     # Where p is 0 the product is 0 · −inf, and its limit is 0.
     terms = torch.where(log_p == -math.inf, 0, log_p.exp() * log_p)
     return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
-
-
-torch.library.define(
-    "latro_kernels::linear_logprob",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, str backend, bool weighted, bool pull, bool block_peak, int memory_budget) -> "
-    "(Tensor peak, Tensor total, Tensor picked, Tensor weighted, Tensor pull, Tensor kept, "
-    "Tensor block_peak)",
-)
-torch.library.define(
-    "latro_kernels::linear_logprob_backward",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, str backend, Tensor logp, Tensor? entropy, Tensor peak, Tensor log_total, "
-    "Tensor grad_logp, Tensor? grad_entropy, Tensor kept, Tensor? block_peak, float grad_filter, "
-    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
-)
-torch.library.define(
-    "latro_kernels::linear_logprob_frozen_backward",
-    "(Tensor weight, Tensor target, Tensor pull, Tensor of_pull, Tensor of_target) -> Tensor dx",
-)
-torch.library.define("latro_kernels::check_target", "(Tensor target, int V) -> ()")
-
-
-@torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    *wanted: Any,
-) -> tuple[Tensor, ...]:
-    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    backend = resolve(backend, hidden.device)
-    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return _outputs(_driver(backend).forward(head, Wanted(*wanted)))
-
-
-@torch.library.register_fake("latro_kernels::linear_logprob")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    *wanted: Any,
-) -> tuple[Tensor, ...]:
-    backend = default_backend(hidden.device) if backend == "auto" else backend
-    head = Head(hidden, weight, target, bias, temperature, softcap, backend)
-    return _outputs(_driver(backend).empty_state(head, Wanted(*wanted)))
-
-
-@torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    backend = resolve(backend, hidden.device)
-    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
-    *rows, kept, block_peak, grad_filter, needs = arguments
-    grad = RowGrad(*(None if t is None else t.contiguous() for t in rows))
-    with torch.autocast(hidden.device.type, enabled=False):
-        gradients = _driver(backend).backward(
-            head, grad, kept, block_peak, grad_filter, tuple(needs)
-        )
-    return tuple(_absent(hidden) if g is None else g for g in gradients)
-
-
-@torch.library.register_fake("latro_kernels::linear_logprob_backward")
-def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (torch.float32, weight.dtype, weight.dtype)
-    return tuple(
-        hidden.new_empty(shape, dtype=dtype) if needed else _absent(hidden)
-        for shape, dtype, needed in zip(shapes, dtypes, arguments[-1], strict=True)
-    )
-
-
-@torch.library.impl("latro_kernels::linear_logprob_frozen_backward", ("cpu", "cuda"))
-def _frozen_backward(
-    weight: Tensor, target: Tensor, pull: Tensor, of_pull: Tensor, of_target: Tensor
-) -> Tensor:
-    """dx = of_pull·pull + of_target·w_target, a tile of rows at a time; 0 where both are 0."""
-    dx = torch.empty_like(pull)
-    for rows in torch.arange(len(pull)).split(_ROWS_AT_ONCE):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
-        # Elsewhere than in this weight, of_target is 0.
-        of_rows = weight[target[block].clamp(0, len(weight) - 1)].float()
-        dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(pull[block], of_pull[block, None])
-    # A row that counts for nothing may hold NaN.
-    return dx.masked_fill_(((of_pull == 0) & (of_target == 0))[:, None], 0)
-
-
-@torch.library.register_fake("latro_kernels::linear_logprob_frozen_backward")
-def _(weight: Tensor, target: Tensor, pull: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(pull)
-
-
-torch.library.impl("latro_kernels::check_target", ("cpu", "cuda"))(check_target_values)
-
-
-@torch.library.register_fake("latro_kernels::check_target")
-def _(target: Tensor, V: int) -> None:
-    return None
-
-
-# Of a gather of weight rows: bounds its memory.
-_ROWS_AT_ONCE = 1024
-
-
-def _driver(backend: str) -> ModuleType:
-    return cpu if backend == "cpu" else tiles
-
-
-def _absent(like: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an op returns tensors, never None."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
-def _outputs(state: State) -> tuple[Tensor, ...]:
-    return tuple(_absent(state.peak) if t is None else t for t in vars(state).values())
 
 
 @dataclass(frozen=True)
@@ -247,13 +115,11 @@ class _LinearLogprob(torch.autograd.Function):
             check_target_values(target, V)
             target = target - first
         else:
-            torch.ops.latro_kernels.check_target(target, V)
-        peak, total, picked, weighted, pull, kept, block_peak = (
-            torch.ops.latro_kernels.linear_logprob(
-                *(hidden, weight, target, bias, *options.head),
-                *(options.with_entropy, options.frozen, options.grad_filter > 0),
-                options.memory_budget,
-            )
+            ops.check_target(target, V)
+        peak, total, picked, weighted, pull, kept, block_peak = ops.forward(
+            *(hidden, weight, target, bias, *options.head),
+            *(options.with_entropy, options.frozen, options.grad_filter > 0),
+            options.memory_budget,
         )
         own_peak = peak
         if options.group is not None:
@@ -295,13 +161,13 @@ class _LinearLogprob(torch.autograd.Function):
             active = grad_logp != 0
             is_here = (target >= 0) & (target < len(weight))
             slope = _slope(picked, options) * -torch.expm1(logp)
-            dx = torch.ops.latro_kernels.linear_logprob_frozen_backward(
+            dx = ops.frozen_backward(
                 *(weight, target, pull),
                 torch.where(active, -grad_logp * scale, 0),
                 torch.where(active & is_here, grad_logp * slope, 0),
             )
         else:
-            dx, dw, db = torch.ops.latro_kernels.linear_logprob_backward(
+            dx, dw, db = ops.backward(
                 *(hidden, weight, target, bias, *options.head),
                 *(logp, None if grad_entropy is None else entropy, peak, log_total),
                 *(grad_logp, grad_entropy, kept),

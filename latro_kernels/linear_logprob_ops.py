@@ -1,0 +1,155 @@
+"""The raw ops of `linear_logprob`: schemas, what runs behind them, and their shapes.
+
+A backend's driver, `cpu` or `tiles`, does the work; `head` says what it is given and gives. Ops
+take and return tensors and plain numbers only, so that torch.compile can put them into a graph.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latro_kernels import cpu, tiles
+from latro_kernels.checks import check_target_values
+from latro_kernels.dispatch import default_backend, resolve
+from latro_kernels.head import Head, RowGrad, State, Wanted
+
+# Of a gather of weight rows: bounds its memory.
+_ROWS_AT_ONCE = 1024
+
+
+torch.library.define(
+    "latro_kernels::linear_logprob",
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
+    "float softcap, str backend, bool weighted, bool pull, bool block_peak, int memory_budget) -> "
+    "(Tensor peak, Tensor total, Tensor picked, Tensor weighted, Tensor pull, Tensor kept, "
+    "Tensor block_peak)",
+)
+torch.library.define(
+    "latro_kernels::linear_logprob_backward",
+    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
+    "float softcap, str backend, Tensor logp, Tensor? entropy, Tensor peak, Tensor log_total, "
+    "Tensor grad_logp, Tensor? grad_entropy, Tensor kept, Tensor? block_peak, float grad_filter, "
+    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+)
+torch.library.define(
+    "latro_kernels::linear_logprob_frozen_backward",
+    "(Tensor weight, Tensor target, Tensor pull, Tensor of_pull, Tensor of_target) -> Tensor dx",
+)
+torch.library.define("latro_kernels::check_target", "(Tensor target, int V) -> ()")
+
+
+@torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    backend: str,
+    *wanted: Any,
+) -> tuple[Tensor, ...]:
+    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _outputs(_driver(backend).forward(head, Wanted(*wanted)))
+
+
+@torch.library.register_fake("latro_kernels::linear_logprob")
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    backend: str,
+    *wanted: Any,
+) -> tuple[Tensor, ...]:
+    backend = default_backend(hidden.device) if backend == "auto" else backend
+    head = Head(hidden, weight, target, bias, temperature, softcap, backend)
+    return _outputs(_driver(backend).empty_state(head, Wanted(*wanted)))
+
+
+@torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float,
+    backend: str,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
+    *rows, kept, block_peak, grad_filter, needs = arguments
+    grad = RowGrad(*(None if t is None else t.contiguous() for t in rows))
+    with torch.autocast(hidden.device.type, enabled=False):
+        gradients = _driver(backend).backward(
+            head, grad, kept, block_peak, grad_filter, tuple(needs)
+        )
+    return tuple(_absent(hidden) if g is None else g for g in gradients)
+
+
+@torch.library.register_fake("latro_kernels::linear_logprob_backward")
+def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dtypes = (torch.float32, weight.dtype, weight.dtype)
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if needed else _absent(hidden)
+        for shape, dtype, needed in zip(shapes, dtypes, arguments[-1], strict=True)
+    )
+
+
+@torch.library.impl("latro_kernels::linear_logprob_frozen_backward", ("cpu", "cuda"))
+def _frozen_backward(
+    weight: Tensor, target: Tensor, pull: Tensor, of_pull: Tensor, of_target: Tensor
+) -> Tensor:
+    """dx = of_pull·pull + of_target·w_target, a tile of rows at a time; 0 where both are 0."""
+    dx = torch.empty_like(pull)
+    for rows in torch.arange(len(pull)).split(_ROWS_AT_ONCE):
+        block = slice(int(rows[0]), int(rows[-1]) + 1)
+        # Elsewhere than in this weight, of_target is 0.
+        of_rows = weight[target[block].clamp(0, len(weight) - 1)].float()
+        dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(pull[block], of_pull[block, None])
+    # A row that counts for nothing may hold NaN.
+    return dx.masked_fill_(((of_pull == 0) & (of_target == 0))[:, None], 0)
+
+
+@torch.library.register_fake("latro_kernels::linear_logprob_frozen_backward")
+def _(weight: Tensor, target: Tensor, pull: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(pull)
+
+
+torch.library.impl("latro_kernels::check_target", ("cpu", "cuda"))(check_target_values)
+
+
+@torch.library.register_fake("latro_kernels::check_target")
+def _(target: Tensor, V: int) -> None:
+    return None
+
+
+def _driver(backend: str) -> ModuleType:
+    return cpu if backend == "cpu" else tiles
+
+
+def _absent(like: Tensor) -> Tensor:
+    """Stands for an output that was not asked for: an op returns tensors, never None."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _outputs(state: State) -> tuple[Tensor, ...]:
+    return tuple(_absent(state.peak) if t is None else t for t in vars(state).values())
+
+
+forward = torch.ops.latro_kernels.linear_logprob
+backward = torch.ops.latro_kernels.linear_logprob_backward
+frozen_backward = torch.ops.latro_kernels.linear_logprob_frozen_backward
+check_target = torch.ops.latro_kernels.check_target
