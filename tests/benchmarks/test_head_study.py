@@ -6,11 +6,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import head_study, logprob_bench, memory
+from benchmarks import filter_study, head_study, logprob_bench, memory, small_lm
 from benchmarks.head_study import Comparison
 from benchmarks.head_study_report import Group, Results, checks, slopes
 from benchmarks.logprob_report import BARE_GEMMS, Row
 from benchmarks.problem import CPU_SHAPES, STUDY_SHAPES, Shape
+from benchmarks.small_lm import TrainedHead
 from benchmarks.timing import Summary
 
 CPU = torch.device("cpu")
@@ -105,6 +106,25 @@ def test_a_section_measured_again_replaces_itself_and_keeps_the_rest(ran, capsys
     assert "frozen, custom fp32: N=33 H=48 V=301" in captured.out
     assert "slope" in captured.out
     assert "Aims" in captured.out
+
+
+def test_filter_is_measured_on_the_trained_head(tmp_path, monkeypatch):
+    def trained(data, settings, rows, cache, device):
+        generator = torch.Generator().manual_seed(0)
+        hidden, weight = (torch.randn(n, 16, generator=generator) for n in (rows, 200))
+        return TrainedHead(hidden, weight, torch.arange(rows) % 200, perplexity=12.3)
+
+    monkeypatch.setattr(small_lm, "trained", trained)
+    logprob_bench.main([*TINY_RUN, "--sections", "filter", "--out", str(tmp_path)])
+    (of,) = Results(tmp_path).groups
+    assert "perplexity 12.3" in of.notes[0]
+    assert of.rows[0].shape.v == 200
+    names = [BARE_GEMMS, "latro-cpu-keep"]
+    names += [f"latro-cpu-keep, eps 2^{exponent}" for exponent in filter_study.EXPONENTS]
+    assert [row.provider for row in of.rows] == names
+    assert all(row.more.keys() >= {"skipped %", "dX bound", "dW error"} for row in of.rows[1:])
+    (check,) = checks([of])
+    assert check.what == "latro-cpu-keep, eps 2^-12"
 
 
 def test_file_of_something_else(tmp_path):
