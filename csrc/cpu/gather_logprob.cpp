@@ -4,7 +4,6 @@
 // two may share their memory. The formulas stand in latro_kernels/gather_logprob.py.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "latro.h"
 #include "softmax.h"
@@ -61,10 +60,8 @@ void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
     const T* row = logits.row(i);
     T* drow = dlogits.row(i);
     const bool has_entropy = grad_entropy != nullptr;
-    // Finite, so that p log p is 0 for a target that -inf rules out; NaN stays NaN.
-    const float log_p = std::max(logp[i], std::numeric_limits<float>::lowest());
     const RowGrad grad{grad_logp[i], has_entropy ? grad_entropy[i] : 0.0f,
-                       log_p,        has_entropy ? entropy[i] : 0.0f,
+                       logp[i],      has_entropy ? entropy[i] : 0.0f,
                        peak[i],      log_total[i],
                        has_entropy};
     if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {

@@ -45,6 +45,12 @@ struct Transform {
 
   template <typename T>
   void logits(const T* products, const float* bias, int64_t n, float* z) const {
+    const float scale = 1.0f / temperature;
+    if (bias == nullptr && !(softcap > 0.0f)) {
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) z[j] = load(products[j]) * scale;
+      return;
+    }
     if (bias != nullptr) {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) z[j] = load(products[j]) + bias[j];
@@ -57,7 +63,6 @@ struct Transform {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) z[j] = softcap * tanh_vec(z[j] * inverse);
     }
-    const float scale = 1.0f / temperature;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) z[j] *= scale;
   }
@@ -72,7 +77,7 @@ struct Transform {
         const float tanh = z[j] * to_tanh;
         dz[j] *= scale * (1.0f - tanh * tanh);
       }
-    } else {
+    } else if (scale != 1.0f) {
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) dz[j] *= scale;
     }
@@ -132,7 +137,8 @@ struct RowGrad {
     if (hit >= 0 && hit < n) {
       // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
       dz[hit] = -g * std::expm1(logp);
-      if (h != 0.0f) dz[hit] -= h * std::exp(logp) * (logp + mean);
+      const float p = std::exp(logp);
+      if (p > 0.0f) dz[hit] -= h * p * (logp + mean);  // 0 * -inf counts as 0
     }
   }
 };

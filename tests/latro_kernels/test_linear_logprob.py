@@ -234,6 +234,17 @@ def test_logits_of_minus_infinity(small_tiles: None) -> None:
     assert not results["dw"][200:600].any()
 
 
+def test_a_target_of_minus_infinity() -> None:
+    given = problem((10, 9, 700), entropy=True)
+    given = replace(given, bias=torch.zeros(700))
+    given.bias[5] = -torch.inf
+    given.target[0] = 5
+    results = solve(fused("cpu", True), given)
+    assert results["logp"][0] == -torch.inf
+    for name in ("entropy", "dx", "dw", "db"):
+        assert results[name].isfinite().all(), name
+
+
 def test_nan_stays_in_its_row(small_tiles: None) -> None:
     given = problem((10, 9, 300))
     given.hidden[3, 2] = torch.nan
