@@ -66,8 +66,9 @@ class LatroConfig(TrainingArguments):
     beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
     kl: str = setting(
         "reward",
-        "Where the KL stands: in the reward, as the paper has it, or as k3 in the loss.",
-        choices=["reward", "k3"],
+        "Where the KL stands: in the reward, as the paper has it, or in the loss, as the k3 "
+        "estimate or exact over the vocabulary.",
+        choices=["reward", "k3", "exact"],
     )
     answer_weight: float = setting(1.0, "λ, the weight of the answer's likelihood gradient.")
     unfinished: str = setting(
@@ -91,7 +92,7 @@ class LatroConfig(TrainingArguments):
         _at_least("answer_weight", self.answer_weight, 0)
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
-        _one_of("kl", self.kl, ("reward", "k3"))
+        _one_of("kl", self.kl, ("reward", "k3", "exact"))
         _one_of("unfinished", self.unfinished, ("floor", "exclude"))
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:

@@ -1,19 +1,20 @@
 """Per-row log-probs of a causal language model: trunk once, then the fused head.
 
 The model's own forward would make logits of every position. Here the trunk runs alone, the hidden
-states of the head rows are gathered, and `linear_logprob` takes them through the head.
+states of the head rows are gathered, and `linear_logprob` takes them through the head; `linear_kl`
+takes them through two models' heads.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latro.layout import Batch
-from latro_kernels import linear_logprob
+from latro_kernels import linear_kl, linear_logprob
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,17 @@ class Scores:
     """[N], log-probability of each row's target; differentiable where the model is."""
     entropy: Tensor
     """[N], in nats; detached."""
+    row_kl: Tensor | None = None
+    """[N], in nats, KL to the reference at each row, where one was given; differentiable."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """π_0 at N head rows, for an exact KL."""
+
+    scorer: Scorer
+    hidden: Tensor
+    """[N, H], without gradient."""
 
 
 class Scorer:
@@ -64,10 +76,17 @@ class Scorer:
             )
         self._verify()
 
-    def __call__(self, batch: Batch) -> Scores:
-        """Log-prob and entropy of every head row of a batch."""
-        hidden = self.trunk(batch.input_ids)
-        return self.head(hidden.flatten(0, 1)[batch.positions], batch.target)
+    def __call__(self, batch: Batch, reference: Reference | None = None) -> Scores:
+        """Log-prob and entropy of every head row of a batch, and its KL to `reference`."""
+        hidden = self.hidden(batch)
+        scores = self.head(hidden, batch.target)
+        if reference is None:
+            return scores
+        return replace(scores, row_kl=self.kl(hidden, reference))
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [N, H] of the head rows of a batch."""
+        return self.trunk(batch.input_ids).flatten(0, 1)[batch.positions]
 
     def trunk(self, input_ids: Tensor) -> Tensor:
         """Hidden states [B, T, H], after the final norm.
@@ -92,13 +111,51 @@ class Scorer:
         )
         return Scores(logp, entropy.detach())
 
+    def kl(self, hidden: Tensor, reference: Reference) -> Tensor:
+        """KL(π ‖ π_0) [N] of the next token, exact, from hidden states [N, H]."""
+        head, other = (s.model.get_output_embeddings() for s in (self, reference.scorer))
+        # The two may share their head, and π_0's is constant.
+        other_bias = getattr(other, "bias", None)
+        return linear_kl(
+            hidden,
+            head.weight,
+            reference.hidden,
+            other.weight.detach(),
+            bias_p=getattr(head, "bias", None),
+            bias_q=None if other_bias is None else other_bias.detach(),
+            temperature=self.temperature / self.logit_scale,
+            softcap=self.softcap,
+            backend=self.backend,
+        )
+
+    def check_comparable(self, other: Scorer) -> None:
+        """Check that `kl` has a meaning.
+
+        Raises:
+            ValueError: the models do not share a vocabulary, or make their logits differently.
+        """
+        for name, ours, theirs in (
+            ("vocabulary", self.vocab_size, other.vocab_size),
+            ("logit softcap", self.softcap, other.softcap),
+            ("logit scale", self.logit_scale, other.logit_scale),
+        ):
+            if ours != theirs:
+                raise ValueError(
+                    f"ref_model: expected the {name} of the policy, {ours}, for an exact KL, "
+                    f"got {theirs}"
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """V, as the head has it."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
     @torch.no_grad()
     def _verify(self) -> None:
         """Compare with the model's own logits once: a wrong scale would train in silence."""
         was_training = self.model.training
         self.model.eval()
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        ids = torch.arange(1, 9, device=self.model.device)[None] % vocab
+        ids = torch.arange(1, 9, device=self.model.device)[None] % self.vocab_size
         own = self.model(input_ids=ids, use_cache=False).logits[0].float() / self.temperature
         if not torch.isfinite(own).all():
             raise ValueError(

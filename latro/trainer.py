@@ -6,10 +6,12 @@ One update, for N prompts x with answers y and K rationales z each (arXiv 2411.0
     A_k = r_k − mean_{j≠k} r_j
     loss = −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)]        A_k held constant
 
+With kl="k3" or "exact" the KL stands in the loss, and not in the reward.
+
 One policy forward over x⊕z⊕y gives both log-probs, since attention is causal; one reference
-forward gives log π_0; `group_advantage` turns them into one coefficient a row; one backward
-follows. The optimiser, schedule, precision, accumulation, checkpoints, callbacks and reporting are
-the Trainer's.
+forward gives log π_0, or the hidden states that an exact KL needs; `group_advantage` turns them
+into one coefficient a row; one backward follows. The optimiser, schedule, precision, accumulation,
+checkpoints, callbacks and reporting are the Trainer's.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
 from latro.evaluation import EvaluationSettings, evaluate_model
-from latro.layout import MicroBatch, collate, group_layout, plan
+from latro.layout import Batch, MicroBatch, collate, group_layout, plan
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
-from latro.scoring import Scorer
+from latro.scoring import Reference, Scorer
 from latro.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro_kernels import GroupAdvantage, group_advantage
@@ -100,6 +102,8 @@ class LatroTrainer(Trainer):
             _disable_dropout(ref_model)
             ref_model.requires_grad_(False).eval().to(self.args.device)
             self.ref_scorer = Scorer(ref_model, temperature=args.temperature, backend=args.backend)
+            if args.kl == "exact":
+                self.scorer.check_comparable(self.ref_scorer)
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._flos = 0
         self._micro_step = 0
@@ -176,37 +180,57 @@ class LatroTrainer(Trainer):
         whole = len(batches) == 1
         with self._stopwatch.lap("time_score"):
             with self.compute_loss_context_manager():
+                references = [self._reference(batch) for batch in batches]
                 with torch.set_grad_enabled(whole):
-                    scores = [self.scorer(batch) for batch in batches]
-                logp = torch.cat([s.logp for s in scores])
-                ref_logp = None
-                if self.ref_scorer is not None:
-                    with torch.no_grad():
-                        ref_logp = torch.cat([self.ref_scorer(batch).logp for batch in batches])
+                    scores = [
+                        self.scorer(batch, reference)
+                        for batch, reference in zip(batches, references, strict=True)
+                    ]
+                ref_logp = self._ref_logp(batches)
             layout = group_layout(batches, self.args.num_generations, num_groups)
             advantage = group_advantage(
-                logp.detach(),
+                torch.cat([s.logp for s in scores]),
                 ref_logp,
                 layout,
                 beta=self.args.beta,
                 answer_weight=self.args.answer_weight,
                 kl=self.args.kl,
                 unfinished=self.args.unfinished,
+                row_kl=_cat([s.row_kl for s in scores]),
                 backend=self.args.backend,
             )
 
         loss = torch.zeros((), device=self.args.device)
-        coefficients = advantage.coefficient.split([batch.num_rows for batch in batches])
+        end = 0
         with self._stopwatch.lap("time_backward"):
-            for batch, score, coefficient in zip(batches, scores, coefficients, strict=True):
+            for batch, reference, score in zip(batches, references, scores, strict=True):
+                rows = slice(end, end := end + batch.num_rows)
                 with self.compute_loss_context_manager():
-                    piece_logp = score.logp if whole else self.scorer(batch).logp
-                    piece_loss = (coefficient * piece_logp).sum()
+                    piece = score if whole else self.scorer(batch, reference)
+                    piece_loss = (advantage.coefficient[rows] * piece.logp).sum()
+                    if piece.row_kl is not None and advantage.kl_coefficient is not None:
+                        piece_loss = (
+                            piece_loss + (advantage.kl_coefficient[rows] * piece.row_kl).sum()
+                        )
                 self.accelerator.backward(piece_loss)
                 loss += piece_loss.detach()
         self._flos += sum(self._batch_flos(batch.input_ids) for batch in batches)
         entropy = torch.cat([s.entropy for s in scores])
         return loss, _statistics(advantage, entropy, layout.offsets, self.args.num_generations)
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch) -> Reference | None:
+        """π_0 at the rows of a batch, where the KL is exact."""
+        if self.ref_scorer is None or self.args.kl != "exact":
+            return None
+        return Reference(self.ref_scorer, self.ref_scorer.hidden(batch))
+
+    @torch.no_grad()
+    def _ref_logp(self, batches: Sequence[Batch]) -> Tensor | None:
+        """log π_0 of the rows of all batches, where the KL is of sampled tokens."""
+        if self.ref_scorer is None or self.args.kl == "exact":
+            return None
+        return torch.cat([self.ref_scorer(batch).logp for batch in batches])
 
     def _batch_flos(self, input_ids: Tensor) -> int:
         # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
@@ -343,6 +367,12 @@ def _statistics(
             rationale.double().sum(),
         ]
     )
+
+
+def _cat(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them or none are there."""
+    there = [t for t in rows if t is not None]
+    return torch.cat(there) if there else None
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -79,7 +79,7 @@ def test_unknown_argument():
         ({"beta": float("nan")}, "beta"),
         ({"answer_weight": -1.0}, "answer_weight"),
         ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
-        ({"kl": "k2"}, "kl: expected one of reward, k3, got 'k2'"),
+        ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),
         ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
         ({"backend": "tpu"}, "backend: expected one of auto"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),

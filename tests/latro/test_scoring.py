@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latro.layout import collate
-from latro.scoring import Scorer
+from latro.scoring import Reference, Scorer
 from scripts.make_tiny_model import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -40,6 +40,34 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
     scores = Scorer(model, temperature=temperature)(collate(sequences, CPU))
     expected = full_logits_logp(model, sequences, temperature)
     torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kl_equals_that_of_the_models_own_logits(tiny, rollouts, architecture):
+    options = {
+        "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 0.25},
+    }.get(architecture, {})
+    models = [tiny(architecture, seed=seed, **options) for seed in (1, 2)]
+    (group,) = rollouts(1, 4)
+    batch = collate(group, CPU)
+    expected = []
+    for r in group:
+        log_p, log_q = (
+            (m(input_ids=torch.tensor([r.input_ids])).logits[0].double() / 0.7).log_softmax(-1)
+            for m in models
+        )
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        first = len(r.prompt_ids) - 1
+        answer = first + r.answer_start
+        expected += [kl[first : first + len(r.sampled_ids)], kl[answer:][: len(r.answer_ids)]]
+    policy, initial = (Scorer(m, temperature=0.7) for m in models)
+    reference = Reference(initial, initial.hidden(batch).detach())
+    row_kl = policy(batch, reference).row_kl
+    torch.testing.assert_close(row_kl.double(), torch.cat(expected), rtol=1e-4, atol=1e-6)
+    own = Reference(policy, policy.hidden(batch).detach())
+    assert (policy(batch, own).row_kl == 0).all()
 
 
 def test_padding_and_company_change_nothing(tiny, rollouts):

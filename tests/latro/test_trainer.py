@@ -39,31 +39,33 @@ def make_trainer(tiny, tokenizer, task, dataset, tmp_path):
 
 
 def sequence_logps(model, rollout):
-    """log π of each rationale token and of each answer token, from whole logits."""
+    """log π of each rationale token and of each answer token, and of all tokens there might be."""
     logp = model(input_ids=torch.tensor([rollout.input_ids])).logits[0].log_softmax(-1)
     first = len(rollout.prompt_ids) - 1
     z = [logp[first + i, t] for i, t in enumerate(rollout.sampled_ids)]
     y = [logp[first + rollout.answer_start + j, t] for j, t in enumerate(rollout.answer_ids)]
-    return torch.stack(z), torch.stack(y)
+    return torch.stack(z), torch.stack(y), logp[first : first + len(rollout.sampled_ids)]
 
 
 def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
     """The method's loss as the paper writes it, by autograd through whole logits.
 
-    −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, or as k3 added.
+    −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, or added, as k3 or
+    exact.
     """
     loss = 0.0
     count = sum(map(len, groups))
     for group in groups:
-        z_logp, y_logp, z_kl, k3 = [], [], [], []
+        z_logp, y_logp, z_kl, added = [], [], [], []
         for rollout in group:
-            z, y = sequence_logps(model, rollout)
+            z, y, log_p = sequence_logps(model, rollout)
             with torch.no_grad():
-                ref, _ = sequence_logps(ref_model, rollout)
+                ref, _, log_q = sequence_logps(ref_model, rollout)
             z_logp.append(z.sum())
             y_logp.append(y.sum())
             z_kl.append((z - ref).sum())
-            k3.append((torch.exp(ref - z) - (ref - z) - 1).sum())
+            k3 = (torch.exp(ref - z) - (ref - z) - 1).sum()
+            added.append(k3 if kl == "k3" else (log_p.exp() * (log_p - log_q)).sum())
         rewards = [y - beta * d if kl == "reward" else y for y, d in zip(y_logp, z_kl, strict=True)]
         rewards = [r.item() for r in rewards]
         members = list(range(len(group)))
@@ -76,12 +78,12 @@ def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
             others = [rewards[j] for j in members if j != k]
             advantage = rewards[k] - sum(others) / len(others) if others else 0.0
             loss = loss - advantage * z_logp[k] - answer_weight * y_logp[k]
-            if kl == "k3":
-                loss = loss + beta * k3[k]
+            if kl != "reward":
+                loss = loss + beta * added[k]
     return loss / count
 
 
-@pytest.mark.parametrize("kl", ["reward", "k3"])
+@pytest.mark.parametrize("kl", ["reward", "k3", "exact"])
 @pytest.mark.parametrize("unfinished", ["floor", "exclude"])
 @pytest.mark.parametrize("token_budget", [10**6, 150, 1])
 def test_gradients_equal_autograd_through_the_formula(
@@ -110,12 +112,38 @@ def test_gradients_equal_autograd_through_the_formula(
     assert torch.isfinite(loss)
 
 
-def test_kl_is_exactly_zero_at_the_start(make_trainer):
-    trainer = make_trainer(max_steps=2)
+@pytest.mark.parametrize("kl", ["reward", "k3", "exact"])
+def test_kl_is_exactly_zero_at_the_start(make_trainer, kl):
+    trainer = make_trainer(max_steps=2, kl=kl)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "kl" in entry]
     assert history[0]["kl"] == 0.0
     assert history[1]["kl"] != 0.0
+
+
+@pytest.mark.parametrize("token_budget", [10**6, 150])
+def test_exact_kl_is_in_the_loss(make_trainer, tiny, rollouts, token_budget):
+    """A larger β adds its share of the KL to the loss, and nothing else."""
+    groups = rollouts(3, 4)
+    model = tiny(seed=1)
+
+    def step(beta):
+        trainer = make_trainer(
+            model, tiny(seed=2), kl="exact", beta=beta, token_budget=token_budget
+        )
+        trainer.rollout = lambda examples: groups
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(model, {"examples": []})
+        return loss.item(), trainer._sums["kl"] / 12
+
+    (low, kl), (high, same_kl) = step(0.5), step(1.5)
+    assert kl == same_kl > 0
+    assert high - low == pytest.approx(kl, rel=1e-4)
+
+
+def test_exact_kl_wants_a_reference_that_can_be_compared(make_trainer, tiny):
+    with pytest.raises(ValueError, match="ref_model: expected the logit scale of the policy"):
+        make_trainer(tiny("cohere", logit_scale=0.5), tiny("cohere", logit_scale=0.25), kl="exact")
 
 
 def test_accumulated_micro_steps_equal_one_large_batch(make_trainer, tiny, rollouts):
@@ -206,8 +234,9 @@ def test_an_update_makes_the_answers_likelier(make_trainer):
     assert rewards[-1] > rewards[0] + 5
 
 
-def test_mixed_precision_is_the_trainers(make_trainer):
-    trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True)
+@pytest.mark.parametrize("kl", ["reward", "exact"])
+def test_mixed_precision_is_the_trainers(make_trainer, kl):
+    trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True, kl=kl)
     trainer.train()
     (entry,) = [e for e in trainer.state.log_history if "kl" in e]
     assert entry["kl"] == 0.0
