@@ -261,9 +261,9 @@ def linear_kl(
 
     in memory that grows with N, not with N·V. Products, sums, autocast and rows without upstream
     gradient are as in `linear_logprob`; there is no double backward. A small KL keeps its digits:
-    its error is about 2⁻²² · √KL nats for logits of size 1, where the lines above have 2⁻²², and
-    heads that give equal logits have a KL, and gradients, of exactly 0. Where q is 0 and p is not
-    the KL is infinite.
+    in fp32, for logits of a few units, its error is about 2⁻²⁰·√KL nats, where the lines above have
+    2⁻²² however small the KL is. Heads that give equal logits have a KL, and gradients, of exactly
+    0. Where q is 0 and p is not the KL is infinite.
 
     Args:
         hidden_p: [N, Hp] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
