@@ -15,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "head_gradient.h"
 #include "latro.h"
 #include "sweep.h"
 
@@ -69,12 +70,6 @@ struct Filter {
   }
 };
 
-struct Gradients {
-  float* dx;  // [N, H]; each may be null
-  void* dw;   // [V, H], the dtype of the weight
-  float* db;  // [V]
-};
-
 template <typename Gemm, typename T>
 struct Forward : Sweep<Gemm, T> {
   using Base = Sweep<Gemm, T>;
@@ -90,15 +85,15 @@ struct Forward : Sweep<Gemm, T> {
         filter_blocks(ceil_div(head.V, kFilterCols)) {}
 
   void run(int64_t N) {
+    const int64_t rows = chunk_rows(N);
 #pragma omp parallel num_threads(static_cast<int>(this->threads.size()))
     for (int64_t begin = 0; begin < head.V; begin += width) {
       const int64_t cols = std::min(width, head.V - begin);
       this->pack_weight_rows(begin, cols);
       if (state.pull != nullptr) this->pack_weight_columns(begin, cols);
 #pragma omp for schedule(dynamic)
-      for (int64_t first = 0; first < N; first += kChunkRows) {
-        chunk(first, std::min(kChunkRows, N - first), begin, cols,
-              this->threads[omp_get_thread_num()]);
+      for (int64_t first = 0; first < N; first += rows) {
+        chunk(first, std::min(rows, N - first), begin, cols, this->threads[omp_get_thread_num()]);
       }
     }
   }
@@ -183,256 +178,74 @@ struct Forward : Sweep<Gemm, T> {
   }
 };
 
-// A stretch from .. to of columns, or of rows, whose blocks are not left out.
-struct Run {
-  int64_t from, to;
-};
-
 template <typename Gemm, typename T>
-struct Backward : Sweep<Gemm, T> {
-  using Base = Sweep<Gemm, T>;
-  using Base::head, Base::kCols, Base::kRows, Base::width;
-  using typename Base::Element, typename Base::Word;
-  const Matrix<T> hidden;  // the rows that count
-  const int64_t M, block_rows;
+struct Backward {
+  const Head<T>& head;
   const RowGrads grads;
   const Kept kept;
   const Filter filter;
-  const Gradients out;
-  Room<uint8_t> active;       // [block_rows / kFilterRows, width / kFilterCols]
-  Room<Word> dz_columns;      // a block of dz, packed for dw
-  Room<Word> hidden_columns;  // the block's hidden, packed for dw
-  Room<float> dw_sum;         // [width, H], where a slice of dw takes several blocks
-  Room<float> db_parts;       // [chunks of a block, width]
+  Sweep<Gemm, T> sweep;
+  HeadGradient<Gemm, T> gradient;
 
   Backward(const Head<T>& head, const int64_t* rows, int64_t M, const RowGrads& grads,
            const Kept& kept, const Filter& filter, const Gradients& out, int64_t threads)
-      : Base(head, true, out.dx != nullptr, threads),
-        hidden{head.hidden.data, head.hidden.row_step, head.hidden.col_step, rows},
-        M(M),
-        block_rows(ceil_div(ceil_div(M, ceil_div(M, kMaxBlockRows)), kChunkRows) * kChunkRows),
+      : head(head),
         grads(grads),
         kept(kept),
         filter(filter),
-        out(out),
-        active(room<uint8_t>(block_rows / kFilterRows * (width / kFilterCols))),
-        dz_columns(room<Word>(out.dw != nullptr ? ceil_div(width, kRows) * kRows * depth() : 0)),
-        hidden_columns(
-            room<Word>(out.dw != nullptr ? ceil_div(head.H, kCols) * kCols * depth() : 0)),
-        dw_sum(room<float>(sums_apart() ? width * head.H : 0)),
-        db_parts(room<float>(out.db != nullptr ? block_rows / kChunkRows * width : 0)) {}
+        sweep(head, true, out.dx != nullptr, threads),
+        gradient(sweep, rows, M, out) {}
 
-  bool ok() const {
-    return Base::ok() && active && dz_columns && hidden_columns && dw_sum && db_parts;
-  }
-
-  int64_t depth() const { return words_of<Gemm>(block_rows); }
-  bool one_block() const { return M <= block_rows; }
-  bool sums_apart() const { return out.dw != nullptr && !std::is_same_v<T, float> && !one_block(); }
-  uint8_t& is_active(int64_t row_in_block, int64_t column) {
-    return active[row_in_block / kFilterRows * (width / kFilterCols) + column / kFilterCols];
-  }
+  bool ok() const { return sweep.ok() && gradient.ok(); }
 
   void run() {
-#pragma omp parallel num_threads(static_cast<int>(this->threads.size()))
-    for (int64_t begin = 0; begin < head.V; begin += width) {
-      const int64_t cols = std::min(width, head.V - begin);
-      if (!kept.has(begin + cols - 1)) this->pack_weight_rows(begin, cols);
-      if (out.dx != nullptr) this->pack_weight_columns(begin, cols);
-      for (int64_t block = 0; block < M; block += block_rows) {
-        const int64_t rows = std::min(block_rows, M - block);
-#pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < rows; first += kChunkRows) {
-          chunk(block, first, std::min(kChunkRows, rows - first), begin, cols,
-                this->threads[omp_get_thread_num()]);
-        }
-        if (out.dw != nullptr) weight_slice(block, rows, begin, cols);
-        if (out.db != nullptr) bias_slice(block, rows, begin, cols);
-      }
-    }
+    gradient.run(
+        head.V,
+        [&](int64_t begin, int64_t cols) {
+          if (!kept.has(begin + cols - 1)) sweep.pack_weight_rows(begin, cols);
+        },
+        [&](const Place& place, int thread) { fill(place, sweep.threads[thread]); });
   }
 
-  // Rows first .. first + count of the block; numbers of columns are within the slice.
-  void chunk(int64_t block, int64_t first, int64_t count, int64_t begin, int64_t cols,
-             Scratch<Gemm>& own) {
-    find_active(block, first, count, begin, cols);
-    if (!kept.has(begin + cols - 1)) this->pack_chunk(hidden, block + first, count, own);
-    float* db = out.db != nullptr ? db_parts.get() + first / kChunkRows * width : nullptr;
-    if (db != nullptr) std::fill_n(db, cols, 0.0f);
-    for (int64_t from = 0; from < cols; from += kGroupCols) {
-      const int64_t end = std::min(from + kGroupCols, cols);
-      for (int64_t i = 0; i < count; i += kRows) {
-        for (int64_t b = from; b < end; b += kFilterCols) {
-          if (!is_active(first + i, b)) continue;
-          const int64_t to = std::min(b + kFilterCols, end);
-          float* products = own.products.get() + (b - from);
-          const bool is_kept = kept.has(begin + b);
-          if (!is_kept) this->products(own, i, b, to, products);
-          for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
-            const int64_t row = row_at(block + first + i + r);
-            gradient(row, is_kept ? kept.at(row, begin + b) : products + r * kGroupCols, begin + b,
-                     to - b, own.dz.get() + (i + r) * width + b, db != nullptr ? db + b : nullptr);
-          }
-        }
-      }
+  void fill(const Place& place, Scratch<Gemm>& own) {
+    constexpr int64_t kRows = Gemm::kRows;
+    if (filter.block_peak != nullptr) find_active(place);
+    if (!kept.has(place.begin + place.cols - 1)) {
+      sweep.pack_chunk(gradient.hidden(), place.block + place.first, place.count, own);
     }
-    if (out.dx != nullptr) hidden_rows(block, first, count, begin, cols, own);
-    if (out.dw != nullptr) pack_for_weight(block, first, count, begin, cols, own);
-  }
-
-  int64_t row_at(int64_t i) const { return hidden.index != nullptr ? hidden.index[i] : i; }
-
-  void find_active(int64_t block, int64_t first, int64_t count, int64_t begin, int64_t cols) {
-    for (int64_t i = 0; i < count; i += kFilterRows) {
-      for (int64_t b = 0; b < cols; b += kFilterCols) {
-        bool below = filter.block_peak != nullptr;
-        for (int64_t r = i; below && r < std::min(i + kFilterRows, count); ++r) {
-          const int64_t row = row_at(block + first + r);
-          const int64_t hit = head.target[row] - (begin + b);
-          below =
-              !(hit >= 0 && hit < kFilterCols) &&
-              filter.is_below(grads.row(row),
-                              filter.block_peak[row * filter.blocks + (begin + b) / kFilterCols]);
-        }
-        is_active(first + i, b) = !below;
-      }
-    }
-  }
-
-  // dz of n columns of a row, and their part of db.
-  void gradient(int64_t row, const float* products, int64_t column, int64_t n, Element* to,
-                float* db) {
-    float z[kFilterCols], dz[kFilterCols];
-    head.transform.logits(products, head.bias_at(column), n, z);
-    grads.row(row).logits(z, n, head.target[row] - column, dz);
-    head.transform.chain(z, n, dz);
-    store_all(dz, n, to);
-    if (db == nullptr) return;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) db[j] += dz[j];
-  }
-
-  // The stretches of columns that are active in the panel of rows at `i`.
-  std::vector<Run> column_runs(int64_t i, int64_t cols) {
-    std::vector<Run> runs;
-    for (int64_t b = 0; b < cols; b += kFilterCols) {
-      if (!is_active(i, b)) continue;
-      const int64_t to = std::min(b + kFilterCols, cols);
-      if (!runs.empty() && runs.back().to == b) {
-        runs.back().to = to;
-      } else {
-        runs.push_back({b, to});
-      }
-    }
-    return runs;
-  }
-
-  // The stretches of the block's rows that are active in the panel of columns at `j`.
-  std::vector<Run> row_runs(int64_t j, int64_t first, int64_t end) {
-    std::vector<Run> runs;
-    for (int64_t i = first; i < end; i += kFilterRows) {
-      if (!is_active(i, j)) continue;
-      const int64_t to = std::min(i + kFilterRows, end);
-      if (!runs.empty() && runs.back().to == i) {
-        runs.back().to = to;
-      } else {
-        runs.push_back({i, to});
-      }
-    }
-    return runs;
-  }
-
-  // dx of the chunk += dz . W.
-  void hidden_rows(int64_t block, int64_t first, int64_t count, int64_t begin, int64_t cols,
-                   Scratch<Gemm>& own) {
-    std::vector<std::vector<Run>> runs;
-    for (int64_t i = 0; i < count; i += kRows) {
-      runs.push_back(column_runs(first + i, cols));
-      for (const Run& run : runs.back()) this->pack_dz_rows(own, i, count, run.from, run.to);
-    }
-    alignas(kAlign) float sum[kRows * kCols];
-    for (int64_t h = 0; h < head.H; h += kCols) {
-      const int64_t n = std::min(kCols, head.H - h);
-      for (int64_t i = 0; i < count; i += kRows) {
-        const auto& of_panel = runs[i / kRows];
-        if (of_panel.empty() && begin > 0) continue;
-        std::fill_n(sum, kRows * kCols, 0.0f);
-        for (const Run& run : of_panel) {
-          this->multiply_dz(own, i, h, run.from, run.to, true, sum);
-        }
-        for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
-          float* to = out.dx + row_at(block + first + i + r) * head.H + h;
-          accumulate(sum + r * kCols, n, begin > 0, to);
+    for (int64_t b = 0; b < place.cols; b += kFilterCols) {
+      const int64_t n = std::min(kFilterCols, place.cols - b);
+      for (int64_t i = 0; i < place.count; i += kRows) {
+        if (!gradient.is_active(place, i, b)) continue;
+        const bool is_kept = kept.has(place.begin + b);
+        if (!is_kept) sweep.products(own, i, b, b + n, own.products.get());
+        for (int64_t r = 0; r < std::min(kRows, place.count - i); ++r) {
+          const int64_t row = gradient.row(place, i + r), column = place.begin + b;
+          const float* products =
+              is_kept ? kept.at(row, column) : own.products.get() + r * kGroupCols;
+          float z[kFilterCols], dz[kFilterCols];
+          head.transform.logits(products, head.bias_at(column), n, z);
+          grads.row(row).logits(z, n, head.target[row] - column, dz);
+          head.transform.chain(z, n, dz);
+          gradient.put(place, i + r, b, dz, n, own);
         }
       }
     }
   }
 
-  void pack_for_weight(int64_t block, int64_t first, int64_t count, int64_t begin, int64_t cols,
-                       Scratch<Gemm>& own) {
-    const Matrix<Element> dz{own.dz.get(), width, 1};
-    for (int64_t j = 0; j < cols; j += kRows) {
-      Word* panel = dz_columns.get() + j * depth();
-      for (const Run& run : row_runs(j, first, first + count)) {
-        pack_columns<Gemm, kRows>(dz, run.from - first, run.to - run.from, j,
-                                  std::min(kRows, cols - j),
-                                  panel + run.from / Gemm::kPerWord * kRows);
-      }
-    }
-    if (begin > 0 && one_block()) return;  // packed with the first slice
-    for (int64_t h = 0; h < head.H; h += kCols) {
-      pack_columns<Gemm, kCols>(
-          hidden, block + first, count, h, std::min(kCols, head.H - h),
-          hidden_columns.get() + h * depth() + first / Gemm::kPerWord * kCols);
-    }
-  }
-
-  // The slice of dw = dzᵀ . hidden over a block of rows; called by all threads.
-  void weight_slice(int64_t block, int64_t rows, int64_t begin, int64_t cols) {
-    constexpr int64_t kTall = 4 * kRows, kWide = 8 * kCols;
-    T* dw = static_cast<T*>(out.dw) + begin * head.H;
-    const bool last = block + rows == M;
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t top = 0; top < cols; top += kTall) {
-      for (int64_t left = 0; left < head.H; left += kWide) {
-        for (int64_t j = top; j < std::min(top + kTall, cols); j += kRows) {
-          const std::vector<Run> runs = row_runs(j, 0, rows);
-          for (int64_t h = left; h < std::min(left + kWide, head.H); h += kCols) {
-            alignas(kAlign) float sum[kRows * kCols] = {};
-            for (const Run& run : runs) {
-              const int64_t from = run.from / Gemm::kPerWord;
-              multiply<Gemm>(dz_columns.get() + j * depth() + from * kRows,
-                             hidden_columns.get() + h * depth() + from * kCols,
-                             words_of<Gemm>(run.to - run.from), sum, kCols, true);
-            }
-            const int64_t n = std::min(kCols, head.H - h);
-            for (int64_t r = 0; r < std::min(kRows, cols - j); ++r) {
-              T* to = dw + (j + r) * head.H + h;
-              if constexpr (std::is_same_v<T, float>) {
-                accumulate(sum + r * kCols, n, block > 0, to);
-              } else {
-                float* total = sum + r * kCols;
-                if (!one_block()) {
-                  float* apart = dw_sum.get() + (j + r) * head.H + h;
-                  accumulate(total, n, block > 0, apart);
-                  total = apart;
-                }
-                if (last) store_all(total, n, to);
-              }
-            }
-          }
+  void find_active(const Place& place) {
+    for (int64_t i = 0; i < place.count; i += kFilterRows) {
+      const int64_t end = std::min(i + kFilterRows, place.count);
+      for (int64_t b = 0; b < place.cols; b += kFilterCols) {
+        bool below = true;
+        for (int64_t r = i; below && r < end; ++r) {
+          const int64_t row = gradient.row(place, r), column = place.begin + b;
+          const int64_t hit = head.target[row] - column;
+          const float largest = filter.block_peak[row * filter.blocks + column / kFilterCols];
+          below = !(hit >= 0 && hit < kFilterCols) && filter.is_below(grads.row(row), largest);
         }
+        gradient.is_active(place, i, b) = !below;
       }
-    }
-  }
-
-  // The slice of db, from the parts of a block's chunks in their order; called by all threads.
-  void bias_slice(int64_t block, int64_t rows, int64_t begin, int64_t cols) {
-#pragma omp for schedule(static)
-    for (int64_t j = 0; j < cols; ++j) {
-      float sum = block > 0 ? out.db[begin + j] : 0.0f;
-      for (int64_t i = 0; i < ceil_div(rows, kChunkRows); ++i) sum += db_parts[i * width + j];
-      out.db[begin + j] = sum;
     }
   }
 };

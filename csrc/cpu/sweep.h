@@ -18,7 +18,7 @@ constexpr int64_t kFilterRows = 12, kFilterCols = 96;
 // Columns whose products are folded together: what one panel of rows makes of them fits the
 // first-level cache, and their weights the second-level one.
 constexpr int64_t kGroupCols = 2 * kFilterCols;
-// Rows that one thread takes at a time.
+// The most rows that one thread takes at a time.
 constexpr int64_t kChunkRows = 4 * kFilterRows;
 // Rows over which a slice of dw is summed in one go.
 constexpr int64_t kMaxBlockRows = 22 * kChunkRows;
@@ -40,6 +40,9 @@ template <typename Gemm>
 int64_t words_of(int64_t length) {
   return ceil_div(length, Gemm::kPerWord);
 }
+
+// Rows in a chunk, of M: few rows make small chunks, so that there is one for every thread.
+inline int64_t chunk_rows(int64_t M) { return M < 10 * kChunkRows ? 2 * kFilterRows : kChunkRows; }
 
 // Columns in a slice: its packed weight, and a block's packed dz for them, have kSliceBytes each.
 template <typename Gemm>
