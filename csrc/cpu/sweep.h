@@ -85,10 +85,11 @@ struct Sweep {
   Room<Word> weight_columns;   // a slice, for products with dz
   std::vector<Scratch<Gemm>> threads;
 
-  Sweep(const Head<T>& head, bool with_dz, bool with_columns, int64_t num_threads)
+  // `cols`: the columns of a slice, where another sweep goes beside this one.
+  Sweep(const Head<T>& head, bool with_dz, bool with_columns, int64_t num_threads, int64_t cols = 0)
       : head(head),
         words(words_of<Gemm>(head.H)),
-        width(slice_columns<Gemm>(head.H, head.V)),
+        width(cols > 0 ? cols : slice_columns<Gemm>(head.H, head.V)),
         weight_rows(room<Word>(width * words)),
         weight_columns(room<Word>(
             with_columns ? ceil_div(head.H, kCols) * kCols * words_of<Gemm>(width) : 0)) {
