@@ -34,12 +34,12 @@ class Settings:
     """The model, and `steps` updates of `batch` sequences of `length` tokens each."""
 
     vocab: int = 8192
-    hidden: int = 256
+    hidden: int = 512
     layers: int = 2
-    steps: int = 600
+    steps: int = 400
     batch: int = 16
     length: int = 128
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     seed: int = 0
 
 

@@ -46,6 +46,8 @@ def backward(
     (N, H), V = head.hidden.shape, len(head.weight)
     active = grad.active()
     rows = None if bool(active.all()) else active.nonzero().flatten()
+    if block_peak is not None:
+        rows = filter_order(grad, block_peak, grad_filter, rows)
     M = N if rows is None else len(rows)
     # What no row contributes to is 0; the rest is written whole.
     make = torch.empty if M else torch.zeros
@@ -61,6 +63,23 @@ def backward(
             *(dx, dw, db, M, H, V, head.softcap, head.temperature, torch.get_num_threads()),
         )
     return dx, dw, None if db is None else db.to(head.weight.dtype)
+
+
+def filter_order(
+    grad: RowGrad, block_peak: Tensor, grad_filter: float, rows: Tensor | None = None
+) -> Tensor:
+    """Numbers of the rows (None: of all), those with fewest columns above the filter first.
+
+    A block is left out where all of its rows allow it, so rows that are alike should share blocks.
+    """
+    size = grad.grad_logp.abs()
+    if grad.grad_entropy is not None:
+        size = size + grad.grad_entropy.abs()
+    reach = (block_peak - (grad.peak + grad.log_total)[:, None]).exp_().mul_(size[:, None])
+    count = (reach >= grad_filter).sum(1)
+    if rows is None:
+        return count.argsort(stable=True)
+    return rows[count[rows].argsort(stable=True)]
 
 
 def empty_state(head: Head, wanted: Wanted) -> State:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -34,11 +32,22 @@ def test_evidence_of_a_case_made_by_hand(chunk_bytes, monkeypatch):
         ]
     )
     problem = problem_of(p.log(), target=[0, 1, 4], grad=[1.0, -2.0, 0.5])
-    got = filter_study.evidence(problem, rows=2, columns=2)
-    # Two blocks of rows, the second of one; three of columns, the last of one. The first two rows
-    # have their targets in the first block of columns, the third row in the last.
-    expected = torch.tensor([[math.inf, 2 * 0.25, 2 * 0.125], [0.5 * 0.0625, 0.5 * 0.25, math.inf]])
-    torch.testing.assert_close(got, expected)
+    bound, hit = filter_study.evidence(problem, columns=2)
+    # Three blocks of columns, the last of one.
+    torch.testing.assert_close(
+        bound,
+        torch.tensor([[0.5, 0.125, 0.0625], [0.5, 0.5, 0.25], [0.03125, 0.125, 0.25]]),
+    )
+    assert hit.tolist() == [[True, False, False], [True, False, False], [False, False, True]]
+
+
+def test_skipped_puts_rows_together_that_need_as_much():
+    bound = torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.0, 0.0], [0.9, 0.9, 0.9], [0.9, 0.0, 0.0]])
+    hit = torch.zeros(4, 3, dtype=torch.bool)
+    # Rows 1 and 3 make a block of rows, and two of its three blocks of columns are skipped.
+    assert filter_study.skipped(bound, hit, 2, 0.5) == pytest.approx(2 / 6)
+    hit[1, 2] = True
+    assert filter_study.skipped(bound, hit, 2, 0.5) == pytest.approx(1 / 6)
 
 
 def test_bounds_are_sums_of_magnitudes():
