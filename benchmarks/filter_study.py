@@ -38,12 +38,7 @@ def evidence(problem: Problem, columns: int) -> tuple[Tensor, Tensor]:
     V = len(weight)
     chunk = max(1, _CHUNK_BYTES // (4 * V))
     blocks = []
-    for hidden, target, grad in zip(
-        problem.hidden.split(chunk),
-        problem.target.split(chunk),
-        problem.grad.split(chunk),
-        strict=True,
-    ):
+    for hidden, grad in zip(problem.hidden.split(chunk), problem.grad.split(chunk), strict=True):
         logits = hidden.float() @ weight.T
         lse = logits.logsumexp(1, keepdim=True)
         padded = F.pad(logits, (0, -V % columns), value=-math.inf)

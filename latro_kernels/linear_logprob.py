@@ -237,9 +237,10 @@ def linear_logprob(
             kept where it would not be used.
         grad_filter: ε. The backward leaves out blocks of rows and columns (on the CPU 12 × 96) that
             hold no target and in which |∂loss/∂z| < ε everywhere by the maxima that the forward
-            keeps, one fp32 per row and 96 columns; rows that need few columns go together. With |∂z/∂a| ≤ 1/temperature, no entry of dX is
-            off by more than ε/temperature · Σ_j |W_jh|, none of dW by ε/temperature · Σ_n |X_nh|.
-            0: exact. A frozen head has no use for it, and "reference" is always exact.
+            keeps, one fp32 per row and 96 columns; rows that need few columns go together. With
+            |∂z/∂a| ≤ 1/temperature, no entry of dX is off by more than ε/temperature · Σ_j |W_jh|,
+            none of dW by more than ε/temperature · Σ_n |X_nh|. 0: exact. A frozen head has no use
+            for it, and "reference" is always exact.
         group: the ranks that hold the vocabulary between them, `weight` and `bias` being this
             rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
             same hidden and target (numbered over the whole vocabulary), gets the same result and
