@@ -164,15 +164,16 @@ def test_checks_against_peers():
     rows = [
         row(BARE_GEMMS),
         row("latro-cpu-keep", multiple=1.0, memory=700),
-        row("latro-cpu-64mib", multiple=1.25, memory=50),
-        row("latro-cpu-recompute", multiple=1.5),
+        row("latro-cpu-64mib", multiple=1.25, memory=500),
+        row("latro-cpu-recompute", multiple=1.5, memory=50),
         row("unfused", multiple=1.25, memory=1000),
         row("trl", multiple=1.0),
     ]
     got = {check.what: (check.measured, check.met) for check in checks([group("peers", rows)])}
     assert got == {
         "latro-cpu-keep / unfused, full": (0.8, True),
-        "latro-cpu-64mib / unfused, memory": (0.05, True),
+        "latro-cpu-recompute / unfused, memory": (0.05, True),
+        "latro-cpu-recompute / unfused, full": (1.2, False),
         "latro-cpu-64mib / unfused, full": (1.0, True),
         "latro-cpu-64mib / trl, full": (1.25, False),
     }
