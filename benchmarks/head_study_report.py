@@ -173,8 +173,8 @@ def checks(groups: Iterable[Group]) -> list[Check]:
 
 
 def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Check]:
-    """Our 64 MiB against every peer in time; all of ours against the unfused loss, and the memory of
-    the one that keeps nothing.
+    """Our 64 MiB against every peer in time; all of ours against the unfused loss in time, and the
+    one that keeps nothing in memory.
     """
     found = []
     peers = {row.provider: row for row in group.rows if row.provider not in (*ours, BARE_GEMMS)}
