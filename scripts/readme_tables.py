@@ -18,7 +18,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-_SHAPE = "cpu-1k"
 
 
 def default_run(result: dict[str, Any]) -> str:
@@ -56,10 +55,11 @@ def default_run(result: dict[str, Any]) -> str:
     )
 
 
-def logprob_cpu(result: dict[str, Any]) -> str:
-    """Every provider at the shape that has goals, fp32 and bf16."""
+def peers(result: dict[str, Any]) -> str:
+    """Every provider, fp32 and bf16."""
+    groups = [group for group in result["groups"] if group["section"] == "peers"]
     tables = []
-    for dtype in ("fp32", "bf16"):
+    for group in groups:
         rows = [
             [
                 row["provider"],
@@ -70,26 +70,88 @@ def logprob_cpu(result: dict[str, Any]) -> str:
                 _error(row["error"]["dx_peaked"]),
                 _error(row["error"]["dw"]),
             ]
-            for row in result["rows"]
-            if row["shape"]["name"] == _SHAPE and row["dtype"] == dtype
+            for row in group["rows"]
         ]
-        header = [f"{dtype}", "forward, × GEMM", "full, × 3 GEMMs", "extra memory, MiB"]
+        header = [group["dtype"], "forward, × GEMM", "full, × 3 GEMMs", "extra memory, MiB"]
         header += ["error logp", "error dX, peaked rows", "error dW"]
         tables.append(markdown(header, rows))
-    reps = [row["times"]["full"]["reps"] for row in result["rows"]]
-    shape = next(r["shape"] for r in result["rows"] if r["shape"]["name"] == _SHAPE)
-    missing = "".join(f"\n- {line}" for line in result["cannot_run"])
+    reps = [row["times"]["full"]["reps"] for group in groups for row in group["rows"]]
+    shape = groups[0]["rows"][0]["shape"]
+    missing = dict.fromkeys(note for group in groups for note in group["notes"])
     return (
         "\n\n".join(tables)
         + f"\n\nN = {shape['n']}, H = {shape['h']}, V = {shape['v']}; medians of {min(reps)} or "
-        f"more interleaved repetitions on {_where(result)}; ranges in "
-        "[the results](benchmarks/results/cpu). Not run here:\n" + missing
+        f"more interleaved repetitions on {_where(groups[0])}; ranges in "
+        "[the results](benchmarks/results/head).\n" + "".join(f"\n- {note}" for note in missing)
     )
+
+
+_HEAD_COLUMNS = {
+    ("forward", ""): "forward, × GEMM",
+    ("full", "-keep"): "full, all products kept, × 3 GEMMs",
+    ("full", "-64mib"): "64 MiB kept",
+    ("full", "-recompute"): "none kept",
+    ("frozen", ""): "full, frozen head, × 2 GEMMs",
+}
+_FILTER = "eps 2^-12"
+
+
+def head_study(result: dict[str, Any]) -> str:
+    """Ours by shape, dtype and form, over the bare products; the filter and the slopes in words."""
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for group in result["groups"]:
+        for row in group["rows"]:
+            for section, end in _HEAD_COLUMNS:
+                if (group["section"], row["provider"]) == (section, f"latro-cpu{end}"):
+                    (value,) = row["multiples"].values()
+                    of_shape = cells.setdefault((group["name"], group["dtype"]), {})
+                    of_shape[section, end] = f"{value:.2f}"
+                    sizes[group["name"]] = row["shape"]
+    rows = [
+        [
+            f"{sizes[name]['n']} × {sizes[name]['v']}, {dtype}",
+            *(found.get(column, "–") for column in _HEAD_COLUMNS),
+        ]
+        for (name, dtype), found in sorted(cells.items(), key=lambda item: item[0][1], reverse=True)
+    ]
+    (H,) = {size["h"] for size in sizes.values()}
+    lines = [
+        markdown(["N × V", *_HEAD_COLUMNS.values()], rows),
+        f"H = {H}; `latro-cpu` on {_where(result['groups'][0])}; medians; ranges, memory and "
+        "errors in [the results](benchmarks/results/head).",
+    ]
+    filtered = [
+        f"in {group['dtype']} {row['multiples']['full']:.2f} × the three products with "
+        f"{row['more']['skipped %']:.0f} % of the blocks left out, where without filter it is "
+        f"{group['rows'][1]['multiples']['full']:.2f}, no entry of dX off by more than "
+        f"{row['error']['dx']:.1%} of the largest"
+        for group in result["groups"]
+        for row in group["rows"]
+        if group["section"] == "filter" and row["provider"].endswith(_FILTER)
+    ]
+    lines.append(
+        "With `grad_filter=2**-12` on the states of a small model trained in the study, full is "
+        + "; ".join(filtered)
+        + "."
+    )
+    slopes = "; ".join(
+        f"{axis[0]} ({axis.split()[-1]}): "
+        + ", ".join(
+            f"{slope:.2f} {name.removeprefix('latro-cpu-')}"
+            for name, slope in of.items()
+            if name.startswith("latro-")
+        )
+        for axis, of in result["slopes"].items()
+    )
+    lines.append(f"Slope of log time of full over log size, 1 where cost is linear: {slopes}.")
+    return "\n\n".join(lines)
 
 
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "default-run": (RESULTS / "default_run.json", default_run),
-    "logprob-cpu": (RESULTS / "cpu" / "logprob.json", logprob_cpu),
+    "peers": (RESULTS / "head" / "study_head.json", peers),
+    "head-study": (RESULTS / "head" / "study_head.json", head_study),
 }
 
 
