@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, RowGrad, State, Wanted, kept_columns
+from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, kept_columns
 
 # The grain of the gradient filter: so many rows and columns are left out together, or not.
 FILTER_ROWS, FILTER_COLUMNS = 12, 96
@@ -63,23 +63,6 @@ def backward(
             *(dx, dw, db, M, H, V, head.softcap, head.temperature, torch.get_num_threads()),
         )
     return dx, dw, None if db is None else db.to(head.weight.dtype)
-
-
-def filter_order(
-    grad: RowGrad, block_peak: Tensor, grad_filter: float, rows: Tensor | None = None
-) -> Tensor:
-    """Numbers of the rows (None: of all), those with fewest columns above the filter first.
-
-    A block is left out where all of its rows allow it, so rows that are alike should share blocks.
-    """
-    size = grad.grad_logp.abs()
-    if grad.grad_entropy is not None:
-        size = size + grad.grad_entropy.abs()
-    reach = (block_peak - (grad.peak + grad.log_total)[:, None]).exp_().mul_(size[:, None])
-    count = (reach >= grad_filter).sum(1)
-    if rows is None:
-        return count.argsort(stable=True)
-    return rows[count[rows].argsort(stable=True)]
 
 
 def empty_state(head: Head, wanted: Wanted) -> State:

@@ -1,8 +1,9 @@
 """What passes between `linear_logprob` and the backends that compute it.
 
 A backend has two functions. `forward` sweeps over the vocabulary once and returns a `State`;
-`backward` sweeps again, from a `RowGrad`, and returns gradients. `tiles` has them for the GPU
-backends, `cpu` for the native one.
+`backward` sweeps again, from a `RowGrad`, and returns gradients. `cpu` has them for the native
+backend; for a GPU there are `tiles`, products by torch, and `triton.store_free`, products in
+registers.
 """
 
 from __future__ import annotations
@@ -117,3 +118,20 @@ def kept_columns(N: int, V: int, memory_budget: int, grain: int) -> int:
     if memory_budget >= 4 * N * V:
         return V
     return memory_budget // (4 * N) // grain * grain
+
+
+def filter_order(
+    grad: RowGrad, block_peak: Tensor, grad_filter: float, rows: Tensor | None = None
+) -> Tensor:
+    """Numbers of the rows (None: of all), those with fewest columns above the filter first.
+
+    A block is left out where all of its rows allow it, so rows that are alike should share blocks.
+    """
+    size = grad.grad_logp.abs()
+    if grad.grad_entropy is not None:
+        size = size + grad.grad_entropy.abs()
+    reach = (block_peak - (grad.peak + grad.log_total)[:, None]).exp_().mul_(size[:, None])
+    count = (reach >= grad_filter).sum(1)
+    if rows is None:
+        return count.argsort(stable=True)
+    return rows[count[rows].argsort(stable=True)]

@@ -32,7 +32,7 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
   probability for some rows: they are left out.
 
 With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
-row forward, and sum dx backward. `head` says what the backends `cpu` and `tiles` have to provide.
+row forward, and sum dx backward. `head` says what a backend has to provide.
 """
 
 from __future__ import annotations
@@ -216,9 +216,11 @@ def linear_logprob(
     well, in an fp32 tensor [N, H] that stands for the products' second making; the entropy's
     gradient, should anyone ask for it, is then made from the logits again.
 
-    On the CPU, rows whose upstream gradient is 0 cost nothing in a backward, and a row's log-prob,
-    entropy and dx are the same bits whatever other rows stand beside it and on any number of
-    threads (with `grad_filter`, dx within its bound). Elsewhere that is up to torch's products.
+    Rows whose upstream gradient is 0 cost nothing in a backward on the CPU, nor in Triton in bf16
+    and fp16. On the CPU a row's log-prob, entropy and dx are the same bits whatever other rows
+    stand beside it and on any number of threads (with `grad_filter`, dx within its bound); in
+    Triton in bf16 and fp16 this holds for log-prob and entropy. Elsewhere it is up to torch's
+    products.
 
     Memory beyond inputs, outputs and gradients is `memory_budget`, numbers per row, a tile whose
     size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its gradient.
@@ -235,9 +237,10 @@ def linear_logprob(
         memory_budget: bytes of products to keep for the backward, which makes the rest again; no
             bit of any result depends on it. None: 64 MiB on the CPU, 512 MiB on a GPU. Nothing is
             kept where it would not be used.
-        grad_filter: ε. The backward leaves out blocks of rows and columns (on the CPU 12 × 96) that
-            hold no target and in which |∂loss/∂z| < ε everywhere by the maxima that the forward
-            keeps, one fp32 per row and 96 columns; rows that need few columns go together. With
+        grad_filter: ε. The backward leaves out blocks of rows and columns (12 × 96 on the CPU, a
+            program's block in Triton) that hold no target and in which |∂loss/∂z| < ε everywhere by
+            the maxima that the forward keeps, one fp32 per row and block of columns; rows that need
+            few columns go together. "cuda" has no filter. With
             |∂z/∂a| ≤ 1/temperature, no entry of dX is off by more than ε/temperature · Σ_j |W_jh|,
             none of dW by more than ε/temperature · Σ_n |X_nh|. 0: exact. A frozen head has no use
             for it, and "reference" is always exact.
@@ -341,7 +344,7 @@ def _check_options(
     if not 0 <= grad_filter < math.inf:
         raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")
     runs_on = default_backend(device) if backend == "auto" else backend
-    if grad_filter > 0 and runs_on not in ("cpu", "reference"):
+    if grad_filter > 0 and runs_on == "cuda":
         raise ValueError(
             f"grad_filter: expected 0 with backend {runs_on!r}, which has no filter, "
             f"got {grad_filter}"

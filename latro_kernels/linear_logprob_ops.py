@@ -1,7 +1,8 @@
 """The raw ops of `linear_logprob`: schemas, what runs behind them, and their shapes.
 
-A backend's driver, `cpu` or `tiles`, does the work; `head` says what it is given and gives. Ops
-take and return tensors and plain numbers only, so that torch.compile can put them into a graph.
+A driver, `cpu`, `tiles` or `triton.store_free`, does the work; `head` says what it is given and
+gives. Ops take and return tensors and plain numbers only, so that torch.compile can put them into a
+graph.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _forward(
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _outputs(_driver(backend).forward(head, Wanted(*wanted)))
+        driver = _driver(head, filtered=Wanted(*wanted).block_peak)
+        return _outputs(driver.forward(head, Wanted(*wanted)))
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
@@ -73,7 +75,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     backend = default_backend(hidden.device) if backend == "auto" else backend
     head = Head(hidden, weight, target, bias, temperature, softcap, backend)
-    return _outputs(_driver(backend).empty_state(head, Wanted(*wanted)))
+    driver = _driver(head, filtered=Wanted(*wanted).block_peak)
+    return _outputs(driver.empty_state(head, Wanted(*wanted)))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
@@ -92,9 +95,8 @@ def _backward(
     *rows, kept, block_peak, grad_filter, needs = arguments
     grad = RowGrad(*(None if t is None else t.contiguous() for t in rows))
     with torch.autocast(hidden.device.type, enabled=False):
-        gradients = _driver(backend).backward(
-            head, grad, kept, block_peak, grad_filter, tuple(needs)
-        )
+        driver = _driver(head, filtered=block_peak is not None)
+        gradients = driver.backward(head, grad, kept, block_peak, grad_filter, tuple(needs))
     return tuple(_absent(hidden) if g is None else g for g in gradients)
 
 
@@ -136,8 +138,19 @@ def _(target: Tensor, V: int) -> None:
     return None
 
 
-def _driver(backend: str) -> ModuleType:
-    return cpu if backend == "cpu" else tiles
+def _driver(head: Head, *, filtered: bool) -> ModuleType:
+    """What runs: products that never leave registers where Triton makes them fast, or skips some.
+
+    Products of fp32 in full precision take no matrix unit, and the library's are the faster ones;
+    CUDA C++ here folds what the library has multiplied.
+    """
+    if head.backend == "cpu":
+        return cpu
+    if head.backend == "triton" and (filtered or head.hidden.dtype != torch.float32):
+        from latro_kernels.triton import store_free
+
+        return store_free
+    return tiles
 
 
 def _absent(like: Tensor) -> Tensor:

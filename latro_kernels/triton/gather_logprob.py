@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.gather_logprob import Rows, RowState
-from latro_kernels.triton.softmax import expm1, row_logits
+from latro_kernels.triton.softmax import product_grad, row_logits
 
 # Of 2-byte logits, two loads of 16 bytes for each of the threads of 8 warps.
 BLOCK_V = 4096
@@ -98,6 +98,8 @@ def backward_kernel(
     peak = tl.load(peak_ptr + row)
     log_total = tl.load(log_total_ptr + row)
     is_read = grad_logp != 0.0
+    grad_entropy = 0.0
+    entropy = 0.0
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
@@ -107,16 +109,21 @@ def backward_kernel(
     for begin in range(0, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < length, softcap, temperature, False, HAS_SOFTCAP)
-        log_p = tl.where(j == hit, logp, (z - peak) - log_total)
-        p = tl.exp(log_p)
-        # 1 - p by expm1: exact where p is close to 1.
-        dz = grad_logp * tl.where(j == hit, -expm1(logp), -p)
-        if WITH_ENTROPY:
-            dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
-        if HAS_SOFTCAP:
-            tanh = z * temperature / softcap
-            dz *= 1.0 - tanh * tanh
-        dz = tl.where(j < length, dz / temperature, 0.0)
+        dz = product_grad(
+            z,
+            j == hit,
+            grad_logp,
+            grad_entropy,
+            logp,
+            entropy,
+            peak,
+            log_total,
+            softcap,
+            temperature,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+        )
+        dz = tl.where(j < length, dz, 0.0)
         tl.store(dlogits_ptr + row * stride_dn + j, dz, mask=j < V)
 
 

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head, RowGrad, State
-from latro_kernels.tiles import operand_dtype
-from latro_kernels.triton.softmax import expm1, row_logits
+from latro_kernels.head_gradient import operand_dtype
+from latro_kernels.triton.softmax import fold, product_grad, row_logits
 
 BLOCK_V = 1024
 
@@ -40,6 +40,7 @@ def fold_kernel(
     row_ptr = tile_ptr + row * columns
     peak = tl.load(peak_ptr + row)
     total = tl.load(total_ptr + row)
+    weighted = 0.0
     if WITH_ENTROPY:
         weighted = tl.load(weighted_ptr + row)
     for begin in range(0, columns, BLOCK_V):
@@ -47,19 +48,7 @@ def fold_kernel(
         z = row_logits(
             row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
         )
-        largest = tl.maximum(peak, tl.max(z, 0))
-        # A row that is -inf so far has no peak to subtract.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        drop = peak - shift
-        shrink = tl.exp(drop)
-        below = z - shift
-        e = tl.exp(below)
-        if WITH_ENTROPY:
-            # 0 * -inf counts as 0.
-            moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), 0)
-            weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total)) + moment
-        total = total * shrink + tl.sum(e, 0)
-        peak = largest
+        peak, total, weighted = fold(z, peak, total, weighted, 0, WITH_ENTROPY)
     tl.store(peak_ptr + row, peak)
     tl.store(total_ptr + row, total)
     if WITH_ENTROPY:
@@ -100,6 +89,8 @@ def grad_kernel(
     logp = tl.load(logp_ptr + row)
     peak = tl.load(peak_ptr + row)
     log_total = tl.load(log_total_ptr + row)
+    grad_entropy = 0.0
+    entropy = 0.0
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
@@ -107,16 +98,21 @@ def grad_kernel(
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
-        log_p = tl.where(j == hit, logp, (z - peak) - log_total)
-        p = tl.exp(log_p)
-        # 1 - p by expm1: exact where p is close to 1.
-        dz = grad_logp * tl.where(j == hit, -expm1(logp), -p)
-        if WITH_ENTROPY:
-            dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
-        if HAS_SOFTCAP:
-            tanh = z * temperature / softcap
-            dz *= 1.0 - tanh * tanh
-        tl.store(dtile_ptr + row * columns + j, dz / temperature, mask=mask)
+        dz = product_grad(
+            z,
+            j == hit,
+            grad_logp,
+            grad_entropy,
+            logp,
+            entropy,
+            peak,
+            log_total,
+            softcap,
+            temperature,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+        )
+        tl.store(dtile_ptr + row * columns + j, dz, mask=mask)
 
 
 class TritonKernels:

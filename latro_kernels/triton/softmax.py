@@ -56,3 +56,51 @@ def row_logits(
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
     return tl.where(mask, z / temperature, float("-inf"))
+
+
+@triton.jit
+def fold(z, peak, total, weighted, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
+    """Adds logits to the state of their row, or along AXIS 1 to those of their rows."""
+    largest = tl.maximum(peak, tl.max(z, AXIS))
+    # A row that is -inf so far has no peak to subtract.
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    drop = peak - shift
+    shrink = tl.exp(drop)
+    if AXIS == 1:
+        below = z - shift[:, None]
+    else:
+        below = z - shift
+    e = tl.exp(below)
+    if WITH_ENTROPY:
+        # 0 * -inf counts as 0.
+        moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), AXIS)
+        weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total)) + moment
+    return largest, total * shrink + tl.sum(e, AXIS), weighted
+
+
+@triton.jit
+def product_grad(
+    z,
+    is_target,
+    grad_logp,
+    grad_entropy,
+    logp,
+    entropy,
+    peak,
+    log_total,
+    softcap,
+    temperature,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+):
+    """The gradient with respect to the products that logits z were made of."""
+    log_p = tl.where(is_target, logp, (z - peak) - log_total)
+    p = tl.exp(log_p)
+    # 1 - p by expm1: exact where p is close to 1.
+    dz = grad_logp * tl.where(is_target, -expm1(logp), -p)
+    if WITH_ENTROPY:
+        dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
+    if HAS_SOFTCAP:
+        tanh = z * temperature / softcap
+        dz *= 1.0 - tanh * tanh
+    return dz / temperature

@@ -78,6 +78,17 @@ def problem(
     )
 
 
+def trained_like(
+    dtype: torch.dtype, entropy: bool, shape: tuple[int, int, int] = (150, 160, 3000)
+) -> Problem:
+    """Rows that are sure of a few tokens among many, as a trained model's are."""
+    given = problem(shape, dtype, entropy=entropy, bias=True)
+    likely = shape[2] // 15
+    bias = given.bias.float()
+    bias[likely:] -= 12.0
+    return replace(given, bias=bias.to(dtype), target=given.target % (2 * likely))
+
+
 def solve(
     function: Callable[..., tuple[Tensor, Tensor]], given: Problem, dtype: torch.dtype | None = None
 ) -> dict[str, Tensor | None]:
@@ -153,3 +164,24 @@ def solve_all(
     return [
         (name, ours[name], exact[name], plain[name]) for name in NAMES if ours[name] is not None
     ]
+
+
+def assert_filter_keeps_its_bound(
+    given: Problem, eps: float, backend: str, **more: Any
+) -> None:
+    """Something is left out, and no entry is off by more than the documentation says."""
+    entropy = given.grad_entropy is not None
+    exact = solve(fused(backend, entropy, **more), given)
+    some = solve(fused(backend, entropy, grad_filter=eps, **more), given)
+    hidden, weight = given.hidden.double(), given.weight.double()
+    bounds = {
+        "dx": eps * weight.abs().sum(0),
+        "dw": eps * hidden.abs().sum(0),
+        "db": eps * len(hidden),
+    }
+    for name, bound in bounds.items():
+        rounding = 4 * torch.finfo(given.hidden.dtype).eps * exact[name].double().abs()
+        difference = (some[name].double() - exact[name].double()).abs()
+        assert (difference <= bound + rounding).all(), name
+        assert difference.any(), f"{name}: nothing was left out"
+    assert torch.equal(some["logp"], exact["logp"])

@@ -142,9 +142,9 @@ GOOD: dict[str, Any] = {
         ({"grad_filter": -0.1}, ValueError, "grad_filter: expected a finite number, 0 or more"),
         ({"grad_filter": "no"}, TypeError, "grad_filter: expected a float, got str"),
         (
-            {"grad_filter": 0.1, "backend": "triton"},
+            {"grad_filter": 0.1, "backend": "cuda"},
             ValueError,
-            "grad_filter: expected 0 with backend 'triton'",
+            "grad_filter: expected 0 with backend 'cuda'",
         ),
         ({"group": 3}, TypeError, "group: expected a ProcessGroup, got int"),
         ({"backend": "fast"}, ValueError, "backend: expected 'auto' or one of"),

@@ -15,10 +15,12 @@ from latro_kernels import linear_logprob
 from latro_kernels.cpu import FILTER_COLUMNS, FILTER_ROWS
 from tests.latro_kernels.logprob_cases import (
     Problem,
+    assert_filter_keeps_its_bound,
     fused,
     problem,
     solve,
     solve_all,
+    trained_like,
     truth,
     unfused,
 )
@@ -175,14 +177,6 @@ def test_frozen_head_with_rows_that_do_not_count(dtype: torch.dtype, gate: Gate)
 # The filter.
 
 
-def trained_like(dtype: torch.dtype, entropy: bool) -> Problem:
-    """Rows that are sure of a few tokens among many, as a trained model's are."""
-    given = problem((150, 160, 3000), dtype, entropy=entropy, bias=True)
-    bias = given.bias.float()
-    bias[200:] -= 12.0
-    return replace(given, bias=bias.to(dtype), target=given.target % 400)
-
-
 def left_out(given: Problem, eps: float) -> Tensor:
     """bool [N, V]: the rule of the documentation, block by block, in fp64."""
     hidden, weight, bias = (t.double() for t in (given.hidden, given.weight, given.bias))
@@ -210,26 +204,15 @@ def test_filter_puts_rows_together_that_are_alike() -> None:
     assert below[::2].float().mean() > 0.9 > below[1::2].float().mean()
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("budget", [0, 10**6, 10**9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_filter_keeps_its_bound(dtype: torch.dtype, budget: int, entropy: bool) -> None:
-    eps = 2**-10
-    given = trained_like(dtype, entropy)
-    exact = ours(given, memory_budget=budget)
-    some = ours(given, memory_budget=budget, grad_filter=eps)
-    hidden, weight = given.hidden.double(), given.weight.double()
-    bounds = {
-        "dx": eps * weight.abs().sum(0),
-        "dw": eps * hidden.abs().sum(0),
-        "db": torch.tensor(eps * len(hidden)),
-    }
-    for name, bound in bounds.items():
-        rounding = 4 * torch.finfo(dtype).eps * exact[name].double().abs()
-        difference = (some[name].double() - exact[name].double()).abs()
-        assert (difference <= bound + rounding).all(), name
-        assert difference.any(), f"{name}: nothing was left out"
-    assert torch.equal(some["logp"], exact["logp"])
+def test_filter_keeps_its_bound(
+    dtype: torch.dtype, budget: int, entropy: bool, backend: str
+) -> None:
+    given = trained_like(dtype, entropy).to(device_of(backend))
+    assert_filter_keeps_its_bound(given, 2**-10, backend, memory_budget=budget)
 
 
 def test_filter_leaves_out_what_it_says() -> None:

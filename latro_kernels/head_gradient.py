@@ -1,0 +1,167 @@
+"""From dz, the gradient with respect to a head's products, to the gradients of its inputs.
+
+For each block of rows and slice of the vocabulary a driver makes dz, and
+
+    dx[rows]    += dz · weight[columns]
+    dw[columns] += dzᵀ · hidden[rows]
+    db[columns] += Σ_rows dz
+
+The vocabulary is the outer loop, so that each slice of dw is finished, and rounded, once; dx is
+carried in fp32 from slice to slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from latro_kernels.head import Head
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A block of M rows and a slice of C columns, in the dtype in which products are made.
+
+    Args:
+        rows: numbers of the rows, a slice or int64 [M].
+        columns: of the vocabulary.
+        hidden: [M, H].
+        weight: [C, H].
+        bias: fp32 [C], or None.
+    """
+
+    rows: slice | Tensor
+    columns: slice
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """dz of a tile.
+
+    Args:
+        dz: [M, C], the dtype of the tile's hidden states.
+        active: int8, 0 for each block of dz, of as many rows and columns as `blocks` says, that is
+            0 everywhere; None where that is not known.
+        blocks: rows and columns of such a block.
+    """
+
+    dz: Tensor
+    active: Tensor | None = None
+    blocks: tuple[int, int] = (0, 0)
+
+
+def sweep(
+    head: Head,
+    needs: tuple[bool, ...],
+    shape: tuple[int, int],
+    make: Callable[[Tile], Gradient],
+    rows: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks.
+
+    Args:
+        head: the problem.
+        needs: for hidden, weight, bias.
+        shape: the most rows and columns of a tile.
+        make: gives a tile's dz.
+        rows: int64, the numbers of those that have a gradient, in any order; None: all.
+    """
+    device, dtype = head.hidden.device, head.hidden.dtype
+    M = len(head.hidden) if rows is None else len(rows)
+    # What no row contributes to is 0; the rest is written whole.
+    make_dx = torch.empty if rows is None else torch.zeros
+    make_rest = torch.empty if M else torch.zeros
+    dx = make_dx(head.hidden.shape, device=device) if needs[0] else None
+    dw = make_rest(head.weight.shape, dtype=dtype, device=device) if needs[1] else None
+    db = make_rest(len(head.weight), dtype=dtype, device=device) if needs[2] else None
+    # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
+    in_place = M <= shape[0] or dtype == torch.float32
+    for columns, weight, bias in slices(head, shape[1] if M else len(head.weight)):
+        slice_dw = None
+        if dw is not None:
+            slice_dw = dw[columns] if in_place else torch.empty(weight.shape, device=device)
+        slice_db = torch.zeros(len(weight), device=device)
+        for begin in range(0, M, shape[0]):
+            block: slice | Tensor = slice(begin, min(begin + shape[0], M))
+            if rows is not None:
+                block = rows[block]
+            x = head.hidden[block].to(operand_dtype(head))
+            gradient = make(Tile(block, columns, x, weight, bias))
+            if dx is not None:
+                part = dx[block]
+                _add(part, gradient, weight, first=columns.start == 0)
+                if rows is not None:
+                    dx[block] = part
+            if slice_dw is not None:
+                _add(slice_dw, gradient, x, first=begin == 0, transposed=True)
+            if db is not None:
+                slice_db += gradient.dz.sum(0, dtype=torch.float32)
+        if M and dw is not None and slice_dw is not None and not in_place:
+            dw[columns] = slice_dw
+        if db is not None:
+            db[columns] = slice_db
+    return dx, dw, db
+
+
+def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Slices of the vocabulary, with their weight and their bias in fp32."""
+    V = len(head.weight)
+    for begin in range(0, V, width):
+        columns = slice(begin, min(begin + width, V))
+        bias = None if head.bias is None else head.bias[columns].float()
+        yield columns, head.weight[columns].to(operand_dtype(head)), bias
+
+
+def operand_dtype(head: Head) -> torch.dtype:
+    """The dtype in which products are made."""
+    # On the CPU, for the interpreter, torch would round a product of bf16.
+    return head.hidden.dtype if head.hidden.device.type == "cuda" else torch.float32
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """out += a · b, or out = a · b for the first product of a sum; a sum in fp32 is not rounded."""
+    if a.dtype == out.dtype:
+        if first:
+            torch.mm(a, b, out=out)
+        else:
+            out.addmm_(a, b)
+    elif first and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif first:
+        out.copy_(torch.mm(a, b))
+    elif _adds_to_fp32(out.device):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+@cache
+def _adds_to_fp32(device: torch.device) -> bool:
+    """Whether this torch adds a product of bf16 to a sum in fp32 as it goes; older ones refuse."""
+    out = torch.ones(16, 16, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        torch.addmm(out, ones, ones, out_dtype=out.dtype, out=out)
+    except RuntimeError:
+        return False
+    return bool((out == 17).all())
+
+
+def _add(
+    out: Tensor, gradient: Gradient, other: Tensor, *, first: bool, transposed: bool = False
+) -> None:
+    """out += dz · other or, `transposed`, dzᵀ · other, without the blocks of dz that are 0."""
+    if gradient.active is None:
+        dz = gradient.dz.t() if transposed else gradient.dz
+        add_product(out, dz, other, first=first)
+    else:
+        from latro_kernels.triton.sparse_product import add_sparse_product
+
+        add_sparse_product(out, gradient, other, first=first, transposed=transposed)

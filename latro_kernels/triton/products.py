@@ -1,0 +1,80 @@
+"""A block of products of hidden states and weight, in registers: what the kernels that keep no
+tile of logits in memory start from.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from latro_kernels.triton.softmax import tanh
+
+
+@triton.jit
+def place(program, row_blocks, column_blocks, GROUP: tl.constexpr):
+    """Block of rows and of columns: groups of GROUP row blocks, in them the columns, then rows."""
+    group = program // (GROUP * column_blocks)
+    in_group = min(row_blocks - group * GROUP, GROUP)
+    place = program - group * GROUP * column_blocks
+    return group * GROUP + place % in_group, place // in_group
+
+
+@triton.jit
+def block_products(
+    hidden,
+    weight,
+    first_row,
+    first_column,
+    N,
+    V,
+    H,
+    hidden_row_step,
+    hidden_col_step,
+    weight_row_step,
+    weight_col_step,
+    DESCRIPTORS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """fp32 [BLOCK_N, BLOCK_V], anything at all in rows from N and columns from V on."""
+    sums = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if DESCRIPTORS:
+        for h in range(0, H, BLOCK_H):
+            x = hidden.load([first_row, h])
+            w = weight.load([first_column, h])
+            sums = tl.dot(x, w.T, sums, input_precision="ieee")
+    else:
+        # Rows beyond the end read the last one again, which costs no mask.
+        i = tl.minimum(first_row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+        j = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+        k = tl.arange(0, BLOCK_H)
+        x_ptr = hidden + i[:, None] * hidden_row_step + k[None, :] * hidden_col_step
+        w_ptr = weight + j[None, :] * weight_row_step + k[:, None] * weight_col_step
+        for h in range(0, H, BLOCK_H):
+            x = tl.load(x_ptr, mask=k[None, :] < H - h, other=0.0)
+            w = tl.load(w_ptr, mask=k[:, None] < H - h, other=0.0)
+            sums = tl.dot(x, w, sums, input_precision="ieee")
+            x_ptr += BLOCK_H * hidden_col_step
+            w_ptr += BLOCK_H * weight_col_step
+    return sums
+
+
+@triton.jit
+def block_logits(
+    products,
+    bias_ptr,
+    columns,
+    in_range,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """z of a block of products; -inf, which counts for nothing, out of range."""
+    z = products
+    if HAS_BIAS:
+        z += tl.load(bias_ptr + columns, mask=in_range, other=0.0)[None, :]
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return tl.where(in_range[None, :], z / temperature, float("-inf"))

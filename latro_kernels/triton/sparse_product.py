@@ -1,0 +1,97 @@
+"""A product with a matrix of which some blocks are 0 and known to be, in Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from latro_kernels.head_gradient import Gradient
+
+# Columns of a block of the result, and how much of an active block is taken at a time.
+BLOCK_COLS, BLOCK_DEPTH = 128, 64
+
+
+@triton.jit
+def sparse_product_kernel(
+    a_ptr,
+    b_ptr,
+    c_ptr,
+    active_ptr,
+    M,
+    K,
+    H,
+    a_row_step,
+    a_col_step,
+    b_row_step,
+    b_col_step,
+    c_row_step,
+    active_row_step,
+    active_col_step,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+):
+    """c[M, H] = a[M, K] . b[K, H], or +=, over the blocks of BLOCK_M x BLOCK_K that are active."""
+    block_m, block_h = tl.program_id(0), tl.program_id(1)
+    i = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    h = (block_h * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
+    depth = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
+    in_rows, in_cols = i < M, h < H
+    sums = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for block_k in range(tl.cdiv(K, BLOCK_K)):
+        at = active_ptr + block_m * active_row_step + block_k * active_col_step
+        if tl.load(at) != 0:
+            begin = block_k * BLOCK_K
+            for k in range(begin, min(begin + BLOCK_K, K), BLOCK_DEPTH):
+                of_k = k + depth
+                in_depth = of_k < K
+                a = tl.load(
+                    a_ptr + i[:, None] * a_row_step + of_k[None, :] * a_col_step,
+                    mask=in_rows[:, None] & in_depth[None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    b_ptr + of_k[:, None] * b_row_step + h[None, :] * b_col_step,
+                    mask=in_depth[:, None] & in_cols[None, :],
+                    other=0.0,
+                )
+                sums = tl.dot(a, b, sums, input_precision="ieee")
+    at = c_ptr + i[:, None] * c_row_step + h[None, :]
+    in_block = in_rows[:, None] & in_cols[None, :]
+    if ADD:
+        sums += tl.load(at, mask=in_block, other=0.0)
+    tl.store(at, sums, mask=in_block)
+
+
+def add_sparse_product(
+    out: Tensor, gradient: Gradient, other: Tensor, *, first: bool, transposed: bool
+) -> None:
+    """out += dz · other, or = for the first of a sum; `transposed`: dzᵀ · other.
+
+    Args:
+        out: [M, H] with steps (·, 1), fp32, or the first product of a sum.
+        gradient: dz [M, K] with its active blocks; [K, M] where transposed.
+        other: [K, H].
+        first: whether `out` holds nothing yet.
+        transposed: see above.
+    """
+    assert gradient.active is not None
+    a, active, (block_m, block_k) = gradient.dz, gradient.active, gradient.blocks
+    if transposed:
+        a, active, block_m, block_k = a.t(), active.t(), block_k, block_m
+    (M, K), H = a.shape, other.shape[1]
+    with torch.cuda.device_of(out):
+        sparse_product_kernel[(triton.cdiv(M, block_m), triton.cdiv(H, BLOCK_COLS))](
+            *(a, other, out, active, M, K, H, *a.stride(), *other.stride()),
+            *(out.stride(0), *active.stride()),
+            ADD=not first,
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+            BLOCK_H=BLOCK_COLS,
+            BLOCK_DEPTH=min(BLOCK_DEPTH, block_k),
+            num_warps=8,
+        )
