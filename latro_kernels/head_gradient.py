@@ -82,7 +82,7 @@ def sweep(
     dw = make_rest(head.weight.shape, dtype=dtype, device=device) if needs[1] else None
     db = make_rest(len(head.weight), dtype=dtype, device=device) if needs[2] else None
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
-    in_place = M <= shape[0] or dtype == torch.float32
+    in_place = dtype == torch.float32 or shape[0] >= M
     for columns, weight, bias in slices(head, shape[1] if M else len(head.weight)):
         slice_dw = None
         if dw is not None:

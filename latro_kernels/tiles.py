@@ -136,9 +136,7 @@ def _tile_buffer(head: Head) -> Tensor:
     return torch.empty(rows * columns, device=head.hidden.device)
 
 
-def _products(
-    head: Head, rows: slice, columns: slice, kept: Tensor, buffer: Tensor
-) -> Tensor:
+def _products(head: Head, rows: slice, columns: slice, kept: Tensor, buffer: Tensor) -> Tensor:
     """The memory of a tile, in `kept` or not."""
     shape = rows.stop - rows.start, columns.stop - columns.start
     offset = 0

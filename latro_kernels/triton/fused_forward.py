@@ -11,8 +11,122 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from latro_kernels.triton.products import block_logits, block_products, place
+from latro_kernels.triton.products import block_logits, block_products, block_ptr, halves, place
 from latro_kernels.triton.softmax import fold
+
+
+@triton.jit
+def _fold_columns(
+    products,
+    bias_ptr,
+    kept_ptr,
+    target,
+    first_row,
+    column,
+    N,
+    begin,
+    end,
+    kept_end,
+    kept_step,
+    softcap,
+    temperature,
+    state,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_KEPT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The state of the rows with COLUMNS more from `column` on, and the largest of these logits."""
+    peak, total, weighted, picked = state
+    j = column + tl.arange(0, COLUMNS)
+    if WITH_KEPT:  # noqa: SIM102 (one is known when it is compiled, the other is not)
+        if column < kept_end:
+            to = block_ptr(kept_ptr, kept_step, first_row, column - begin, ROWS, COLUMNS)
+            in_rows = first_row + tl.arange(0, ROWS) < N
+            tl.store(to, products, mask=in_rows[:, None] & (j < end)[None, :])
+    z = block_logits(
+        products, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
+    is_here = (target >= column) & (target < column + COLUMNS)
+    is_target = tl.arange(0, COLUMNS)[None, :] == (target - column).to(tl.int32)[:, None]
+    picked = tl.where(is_here, tl.sum(tl.where(is_target, z, 0.0), 1), picked)
+    largest = tl.max(z, 1)
+    peak, total, weighted = fold(z, peak, total, weighted, 1, WITH_ENTROPY)
+    return (peak, total, weighted, picked), largest
+
+
+@triton.jit
+def _fold_halves(
+    products,
+    bias_ptr,
+    kept_ptr,
+    target,
+    first_row,
+    column,
+    N,
+    begin,
+    end,
+    kept_end,
+    kept_step,
+    softcap,
+    temperature,
+    state,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_KEPT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`_fold_columns` of one half, then the other: registers for both are not to be had."""
+    left, right = halves(products, ROWS, COLUMNS)
+    state, largest = _fold_columns(
+        left,
+        bias_ptr,
+        kept_ptr,
+        target,
+        first_row,
+        column,
+        N,
+        begin,
+        end,
+        kept_end,
+        kept_step,
+        softcap,
+        temperature,
+        state,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        WITH_KEPT,
+        ROWS,
+        COLUMNS // 2,
+    )
+    state, of_right = _fold_columns(
+        right,
+        bias_ptr,
+        kept_ptr,
+        target,
+        first_row,
+        column + COLUMNS // 2,
+        N,
+        begin,
+        end,
+        kept_end,
+        kept_step,
+        softcap,
+        temperature,
+        state,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        WITH_KEPT,
+        ROWS,
+        COLUMNS // 2,
+    )
+    return state, tl.maximum(largest, of_right)
 
 
 @triton.jit
@@ -84,23 +198,57 @@ def forward_kernel(
             BLOCK_V,
             BLOCK_H,
         )
-        j = column + tl.arange(0, BLOCK_V)
-        in_range = j < end
-        if WITH_KEPT:
-            if column < kept_end:
-                to = kept_ptr + i.to(tl.int64)[:, None] * kept_step + (j - begin)[None, :]
-                tl.store(to, products, mask=in_rows[:, None] & in_range[None, :])
-        z = block_logits(
-            products, bias_ptr, j - begin, in_range, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+        left, right = halves(products, BLOCK_N, BLOCK_V)
+        state = (peak, total, weighted, picked)
+        state, largest = _fold_halves(
+            left,
+            bias_ptr,
+            kept_ptr,
+            target,
+            first_row,
+            column,
+            N,
+            begin,
+            end,
+            kept_end,
+            kept_step,
+            softcap,
+            temperature,
+            state,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+            WITH_KEPT,
+            BLOCK_N,
+            BLOCK_V // 2,
         )
+        state, of_right = _fold_halves(
+            right,
+            bias_ptr,
+            kept_ptr,
+            target,
+            first_row,
+            column + BLOCK_V // 2,
+            N,
+            begin,
+            end,
+            kept_end,
+            kept_step,
+            softcap,
+            temperature,
+            state,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+            WITH_KEPT,
+            BLOCK_N,
+            BLOCK_V // 2,
+        )
+        peak, total, weighted, picked = state
         if WITH_BLOCK_PEAK:
             blocks = tl.cdiv(V, BLOCK_V)
             to = block_peak_ptr + i.to(tl.int64) * blocks + column // BLOCK_V
-            tl.store(to, tl.max(z, 1), mask=in_rows)
-        is_target = j[None, :] == target[:, None]
-        is_here = (target >= column) & (target < column + BLOCK_V)
-        picked = tl.where(is_here, tl.sum(tl.where(is_target, z, 0.0), 1), picked)
-        peak, total, weighted = fold(z, peak, total, weighted, 1, WITH_ENTROPY)
+            tl.store(to, tl.maximum(largest, of_right), mask=in_rows)
     to = parts_ptr + split.to(tl.int64) * N + i
     tl.store(to, peak, mask=in_rows)
     to += part_step

@@ -1,13 +1,122 @@
-"""linear_logprob's dz in Triton: products become gradients where they are made, in registers.
-"""
+"""linear_logprob's dz in Triton: products become gradients where they are made, in registers."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from latro_kernels.triton.products import block_logits, block_products, place
+from latro_kernels.triton.products import block_logits, block_products, block_ptr, halves, place
 from latro_kernels.triton.softmax import product_grad
+
+
+@triton.jit
+def _store_gradient(
+    products,
+    bias_ptr,
+    dz_ptr,
+    first_row,
+    column,
+    begin,
+    end,
+    in_rows,
+    rows,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_FILTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dz of COLUMNS columns from `column` on."""
+    target, grad_logp, grad_entropy, logp, entropy, peak, log_total = rows
+    j = column + tl.arange(0, COLUMNS)
+    in_range = j < end
+    z = block_logits(
+        products, bias_ptr, j - begin, in_range, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+    )
+    dz = product_grad(
+        z,
+        tl.arange(0, COLUMNS)[None, :] == (target - column).to(tl.int32)[:, None],
+        grad_logp[:, None],
+        grad_entropy[:, None],
+        logp[:, None],
+        entropy[:, None],
+        peak[:, None],
+        log_total[:, None],
+        softcap,
+        temperature,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+    )
+    if WITH_FILTER:
+        # Nothing comes of a row that nobody asks about, whatever is in it.
+        dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
+    to = block_ptr(dz_ptr, end - begin, first_row, column - begin, ROWS, COLUMNS)
+    tl.store(to, dz, mask=in_rows[:, None] & in_range[None, :])
+
+
+@triton.jit
+def _store_halves(
+    products,
+    bias_ptr,
+    dz_ptr,
+    first_row,
+    column,
+    begin,
+    end,
+    in_rows,
+    rows,
+    softcap,
+    temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_FILTER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """`_store_gradient` of one half, then the other: registers for both are not to be had."""
+    left, right = halves(products, ROWS, COLUMNS)
+    _store_gradient(
+        left,
+        bias_ptr,
+        dz_ptr,
+        first_row,
+        column,
+        begin,
+        end,
+        in_rows,
+        rows,
+        softcap,
+        temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        WITH_FILTER,
+        ROWS,
+        COLUMNS // 2,
+    )
+    _store_gradient(
+        right,
+        bias_ptr,
+        dz_ptr,
+        first_row,
+        column + COLUMNS // 2,
+        begin,
+        end,
+        in_rows,
+        rows,
+        softcap,
+        temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+        WITH_ENTROPY,
+        WITH_FILTER,
+        ROWS,
+        COLUMNS // 2,
+    )
 
 
 @triton.jit
@@ -79,7 +188,7 @@ def grad_kernel(
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
         entropy = tl.load(entropy_ptr + i, mask=in_rows, other=0.0)
-    to = dz_ptr + i.to(tl.int64)[:, None] * (end - begin) + (j - begin)[None, :]
+    rows = (target, grad_logp, grad_entropy, logp, entropy, peak, log_total)
     in_tile = in_rows[:, None] & in_range[None, :]
     is_active = True
     if WITH_FILTER:
@@ -92,7 +201,7 @@ def grad_kernel(
             size += tl.abs(grad_entropy) * (tl.maximum(-log_p, 1.0) + entropy)
         is_target_here = (target >= column) & (target < column + BLOCK_V)
         # NaN reaches the threshold.
-        reaches = tl.where((size * tl.exp(log_p) < grad_filter) , 0, 1)
+        reaches = tl.where(size * tl.exp(log_p) < grad_filter, 0, 1)
         reaches = tl.where(is_target_here, 1, reaches)
         has_gradient = in_rows & ((grad_logp != 0.0) | (grad_entropy != 0.0))
         is_active = tl.max(tl.where(has_gradient, reaches, 0), 0) > 0
@@ -119,28 +228,47 @@ def grad_kernel(
                 BLOCK_V,
                 BLOCK_H,
             )
-        z = block_logits(
-            products, bias_ptr, j - begin, in_range, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
-        )
-        dz = product_grad(
-            z,
-            j[None, :] == target[:, None],
-            grad_logp[:, None],
-            grad_entropy[:, None],
-            logp[:, None],
-            entropy[:, None],
-            peak[:, None],
-            log_total[:, None],
+        left, right = halves(products, BLOCK_N, BLOCK_V)
+        _store_halves(
+            left,
+            bias_ptr,
+            dz_ptr,
+            first_row,
+            column,
+            begin,
+            end,
+            in_rows,
+            rows,
             softcap,
             temperature,
+            HAS_BIAS,
             HAS_SOFTCAP,
             WITH_ENTROPY,
+            WITH_FILTER,
+            BLOCK_N,
+            BLOCK_V // 2,
         )
-        if WITH_FILTER:
-            # Nothing comes of a row that nobody asks about, whatever is in it.
-            dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
-        tl.store(to, dz, mask=in_tile)
+        _store_halves(
+            right,
+            bias_ptr,
+            dz_ptr,
+            first_row,
+            column + BLOCK_V // 2,
+            begin,
+            end,
+            in_rows,
+            rows,
+            softcap,
+            temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+            WITH_ENTROPY,
+            WITH_FILTER,
+            BLOCK_N,
+            BLOCK_V // 2,
+        )
     else:
+        to = block_ptr(dz_ptr, end - begin, first_row, column - begin, BLOCK_N, BLOCK_V)
         tl.store(to, tl.zeros((BLOCK_N, BLOCK_V), tl.float32), mask=in_tile)
 
 

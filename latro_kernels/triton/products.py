@@ -20,6 +20,13 @@ def place(program, row_blocks, column_blocks, GROUP: tl.constexpr):
 
 
 @triton.jit
+def block_ptr(ptr, step, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Addresses of a block of a matrix: of its corner in 64 bits, and from there in 32."""
+    corner = ptr + tl.cast(first_row, tl.int64) * step + first_column
+    return corner + tl.arange(0, ROWS)[:, None] * step + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
 def block_products(
     hidden,
     weight,
@@ -76,5 +83,12 @@ def block_logits(
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=in_range, other=0.0)[None, :]
     if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
-    return tl.where(in_range[None, :], z / temperature, float("-inf"))
+        z = softcap * tanh(z * (1.0 / softcap))
+    return tl.where(in_range[None, :], z * (1.0 / temperature), float("-inf"))
+
+
+@triton.jit
+def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a block: what is made of one needs half the registers."""
+    pairs = tl.reshape(block, (ROWS, 2, COLUMNS // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))

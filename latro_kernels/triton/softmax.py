@@ -66,10 +66,7 @@ def fold(z, peak, total, weighted, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexp
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     drop = peak - shift
     shrink = tl.exp(drop)
-    if AXIS == 1:
-        below = z - shift[:, None]
-    else:
-        below = z - shift
+    below = z - (shift[:, None] if AXIS == 1 else shift)
     e = tl.exp(below)
     if WITH_ENTROPY:
         # 0 * -inf counts as 0.
@@ -101,6 +98,6 @@ def product_grad(
     if WITH_ENTROPY:
         dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
     if HAS_SOFTCAP:
-        tanh = z * temperature / softcap
+        tanh = z * (temperature / softcap)
         dz *= 1.0 - tanh * tanh
-    return dz / temperature
+    return dz * (1.0 / temperature)

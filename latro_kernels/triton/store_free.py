@@ -132,14 +132,12 @@ def _rows_with_gradient(grad: RowGrad) -> Tensor | None:
 
 
 def _fold(head: Head, tile: Tile, state: State, kept: Tensor | None, config: Config) -> None:
-    """Add a tile of all rows of `head` to `state`; `kept` receives products of its first columns."""
+    """Add a tile of all rows to `state`; `kept` receives products of its first columns."""
     (M, H), V = tile.hidden.shape, len(head.weight)
     begin, end = tile.columns.start, tile.columns.stop
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
-    parts = torch.empty(
-        3 if state.weighted is None else 4, splits, M, device=tile.hidden.device
-    )
+    parts = torch.empty(3 if state.weighted is None else 4, splits, M, device=tile.hidden.device)
     operands, by_descriptor = _operands(tile, config)
     kept_end = begin if kept is None else begin + kept.shape[1]
     with torch.cuda.device_of(tile.hidden):
@@ -176,7 +174,10 @@ def _dz(
     """dz of a tile; target and grad are of its rows, kept and block_peak of all rows."""
     (M, H), V = tile.hidden.shape, len(head.weight)
     begin, end = tile.columns.start, tile.columns.stop
-    row_blocks, column_blocks = triton.cdiv(M, config.rows), triton.cdiv(end - begin, config.columns)
+    row_blocks, column_blocks = (
+        triton.cdiv(M, config.rows),
+        triton.cdiv(end - begin, config.columns),
+    )
     dz = tile.hidden.new_empty(M, end - begin)
     active = None
     if block_peak is not None:
@@ -206,12 +207,10 @@ def _dz(
 
 
 def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
-    """Hidden states and weight as the kernels take them: by descriptor where chip and steps allow."""
+    """Hidden states and weight for the kernels, by descriptor where chip and steps allow it."""
     both = (tile.hidden, tile.weight)
     if not tuning.has_descriptors(tile.hidden.device) or not all(
-        t.stride(1) == 1
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
+        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
         for t in both
     ):
         return both, False

@@ -212,7 +212,9 @@ def test_filter_keeps_its_bound(
     dtype: torch.dtype, budget: int, entropy: bool, backend: str
 ) -> None:
     given = trained_like(dtype, entropy).to(device_of(backend))
-    assert_filter_keeps_its_bound(given, 2**-10, backend, memory_budget=budget)
+    logp = assert_filter_keeps_its_bound(given, 2**-10, backend, memory_budget=budget)
+    if backend == "cpu" or dtype != torch.float32:  # Triton multiplies fp32 itself with a filter
+        assert torch.equal(*logp)
 
 
 def test_filter_leaves_out_what_it_says() -> None:
