@@ -58,6 +58,17 @@ def skipped(bound: Tensor, hit: Tensor, rows: int, eps: float) -> float:
     return 1 - needed.unflatten(0, (-1, rows)).any(1).float().mean().item()
 
 
+def block_shape(weight: Tensor) -> tuple[int, int]:
+    """Rows and columns that are left out together on the weight's device."""
+    if weight.device.type == "cpu":
+        return FILTER_ROWS, FILTER_COLUMNS
+    from latro_kernels.triton import tuning
+
+    V, H = weight.shape
+    config = tuning.config(weight.device, weight.dtype, H, V)
+    return config.rows, config.columns
+
+
 def bounds(problem: Problem, eps: float) -> tuple[float, float]:
     """The largest that any entry of dX, and of dW, can lose."""
     by_column = (
@@ -81,7 +92,8 @@ def measure(
     epsilons = {provider: 0.0} | {f"{provider}, eps 2^{e}": 2.0**e for e in EXPONENTS}
     found = {name: partial(logprob, grad_filter=eps) for name, eps in epsilons.items()}
     truth = solve_fp64(problem)
-    bound, hit = evidence(problem, FILTER_COLUMNS)
+    rows, columns = block_shape(problem.weight)
+    bound, hit = evidence(problem, columns)
     error, more = {}, {}
     for name, eps in epsilons.items():
         solution = solve(found[name], problem)
@@ -93,7 +105,7 @@ def measure(
         }
         bound_dx, bound_dw = bounds(problem, eps)
         more[name] = {
-            "skipped %": 100 * skipped(bound, hit, FILTER_ROWS, eps),
+            "skipped %": 100 * skipped(bound, hit, rows, eps),
             "dX error": error[name]["dx"] * truth.dx.abs().max().item(),
             "dX bound": bound_dx,
             "dW error": error[name]["dw"] * truth.dw.abs().max().item(),
