@@ -36,8 +36,8 @@ class Config:
 
 
 # A block's operands pass through shared memory `stages` times over; its sums stand in registers, 64
-# or 128 a thread. Unmeasured: they compile for the chip as the tests say, and that is all. From sm_90
-# on 256 columns, because what 128 ask of the second-level cache is more than it gives.
+# or 128 a thread. Unmeasured: they compile for the chip as the tests say, and that is all. From
+# sm_90 on 256 columns, because what 128 ask of the second-level cache is more than it gives.
 _START = {
     8: Config(rows=128, columns=128, depth=32, warps=8, stages=4),
     9: Config(rows=128, columns=256, depth=64, warps=8, stages=3),
