@@ -1,4 +1,8 @@
-"""The Triton kernels compile for the GPUs that are named, here where there is none."""
+"""The Triton kernels compile for the GPUs that are named, here where there is none, and fit there.
+
+A launch finds out which of its addresses and lengths are multiples of 16, and Triton compiles for
+what it finds: the kernels are compiled for a launch where all are, and for one where none is.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,16 @@ from typing import Any
 
 import pytest
 
+from tests.latro_kernels.gpu_resources import (
+    CAPABILITIES,
+    MEMORY_BOUND,
+    aligned,
+    compile_kernel,
+    violations,
+)
+
 triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 
 ROW = "*fp32"
 FOLD = {
@@ -39,8 +52,6 @@ GRAD = {
     "softcap": "fp32",
     "temperature": "fp32",
 }
-
-
 GATHER_FORWARD = {
     "logits_ptr": "*fp32",
     "target_ptr": "*i64",
@@ -79,33 +90,85 @@ KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
 KL_STATE = ("peak_p", "total_p", "peak_q", "total_q", "first", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
 KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "center", "peak", "log_total")}
+GROUP_ADVANTAGE = {
+    "logp_ptr": ROW,
+    "ref_logp_ptr": ROW,
+    "row_kl_ptr": ROW,
+    "offsets_ptr": "*i64",
+    "finished_ptr": "*u8",
+    "reward_ptr": ROW,
+    "answer_logp_ptr": ROW,
+    "rationale_logp_ptr": ROW,
+    "kl_ptr": ROW,
+    "advantage_ptr": ROW,
+    "coefficient_ptr": ROW,
+    "K": "i32",
+    "scale": "fp32",
+    "beta": "fp32",
+    "answer_weight": "fp32",
+}
+
+each_gpu = pytest.mark.parametrize("capability", CAPABILITIES)
+each_alignment = pytest.mark.parametrize("is_aligned", [True, False], ids=["aligned", "odd"])
 
 
-def compile_without_spills(
+def check(
     function: Any,
     signature: dict[str, str],
     constants: dict[str, Any],
     capability: int,
+    *,
+    is_aligned: bool,
+    resident: int = MEMORY_BOUND,
     **options: int,
 ) -> None:
-    """Compile a kernel for a GPU with the shared memory and the registers that it has."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(
-        function, signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert f"sm_{capability}" in compiled.asm["ptx"]
-    assert len(compiled.asm["cubin"]) > 0
-    # A local depot is where ptxas would find spilled or indexed arrays.
-    assert ".local" not in compiled.asm["ptx"]
-    assert compiled.metadata.shared <= 48 * 1024
+    """Compile a kernel and hold it to its limits."""
+    signature = aligned(signature) if is_aligned else signature
+    found = compile_kernel(function, signature, constants, capability, **options)
+    assert violations(found, capability, resident=resident) == [], constants
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_limits_are_read_from_the_compiler() -> None:
+    """A kernel that may have too few registers spills, and that is seen."""
+    from latro_kernels.triton import gather_logprob as kernels
+
+    constants = {"HAS_SOFTCAP": True, "WITH_ENTROPY": True, "BLOCK_V": kernels.BLOCK_V}
+    options = {"num_warps": kernels.NUM_WARPS, "maxnreg": 24}
+    found = compile_kernel(kernels.forward_kernel, GATHER_FORWARD, constants, 90, **options)
+    assert found.registers == 24
+    assert found.threads == 32 * kernels.NUM_WARPS
+    (wrong,) = violations(found, 90, resident=MEMORY_BOUND)
+    assert "bytes of stack" in wrong
+
+
+def test_a_descriptor_is_a_type_of_the_signature() -> None:
+    """On sm_90 its block passes through shared memory, on sm_80 it is made of pointers."""
+
+    @triton.jit
+    def copy_kernel(x, y_ptr, BLOCK: tl.constexpr):
+        k = tl.arange(0, BLOCK)
+        tl.store(y_ptr + k[:, None] * BLOCK + k[None, :], x.load([0, 0]))
+
+    signature = {"x": "tensordesc<bf16[64, 64]>", "y_ptr": "*bf16"}
+    block = 64 * 64 * 2
+    assert compile_kernel(copy_kernel, signature, {"BLOCK": 64}, 80).shared < block
+    assert compile_kernel(copy_kernel, signature, {"BLOCK": 64}, 90).shared >= block
+
+
+def test_a_signature_names_every_parameter() -> None:
+    from latro_kernels.triton import gather_logprob as kernels
+
+    signature = GATHER_FORWARD | {"surplus": "i32"}
+    with pytest.raises(ValueError, match=r"\['BLOCK_V', 'surplus'\]"):
+        compile_kernel(
+            kernels.forward_kernel, signature, {"HAS_SOFTCAP": False, "WITH_ENTROPY": False}, 90
+        )
+
+
+@each_gpu
+@each_alignment
 @pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
-def test_linear_logprob_compiles_without_spills(kernel: str, capability: int) -> None:
+def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> None:
     from latro_kernels.triton import linear_logprob as kernels
 
     name, _, dtype = kernel.partition("-")
@@ -118,13 +181,14 @@ def test_linear_logprob_compiles_without_spills(kernel: str, capability: int) ->
             "WITH_ENTROPY": entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        compile_without_spills(function, signature, constants, capability)
+        check(function, signature, constants, capability, is_aligned=is_aligned)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@each_gpu
+@each_alignment
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
-def test_gather_logprob_compiles_without_spills(kernel: str, dtype: str, capability: int) -> None:
+def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capability: int) -> None:
     from latro_kernels.triton import gather_logprob as kernels
 
     function, signature = {
@@ -134,20 +198,29 @@ def test_gather_logprob_compiles_without_spills(kernel: str, dtype: str, capabil
             GATHER_BACKWARD | {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"},
         ),
     }[kernel]
+    # Fewer threads do, for each has 16 logits on their way.
+    resident = 768 if is_aligned else 512
     for softcap, entropy in itertools.product([True, False], repeat=2):
         constants = {
             "HAS_SOFTCAP": softcap,
             "WITH_ENTROPY": entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        compile_without_spills(
-            function, signature, constants, capability, num_warps=kernels.NUM_WARPS
+        check(
+            function,
+            signature,
+            constants,
+            capability,
+            is_aligned=is_aligned,
+            resident=resident,
+            num_warps=kernels.NUM_WARPS,
         )
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@each_gpu
+@each_alignment
 @pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
-def test_linear_kl_compiles_without_spills(kernel: str, capability: int) -> None:
+def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
     from latro_kernels.triton import linear_kl as kernels
 
     name, _, dtype = kernel.partition("-")
@@ -164,4 +237,30 @@ def test_linear_kl_compiles_without_spills(kernel: str, capability: int) -> None
             "HAS_SOFTCAP": not plain,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        compile_without_spills(function, signature, constants, capability)
+        check(function, signature, constants, capability, is_aligned=is_aligned)
+
+
+@each_gpu
+@pytest.mark.parametrize("K", [2, 16, 1024])
+def test_group_advantage_fits(K: int, capability: int) -> None:
+    from latro_kernels.triton import group_advantage as kernels
+
+    for with_ref in (True, False):
+        constants = {
+            "HAS_REF": with_ref,
+            "HAS_ROW_KL": not with_ref,
+            "HAS_FINISHED": with_ref,
+            "KL_IN_LOSS": with_ref,
+            "EXCLUDE_UNFINISHED": with_ref,
+            "BLOCK_K": K,
+            "BLOCK_N": kernels.BLOCK_N,
+        }
+        check(
+            kernels.group_advantage_kernel,
+            GROUP_ADVANTAGE,
+            constants,
+            capability,
+            is_aligned=True,
+            # The rewards of a large group stand in registers.
+            resident=MEMORY_BOUND if K < 1024 else 512,
+        )

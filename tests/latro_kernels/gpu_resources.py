@@ -1,0 +1,226 @@
+"""What a compiled kernel takes of a GPU: read out of its cubin, and held to what the GPU has.
+
+    signature = aligned({"x_ptr": "*bf16", "N": "i32"})
+    found = compile_kernel(kernel, signature, {"BLOCK": 128}, 90, num_warps=8)
+    assert violations(found, 90, resident=MEMORY_BOUND) == []
+
+`read` does the same for a library that nvcc built. Limits are those of "Technical Specifications
+per Compute Capability" in the CUDA C++ Programming Guide.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KIB = 1024
+# A kernel gets more than this only where it asks for it (opts in), and then up to its chip's limit.
+SHARED_LIMIT = 48 * KIB
+SHARED_OPT_IN = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
+CAPABILITIES = tuple(SHARED_OPT_IN)
+# Half of a multiprocessor's threads: with loads of 16 bytes from each, or with several smaller
+# ones, as many bytes are on their way as its share of the memory's bandwidth times the latency.
+MEMORY_BOUND = 1024
+
+_WARP = 32
+# Of one multiprocessor of each of these.
+_REGISTERS, _THREADS, _BLOCKS = 65_536, 2048, 32
+_REGISTER_STEP = 8  # a thread gets registers by the eight
+_SHARED_OF_SYSTEM = KIB  # of every block; the chip has it beyond the largest block's
+_TENSOR_MEMORY = 512  # columns, of compute capability 10
+
+_FUNCTION = re.compile(r"^ *Function (\S+):\n(.*)$", re.MULTILINE)
+# __launch_bounds__ in CUDA, num_warps in Triton: the size of a block, as x y z.
+_BLOCK = re.compile(
+    r"^\.nv\.info\.(?P<name>\S+)\n(?:[^.].*\n|\n)*?"
+    r"\s*Attribute:\s*EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*(?P<size>.*)$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a block of a kernel takes.
+
+    Attributes:
+        registers: of a thread.
+        stack: bytes of a thread's stack frame: spilled registers and indexed arrays.
+        shared: bytes of a block; of a cubin without the dynamic ones, of which only a launch knows,
+            and from compute capability 9 on with the KiB that the system takes.
+        local: bytes of a thread's local memory outside of the frame.
+        threads: the most that the kernel may be launched with, or None where it does not say.
+        tensor_memory: columns of a block (compute capability 10).
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    threads: int | None = None
+    tensor_memory: int = 0
+
+
+@functools.cache
+def cuobjdump() -> str | None:
+    """The program that reads cubins: on the PATH, beside nvcc, or the one that Triton brings."""
+    folders = []
+    if nvcc := shutil.which("nvcc"):
+        folders += [Path(nvcc).parent, Path(nvcc).resolve().parent]
+    triton = find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
+    places = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=f) for f in folders)]
+    return next((place for place in places if place), None)
+
+
+def dump(path: Path, *options: str) -> str:
+    """What cuobjdump says of a library or a cubin; skips the test where there is no cuobjdump."""
+    program = cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: it comes with Triton and with the CUDA toolkit")
+    command = [program, *options, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {result.stderr.strip()}")
+    return result.stdout
+
+
+def read(path: Path) -> dict[tuple[int | None, str], Resources]:
+    """The resources of every kernel in a library or a cubin, by compute capability and name.
+
+    A cubin holds code for one GPU and does not name it: the capability is None.
+    """
+    text = dump(path, "--dump-elf", "--dump-resource-usage")
+    head, *rest = re.split(r"^arch = sm_(\d+)\w*\n", text, flags=re.MULTILINE)
+    parts = zip(map(int, rest[::2]), rest[1::2], strict=True) if rest else [(None, head)]
+    found = {}
+    for capability, part in parts:
+        threads = {match["name"]: match["size"] for match in _BLOCK.finditer(part)}
+        for name, numbers in _FUNCTION.findall(part):
+            of = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+            size = [int(axis, 16) for axis in threads.get(name, "").split()]
+            found[capability, name] = Resources(
+                registers=of["REG"],
+                stack=of["STACK"],
+                shared=of["SHARED"],
+                local=of["LOCAL"],
+                threads=math.prod(size) if size else None,
+            )
+    return found
+
+
+def aligned(signature: dict[str, str]) -> dict[str, str]:
+    """The signature of a launch whose addresses and integers are multiples of 16.
+
+    Triton looks at the arguments of a launch, and compiles a kernel of its own, with wider loads,
+    for those that are.
+    """
+    return {
+        name: f"{type_}:16" if type_.startswith(("*", "i", "u")) else type_
+        for name, type_ in signature.items()
+    }
+
+
+def compile_kernel(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    **options: Any,
+) -> Resources:
+    """Compile a Triton kernel for a GPU that need not be there.
+
+    Args:
+        function: a `triton.jit` function.
+        signature: by parameter, "fp32", "i64", "*bf16" or "tensordesc<bf16[128, 64]>" (a
+            `TensorDescriptor` with that block); see `aligned`.
+        constants: the values of the other parameters, or of the same, and then these count:
+            constexprs, pointers that are None, and integers that are 1, of which a launch makes
+            constants as well.
+        capability: 80, 90 or 100.
+        options: what a launch takes besides the parameters: num_warps, num_stages, maxnreg.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = signature | dict.fromkeys(constants, "constexpr")
+    if odd := set(given) ^ set(function.arg_names):
+        raise ValueError(f"signature, constants: missing or of no parameter: {sorted(odd)}")
+    types = {name: given[name].removesuffix(":16") for name in function.arg_names}
+    multiples = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(function.arg_names)
+        if given[name].endswith(":16")
+    }
+    source = ASTSource(function, types, constexprs=constants, attrs=multiples)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        (found,) = read(Path(file.name)).values()
+    # Dynamic shared memory is what the launch asks for; a cubin knows only of the static one.
+    return replace(
+        found,
+        shared=max(found.shared, compiled.metadata.shared),
+        tensor_memory=compiled.metadata.tmem_size or 0,
+    )
+
+
+def resident_threads(found: Resources, capability: int) -> int:
+    """How many threads of a kernel a multiprocessor holds at a time: whole blocks of them."""
+    assert found.threads is not None
+    warps = -(-found.threads // _WARP)
+    registers = -(-found.registers // _REGISTER_STEP) * _REGISTER_STEP * _WARP * warps
+    shared = SHARED_OPT_IN[capability] + _SHARED_OF_SYSTEM
+    blocks = min(
+        _BLOCKS,
+        _THREADS // (warps * _WARP),
+        _REGISTERS // registers,
+        shared // (found.shared + _SHARED_OF_SYSTEM),
+    )
+    return blocks * found.threads
+
+
+def violations(
+    found: Resources, capability: int, *, resident: int = 1, shared_limit: int = SHARED_LIMIT
+) -> list[str]:
+    """What is wrong with a kernel, in words; nothing if it fits.
+
+    Args:
+        found: the kernel's resources.
+        capability: 80, 90 or 100.
+        resident: threads that a multiprocessor has to hold at a time: `MEMORY_BOUND` where they
+            wait for memory; 1, which is a block, where products keep it busy.
+        shared_limit: bytes; one of `SHARED_OPT_IN` for a kernel that is launched with opting in.
+    """
+    wrong = []
+    if found.stack > 0:
+        wrong.append(f"{found.stack} bytes of stack: spilled registers or an indexed array")
+    if found.local > 0:
+        wrong.append(f"{found.local} bytes of local memory")
+    if found.shared > shared_limit:
+        wrong.append(f"{found.shared} bytes of shared memory, expected at most {shared_limit}")
+    if found.tensor_memory > _TENSOR_MEMORY:
+        wrong.append(
+            f"{found.tensor_memory} columns of tensor memory, expected at most {_TENSOR_MEMORY}"
+        )
+    if found.threads is None:
+        wrong.append("no __launch_bounds__ to say how many threads it is launched with")
+    elif (together := resident_threads(found, capability)) < resident:
+        wrong.append(
+            f"{together} threads at a time, expected at least {resident}: a block takes "
+            f"{found.registers} registers by {found.threads} threads and {found.shared} bytes of "
+            "shared memory"
+        )
+    return wrong
