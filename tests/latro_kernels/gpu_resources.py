@@ -28,8 +28,9 @@ KIB = 1024
 SHARED_LIMIT = 48 * KIB
 SHARED_OPT_IN = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB}
 CAPABILITIES = tuple(SHARED_OPT_IN)
-# Half of a multiprocessor's threads: with loads of 16 bytes from each, or with several smaller
-# ones, as many bytes are on their way as its share of the memory's bandwidth times the latency.
+# Threads of a multiprocessor, of its 2048, for a kernel that waits for memory: with 16 bytes on
+# their way to each, that is 16 KiB, its share of an H100's bandwidth (25 bytes a nanosecond) by
+# some 600 nanoseconds of latency.
 MEMORY_BOUND = 1024
 
 _WARP = 32
@@ -54,7 +55,8 @@ class Resources:
 
     Attributes:
         registers: of a thread.
-        stack: bytes of a thread's stack frame: spilled registers and indexed arrays.
+        stack: bytes of a thread's stack frame: spilled registers, indexed arrays, and what a called
+            function saves, as the division of doubles may.
         shared: bytes of a block; of a cubin without the dynamic ones, of which only a launch knows,
             and from compute capability 9 on with the KiB that the system takes.
         local: bytes of a thread's local memory outside of the frame.
@@ -72,7 +74,7 @@ class Resources:
 
 @functools.cache
 def cuobjdump() -> str | None:
-    """The program that reads cubins: on the PATH, beside nvcc, or the one that Triton brings."""
+    """The program that reads cubins; of those on the PATH, beside nvcc and of Triton the newest."""
     folders = []
     if nvcc := shutil.which("nvcc"):
         folders += [Path(nvcc).parent, Path(nvcc).resolve().parent]
@@ -80,7 +82,13 @@ def cuobjdump() -> str | None:
     if triton is not None and triton.origin is not None:
         folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
     places = [shutil.which("cuobjdump"), *(shutil.which("cuobjdump", path=f) for f in folders)]
-    return next((place for place in places if place), None)
+    return max(filter(None, places), key=_version, default=None)
+
+
+def _version(program: str) -> tuple[int, ...]:
+    text = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"\bV([\d.]+)", text)
+    return tuple(map(int, version[1].split("."))) if version else ()
 
 
 def dump(path: Path, *options: str) -> str:
@@ -206,7 +214,7 @@ def violations(
     """
     wrong = []
     if found.stack > 0:
-        wrong.append(f"{found.stack} bytes of stack: spilled registers or an indexed array")
+        wrong.append(f"{found.stack} bytes of stack, as of spilled registers")
     if found.local > 0:
         wrong.append(f"{found.local} bytes of local memory")
     if found.shared > shared_limit:

@@ -118,12 +118,10 @@ def check(
     constants: dict[str, Any],
     capability: int,
     *,
-    is_aligned: bool,
     resident: int = MEMORY_BOUND,
     **options: int,
 ) -> None:
     """Compile a kernel and hold it to its limits."""
-    signature = aligned(signature) if is_aligned else signature
     found = compile_kernel(function, signature, constants, capability, **options)
     assert violations(found, capability, resident=resident) == [], constants
 
@@ -174,6 +172,7 @@ def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> 
     name, _, dtype = kernel.partition("-")
     function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel
     signature = dict(FOLD) if name == "fold" else GRAD | {"dtile_ptr": f"*{dtype}"}
+    signature = aligned(signature) if is_aligned else signature
     for plain, entropy in itertools.product([True, False], repeat=2):
         constants = {
             "HAS_BIAS": not plain,
@@ -181,7 +180,7 @@ def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> 
             "WITH_ENTROPY": entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        check(function, signature, constants, capability, is_aligned=is_aligned)
+        check(function, signature, constants, capability)
 
 
 @each_gpu
@@ -198,7 +197,8 @@ def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capabili
             GATHER_BACKWARD | {"logits_ptr": f"*{dtype}", "dlogits_ptr": f"*{dtype}"},
         ),
     }[kernel]
-    # Fewer threads do, for each has 16 logits on their way.
+    signature = aligned(signature) if is_aligned else signature
+    # Fewer threads do: to each, 16 logits are on their way.
     resident = 768 if is_aligned else 512
     for softcap, entropy in itertools.product([True, False], repeat=2):
         constants = {
@@ -211,7 +211,6 @@ def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capabili
             signature,
             constants,
             capability,
-            is_aligned=is_aligned,
             resident=resident,
             num_warps=kernels.NUM_WARPS,
         )
@@ -230,6 +229,7 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
         if name == "fold"
         else {**KL_TILES, "dtile_ptr": f"*{dtype}", **KL_ROWS, **KL_NUMBERS}
     )
+    signature = aligned(signature) if is_aligned else signature
     for plain in (True, False):
         constants = {
             "HAS_BIAS_P": not plain,
@@ -237,7 +237,7 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
             "HAS_SOFTCAP": not plain,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        check(function, signature, constants, capability, is_aligned=is_aligned)
+        check(function, signature, constants, capability)
 
 
 @each_gpu
@@ -245,22 +245,20 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
 def test_group_advantage_fits(K: int, capability: int) -> None:
     from latro_kernels.triton import group_advantage as kernels
 
-    for with_ref in (True, False):
+    # The rewards of a large group stand in registers, and leave them for fewer threads.
+    resident = MEMORY_BOUND if K < 1024 else 512
+    signature = aligned(GROUP_ADVANTAGE)
+    if K % 16 != 0:
+        signature["K"] = "i32"
+    for with_ref, kl_in_loss in itertools.product([True, False], repeat=2):
         constants = {
             "HAS_REF": with_ref,
             "HAS_ROW_KL": not with_ref,
             "HAS_FINISHED": with_ref,
-            "KL_IN_LOSS": with_ref,
-            "EXCLUDE_UNFINISHED": with_ref,
+            "KL_IN_LOSS": kl_in_loss,
+            "EXCLUDE_UNFINISHED": kl_in_loss,
             "BLOCK_K": K,
             "BLOCK_N": kernels.BLOCK_N,
         }
-        check(
-            kernels.group_advantage_kernel,
-            GROUP_ADVANTAGE,
-            constants,
-            capability,
-            is_aligned=True,
-            # The rewards of a large group stand in registers.
-            resident=MEMORY_BOUND if K < 1024 else 512,
-        )
+        function = kernels.group_advantage_kernel
+        check(function, signature, constants, capability, resident=resident)
