@@ -47,6 +47,8 @@ _BLOCK = re.compile(
     r"\s*Attribute:\s*EIATTR_(?:MAX_THREADS|REQNTID)\n.*\n\s*Value:\s*(?P<size>.*)$",
     re.MULTILINE,
 )
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Resources:
         local: bytes of a thread's local memory outside of the frame.
         threads: the most that the kernel may be launched with, or None where it does not say.
         tensor_memory: columns of a block (compute capability 10).
+        spills_in_products: instructions that touch local memory in loops that multiply matrices and
+            hold no other loop; read for Triton kernels only.
     """
 
     registers: int
@@ -70,6 +74,7 @@ class Resources:
     local: int
     threads: int | None = None
     tensor_memory: int = 0
+    spills_in_products: int = 0
 
 
 @functools.cache
@@ -177,12 +182,29 @@ def compile_kernel(
         file.write(compiled.asm["cubin"])
         file.flush()
         (found,) = read(Path(file.name)).values()
+        spills = _spills_in_products(dump(Path(file.name), "--dump-sass"))
     # Dynamic shared memory is what the launch asks for; a cubin knows only of the static one.
     return replace(
         found,
         shared=max(found.shared, compiled.metadata.shared),
         tensor_memory=compiled.metadata.tmem_size or 0,
+        spills_in_products=spills,
     )
+
+
+def _spills_in_products(sass: str) -> int:
+    """How many instructions of the innermost loops with products touch local memory."""
+    code = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(sass)]
+    jumps = [(int(jump[1], 16), at) for at, text in code if (jump := _BRANCH.search(text))]
+    loops = [(start, end) for start, end in jumps if start < end]
+    spills = 0
+    for start, end in loops:
+        if any((start, end) != other and start <= other[0] <= other[1] <= end for other in loops):
+            continue
+        body = [text for at, text in code if start <= at <= end]
+        if any("MMA" in text for text in body):
+            spills += sum("LDL" in text or "STL" in text for text in body)
+    return spills
 
 
 def resident_threads(found: Resources, capability: int) -> int:
@@ -201,7 +223,12 @@ def resident_threads(found: Resources, capability: int) -> int:
 
 
 def violations(
-    found: Resources, capability: int, *, resident: int = 1, shared_limit: int = SHARED_LIMIT
+    found: Resources,
+    capability: int,
+    *,
+    resident: int = 1,
+    shared_limit: int = SHARED_LIMIT,
+    stack_limit: int = 0,
 ) -> list[str]:
     """What is wrong with a kernel, in words; nothing if it fits.
 
@@ -211,9 +238,10 @@ def violations(
         resident: threads that a multiprocessor has to hold at a time: `MEMORY_BOUND` where they
             wait for memory; 1, which is a block, where products keep it busy.
         shared_limit: bytes; one of `SHARED_OPT_IN` for a kernel that is launched with opting in.
+        stack_limit: bytes of a thread, for a kernel that may spill outside of its hot loop.
     """
     wrong = []
-    if found.stack > 0:
+    if found.stack > stack_limit:
         wrong.append(f"{found.stack} bytes of stack, as of spilled registers")
     if found.local > 0:
         wrong.append(f"{found.local} bytes of local memory")

@@ -1,0 +1,147 @@
+"""The kernels that fold products in registers compile for the GPUs that are named, and fit there.
+
+Sums of a block fill the registers: what is folded of them may spill a little, once for a block. The
+loop that multiplies may not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.latro_kernels.gpu_resources import (
+    CAPABILITIES,
+    SHARED_OPT_IN,
+    aligned,
+    compile_kernel,
+    violations,
+)
+
+pytest.importorskip("triton")
+
+from latro_kernels.triton import sparse_product, tuning
+from latro_kernels.triton.fused_forward import forward_kernel, merge_kernel
+from latro_kernels.triton.fused_gradient import grad_kernel, rescale_kernel
+from latro_kernels.triton.store_free import GROUP, TILES
+
+# Bytes of a thread, where 128 sums stand in its registers.
+MAX_STACK = 320
+FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "entropy": ("WITH_ENTROPY", "WITH_KEPT"),
+    "all": (
+        *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_KEPT", "WITH_BLOCK_PEAK"),
+        *("HAS_ROWS", "WITH_FILTER"),
+    ),
+    "kept": ("IS_KEPT", "HAS_BIAS"),
+}
+POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
+FLOATS = ("softcap", "temperature", "grad_filter")
+
+
+def signature(kernel: Any, dtype: str, blocks: dict[str, tuple[int, int]] | None) -> dict[str, str]:
+    """Types of a launch whose lengths are multiples of 16; `blocks`: operands by descriptor."""
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr or name in ("hidden_col_step", "weight_col_step"):
+            continue
+        if name in ("hidden", "weight"):
+            of_block = "*{0}" if blocks is None else "tensordesc<{0}[{1}, {2}]>"
+            types[name] = of_block.format(dtype, *(blocks or {}).get(name, ()))
+        elif name in ("a_ptr", "b_ptr", "dz_ptr"):
+            types[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32")
+        else:
+            types[name] = "fp32" if name in FLOATS else "i32"
+    return aligned(types)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("by_descriptor", [False, True], ids=["pointers", "descriptors"])
+@pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
+def test_products_fit(kernel: Any, by_descriptor: bool, features: str, capability: int) -> None:
+    if by_descriptor and capability < 90:
+        pytest.skip("this chip has no copies by descriptor")
+    if features == "kept" and kernel is forward_kernel:
+        pytest.skip("the forward reads no products")
+    config = tuning.start(capability // 10, torch.bfloat16)
+    flags = {p.name: p.name in FEATURES[features] for p in kernel.params if p.is_constexpr}
+    blocks = {
+        "hidden": (config.rows, config.depth),
+        "weight": (config.columns, config.depth),
+    }
+    constants = flags | {
+        "DESCRIPTORS": by_descriptor,
+        "BLOCK_N": config.rows,
+        "BLOCK_V": config.columns,
+        "BLOCK_H": config.depth,
+        "GROUP": GROUP,
+        "hidden_col_step": 1,
+        "weight_col_step": 1,
+    }
+    if kernel is forward_kernel:
+        constants["TILES"] = TILES
+    types = signature(kernel, "bf16", blocks if by_descriptor else None)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    found = compile_kernel(kernel, types, constants, capability, **options)
+    limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
+    if config.columns == 128 or features == "plain":
+        limits["stack_limit"] = 0
+    assert violations(found, capability, **limits) == []
+    if features != "kept":
+        assert found.spills_in_products == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
+def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
+    """They run where there is a filter."""
+    config = tuning.start(capability // 10, torch.float32)
+    chosen = (*FEATURES["all"], "HAS_ROWS")
+    constants = {p.name: p.name in chosen for p in kernel.params if p.is_constexpr}
+    constants |= {"BLOCK_N": config.rows, "BLOCK_V": config.columns, "BLOCK_H": config.depth}
+    constants |= {"GROUP": GROUP, "hidden_col_step": 1, "weight_col_step": 1}
+    if kernel is forward_kernel:
+        constants["TILES"] = TILES
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    found = compile_kernel(
+        kernel, signature(kernel, "fp32", None), constants, capability, **options
+    )
+    assert violations(found, capability, shared_limit=SHARED_OPT_IN[capability]) == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
+    config = tuning.start(capability // 10, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    for rows, depth in ((config.rows, config.columns), (config.columns, config.rows)):
+        constants = {"ADD": True, "BLOCK_M": rows, "BLOCK_K": depth}
+        constants["BLOCK_H"] = sparse_product.BLOCK_COLS
+        constants["BLOCK_DEPTH"] = min(sparse_product.BLOCK_DEPTH, depth)
+        types = signature(sparse_product.sparse_product_kernel, dtype, None)
+        types |= {"active_ptr": "*i8:16", "active_row_step": "i32", "active_col_step": "i32"}
+        found = compile_kernel(
+            sparse_product.sparse_product_kernel, types, constants, capability, num_warps=8
+        )
+        limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
+        assert violations(found, capability, **limits) == []
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_small_ones_fit(capability: int) -> None:
+    for with_entropy in (False, True):
+        constants = {"WITH_ENTROPY": with_entropy, "BLOCK_N": 64}
+        found = compile_kernel(
+            merge_kernel, signature(merge_kernel, "fp32", None), constants, capability
+        )
+        assert violations(found, capability) == []
+    types = signature(rescale_kernel, "fp32", None)
+    assert (
+        violations(compile_kernel(rescale_kernel, types, {"BLOCK_H": 1024}, capability), capability)
+        == []
+    )
