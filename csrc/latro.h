@@ -36,13 +36,20 @@ enum {
   LATRO_F16 = 2,
 };
 
+/* The scratch of group_advantage on CUDA. */
+enum {
+  LATRO_GROUP_TILE_ROWS = 256,
+  LATRO_GROUP_TILE_WORDS = 7,
+};
+
 /* group_advantage: a coefficient per row from the log-probabilities of G groups of K sequences.
  *
- * logp[N]; ref_logp[N] or row_kl[N], the other null, or both null, read on rationale rows only;
+ * logp[N]; ref_logp[N] or row_kl[N], the other null, or both null, of use on rationale rows only;
  * offsets[2·G·K + 1], ascending from 0 to N, two segments a sequence: rationale, answer;
- * finished[G·K] or null for all; six outputs, five of [G·K] and coefficient[N]; rewards[G·K] is
- * scratch. scale is 1 / (prompts·K) of the whole update. kl_in_loss: 0, the KL is part of the
- * reward; 1, it is a term of the loss, k3 of ref_logp or the sum of row_kl.
+ * finished[G·K] or null for all; six outputs, five of [G·K] and coefficient[N]. Scratch: on the
+ * CPU rewards[G·K]; on CUDA G·K doubles and, for each of N / LATRO_GROUP_TILE_ROWS + 1 tiles,
+ * LATRO_GROUP_TILE_WORDS more. scale is 1 / (prompts·K) of the whole update. kl_in_loss: 0, the KL
+ * is part of the reward; 1, it is a term of the loss, k3 of ref_logp or the sum of row_kl.
  * exclude_unfinished: 0, an unfinished sequence has the lowest reward of its group; 1, it is left
  * out.
  */
@@ -56,8 +63,8 @@ LATRO_API int32_t latro_cpu_group_advantage_forward(
 LATRO_API int32_t latro_cuda_group_advantage_forward(
     const float* logp, const float* ref_logp, const float* row_kl, const int64_t* offsets,
     const uint8_t* finished, float* reward, float* answer_logp, float* rationale_logp, float* kl,
-    float* advantage, float* coefficient, double* rewards, int64_t G, int64_t K, double scale,
-    double beta, double answer_weight, int32_t kl_in_loss, int32_t exclude_unfinished,
+    float* advantage, float* coefficient, double* scratch, int64_t N, int64_t G, int64_t K,
+    double scale, double beta, double answer_weight, int32_t kl_in_loss, int32_t exclude_unfinished,
     void* stream);
 
 /* linear_logprob, whole, on the CPU.

@@ -259,16 +259,22 @@ def _group_advantage(
 
         kernels.launch(tensors, *settings)
         return outputs
-    rewards = torch.empty(S, dtype=torch.float64, device=logp.device)
     if backend == "cpu":
         # Free on this device, and a wrong offset would have the kernel read outside of logp.
         _check_offsets(offsets, logp.numel())
+        rewards = torch.empty(S, dtype=torch.float64)
         threads = torch.get_num_threads()
         native.call("latro_cpu_group_advantage_forward", *tensors, rewards, *settings, threads)
     else:
+        N, sizes = logp.numel(), native.constants()
+        num_tiles = N // sizes["LATRO_GROUP_TILE_ROWS"] + 1
+        words = S + num_tiles * sizes["LATRO_GROUP_TILE_WORDS"]
+        scratch = torch.empty(words, dtype=torch.float64, device=logp.device)
         with torch.cuda.device(logp.device):
             stream = torch.cuda.current_stream().cuda_stream
-            native.call("latro_cuda_group_advantage_forward", *tensors, rewards, *settings, stream)
+            native.call(
+                "latro_cuda_group_advantage_forward", *tensors, scratch, N, *settings, stream
+            )
     return outputs
 
 
