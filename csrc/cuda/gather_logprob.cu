@@ -15,6 +15,7 @@ using latro::RowGrad;
 using latro::RowGrads;
 using latro::State;
 using latro::Transform;
+using latro::until_aligned;
 
 // What the forward writes of each row; entropy is null where none is asked for.
 struct Outputs {
@@ -28,19 +29,21 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* row = logits + i * row_step;
     State state;
-    for_each(row, cols, [&](int64_t, auto pack) {
+    for_each(row, cols, 0, [&](int64_t, auto pack) {
       constexpr int n = pack.kSize;
       float z[n];
-      for (int k = 0; k < n; ++k) z[k] = transform.logit(static_cast<float>(pack.at[k]));
+      for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
+      transform.logits(z);
       state.add<kEntropy>(z);
     });
     state = merge_block(state);
     if (threadIdx.x == 0) {
-      const float picked = transform.logit(static_cast<float>(row[target[i]]));
+      float picked[] = {static_cast<float>(row[target[i]])};
+      transform.logits(picked);
       const float log_total = logf(state.total);
       out.peak[i] = state.peak;
       out.log_total[i] = log_total;
-      out.logp[i] = (picked - state.peak) - log_total;
+      out.logp[i] = (picked[0] - state.peak) - log_total;
       if (kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
     }
   }
@@ -52,6 +55,7 @@ __global__ void __launch_bounds__(kThreads)
                     const int64_t* target, RowGrads grads, int64_t rows, int64_t cols,
                     Transform transform) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const T* row = logits + i * row_step;
     T* drow = dlogits + i * drow_step;
     const RowGrad grad = grads.row<kEntropy>(i);
     if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {
@@ -59,14 +63,15 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     const int64_t hit = target[i];
-    for_each(logits + i * row_step, cols, [&](int64_t j, auto pack) {
+    for_each(row, cols, until_aligned(row, cols), [&](int64_t j, auto pack) {
       constexpr int n = pack.kSize;
+      float z[n], dz[n];
+      for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
+      transform.logits(z);
+      grad.logits<kEntropy>(z, hit - j, dz);
+      transform.gradients(z, dz);
       Pack<T, n> gradient;
-      for (int k = 0; k < n; ++k) {
-        const float z = transform.logit(static_cast<float>(pack.at[k]));
-        const float dz = grad.logit<kEntropy>(z, j + k == hit);
-        gradient.at[k] = static_cast<T>(dz * transform.slope(z));
-      }
+      for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
       gradient.store(drow + j);
     });
   }

@@ -21,8 +21,10 @@ struct Row {
   Transform transform;
 
   __device__ float2 logits(int64_t j) const {
-    return {transform.logit(bias_p != nullptr ? p[j] + bias_p[j] : p[j]),
-            transform.logit(bias_q != nullptr ? q[j] + bias_q[j] : q[j])};
+    float z[] = {bias_p != nullptr ? p[j] + bias_p[j] : p[j],
+                 bias_q != nullptr ? q[j] + bias_q[j] : q[j]};
+    transform.logits(z);
+    return {z[0], z[1]};
   }
 };
 
@@ -157,8 +159,9 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, R
     for (int64_t j = threadIdx.x; j < tiles.cols; j += kThreads) {
       const float2 z = row.logits(j);
       const float p = expf((z.x - peak) - log_total);
-      const float dz = p == 0.0f ? 0.0f : g * p * ((z.x - z.y) - center);
-      dtile[i * tiles.cols + j] = static_cast<T>(dz * tiles.transform.slope(z.x));
+      float dz[] = {p == 0.0f ? 0.0f : g * p * ((z.x - z.y) - center)};
+      tiles.transform.gradients({z.x}, dz);
+      dtile[i * tiles.cols + j] = static_cast<T>(dz[0]);
     }
   }
 }

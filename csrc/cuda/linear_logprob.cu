@@ -14,9 +14,17 @@ using latro::RowGrad;
 using latro::RowGrads;
 using latro::State;
 using latro::Transform;
+using latro::until_aligned;
 
-__device__ float with_bias(float product, const float* bias, int64_t column) {
-  return bias != nullptr ? product + bias[column] : product;
+// The logits of a pack of products, the first of them of column `first`.
+template <int n>
+__device__ void logits(const Pack<float, n>& products, const float* bias, int64_t first,
+                       Transform transform, float (&z)[n]) {
+  for (int k = 0; k < n; ++k) z[k] = products.at[k];
+  if (bias != nullptr) {
+    for (int k = 0; k < n; ++k) z[k] += bias[first + k];
+  }
+  transform.logits(z);
 }
 
 template <bool kEntropy>
@@ -27,12 +35,14 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t hit = target[i] - first_col;
     State state;
-    for_each(tile + i * cols, cols, [&](int64_t j, auto products) {
+    for_each(tile + i * cols, cols, 0, [&](int64_t j, auto products) {
       constexpr int n = products.kSize;
       float z[n];
-      for (int k = 0; k < n; ++k) {
-        z[k] = transform.logit(with_bias(products.at[k], bias, j + k));
-        if (j + k == hit) picked[i] = z[k];
+      logits(products, bias, j, transform, z);
+      if (j <= hit && hit < j + n) {
+        for (int k = 0; k < n; ++k) {
+          if (j + k == hit) picked[i] = z[k];
+        }
       }
       state.add<kEntropy>(z);
     });
@@ -56,17 +66,18 @@ __global__ void __launch_bounds__(kThreads)
                 RowGrads grads, int64_t rows, int64_t cols, int64_t first_col,
                 Transform transform) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const float* row = tile + i * cols;
     T* drow = dtile + i * cols;
     const int64_t hit = target[i] - first_col;
     const RowGrad grad = grads.row<kEntropy>(i);
-    for_each(tile + i * cols, cols, [&](int64_t j, auto products) {
+    for_each(row, cols, until_aligned(row, cols), [&](int64_t j, auto products) {
       constexpr int n = products.kSize;
+      float z[n], dz[n];
+      logits(products, bias, j, transform, z);
+      grad.logits<kEntropy>(z, hit - j, dz);
+      transform.gradients(z, dz);
       Pack<T, n> gradient;
-      for (int k = 0; k < n; ++k) {
-        const float z = transform.logit(with_bias(products.at[k], bias, j + k));
-        const float dz = grad.logit<kEntropy>(z, j + k == hit);
-        gradient.at[k] = static_cast<T>(dz * transform.slope(z));
-      }
+      for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
       gradient.store(drow + j);
     });
   }
