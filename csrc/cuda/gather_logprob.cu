@@ -9,13 +9,13 @@
 namespace {
 
 using latro::for_each;
+using latro::for_each_to_sum;
 using latro::kThreads;
 using latro::Pack;
 using latro::RowGrad;
 using latro::RowGrads;
 using latro::State;
 using latro::Transform;
-using latro::until_aligned;
 
 // What the forward writes of each row; entropy is null where none is asked for.
 struct Outputs {
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* row = logits + i * row_step;
     State state;
-    for_each(row, cols, 0, [&](int64_t, auto pack) {
+    for_each_to_sum(row, cols, [&](int64_t, auto pack) {
       constexpr int n = pack.kSize;
       float z[n];
       for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads)
       continue;
     }
     const int64_t hit = target[i];
-    for_each(row, cols, until_aligned(row, cols), [&](int64_t j, auto pack) {
+    for_each(row, cols, [&](int64_t j, auto pack) {
       constexpr int n = pack.kSize;
       float z[n], dz[n];
       for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);

@@ -8,18 +8,18 @@
 namespace {
 
 using latro::for_each;
+using latro::for_each_to_sum;
 using latro::kThreads;
 using latro::Pack;
 using latro::RowGrad;
 using latro::RowGrads;
 using latro::State;
 using latro::Transform;
-using latro::until_aligned;
 
-// The logits of a pack of products, the first of them of column `first`.
+// The logits of a pack of products, the first of them of column `first`; bias may be null.
 template <int n>
-__device__ void logits(const Pack<float, n>& products, const float* bias, int64_t first,
-                       Transform transform, float (&z)[n]) {
+__device__ void logits_of(const Pack<float, n>& products, const float* bias, int64_t first,
+                          Transform transform, float (&z)[n]) {
   for (int k = 0; k < n; ++k) z[k] = products.at[k];
   if (bias != nullptr) {
     for (int k = 0; k < n; ++k) z[k] += bias[first + k];
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t hit = target[i] - first_col;
     State state;
-    for_each(tile + i * cols, cols, 0, [&](int64_t j, auto products) {
+    for_each_to_sum(tile + i * cols, cols, [&](int64_t j, auto products) {
       constexpr int n = products.kSize;
       float z[n];
-      logits(products, bias, j, transform, z);
+      logits_of(products, bias, j, transform, z);
       if (j <= hit && hit < j + n) {
         for (int k = 0; k < n; ++k) {
           if (j + k == hit) picked[i] = z[k];
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kThreads)
     T* drow = dtile + i * cols;
     const int64_t hit = target[i] - first_col;
     const RowGrad grad = grads.row<kEntropy>(i);
-    for_each(row, cols, until_aligned(row, cols), [&](int64_t j, auto products) {
+    for_each(row, cols, [&](int64_t j, auto products) {
       constexpr int n = products.kSize;
       float z[n], dz[n];
-      logits(products, bias, j, transform, z);
+      logits_of(products, bias, j, transform, z);
       grad.logits<kEntropy>(z, hit - j, dz);
       transform.gradients(z, dz);
       Pack<T, n> gradient;

@@ -192,14 +192,6 @@ struct alignas(n * sizeof(T)) Pack {
     return reinterpret_cast<uintptr_t>(address) % sizeof(Pack) == 0;
   }
 
-  __device__ void load(const T* from) {
-    if (fits(from)) {
-      *this = *reinterpret_cast<const Pack*>(from);
-    } else {
-      for (int k = 0; k < n; ++k) at[k] = from[k];
-    }
-  }
-
   __device__ void store(T* to) const {
     if (fits(to)) {
       *reinterpret_cast<Pack*>(to) = *this;
@@ -209,43 +201,64 @@ struct alignas(n * sizeof(T)) Pack {
   }
 };
 
-// How many elements of a row stand before its first 16-byte boundary.
 template <typename T>
-__device__ int64_t until_aligned(const T* row, int64_t cols) {
-  constexpr int64_t kSize = kLoadBytes / sizeof(T);
-  const int64_t past_boundary = (reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kSize;
-  const int64_t head = past_boundary == 0 ? 0 : kSize - past_boundary;
-  return head < cols ? head : cols;
-}
+using LoadedPack = Pack<T, kLoadBytes / sizeof(T)>;
 
-// Calls visit(j, pack of row[j] and the next) until 0 .. cols are done, this thread's share of
-// them: packs of 16 bytes from `head` on, of one element before and after. The packs are aligned
-// with a head of until_aligned(). With a head of 0 the shares do not depend on the row's address,
-// and so neither do the bits of a sum; a row that is not aligned is then loaded by the element.
+// Calls visit(j, pack of row[j] and the next) for this thread's share of `packs` packs from
+// row[first] on. Whether they are aligned is no question for each load: the answer's merging would
+// have the second wait for the first.
 //
 // A thread has 32 bytes in flight: 40 KB on a multiprocessor that holds five blocks, as it does at
 // 48 registers a thread or less. That is what an H100 needs for 85 % of its copy bandwidth; a
 // backward, half of whose traffic are stores, is content with half.
-template <typename T, typename Visit>
-__device__ void for_each(const T* row, int64_t cols, int64_t head, Visit visit) {
-  constexpr int kSize = kLoadBytes / sizeof(T);
-  const int64_t packs = (cols - head) / kSize;
-  const int64_t tail = head + packs * kSize;
-  const int64_t lane = threadIdx.x;
-  if (lane < head) visit(lane, Pack<T, 1>{{row[lane]}});
-  for (int64_t first = lane; first < packs; first += kLoads * kThreads) {
-    Pack<T, kSize> loaded[kLoads];
+template <bool kAligned, typename T, typename Visit>
+__device__ void for_each_pack(const T* row, int64_t first, int64_t packs, Visit visit) {
+  constexpr int kSize = LoadedPack<T>::kSize;
+  for (int64_t p = threadIdx.x; p < packs; p += kLoads * kThreads) {
+    LoadedPack<T> loaded[kLoads];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = first + k * kThreads;
-      if (i < packs) loaded[k].load(row + head + i * kSize);
+      const T* from = row + first + (p + k * kThreads) * kSize;
+      if (p + k * kThreads >= packs) continue;
+      if constexpr (kAligned) {
+        loaded[k] = *reinterpret_cast<const LoadedPack<T>*>(from);
+      } else {
+        for (int e = 0; e < kSize; ++e) loaded[k].at[e] = from[e];
+      }
     }
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      const int64_t i = first + k * kThreads;
-      if (i < packs) visit(head + i * kSize, loaded[k]);
+      if (p + k * kThreads < packs) visit(first + (p + k * kThreads) * kSize, loaded[k]);
     }
   }
+}
+
+// The same for all of 0 .. cols, single elements being packs of one. Which thread gets which does
+// not depend on the row's address, so neither do the bits of a sum; a row that is not aligned is
+// loaded by the element.
+template <typename T, typename Visit>
+__device__ void for_each_to_sum(const T* row, int64_t cols, Visit visit) {
+  const int64_t packs = cols / LoadedPack<T>::kSize;
+  if (LoadedPack<T>::fits(row)) {
+    for_each_pack<true>(row, 0, packs, visit);
+  } else {
+    for_each_pack<false>(row, 0, packs, visit);
+  }
+  const int64_t j = packs * LoadedPack<T>::kSize + threadIdx.x;
+  if (j < cols) visit(j, Pack<T, 1>{{row[j]}});
+}
+
+// The same with all packs aligned: the elements before the first 16-byte boundary go singly.
+template <typename T, typename Visit>
+__device__ void for_each(const T* row, int64_t cols, Visit visit) {
+  constexpr int kSize = LoadedPack<T>::kSize;
+  const int64_t past_boundary = (reinterpret_cast<uintptr_t>(row) / sizeof(T)) % kSize;
+  const int64_t until_boundary = past_boundary == 0 ? 0 : kSize - past_boundary;
+  const int64_t head = until_boundary < cols ? until_boundary : cols;
+  const int64_t packs = (cols - head) / kSize;
+  const int64_t lane = threadIdx.x, tail = head + packs * kSize;
+  if (lane < head) visit(lane, Pack<T, 1>{{row[lane]}});
+  for_each_pack<true>(row, head, packs, visit);
   if (tail + lane < cols) visit(tail + lane, Pack<T, 1>{{row[tail + lane]}});
 }
 
