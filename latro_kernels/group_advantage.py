@@ -267,14 +267,13 @@ def _group_advantage(
         native.call("latro_cpu_group_advantage_forward", *tensors, rewards, *settings, threads)
     else:
         N, sizes = logp.numel(), native.constants()
-        num_tiles = N // sizes["LATRO_GROUP_TILE_ROWS"] + 1
-        words = S + num_tiles * sizes["LATRO_GROUP_TILE_WORDS"]
+        tiles = N // sizes["LATRO_GROUP_TILE_ROWS"] + 1
+        words = S + tiles * sizes["LATRO_GROUP_TILE_WORDS"]
         scratch = torch.empty(words, dtype=torch.float64, device=logp.device)
+        inputs = (*tensors, scratch, N, *settings)
         with torch.cuda.device(logp.device):
             stream = torch.cuda.current_stream().cuda_stream
-            native.call(
-                "latro_cuda_group_advantage_forward", *tensors, scratch, N, *settings, stream
-            )
+            native.call("latro_cuda_group_advantage_forward", *inputs, stream)
     return outputs
 
 

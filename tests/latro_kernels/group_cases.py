@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -93,6 +94,17 @@ def make_batch(
     return Batch(logp, ref_logp, row_kl, GroupLayout(offsets, num_generations, flags, num_groups))
 
 
+def ragged_batch(num_generations: int, seed: int = 0) -> Batch:
+    """1.8 M rows: segments of 1 to 100 rows and, together and apart, some of up to 100,000."""
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, 100) for _ in range(2048)]
+    for i in (*range(16), *range(64, 2048, 42)):
+        lengths[i] = draw.randint(1, 50_000)
+    lengths[2047] = 100_000
+    finished = [draw.random() < 0.9 for _ in range(1024)]
+    return make_batch(lengths, num_generations, finished=finished, seed=seed)
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
     """Ragged groups: empty segments, no groups, any sequences unfinished."""
@@ -134,6 +146,43 @@ def run_reference(batch: Batch, **settings: object) -> GroupAdvantage:
 def present(out: GroupAdvantage) -> dict[str, Tensor]:
     """The fields that there are, by name."""
     return {name: getattr(out, name) for name in FIELDS if getattr(out, name) is not None}
+
+
+def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinished: str) -> Tensor:
+    """The loss of the paper's update, written out with a loop and differentiable in logp."""
+    offsets, K = batch.layout.offsets.tolist(), batch.layout.num_generations
+    sequences = range(len(offsets) // 2)
+    finished = (
+        [True] * len(sequences) if batch.layout.finished is None else batch.layout.finished.tolist()
+    )
+    log_z, log_y, divergence, rewards = [], [], [], []
+    for s in sequences:
+        z = slice(offsets[2 * s], offsets[2 * s + 1])
+        log_z.append(batch.logp[z].sum())
+        log_y.append(batch.logp[offsets[2 * s + 1] : offsets[2 * s + 2]].sum())
+        log_ratio = batch.logp[z] - batch.ref_logp[z]
+        if kl == "reward":
+            rewards.append((log_y[s] - beta * log_ratio.sum()).item())
+        else:
+            k3 = torch.exp(-log_ratio) + log_ratio - 1
+            divergence.append((k3 if kl == "k3" else batch.row_kl[z]).sum())
+            rewards.append(log_y[s].item())
+    loss = batch.logp.new_zeros(())
+    for first in sequences[::K]:
+        group = range(first, first + K)
+        if unfinished == "floor":
+            lowest = min(rewards[s] for s in group)
+            included = {s: rewards[s] if finished[s] else lowest for s in group}
+        else:
+            included = {s: rewards[s] for s in group if finished[s]}
+        for s in included:
+            others = [included[j] for j in included if j != s]
+            advantage = included[s] - sum(others) / len(others) if others else 0.0
+            loss = loss - advantage * log_z[s] - answer_weight * log_y[s]
+            if kl != "reward":
+                loss = loss + beta * divergence[s]
+    num_groups = batch.layout.num_groups or len(sequences) // K
+    return loss / (num_groups * K)
 
 
 def assert_gate(batch: Batch, backend: str, **settings: object) -> None:

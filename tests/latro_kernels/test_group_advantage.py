@@ -22,7 +22,9 @@ from tests.latro_kernels.group_cases import (
     assert_same,
     batches,
     make_batch,
+    objective,
     present,
+    ragged_batch,
     run,
 )
 
@@ -66,6 +68,29 @@ def test_long_segments_and_many_sequences(
     finished = [draw.random() < 0.9 for _ in range(1024)]
     lengths = [draw.randrange(40) for _ in range(2048)]
     assert_gate(make_batch(lengths, 1024, finished=finished).to(device), backend, **setting)
+
+
+@each_backend
+@each_setting
+def test_segments_that_meet_where_kernels_cut(
+    backend: str, device: str, setting: dict[str, str]
+) -> None:
+    """Segments that end on a kernel's block of rows, or beside it, and empty ones there."""
+    draw = random.Random(2)
+    lengths = [draw.choice([0, 1, 128, 255, 256, 512]) for _ in range(330)]
+    finished = [draw.random() < 0.7 for _ in range(165)]
+    assert_gate(make_batch(lengths, 33, finished=finished).to(device), backend, **setting)
+
+
+@pytest.mark.parametrize(("backend", "device"), map(_on_gpu, ("triton", "cuda")))
+@pytest.mark.parametrize("num_generations", [2, 1024])
+@each_setting
+def test_millions_of_ragged_rows(
+    setting: dict[str, str], num_generations: int, backend: str, device: str
+) -> None:
+    batch = ragged_batch(num_generations).to(device)
+    assert_gate(batch, backend, **setting)
+    assert_same(run(batch, backend, **setting), run(batch, backend, **setting))
 
 
 @each_backend
@@ -120,43 +145,6 @@ def test_cpu_result_does_not_depend_on_threads(setting: dict[str, str]) -> None:
         assert_same(several, run(batch, "cpu", **setting))
     finally:
         torch.set_num_threads(threads)
-
-
-def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinished: str) -> Tensor:
-    """The loss of the paper's update, written out with a loop and differentiable in logp."""
-    offsets, K = batch.layout.offsets.tolist(), batch.layout.num_generations
-    sequences = range(len(offsets) // 2)
-    finished = (
-        [True] * len(sequences) if batch.layout.finished is None else batch.layout.finished.tolist()
-    )
-    log_z, log_y, divergence, rewards = [], [], [], []
-    for s in sequences:
-        z = slice(offsets[2 * s], offsets[2 * s + 1])
-        log_z.append(batch.logp[z].sum())
-        log_y.append(batch.logp[offsets[2 * s + 1] : offsets[2 * s + 2]].sum())
-        log_ratio = batch.logp[z] - batch.ref_logp[z]
-        if kl == "reward":
-            rewards.append((log_y[s] - beta * log_ratio.sum()).item())
-        else:
-            k3 = torch.exp(-log_ratio) + log_ratio - 1
-            divergence.append((k3 if kl == "k3" else batch.row_kl[z]).sum())
-            rewards.append(log_y[s].item())
-    loss = batch.logp.new_zeros(())
-    for first in sequences[::K]:
-        group = range(first, first + K)
-        if unfinished == "floor":
-            lowest = min(rewards[s] for s in group)
-            included = {s: rewards[s] if finished[s] else lowest for s in group}
-        else:
-            included = {s: rewards[s] for s in group if finished[s]}
-        for s in included:
-            others = [included[j] for j in included if j != s]
-            advantage = included[s] - sum(others) / len(others) if others else 0.0
-            loss = loss - advantage * log_z[s] - answer_weight * log_y[s]
-            if kl != "reward":
-                loss = loss + beta * divergence[s]
-    num_groups = batch.layout.num_groups or len(sequences) // K
-    return loss / (num_groups * K)
 
 
 @each_setting
