@@ -176,8 +176,6 @@ def grad_kernel(
     if HAS_ROWS:
         number = tl.load(rows_ptr + i, mask=in_rows, other=0)
     column = begin + column_block * BLOCK_V
-    j = column + tl.arange(0, BLOCK_V)
-    in_range = j < end
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     grad_logp = tl.load(grad_logp_ptr + i, mask=in_rows, other=0.0)
     logp = tl.load(logp_ptr + i, mask=in_rows, other=0.0)
@@ -189,7 +187,6 @@ def grad_kernel(
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
         entropy = tl.load(entropy_ptr + i, mask=in_rows, other=0.0)
     rows = (target, grad_logp, grad_entropy, logp, entropy, peak, log_total)
-    in_tile = in_rows[:, None] & in_range[None, :]
     is_active = True
     if WITH_FILTER:
         blocks = tl.cdiv(V, BLOCK_V)
@@ -208,8 +205,33 @@ def grad_kernel(
         tl.store(active_ptr + row_block * column_blocks + column_block, is_active.to(tl.int8))
     if is_active:
         if IS_KEPT:
-            from_ptr = kept_ptr + number[:, None] * kept_step + (j - begin)[None, :]
-            products = tl.load(from_ptr, mask=in_tile, other=0.0)
+            for quarter in tl.static_range(4):
+                first = column + quarter * (BLOCK_V // 4)
+                of_slice = first - begin + tl.arange(0, BLOCK_V // 4)
+                products = tl.load(
+                    kept_ptr + (number * kept_step)[:, None] + of_slice[None, :],
+                    mask=in_rows[:, None] & (of_slice < end - begin)[None, :],
+                    other=0.0,
+                )
+                _store_gradient(
+                    products,
+                    bias_ptr,
+                    dz_ptr,
+                    first_row,
+                    first,
+                    begin,
+                    end,
+                    in_rows,
+                    rows,
+                    softcap,
+                    temperature,
+                    HAS_BIAS,
+                    HAS_SOFTCAP,
+                    WITH_ENTROPY,
+                    WITH_FILTER,
+                    BLOCK_N,
+                    BLOCK_V // 4,
+                )
         else:
             products = block_products(
                 hidden,
@@ -228,48 +250,50 @@ def grad_kernel(
                 BLOCK_V,
                 BLOCK_H,
             )
-        left, right = halves(products, BLOCK_N, BLOCK_V)
-        _store_halves(
-            left,
-            bias_ptr,
-            dz_ptr,
-            first_row,
-            column,
-            begin,
-            end,
-            in_rows,
-            rows,
-            softcap,
-            temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
-            WITH_FILTER,
-            BLOCK_N,
-            BLOCK_V // 2,
-        )
-        _store_halves(
-            right,
-            bias_ptr,
-            dz_ptr,
-            first_row,
-            column + BLOCK_V // 2,
-            begin,
-            end,
-            in_rows,
-            rows,
-            softcap,
-            temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
-            WITH_FILTER,
-            BLOCK_N,
-            BLOCK_V // 2,
-        )
+            left, right = halves(products, BLOCK_N, BLOCK_V)
+            _store_halves(
+                left,
+                bias_ptr,
+                dz_ptr,
+                first_row,
+                column,
+                begin,
+                end,
+                in_rows,
+                rows,
+                softcap,
+                temperature,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                WITH_ENTROPY,
+                WITH_FILTER,
+                BLOCK_N,
+                BLOCK_V // 2,
+            )
+            _store_halves(
+                right,
+                bias_ptr,
+                dz_ptr,
+                first_row,
+                column + BLOCK_V // 2,
+                begin,
+                end,
+                in_rows,
+                rows,
+                softcap,
+                temperature,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                WITH_ENTROPY,
+                WITH_FILTER,
+                BLOCK_N,
+                BLOCK_V // 2,
+            )
     else:
+        in_range = column + tl.arange(0, BLOCK_V) < end
         to = block_ptr(dz_ptr, end - begin, first_row, column - begin, BLOCK_N, BLOCK_V)
-        tl.store(to, tl.zeros((BLOCK_N, BLOCK_V), tl.float32), mask=in_tile)
+        nothing = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        tl.store(to, nothing, mask=in_rows[:, None] & in_range[None, :])
 
 
 @triton.jit

@@ -8,9 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head_gradient import Gradient
+from latro_kernels.triton.products import block_ptr
 
-# Columns of a block of the result, and how much of an active block is taken at a time.
-BLOCK_COLS, BLOCK_DEPTH = 128, 64
+# Columns of a block of the result, and how much of an active block is taken at a time. The rows are
+# those of the block that is active or not, 256 at most: more columns would not fit the registers.
+BLOCK_COLS, BLOCK_DEPTH = 64, 32
 
 
 @triton.jit
@@ -41,10 +43,16 @@ def sparse_product_kernel(
     h = (block_h * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
     depth = tl.arange(0, BLOCK_DEPTH).to(tl.int64)
     in_rows, in_cols = i < M, h < H
+    in_block = in_rows[:, None] & in_cols[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    if ADD:
+        before = block_ptr(
+            c_ptr, c_row_step, block_m * BLOCK_M, block_h * BLOCK_H, BLOCK_M, BLOCK_H
+        )
+        sums += tl.load(before, mask=in_block, other=0.0)
     for block_k in range(tl.cdiv(K, BLOCK_K)):
-        at = active_ptr + block_m * active_row_step + block_k * active_col_step
-        if tl.load(at) != 0:
+        flag = active_ptr + block_m * active_row_step + block_k * active_col_step
+        if tl.load(flag) != 0:
             begin = block_k * BLOCK_K
             for k in range(begin, min(begin + BLOCK_K, K), BLOCK_DEPTH):
                 of_k = k + depth
@@ -60,11 +68,8 @@ def sparse_product_kernel(
                     other=0.0,
                 )
                 sums = tl.dot(a, b, sums, input_precision="ieee")
-    at = c_ptr + i[:, None] * c_row_step + h[None, :]
-    in_block = in_rows[:, None] & in_cols[None, :]
-    if ADD:
-        sums += tl.load(at, mask=in_block, other=0.0)
-    tl.store(at, sums, mask=in_block)
+    to = block_ptr(c_ptr, c_row_step, first_row, first_column, BLOCK_M, BLOCK_H)
+    tl.store(to, sums, mask=in_block)
 
 
 def add_sparse_product(

@@ -35,7 +35,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_KEPT", "WITH_BLOCK_PEAK"),
         *("HAS_ROWS", "WITH_FILTER"),
     ),
-    "kept": ("IS_KEPT", "HAS_BIAS"),
+    "kept": ("WITH_KEPT", "IS_KEPT"),
 }
 POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
 FLOATS = ("softcap", "temperature", "grad_filter")
@@ -67,8 +67,6 @@ def signature(kernel: Any, dtype: str, blocks: dict[str, tuple[int, int]] | None
 def test_products_fit(kernel: Any, by_descriptor: bool, features: str, capability: int) -> None:
     if by_descriptor and capability < 90:
         pytest.skip("this chip has no copies by descriptor")
-    if features == "kept" and kernel is forward_kernel:
-        pytest.skip("the forward reads no products")
     config = tuning.start(capability // 10, torch.bfloat16)
     flags = {p.name: p.name in FEATURES[features] for p in kernel.params if p.is_constexpr}
     blocks = {
@@ -93,8 +91,7 @@ def test_products_fit(kernel: Any, by_descriptor: bool, features: str, capabilit
     if config.columns == 128 or features == "plain":
         limits["stack_limit"] = 0
     assert violations(found, capability, **limits) == []
-    if features != "kept":
-        assert found.spills_in_products == 0
+    assert found.spills_in_products == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -109,18 +106,24 @@ def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
     if kernel is forward_kernel:
         constants["TILES"] = TILES
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    found = compile_kernel(
-        kernel, signature(kernel, "fp32", None), constants, capability, **options
-    )
-    assert violations(found, capability, shared_limit=SHARED_OPT_IN[capability]) == []
+    types = signature(kernel, "fp32", None)
+    found = compile_kernel(kernel, types, constants, capability, **options)
+    limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
+    assert violations(found, capability, **limits) == []
+    assert found.spills_in_products == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
     config = tuning.start(capability // 10, torch.bfloat16 if dtype == "bf16" else torch.float32)
-    for rows, depth in ((config.rows, config.columns), (config.columns, config.rows)):
+    # dz, whose columns stand side by side, and dz transposed.
+    for rows, depth, unit_step in (
+        (config.rows, config.columns, "a_col_step"),
+        (config.columns, config.rows, "a_row_step"),
+    ):
         constants = {"ADD": True, "BLOCK_M": rows, "BLOCK_K": depth}
+        constants |= {unit_step: 1, "b_col_step": 1}
         constants["BLOCK_H"] = sparse_product.BLOCK_COLS
         constants["BLOCK_DEPTH"] = min(sparse_product.BLOCK_DEPTH, depth)
         types = signature(sparse_product.sparse_product_kernel, dtype, None)
@@ -128,8 +131,9 @@ def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
         found = compile_kernel(
             sparse_product.sparse_product_kernel, types, constants, capability, num_warps=8
         )
-        limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
+        limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": 64}
         assert violations(found, capability, **limits) == []
+        assert found.spills_in_products == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
