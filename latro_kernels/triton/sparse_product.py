@@ -45,10 +45,9 @@ def sparse_product_kernel(
     in_rows, in_cols = i < M, h < H
     in_block = in_rows[:, None] & in_cols[None, :]
     sums = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    first_row, first_column = block_m * BLOCK_M, block_h * BLOCK_H
     if ADD:
-        before = block_ptr(
-            c_ptr, c_row_step, block_m * BLOCK_M, block_h * BLOCK_H, BLOCK_M, BLOCK_H
-        )
+        before = block_ptr(c_ptr, c_row_step, first_row, first_column, BLOCK_M, BLOCK_H)
         sums += tl.load(before, mask=in_block, other=0.0)
     for block_k in range(tl.cdiv(K, BLOCK_K)):
         flag = active_ptr + block_m * active_row_step + block_k * active_col_step
