@@ -11,6 +11,7 @@ It takes the checkout as it is, without network and without installing it. Stage
 - tests: `pytest -m gpu`;
 - sanitize: compute-sanitizer's memcheck and racecheck over every native kernel (`sanitize_run`);
 - chip: copy bandwidth and bf16 GEMM rate of this GPU (`gpu_measure`, as forms and ops);
+- tuning: the best block of products on this GPU, for the stages that follow (`triton.tuning`);
 - logprob: `logprob_bench` at GPU shapes in bf16, beside the peers;
 - forms: a memory budget of 3 GiB and a frozen head, with both GPU backends;
 - head: the head study's sections full and filter;
@@ -28,6 +29,7 @@ failed, else 0: a skipped stage or a goal that is not met is no failure.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -115,6 +117,23 @@ def stages(out: Path, wheels: Path | None, installed: Path, data: Path | None) -
             figure=gpu_goals.chip_figure,
         ),
         Stage(
+            "tuning",
+            [
+                (
+                    python,
+                    "-m",
+                    "latro_kernels.triton.tuning",
+                    "--hidden",
+                    "4096",
+                    "--vocab",
+                    "128256",
+                )
+            ],
+            limit_s=60,
+            obstacles=[no_gpu],
+            figure=lambda _: fastest_block(),
+        ),
+        Stage(
             "logprob",
             [(*bench, "--device", "cuda", "--providers", _PROVIDERS, "--out", str(out))],
             limit_s=120,
@@ -172,6 +191,18 @@ def nothing_to_build() -> str | None:
     oldest = min(path.stat().st_mtime for path in built)
     newest = max(path.stat().st_mtime for path in sources)
     return "nothing to do: no source is newer than a library" if newest <= oldest else None
+
+
+def fastest_block() -> str:
+    """The last shape that was saved."""
+    from latro_kernels.triton import tuning
+
+    entry = json.loads(tuning.SAVED.read_text())[-1]
+    block = tuning.Config(**entry["config"])
+    return (
+        f"{block.rows} × {block.columns} × {block.depth}, {block.stages} stages: "
+        f"{entry['milliseconds']:.2f} ms"
+    )
 
 
 def library_sizes() -> str:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import gpu_suite
 from benchmarks.stages import Stage
 
-NAMES = ["build", "peers", "tests", "sanitize", "chip", "logprob", "forms", "head", "ops"]
+NAMES = ["build", "peers", "tests", "sanitize", "chip", "tuning", "logprob", "forms", "head", "ops"]
 
 
 @pytest.fixture
