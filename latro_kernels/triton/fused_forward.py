@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from latro_kernels.triton.products import block_logits, block_products, block_ptr, halves, place
+from latro_kernels.triton.products import block_logits, block_products, block_ptr, place, quarters
 from latro_kernels.triton.softmax import fold
 
 
@@ -55,78 +55,6 @@ def _fold_columns(
     largest = tl.max(z, 1)
     peak, total, weighted = fold(z, peak, total, weighted, 1, WITH_ENTROPY)
     return (peak, total, weighted, picked), largest
-
-
-@triton.jit
-def _fold_halves(
-    products,
-    bias_ptr,
-    kept_ptr,
-    target,
-    first_row,
-    column,
-    N,
-    begin,
-    end,
-    kept_end,
-    kept_step,
-    softcap,
-    temperature,
-    state,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    WITH_KEPT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """`_fold_columns` of one half, then the other: registers for both are not to be had."""
-    left, right = halves(products, ROWS, COLUMNS)
-    state, largest = _fold_columns(
-        left,
-        bias_ptr,
-        kept_ptr,
-        target,
-        first_row,
-        column,
-        N,
-        begin,
-        end,
-        kept_end,
-        kept_step,
-        softcap,
-        temperature,
-        state,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        WITH_ENTROPY,
-        WITH_KEPT,
-        ROWS,
-        COLUMNS // 2,
-    )
-    state, of_right = _fold_columns(
-        right,
-        bias_ptr,
-        kept_ptr,
-        target,
-        first_row,
-        column + COLUMNS // 2,
-        N,
-        begin,
-        end,
-        kept_end,
-        kept_step,
-        softcap,
-        temperature,
-        state,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        WITH_ENTROPY,
-        WITH_KEPT,
-        ROWS,
-        COLUMNS // 2,
-    )
-    return state, tl.maximum(largest, of_right)
 
 
 @triton.jit
@@ -198,57 +126,38 @@ def forward_kernel(
             BLOCK_V,
             BLOCK_H,
         )
-        left, right = halves(products, BLOCK_N, BLOCK_V)
+        parts = quarters(products, BLOCK_N, BLOCK_V)
         state = (peak, total, weighted, picked)
-        state, largest = _fold_halves(
-            left,
-            bias_ptr,
-            kept_ptr,
-            target,
-            first_row,
-            column,
-            N,
-            begin,
-            end,
-            kept_end,
-            kept_step,
-            softcap,
-            temperature,
-            state,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
-            WITH_KEPT,
-            BLOCK_N,
-            BLOCK_V // 2,
-        )
-        state, of_right = _fold_halves(
-            right,
-            bias_ptr,
-            kept_ptr,
-            target,
-            first_row,
-            column + BLOCK_V // 2,
-            N,
-            begin,
-            end,
-            kept_end,
-            kept_step,
-            softcap,
-            temperature,
-            state,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
-            WITH_KEPT,
-            BLOCK_N,
-            BLOCK_V // 2,
-        )
+        largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        for quarter in tl.static_range(4):
+            state, of_part = _fold_columns(
+                parts[quarter],
+                bias_ptr,
+                kept_ptr,
+                target,
+                first_row,
+                column + quarter * (BLOCK_V // 4),
+                N,
+                begin,
+                end,
+                kept_end,
+                kept_step,
+                softcap,
+                temperature,
+                state,
+                HAS_BIAS,
+                HAS_SOFTCAP,
+                WITH_ENTROPY,
+                WITH_KEPT,
+                BLOCK_N,
+                BLOCK_V // 4,
+            )
+            largest = tl.maximum(largest, of_part)
         peak, total, weighted, picked = state
         if WITH_BLOCK_PEAK:
             blocks = tl.cdiv(V, BLOCK_V)
             to = block_peak_ptr + i.to(tl.int64) * blocks + column // BLOCK_V
-            tl.store(to, tl.maximum(largest, of_right), mask=in_rows)
+            tl.store(to, largest, mask=in_rows)
     to = parts_ptr + split.to(tl.int64) * N + i
     tl.store(to, peak, mask=in_rows)
     to += part_step

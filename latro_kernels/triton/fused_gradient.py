@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from latro_kernels.triton.products import block_logits, block_products, block_ptr, halves, place
+from latro_kernels.triton.products import block_logits, block_products, block_ptr, place, quarters
 from latro_kernels.triton.softmax import product_grad
 
 
@@ -55,68 +55,6 @@ def _store_gradient(
         dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
     to = block_ptr(dz_ptr, end - begin, first_row, column - begin, ROWS, COLUMNS)
     tl.store(to, dz, mask=in_rows[:, None] & in_range[None, :])
-
-
-@triton.jit
-def _store_halves(
-    products,
-    bias_ptr,
-    dz_ptr,
-    first_row,
-    column,
-    begin,
-    end,
-    in_rows,
-    rows,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    WITH_FILTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """`_store_gradient` of one half, then the other: registers for both are not to be had."""
-    left, right = halves(products, ROWS, COLUMNS)
-    _store_gradient(
-        left,
-        bias_ptr,
-        dz_ptr,
-        first_row,
-        column,
-        begin,
-        end,
-        in_rows,
-        rows,
-        softcap,
-        temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        WITH_ENTROPY,
-        WITH_FILTER,
-        ROWS,
-        COLUMNS // 2,
-    )
-    _store_gradient(
-        right,
-        bias_ptr,
-        dz_ptr,
-        first_row,
-        column + COLUMNS // 2,
-        begin,
-        end,
-        in_rows,
-        rows,
-        softcap,
-        temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-        WITH_ENTROPY,
-        WITH_FILTER,
-        ROWS,
-        COLUMNS // 2,
-    )
 
 
 @triton.jit
@@ -204,36 +142,8 @@ def grad_kernel(
         is_active = tl.max(tl.where(has_gradient, reaches, 0), 0) > 0
         tl.store(active_ptr + row_block * column_blocks + column_block, is_active.to(tl.int8))
     if is_active:
-        if IS_KEPT:
-            for quarter in tl.static_range(4):
-                first = column + quarter * (BLOCK_V // 4)
-                of_slice = first - begin + tl.arange(0, BLOCK_V // 4)
-                products = tl.load(
-                    kept_ptr + (number * kept_step)[:, None] + of_slice[None, :],
-                    mask=in_rows[:, None] & (of_slice < end - begin)[None, :],
-                    other=0.0,
-                )
-                _store_gradient(
-                    products,
-                    bias_ptr,
-                    dz_ptr,
-                    first_row,
-                    first,
-                    begin,
-                    end,
-                    in_rows,
-                    rows,
-                    softcap,
-                    temperature,
-                    HAS_BIAS,
-                    HAS_SOFTCAP,
-                    WITH_ENTROPY,
-                    WITH_FILTER,
-                    BLOCK_N,
-                    BLOCK_V // 4,
-                )
-        else:
-            products = block_products(
+        if not IS_KEPT:
+            block = block_products(
                 hidden,
                 weight,
                 first_row,
@@ -250,13 +160,24 @@ def grad_kernel(
                 BLOCK_V,
                 BLOCK_H,
             )
-            left, right = halves(products, BLOCK_N, BLOCK_V)
-            _store_halves(
-                left,
+            parts = quarters(block, BLOCK_N, BLOCK_V)
+        for quarter in tl.static_range(4):
+            first = column + quarter * (BLOCK_V // 4)
+            if IS_KEPT:
+                of_slice = first - begin + tl.arange(0, BLOCK_V // 4)
+                products = tl.load(
+                    kept_ptr + (number * kept_step)[:, None] + of_slice[None, :],
+                    mask=in_rows[:, None] & (of_slice < end - begin)[None, :],
+                    other=0.0,
+                )
+            else:
+                products = parts[quarter]
+            _store_gradient(
+                products,
                 bias_ptr,
                 dz_ptr,
                 first_row,
-                column,
+                first,
                 begin,
                 end,
                 in_rows,
@@ -268,26 +189,7 @@ def grad_kernel(
                 WITH_ENTROPY,
                 WITH_FILTER,
                 BLOCK_N,
-                BLOCK_V // 2,
-            )
-            _store_halves(
-                right,
-                bias_ptr,
-                dz_ptr,
-                first_row,
-                column + BLOCK_V // 2,
-                begin,
-                end,
-                in_rows,
-                rows,
-                softcap,
-                temperature,
-                HAS_BIAS,
-                HAS_SOFTCAP,
-                WITH_ENTROPY,
-                WITH_FILTER,
-                BLOCK_N,
-                BLOCK_V // 2,
+                BLOCK_V // 4,
             )
     else:
         in_range = column + tl.arange(0, BLOCK_V) < end

@@ -88,7 +88,15 @@ def block_logits(
 
 
 @triton.jit
-def halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a block: what is made of one needs half the registers."""
+def quarters(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block cut from left to right: what is made of a quarter takes few registers."""
+    left, right = _halves(block, ROWS, COLUMNS)
+    first, second = _halves(left, ROWS, COLUMNS // 2)
+    third, fourth = _halves(right, ROWS, COLUMNS // 2)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _halves(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     pairs = tl.reshape(block, (ROWS, 2, COLUMNS // 2))
     return tl.split(tl.permute(pairs, (0, 2, 1)))
