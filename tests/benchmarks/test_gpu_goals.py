@@ -142,10 +142,12 @@ def test_a_goal_in_milliseconds_needs_the_chips_rate():
     assert found["full, 512 MiB"].met is True
 
 
-def test_goals_of_a_file_of_logprob_bench(monkeypatch):
-    path = ROOT / "benchmarks" / "results" / "cpu" / "logprob.json"
+def test_goals_of_rows_that_were_measured(monkeypatch):
+    path = ROOT / "benchmarks" / "results" / "head" / "study_head.json"
+    groups = json.loads(path.read_text())["groups"]
+    rows = [row for group in groups if group["section"] == "peers" for row in group["rows"]]
     monkeypatch.setattr(gpu_goals, "GPU_SHAPES", CPU_SHAPES)
-    found = {goal.what: goal for goal in gpu_goals.goals({"logprob": json.loads(path.read_text())})}
+    found = {goal.what: goal for goal in gpu_goals.goals({"logprob": {"rows": rows}})}
     assert found["forward: 1.2 × floor"].measured > 0
     assert found["full / fastest peer"].by.startswith("latro-")
     assert found["error / gate"].measured > 0
