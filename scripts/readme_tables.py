@@ -148,9 +148,30 @@ def head_study(result: dict[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
+def ops(result: dict[str, Any]) -> str:
+    """The other ops beside plain PyTorch, a row a lap."""
+    ms: dict[tuple[str, str, str], dict[str, float]] = {}
+    for row in result["rows"]:
+        ms.setdefault((row["op"], row["dtype"], row["lap"]), {})[row["way"]] = 1e3 * row["median"]
+    ways = ("latro", "latro, in place", "plain")
+    rows = [
+        [f"`{op}` {lap}, {dtype}", *(f"{of[way]:.1f}" if way in of else "" for way in ways)]
+        for (op, dtype, lap), of in ms.items()
+    ]
+    sizes = result["sizes"]
+    header = ["median ms", "ours", "over the logits", "plain PyTorch"]
+    return (
+        markdown(header, rows)
+        + f"\n\nN = {sizes['N']}, H = {sizes['H']}, V = {sizes['V']}, {sizes['rows']} rows of "
+        f"group_advantage; {_where(result)}; ranges and errors in "
+        "[the results](benchmarks/results/ops/ops.json)."
+    )
+
+
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "default-run": (RESULTS / "default_run.json", default_run),
     "peers": (RESULTS / "head" / "study_head.json", peers),
+    "ops": (RESULTS / "ops" / "ops.json", ops),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
 }
 
