@@ -23,6 +23,8 @@ inline float second_order(float x) {
 }
 constexpr float kClose = 0.5f;  // the next term of the series is under 2^-24 there
 
+constexpr int64_t kStretch = 48;
+
 struct KlState {
   float peak_p = -kInfinity, peak_q = -kInfinity;
   float total_p = 0.0f, total_q = 0.0f, first = 0.0f, second = 0.0f;
@@ -37,21 +39,30 @@ struct KlState {
     peak_p = largest_p;
     peak_q = largest_q;
     const float gap = shift_p - shift_q;
-    float sum_p = 0.0f, sum_q = 0.0f, sum_first = 0.0f, sum_second = 0.0f;
-#pragma omp simd reduction(+ : sum_p, sum_q, sum_first, sum_second)
-    for (int64_t j = 0; j < n; ++j) {
-      const float ep = exp_vec(zp[j] - shift_p), eq = exp_vec(zq[j] - shift_q);
-      const float delta = (zp[j] - zq[j]) - gap;
-      const float moment = ep == 0.0f ? 0.0f : ep * delta;  // 0 * inf counts as 0
-      sum_p += ep;
-      sum_q += eq;
-      sum_first += moment;
-      sum_second += std::fabs(delta) < kClose ? ep * second_order(delta) : (eq - ep) + moment;
+    // A KL is a small difference of large sums: few terms a sum in fp32, and these in double.
+    double sum_p = total_p, sum_q = total_q, sum_first = first, sum_second = second;
+    for (int64_t begin = 0; begin < n; begin += kStretch) {
+      const int64_t end = std::min(begin + kStretch, n);
+      float some_p = 0.0f, some_q = 0.0f, some_first = 0.0f, some_second = 0.0f;
+#pragma omp simd reduction(+ : some_p, some_q, some_first, some_second)
+      for (int64_t j = begin; j < end; ++j) {
+        const float ep = exp_vec(zp[j] - shift_p), eq = exp_vec(zq[j] - shift_q);
+        const float delta = (zp[j] - zq[j]) - gap;
+        const float moment = ep == 0.0f ? 0.0f : ep * delta;  // 0 * inf counts as 0
+        some_p += ep;
+        some_q += eq;
+        some_first += moment;
+        some_second += std::fabs(delta) < kClose ? ep * second_order(delta) : (eq - ep) + moment;
+      }
+      sum_p += some_p;
+      sum_q += some_q;
+      sum_first += some_first;
+      sum_second += some_second;
     }
-    total_p += sum_p;
-    total_q += sum_q;
-    first += sum_first;
-    second += sum_second;
+    total_p = static_cast<float>(sum_p);
+    total_q = static_cast<float>(sum_q);
+    first = static_cast<float>(sum_first);
+    second = static_cast<float>(sum_second);
   }
 
   // What was summed so far, seen from peaks that lie higher by -drop.
