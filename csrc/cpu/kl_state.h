@@ -23,7 +23,7 @@ inline float second_order(float x) {
 }
 constexpr float kClose = 0.5f;  // the next term of the series is under 2^-24 there
 
-constexpr int64_t kStretch = 48;
+constexpr int64_t kKlStretch = 48;
 
 struct KlState {
   float peak_p = -kInfinity, peak_q = -kInfinity;
@@ -41,8 +41,8 @@ struct KlState {
     const float gap = shift_p - shift_q;
     // A KL is a small difference of large sums: few terms a sum in fp32, and these in double.
     double sum_p = total_p, sum_q = total_q, sum_first = first, sum_second = second;
-    for (int64_t begin = 0; begin < n; begin += kStretch) {
-      const int64_t end = std::min(begin + kStretch, n);
+    for (int64_t begin = 0; begin < n; begin += kKlStretch) {
+      const int64_t end = std::min(begin + kKlStretch, n);
       float some_p = 0.0f, some_q = 0.0f, some_first = 0.0f, some_second = 0.0f;
 #pragma omp simd reduction(+ : some_p, some_q, some_first, some_second)
       for (int64_t j = begin; j < end; ++j) {

@@ -14,6 +14,14 @@ namespace latro {
 
 constexpr int64_t kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// A sum that holds a 1 loses digits of each small term: so many terms a lane, then a sum of these.
+#if defined(__AVX512F__)
+constexpr int64_t kStretch = 12 * 16;
+#elif defined(__AVX__)
+constexpr int64_t kStretch = 12 * 8;
+#else
+constexpr int64_t kStretch = 12 * 4;
+#endif
 
 // The largest of n numbers and `start`.
 inline float largest(const float* z, int64_t n, float start) {
@@ -95,18 +103,26 @@ struct State {
     const float drop = peak - shift;
     const float shrink = std::exp(drop);
     float sum = 0.0f, moment = 0.0f;
-    if (entropy) {
-#pragma omp simd reduction(+ : sum, moment)
-      for (int64_t j = 0; j < n; ++j) {
-        const float distance = z[j] - shift;
-        const float e = exp_vec(distance);
-        sum += e;
-        moment += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
+    for (int64_t begin = 0; begin < n; begin += kStretch) {
+      const int64_t end = std::min(begin + kStretch, n);
+      float some = 0.0f, of_some = 0.0f;
+      if (entropy) {
+#pragma omp simd reduction(+ : some, of_some)
+        for (int64_t j = begin; j < end; ++j) {
+          const float distance = z[j] - shift;
+          const float e = exp_vec(distance);
+          some += e;
+          of_some += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
+        }
+      } else {
+#pragma omp simd reduction(+ : some)
+        for (int64_t j = begin; j < end; ++j) some += exp_vec(z[j] - shift);
       }
+      sum += some;
+      moment += of_some;
+    }
+    if (entropy) {
       weighted = shrink == 0.0f ? moment : shrink * (weighted + drop * total) + moment;
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < n; ++j) sum += exp_vec(z[j] - shift);
     }
     total = total * shrink + sum;
     peak = largest;
