@@ -32,9 +32,9 @@ from benchmarks import report, timing
 from benchmarks.gpu_goals import FROZEN, THREE_GIB
 from benchmarks.logprob_report import BARE_GEMMS, Row
 from benchmarks.measure import DTYPES, PEER_PACKAGES, TRUTH_FLOP, Limits, bench
-from benchmarks.problem import GPU_SHAPES, Shape, make_problem
+from benchmarks.problem import GPU_SHAPES, Shape, make_problem, ragged_layout
 from benchmarks.providers import CANNOT_RUN, LogprobFn, discover, reason, solve
-from latro_kernels import GroupLayout, gather_logprob, group_advantage
+from latro_kernels import gather_logprob, group_advantage
 
 BACKENDS = ("triton", "cuda")
 COPY_BYTES = 2 << 30
@@ -186,14 +186,6 @@ class GatherLaps:
             "forward_grad": self.forward_grad,
             "backward": self.backward,
         }
-
-
-def ragged_layout(N: int, S: int, K: int, device: torch.device) -> GroupLayout:
-    """S sequences, K a group, of N rows in all, cut anywhere: segments differ widely in length."""
-    generator = torch.Generator().manual_seed(0)
-    inner = 1 + torch.randperm(N - 1, generator=generator)[: 2 * S - 1].sort().values
-    offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([N])])
-    return GroupLayout(offsets.to(device), K)
 
 
 @dataclass(frozen=True)

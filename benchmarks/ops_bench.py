@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 
 from benchmarks import report, timing
 from benchmarks.measure import DTYPES
-from benchmarks.problem import relative_error
-from latro_kernels import GroupAdvantage, GroupLayout, gather_logprob, group_advantage, linear_kl
+from benchmarks.problem import ragged_layout, relative_error
+from latro_kernels import GroupAdvantage, gather_logprob, group_advantage, linear_kl
 
 _COPY_BYTES = 256 << 20
 
@@ -131,17 +131,15 @@ def kl_op(sizes: Sizes, dtype: str, device: torch.device) -> Op:
 
 def advantage_op(sizes: Sizes, device: torch.device) -> Op:
     """Segments cut anywhere: they differ widely in length."""
-    N, S = sizes.rows, sizes.sequences
-    inner = 1 + torch.randperm(N - 1)[: 2 * S - 1].sort().values
-    offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([N])]).to(device)
-    layout = GroupLayout(offsets, _K)
+    N = sizes.rows
+    layout = ragged_layout(N, sizes.sequences, _K, device)
     logp, ref_logp = (-torch.rand(N, device=device) for _ in range(2))
 
     def coefficients(backend: str) -> dict[str, Callable[[], object]]:
         return {"forward": lambda: group_advantage(logp, ref_logp, layout, backend=backend)}
 
     truth = group_advantage(logp.double(), ref_logp.double(), layout, backend="reference")
-    moved = {"forward": 4 * (2 * N + int(offsets.diff()[::2].sum()))}
+    moved = {"forward": 4 * (2 * N + int(layout.offsets.diff()[::2].sum()))}
     ways = {"latro": coefficients("auto"), "plain": coefficients("reference")}
     return Op("group_advantage", "fp32", ways, moved, truth.coefficient)
 

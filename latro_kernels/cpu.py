@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, kept_columns
+from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, make_state
 
 # The grain of the gradient filter: so many rows and columns are left out together, or not.
 FILTER_ROWS, FILTER_COLUMNS = 12, 96
@@ -67,18 +67,7 @@ def backward(
 
 def empty_state(head: Head, wanted: Wanted) -> State:
     """Room for what `forward` makes."""
-    (N, H), V = head.hidden.shape, len(head.weight)
-
-    def empty(*shape: int) -> Tensor:
-        return head.hidden.new_empty(shape, dtype=torch.float32)
-
-    return State(
-        *(empty(N) for _ in range(3)),
-        weighted=empty(N) if wanted.weighted else None,
-        pull=empty(N, H) if wanted.pull else None,
-        kept=empty(N * kept_columns(N, V, wanted.memory_budget, _KEPT_GRAIN)),
-        block_peak=empty(N, -(-V // FILTER_COLUMNS)) if wanted.block_peak else None,
-    )
+    return make_state(head, wanted, kept_grain=_KEPT_GRAIN, peak_columns=FILTER_COLUMNS)
 
 
 def _columns_of(kept: Tensor, N: int) -> int:
@@ -88,13 +77,16 @@ def _columns_of(kept: Tensor, N: int) -> int:
 def _operands(head: Head) -> tuple[object, ...]:
     """The first arguments of both calls, up to the bias."""
     hidden, weight = head.hidden, head.weight
-    in_bf16 = (
-        hidden.dtype == torch.bfloat16
-        and hidden.shape[1] >= _MIN_BF16_H
-        and native.library("cpu").latro_cpu_bf16_products_supported()
-    )
     return (
         *(hidden, *hidden.stride(), weight, *weight.stride()),
-        *(native.dtype_code(hidden.dtype), bool(in_bf16)),
+        *(native.dtype_code(hidden.dtype), multiplies_bf16(hidden)),
         None if head.bias is None else head.bias.float().contiguous(),
+    )
+
+
+def multiplies_bf16(*hidden: Tensor) -> bool:
+    """Whether products of these hidden states are made in bf16 as it is."""
+    return (
+        all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden)
+        and native.library("cpu").latro_cpu_bf16_products_supported() != 0
     )

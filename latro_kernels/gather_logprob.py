@@ -41,6 +41,7 @@ from latro_kernels.checks import (
     check_type,
 )
 from latro_kernels.dispatch import resolve
+from latro_kernels.head import absent
 
 
 def reference(
@@ -136,7 +137,7 @@ def _forward(
             *(logits, native.dtype_code(logits.dtype), logits.stride(0), rows.target),
             *(logp, entropy, peak, log_total, *logits.shape, softcap, temperature),
         )
-    return logp, _absent(logits) if entropy is None else entropy, peak, log_total
+    return logp, absent(logits) if entropy is None else entropy, peak, log_total
 
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
@@ -149,7 +150,7 @@ def _(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp, peak, log_total = (_row_numbers(logits) for _ in range(3))
-    return logp, _row_numbers(logits) if with_entropy else _absent(logits), peak, log_total
+    return logp, _row_numbers(logits) if with_entropy else absent(logits), peak, log_total
 
 
 @torch.library.impl("latro_kernels::gather_logprob_backward", ("cpu", "cuda"))
@@ -220,11 +221,6 @@ def _call(symbol: str, logits: Tensor, *arguments: Tensor | int | float | None) 
 
 def _row_numbers(logits: Tensor) -> Tensor:
     return logits.new_empty(len(logits), dtype=torch.float32)
-
-
-def _absent(like: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an op returns tensors, never None."""
-    return like.new_empty(0, dtype=torch.float32)
 
 
 class _GatherLogprob(torch.autograd.Function):

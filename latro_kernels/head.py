@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Bytes of products that the forward keeps for the backward where the caller does not say.
@@ -78,6 +79,14 @@ class State:
     kept: Tensor
     block_peak: Tensor | None
 
+    def clear(self) -> None:
+        """Make it that of rows of which nothing was seen yet."""
+        self.peak.fill_(-torch.inf)
+        self.picked.fill_(-torch.inf)
+        self.total.zero_()
+        if self.weighted is not None:
+            self.weighted.zero_()
+
     def rows(self, block: slice) -> State:
         """The state of some rows, to be changed in place."""
         own = (self.peak, self.total, self.picked, self.weighted, self.pull)
@@ -103,6 +112,12 @@ class RowGrad:
     log_total: Tensor
     grad_logp: Tensor
     grad_entropy: Tensor | None
+
+    @classmethod
+    def of_exponentials(cls, peak: Tensor) -> RowGrad:
+        """With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target."""
+        nothing = torch.zeros_like(peak)
+        return cls(nothing, None, peak, nothing, nothing - 1, None)
 
     def rows(self, block: slice | Tensor) -> RowGrad:
         return RowGrad(**{k: None if t is None else t[block] for k, t in vars(self).items()})
@@ -135,3 +150,27 @@ def filter_order(
     if rows is None:
         return count.argsort(stable=True)
     return rows[count[rows].argsort(stable=True)]
+
+
+def make_state(
+    head: Head, wanted: Wanted, *, kept_grain: int, peak_columns: int | None = None
+) -> State:
+    """Room for what a forward makes: products of whole `kept_grain` columns, as `kept_columns` has
+    it, and peaks of blocks of `peak_columns`; None where the backend has no such peaks."""
+    (N, H), V = head.hidden.shape, len(head.weight)
+
+    def empty(*shape: int) -> Tensor:
+        return head.hidden.new_empty(shape, dtype=torch.float32)
+
+    return State(
+        *(empty(N) for _ in range(3)),
+        weighted=empty(N) if wanted.weighted else None,
+        pull=empty(N, H) if wanted.pull else None,
+        kept=empty(N * kept_columns(N, V, wanted.memory_budget, kept_grain)),
+        block_peak=empty(N, -(-V // peak_columns)) if wanted.block_peak and peak_columns else None,
+    )
+
+
+def absent(like: Tensor) -> Tensor:
+    """Stands for an output that was not asked for: an op returns tensors, never None."""
+    return like.new_empty(0, dtype=torch.float32)

@@ -15,11 +15,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from latro_kernels.head import Head
+
+class Head(Protocol):
+    """What is needed of a head: hidden [N, H], weight [V, H] and bias [V] or None, of one dtype."""
+
+    @property
+    def hidden(self) -> Tensor: ...
+
+    @property
+    def weight(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,19 +54,33 @@ class Tile:
 
 
 @dataclass(frozen=True, eq=False)
-class Gradient:
-    """dz of a tile.
+class ActiveBlocks:
+    """Which blocks of a matrix, of so many rows and columns, are not 0 everywhere.
 
     Args:
-        dz: [M, C], the dtype of the tile's hidden states.
-        active: int8, 0 for each block of dz, of as many rows and columns as `blocks` says, that is
-            0 everywhere; None where that is not known.
-        blocks: rows and columns of such a block.
+        flags: int8, 0 for a block that is 0.
+        rows: of a block.
+        columns: of a block.
     """
 
+    flags: Tensor
+    rows: int
+    columns: int
+
+    def t(self) -> ActiveBlocks:
+        """Those of the transposed matrix."""
+        return ActiveBlocks(self.flags.t(), self.columns, self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Gradient:
+    """dz of a tile, [M, C], in the dtype of its hidden states; `active`: None where all may be."""
+
     dz: Tensor
-    active: Tensor | None = None
-    blocks: tuple[int, int] = (0, 0)
+    active: ActiveBlocks | None = None
+
+    def t(self) -> Gradient:
+        return Gradient(self.dz.t(), None if self.active is None else self.active.t())
 
 
 def sweep(
@@ -100,7 +126,7 @@ def sweep(
                 if rows is not None:
                     dx[block] = part
             if slice_dw is not None:
-                _add(slice_dw, gradient, x, first=begin == 0, transposed=True)
+                _add(slice_dw, gradient.t(), x, first=begin == 0)
             if db is not None:
                 slice_db += gradient.dz.sum(0, dtype=torch.float32)
         if M and dw is not None and slice_dw is not None and not in_place:
@@ -154,14 +180,11 @@ def _adds_to_fp32(device: torch.device) -> bool:
     return bool((out == 17).all())
 
 
-def _add(
-    out: Tensor, gradient: Gradient, other: Tensor, *, first: bool, transposed: bool = False
-) -> None:
-    """out += dz · other or, `transposed`, dzᵀ · other, without the blocks of dz that are 0."""
+def _add(out: Tensor, gradient: Gradient, other: Tensor, *, first: bool) -> None:
+    """`add_product` of dz, without its blocks that are 0."""
     if gradient.active is None:
-        dz = gradient.dz.t() if transposed else gradient.dz
-        add_product(out, dz, other, first=first)
+        add_product(out, gradient.dz, other, first=first)
     else:
         from latro_kernels.triton.sparse_product import add_sparse_product
 
-        add_sparse_product(out, gradient, other, first=first, transposed=transposed)
+        add_sparse_product(out, gradient.dz, gradient.active, other, first=first)

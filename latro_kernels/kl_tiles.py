@@ -2,19 +2,13 @@
 
 Over a slice of the vocabulary and a block of rows, the products of head p and those of head q stand
 side by side in two tiles. The forward folds both into six numbers per row and drops them. The
-backward makes them again and turns p's into the gradient dz with respect to it, from which
-
-    dx[rows]    += dz · weight_p[columns]
-    dw[columns] += dzᵀ · hidden_p[rows]
-    db[columns] += Σ_rows dz
-
-The vocabulary is the outer loop: where both heads have the same weight, a slice of it is read for
-both, and each slice of dw is finished, and rounded, once.
+backward makes them again and turns p's into the gradient dz with respect to it, of which
+`head_gradient` makes gradients. The vocabulary is the outer loop: where both heads have the same
+weight, a slice of it is read for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +16,14 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
+from latro_kernels.head_gradient import (
+    Gradient,
+    Tile,
+    add_product,
+    operand_dtype,
+    slices,
+    sweep,
+)
 
 # More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
 MAX_TILE_ROWS = 4096
@@ -59,12 +61,6 @@ class Heads:
     temperature: float
     softcap: float
     backend: str
-
-    @property
-    def operand_dtype(self) -> torch.dtype:
-        """The dtype in which products are made; torch rounds those of bf16 on the CPU."""
-        hidden = self.p.hidden
-        return torch.float32 if hidden.device.type == "cpu" else hidden.dtype
 
     @property
     def share_weight(self) -> bool:
@@ -161,69 +157,50 @@ def forward(heads: Heads) -> tuple[Tensor, ...]:
         second=filled(0),
     )
     kernels = _kernels(heads.backend)
-    for _, p, q in _slices(heads):
-        for rows, tiles in _tiles(heads, p, q):
-            kernels.fold(heads, tiles, (p.bias, q.bias), state.rows(rows))
+    height, width = tile_shape(heads)
+    for columns, weight, bias in slices(heads.p, width):
+        weight_q, bias_q = _slice_of_q(heads, columns, weight)
+        for begin in range(0, N, height):
+            rows = slice(begin, min(begin + height, N))
+            tiles = _products(heads, rows, weight, weight_q)
+            kernels.fold(heads, tiles, (bias, bias_q), state.rows(rows))
     return state.finish()
 
 
 def backward(heads: Heads, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of p's hidden, weight and bias; None where `needs` says that nobody asks."""
-    hidden, weight = heads.p.hidden, heads.p.weight
-    dx = torch.zeros(hidden.shape, device=hidden.device) if needs[0] else None
-    dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
-    db = weight.new_empty(len(weight)) if needs[2] else None
     kernels = _kernels(heads.backend)
-    for columns, p, q in _slices(heads):
-        slice_dw = torch.zeros(p.weight.shape, device=hidden.device)
-        slice_db = torch.zeros(len(p.weight), device=hidden.device)
-        for rows, tiles in _tiles(heads, p, q):
-            dz = kernels.grad(heads, tiles, (p.bias, q.bias), grad.rows(rows))
-            if dx is not None:
-                _add_product(dx[rows], dz, p.weight)
-            if dw is not None:
-                _add_product(slice_dw, dz.t(), p.hidden[rows])
-            if db is not None:
-                slice_db += dz.sum(0, dtype=torch.float32)
-        if dw is not None:
-            dw[columns] = slice_dw
-        if db is not None:
-            db[columns] = slice_db
-    return None if dx is None else dx.to(hidden.dtype), dw, db
+
+    def make(tile: Tile) -> Gradient:
+        weight_q, bias_q = _slice_of_q(heads, tile.columns, tile.weight)
+        tiles = _products(heads, tile.rows, tile.weight, weight_q)
+        return Gradient(kernels.grad(heads, tiles, (tile.bias, bias_q), grad.rows(tile.rows)))
+
+    dx, dw, db = sweep(heads.p, needs, tile_shape(heads), make)
+    return None if dx is None else dx.to(heads.p.hidden.dtype), dw, db
 
 
-def _slices(heads: Heads) -> Iterator[tuple[slice, Head, Head]]:
-    """Slices of the vocabulary, with both heads cut to them, as operands; biases in fp32."""
-    p, q, dtype = heads.p, heads.q, heads.operand_dtype
-    hidden_p, hidden_q = p.hidden.to(dtype), q.hidden.to(dtype)
-    V, width = len(p.weight), tile_shape(heads)[1]
-    for begin in range(0, V, width):
-        columns = slice(begin, min(begin + width, V))
-        weight_p = p.weight[columns].to(dtype)
-        weight_q = weight_p if heads.share_weight else q.weight[columns].to(dtype)
-        bias_p, bias_q = (None if b is None else b[columns].float() for b in (p.bias, q.bias))
-        yield columns, Head(hidden_p, weight_p, bias_p), Head(hidden_q, weight_q, bias_q)
+def _slice_of_q(heads: Heads, columns: slice, weight_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    """q's weight, as operand, and its bias in fp32."""
+    q = heads.q
+    weight = weight_p if heads.share_weight else q.weight[columns].to(weight_p.dtype)
+    return weight, None if q.bias is None else q.bias[columns].float()
 
 
-def _tiles(heads: Heads, p: Head, q: Head) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
-    """Blocks of rows, with the products, in fp32, of both heads."""
-    N, height = len(p.hidden), tile_shape(heads)[0]
-    for begin in range(0, N, height):
-        rows = slice(begin, min(begin + height, N))
-        # Two products, though of one weight they could be one: equal rows of p and q then have
-        # equal places in equal products, and their logits equal bits.
-        yield rows, (_product(p.hidden[rows], p.weight.t()), _product(q.hidden[rows], q.weight.t()))
+def _products(
+    heads: Heads, rows: slice, weight_p: Tensor, weight_q: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of a block of rows and a slice of both weights, in fp32.
 
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return torch.mm(a, b) if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        out += _product(a, b)
+    Two products, though of one weight they could be one: equal rows of p and q then have equal
+    places in equal products, and their logits equal bits.
+    """
+    made = []
+    for head, weight in ((heads.p, weight_p), (heads.q, weight_q)):
+        hidden = head.hidden[rows].to(weight.dtype)
+        made.append(hidden.new_empty(len(hidden), len(weight), dtype=torch.float32))
+        add_product(made[-1], hidden, weight.t(), first=True)
+    return made[0], made[1]
 
 
 class _Kernels(Protocol):
@@ -283,9 +260,8 @@ class _CudaKernels:
 
 def gradient_tile(heads: Heads, tile: Tensor) -> Tensor:
     """Room for dz, in the dtype of the products to come: p's tile itself where that is fp32."""
-    if tile.dtype == heads.operand_dtype:
-        return tile
-    return torch.empty_like(tile, dtype=heads.operand_dtype)
+    dtype = operand_dtype(heads.p)
+    return tile if tile.dtype == dtype else torch.empty_like(tile, dtype=dtype)
 
 
 def _kernels(backend: str) -> _Kernels:

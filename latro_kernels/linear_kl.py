@@ -41,11 +41,10 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
+from latro_kernels.cpu import multiplies_bf16
 from latro_kernels.dispatch import resolve
+from latro_kernels.head import absent
 from latro_kernels.kl_tiles import Head, Heads, RowGrad
-
-# The least H at which products in bf16 save more time than their dz loses digits.
-_MIN_BF16_H = 128
 
 
 def reference(
@@ -137,14 +136,14 @@ def _backward(
     with torch.autocast(hidden_p.device.type, enabled=False):
         backward = _cpu_backward if heads.backend == "cpu" else kl_tiles.backward
         gradients = backward(heads, grad, tuple(needs))
-    return tuple(_absent(hidden_p) if g is None else g for g in gradients)
+    return tuple(absent(hidden_p) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("latro_kernels::linear_kl_backward")
 def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shapes = (hidden_p.shape, weight_p.shape, weight_p.shape[:1])
     return tuple(
-        hidden_p.new_empty(shape) if needed else _absent(hidden_p)
+        hidden_p.new_empty(shape) if needed else absent(hidden_p)
         for shape, needed in zip(shapes, arguments[-1], strict=True)
     )
 
@@ -182,11 +181,6 @@ def _cpu_backward(
 def _cpu_operands(heads: Heads) -> tuple[Tensor | int | None, ...]:
     """The first arguments of both calls."""
     p, q = heads.p, heads.q
-    in_bf16 = (
-        p.hidden.dtype == torch.bfloat16
-        and min(p.hidden.shape[1], q.hidden.shape[1]) >= _MIN_BF16_H
-        and native.library("cpu").latro_cpu_bf16_products_supported()
-    )
     weight_p = p.weight.contiguous()
     weight_q = None if heads.share_weight else q.weight.contiguous()
 
@@ -196,13 +190,8 @@ def _cpu_operands(heads: Heads) -> tuple[Tensor | int | None, ...]:
 
     return (
         *(*operands(p, weight_p), *operands(q, weight_q)),
-        *(native.dtype_code(p.hidden.dtype), bool(in_bf16)),
+        *(native.dtype_code(p.hidden.dtype), multiplies_bf16(p.hidden, q.hidden)),
     )
-
-
-def _absent(like: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an op returns tensors, never None."""
-    return like.new_empty(0, dtype=torch.float32)
 
 
 class _LinearKl(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from latro_kernels import cpu, tiles
 from latro_kernels.checks import check_target_values
 from latro_kernels.dispatch import default_backend, resolve
-from latro_kernels.head import Head, RowGrad, State, Wanted
+from latro_kernels.head import Head, RowGrad, State, Wanted, absent
 
 # Of a gather of weight rows: bounds its memory.
 _ROWS_AT_ONCE = 1024
@@ -58,8 +58,8 @@ def _forward(
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
     with torch.autocast(hidden.device.type, enabled=False):
-        driver = _driver(head, filtered=Wanted(*wanted).block_peak)
-        return _outputs(driver.forward(head, Wanted(*wanted)))
+        asked = Wanted(*wanted)
+        return _outputs(_driver(head, filtered=asked.block_peak).forward(head, asked))
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
@@ -75,8 +75,8 @@ def _(
 ) -> tuple[Tensor, ...]:
     backend = default_backend(hidden.device) if backend == "auto" else backend
     head = Head(hidden, weight, target, bias, temperature, softcap, backend)
-    driver = _driver(head, filtered=Wanted(*wanted).block_peak)
-    return _outputs(driver.empty_state(head, Wanted(*wanted)))
+    asked = Wanted(*wanted)
+    return _outputs(_driver(head, filtered=asked.block_peak).empty_state(head, asked))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
@@ -97,7 +97,7 @@ def _backward(
     with torch.autocast(hidden.device.type, enabled=False):
         driver = _driver(head, filtered=block_peak is not None)
         gradients = driver.backward(head, grad, kept, block_peak, grad_filter, tuple(needs))
-    return tuple(_absent(hidden) if g is None else g for g in gradients)
+    return tuple(absent(hidden) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob_backward")
@@ -105,7 +105,7 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
     dtypes = (torch.float32, weight.dtype, weight.dtype)
     return tuple(
-        hidden.new_empty(shape, dtype=dtype) if needed else _absent(hidden)
+        hidden.new_empty(shape, dtype=dtype) if needed else absent(hidden)
         for shape, dtype, needed in zip(shapes, dtypes, arguments[-1], strict=True)
     )
 
@@ -116,8 +116,8 @@ def _frozen_backward(
 ) -> Tensor:
     """dx = of_pull·pull + of_target·w_target, a tile of rows at a time; 0 where both are 0."""
     dx = torch.empty_like(pull)
-    for rows in torch.arange(len(pull)).split(_ROWS_AT_ONCE):
-        block = slice(int(rows[0]), int(rows[-1]) + 1)
+    for begin in range(0, len(pull), _ROWS_AT_ONCE):
+        block = slice(begin, begin + _ROWS_AT_ONCE)
         # Elsewhere than in this weight, of_target is 0.
         of_rows = weight[target[block].clamp(0, len(weight) - 1)].float()
         dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(pull[block], of_pull[block, None])
@@ -153,13 +153,8 @@ def _driver(head: Head, *, filtered: bool) -> ModuleType:
     return tiles
 
 
-def _absent(like: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an op returns tensors, never None."""
-    return like.new_empty(0, dtype=torch.float32)
-
-
 def _outputs(state: State) -> tuple[Tensor, ...]:
-    return tuple(_absent(state.peak) if t is None else t for t in vars(state).values())
+    return tuple(absent(state.peak) if t is None else t for t in vars(state).values())
 
 
 forward = torch.ops.latro_kernels.linear_logprob

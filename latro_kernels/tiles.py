@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, RowGrad, State, Wanted, kept_columns
+from latro_kernels.head import Head, RowGrad, State, Wanted, make_state
 from latro_kernels.head_gradient import (
     Gradient,
     Tile,
@@ -46,11 +46,7 @@ def tile_shape(head: Head) -> tuple[int, int]:
 def forward(head: Head, wanted: Wanted) -> State:
     """Fold every tile into the state of its rows."""
     state = empty_state(head, wanted)
-    state.peak.fill_(-torch.inf)
-    state.picked.fill_(-torch.inf)
-    state.total.zero_()
-    if state.weighted is not None:
-        state.weighted.zero_()
+    state.clear()
     kernels, buffer = _kernels(head.backend), _tile_buffer(head)
     height, width = tile_shape(head)
     for columns, weight, bias in slices(head, width):
@@ -68,19 +64,7 @@ def forward(head: Head, wanted: Wanted) -> State:
 
 def empty_state(head: Head, wanted: Wanted) -> State:
     """Room for what `forward` makes."""
-    (N, H), V = head.hidden.shape, len(head.weight)
-
-    def empty(*shape: int) -> Tensor:
-        return head.hidden.new_empty(shape, dtype=torch.float32)
-
-    kept = kept_columns(N, V, wanted.memory_budget, tile_shape(head)[1])
-    return State(
-        *(empty(N) for _ in range(3)),
-        weighted=empty(N) if wanted.weighted else None,
-        pull=empty(N, H) if wanted.pull else None,
-        kept=empty(N * kept),
-        block_peak=None,
-    )
+    return make_state(head, wanted, kept_grain=tile_shape(head)[1])
 
 
 def _pull(
@@ -95,9 +79,7 @@ def _pull(
 ) -> None:
     """Add a tile to the rows' pull, rescaled from the peak `before` to the one of now."""
     peak = state.peak[rows]
-    nothing = torch.zeros_like(peak)
-    # With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target.
-    unit = RowGrad(nothing, None, peak, nothing, nothing - 1, None)
+    unit = RowGrad.of_exponentials(peak)
     kernels = _kernels(head.backend)
     e = kernels.grad(head, tile, bias, head.target[rows], unit, columns.start)
     pull = state.pull[rows]

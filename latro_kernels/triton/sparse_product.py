@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.head_gradient import Gradient
+from latro_kernels.head_gradient import ActiveBlocks
 from latro_kernels.triton.products import block_ptr
 
 # Columns of a block of the result, and how much of an active block is taken at a time. The rows are
@@ -72,30 +72,26 @@ def sparse_product_kernel(
 
 
 def add_sparse_product(
-    out: Tensor, gradient: Gradient, other: Tensor, *, first: bool, transposed: bool
+    out: Tensor, a: Tensor, active: ActiveBlocks, b: Tensor, *, first: bool
 ) -> None:
-    """out += dz · other, or = for the first of a sum; `transposed`: dzᵀ · other.
+    """out += a · b, or = for the first of a sum.
 
     Args:
         out: [M, H] with steps (·, 1), fp32, or the first product of a sum.
-        gradient: dz [M, K] with its active blocks; [K, M] where transposed.
-        other: [K, H].
+        a: [M, K].
+        active: blocks of a.
+        b: [K, H].
         first: whether `out` holds nothing yet.
-        transposed: see above.
     """
-    assert gradient.active is not None
-    a, active, (block_m, block_k) = gradient.dz, gradient.active, gradient.blocks
-    if transposed:
-        a, active, block_m, block_k = a.t(), active.t(), block_k, block_m
-    (M, K), H = a.shape, other.shape[1]
+    (M, K), H = a.shape, b.shape[1]
     with torch.cuda.device_of(out):
-        sparse_product_kernel[(triton.cdiv(M, block_m), triton.cdiv(H, BLOCK_COLS))](
-            *(a, other, out, active, M, K, H, *a.stride(), *other.stride()),
-            *(out.stride(0), *active.stride()),
+        sparse_product_kernel[(triton.cdiv(M, active.rows), triton.cdiv(H, BLOCK_COLS))](
+            *(a, b, out, active.flags, M, K, H, *a.stride(), *b.stride()),
+            *(out.stride(0), *active.flags.stride()),
             ADD=not first,
-            BLOCK_M=block_m,
-            BLOCK_K=block_k,
+            BLOCK_M=active.rows,
+            BLOCK_K=active.columns,
             BLOCK_H=BLOCK_COLS,
-            BLOCK_DEPTH=min(BLOCK_DEPTH, block_k),
+            BLOCK_DEPTH=min(BLOCK_DEPTH, active.columns),
             num_warps=8,
         )

@@ -16,8 +16,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, kept_columns
-from latro_kernels.head_gradient import Gradient, Tile, add_product, operand_dtype, slices, sweep
+from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.head_gradient import (
+    ActiveBlocks,
+    Gradient,
+    Tile,
+    add_product,
+    operand_dtype,
+    slices,
+    sweep,
+)
 from latro_kernels.triton import tuning
 from latro_kernels.triton.fused_forward import forward_kernel, merge_kernel
 from latro_kernels.triton.fused_gradient import grad_kernel, rescale_kernel
@@ -37,11 +45,7 @@ def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
     """The sweep that makes log-probs; `config` as `tuning.config` says where it is None."""
     config = config or _config(head)
     state = empty_state(head, wanted)
-    state.peak.fill_(-torch.inf)
-    state.picked.fill_(-torch.inf)
-    state.total.zero_()
-    if state.weighted is not None:
-        state.weighted.zero_()
+    state.clear()
     N, V = len(head.hidden), len(head.weight)
     if N == 0:
         return state
@@ -61,15 +65,13 @@ def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
 def _forward_with_pull(head: Head, state: State, config: Config) -> None:
     (M, H), width = head.hidden.shape, min(TILE_COLUMNS, len(head.weight))
     x = head.hidden.to(operand_dtype(head))
-    nothing = torch.zeros_like(state.peak)
     numbers = torch.empty(M, width, device=x.device)
     for columns, weight, bias in slices(head, width):
         tile = Tile(slice(0, M), columns, x, weight, bias)
         before = state.peak.clone()
         products = numbers[:, : len(weight)]
         _fold(head, tile, state, products, config)
-        # With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target.
-        unit = RowGrad(nothing, None, state.peak, nothing, nothing - 1, None)
+        unit = RowGrad.of_exponentials(state.peak)
         e = _dz(head, tile, unit, products, None, 0.0, config).dz
         if columns.start > 0:
             moved = torch.where(state.peak == before, 1, torch.exp(before - state.peak))
@@ -80,18 +82,7 @@ def _forward_with_pull(head: Head, state: State, config: Config) -> None:
 
 def empty_state(head: Head, wanted: Wanted) -> State:
     """Room for what `forward` makes."""
-    (N, H), V = head.hidden.shape, len(head.weight)
-
-    def empty(*shape: int) -> Tensor:
-        return head.hidden.new_empty(shape, dtype=torch.float32)
-
-    return State(
-        *(empty(N) for _ in range(3)),
-        weighted=empty(N) if wanted.weighted else None,
-        pull=empty(N, H) if wanted.pull else None,
-        kept=empty(N * kept_columns(N, V, wanted.memory_budget, TILE_COLUMNS)),
-        block_peak=empty(N, -(-V // _config(head).columns)) if wanted.block_peak else None,
-    )
+    return make_state(head, wanted, kept_grain=TILE_COLUMNS, peak_columns=_config(head).columns)
 
 
 def backward(
@@ -203,7 +194,9 @@ def _dz(
             WITH_FILTER=block_peak is not None,
             **_constants(config, by_descriptor),
         )
-    return Gradient(dz, active, (config.rows, config.columns))
+    return Gradient(
+        dz, None if active is None else ActiveBlocks(active, config.rows, config.columns)
+    )
 
 
 def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
