@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import statistics
 from dataclasses import replace
 
 import pytest
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
 from latro_kernels import GroupLayout, group_advantage
+from tests.latro.objective_cases import surrogate
 from tests.latro_kernels.group_cases import SETTINGS, assert_same, make_batch, present
 
 RELATIVES = [name for name in OBJECTIVES if name != "latro"]
@@ -63,81 +63,6 @@ def cast(rows: Rows, dtype: torch.dtype) -> Rows:
         row_kl=to(rows.row_kl),
         plain_logp=to(rows.plain_logp),
     )
-
-
-def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
-    """The loss whose autograd is the published estimator: A held constant, all else followed."""
-    offsets, K = rows.layout.offsets.tolist(), rows.layout.num_generations
-    finished = rows.layout.finished.tolist()
-    lam, beta, kl = settings.answer_weight, settings.beta, settings.kl
-    loss = rows.logp.new_zeros(())
-    for first in range(0, len(finished), K):
-        z, y, p, divergence = [], [], [], []
-        for s in range(first, first + K):
-            rationale = slice(offsets[2 * s], offsets[2 * s + 1])
-            answer = slice(offsets[2 * s + 1], offsets[2 * s + 2])
-            z.append(rows.logp[rationale].sum())
-            y.append(rows.logp[answer].sum())
-            p.append(rows.logp[answer].detach().exp().mean().item())
-            if kl == "exact":
-                divergence.append(rows.row_kl[rationale].sum())
-            else:
-                d = rows.ref_logp[rationale] - rows.logp[rationale]
-                divergence.append((-d if kl == "reward" else d.exp() - d - 1).sum())
-        start, end = rows.plain_offsets[first // K :][:2].tolist()
-        p_0 = rows.plain_logp[start:end].exp().mean().item()
-
-        penalty = [-beta * d.item() if kl == "reward" else 0.0 for d in divergence]
-        reward = {
-            "latro": [ell.item() + less for ell, less in zip(y, penalty, strict=True)],
-            "verifree": [ell.exp().item() for ell in y],
-            "jepo": [ell.item() for ell in y],
-            "rlpr": [min(1.0, max(0.0, p_k - p_0)) for p_k in p],
-            "sft": [0.0] * K,
-        }[name]
-        if name == "latro":
-            penalty = [0.0] * K
-        members = range(K)
-        if settings.unfinished == "floor":
-            worst = min(reward), min(penalty)
-            for k in range(K):
-                if not finished[first + k]:
-                    reward[k], penalty[k] = worst
-        else:
-            members = [k for k in members if finished[first + k]]
-        if name == "rlpr":
-            spread = statistics.stdev(reward[k] for k in members) if len(members) > 1 else 0.0
-            if spread <= settings.rlpr_min_std:
-                continue
-
-        for k in members:
-            others = [j for j in members if j != k]
-            advantage = 0.0
-            if others:
-                advantage = reward[k] - statistics.fmean(reward[j] for j in others)
-                if name == "jepo":
-                    mean = log_mean_exp([reward[j] for j in members])
-                    advantage = len(members) * (mean - log_mean_exp([reward[j] for j in others]))
-                if name == "rlpr":
-                    mean = statistics.fmean(reward[j] for j in members)
-                    advantage = (reward[k] - mean) / spread
-                advantage += penalty[k] - statistics.fmean(penalty[j] for j in others)
-            loss = loss - advantage * z[k]
-            if name in ("latro", "sft"):
-                loss = loss - lam * y[k]
-            if name == "verifree":
-                loss = loss - lam * y[k].exp()
-            if kl != "reward":
-                loss = loss + beta * divergence[k]
-        if name == "jepo" and members:
-            logs = torch.stack([y[k] for k in members])
-            loss = loss - lam * len(members) * (logs.logsumexp(0) - math.log(len(members)))
-    return loss / (rows.layout.num_groups * K)
-
-
-def log_mean_exp(logs: list[float]) -> float:
-    peak = max(logs)
-    return peak + math.log(statistics.fmean(math.exp(x - peak) for x in logs))
 
 
 def gradients(name: str, rows: Rows, settings: ObjectiveSettings) -> dict[str, Tensor]:
