@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -14,7 +12,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from latro.config import SMALL_MODEL, DataArguments, ModelArguments
 from latro.tasks import Task
@@ -23,10 +20,12 @@ from latro.tasks import Task
 def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that the arguments name, and its tokenizer.
 
-    Only safetensors are read: a pickled checkpoint can run code.
+    Only safetensors are read: a pickled checkpoint can run code. Code that comes with a model runs
+    where `trust_remote_code` asks for it, and nobody is asked in between.
 
     Raises:
-        ValueError: no such model, or a tokenizer with more tokens than the model has.
+        ValueError: no such model, one with code that is not trusted, or a tokenizer with more
+            tokens than the model has.
     """
     name = args.model_name_or_path or str(SMALL_MODEL)
     options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -43,6 +42,13 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
         raise ValueError(
             f"model_name_or_path: cannot load {name!r}: {error}. Expected a hub id or a directory "
             "with config.json, safetensors weights and a tokenizer"
+        ) from error
+    except ValueError as error:
+        if args.trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"model_name_or_path: {name!r} comes with code of its own, which would run with all "
+            "your rights; if you have read it and trust it, pass --trust_remote_code true"
         ) from error
     vocab = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > vocab:
@@ -89,30 +95,3 @@ def _load(
         return task.load(split, dataset_path=path, num_examples=num_examples, seed=seed)
     except FileNotFoundError as error:
         raise ValueError(str(error)) from error
-
-
-def last_whole_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint folder that was written to its end.
-
-    `trainer_state.json` is the last file of a checkpoint, so one without it, or with a torn one,
-    was cut off.
-
-    Raises:
-        ValueError: there is none.
-    """
-    folders = sorted(
-        (
-            p
-            for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-            if p.name.rpartition("-")[2].isdigit()
-        ),
-        key=lambda p: int(p.name.rpartition("-")[2]),
-        reverse=True,
-    )
-    for folder in folders:
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue
-        return str(folder)
-    raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}")

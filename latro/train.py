@@ -16,9 +16,11 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from latro.callbacks import METRICS_FILE, PLOT_FILE
+from latro.checkpoints import check_checkpoint, last_whole_checkpoint
 from latro.config import DataArguments, LatroConfig, ModelArguments, parse_arguments
 from latro.files import write_json
-from latro.loading import last_whole_checkpoint, load_held_out, load_model, load_train
+from latro.interruption import TrainingInterrupted
+from latro.loading import load_held_out, load_model, load_train
 from latro.tasks import get_task
 from latro.trainer import LatroTrainer
 
@@ -35,6 +37,7 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
     Raises:
         ValueError: bad settings, model or data; the output folder is then as it was.
+        TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
     """
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, LatroConfig), argv, prog="python -m latro.train"
@@ -56,6 +59,10 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         f"{task.name}, {args.num_generations} rationales each, into {args.output_dir}"
     )
     trainer.train(resume_from_checkpoint=resume)
+    if trainer.interruption.signal is not None:
+        raise TrainingInterrupted(
+            trainer.interruption.signal, trainer.state.global_step, args.output_dir
+        )
     trainer.save_model()
     evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
     if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
@@ -73,17 +80,14 @@ def _checkpoint(args: LatroConfig) -> str | None:
     """The folder to resume from, or None.
 
     Raises:
-        ValueError: there is no such checkpoint, or one would be mixed with another run's.
+        ValueError: there is no such checkpoint, it is damaged, or one would be mixed with another
+            run's.
     """
     asked = args.resume_from_checkpoint
     if asked and asked.lower() in ("true", "latest"):
         return last_whole_checkpoint(args.output_dir)
     if asked and asked.lower() != "false":
-        if not (Path(asked) / "trainer_state.json").is_file():
-            raise ValueError(
-                f"resume_from_checkpoint: expected a checkpoint folder, got {asked!r}, which has "
-                "no trainer_state.json"
-            )
+        check_checkpoint(asked)
         return asked
     if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
         raise ValueError(
@@ -103,11 +107,19 @@ def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
 
 
 def main() -> None:
-    """The command: errors in the user's input as one line, not as a traceback."""
+    """The command: errors in the user's input as one line, not as a traceback.
+
+    Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
+    one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
+    that a signal ends. 0 would tell a scheduler that there is nothing left to do.
+    """
     try:
         train()
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"latro.train: {error}")
+    except TrainingInterrupted as interrupted:
+        print(f"latro.train: {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signal)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.layout import Batch, MicroBatch, collate, group_layout, plan
+from latro.long_run import LongRunTrainer
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
 from latro.scoring import Reference, Scorer
@@ -41,7 +42,7 @@ from latro.tasks import Task
 from latro_kernels import GroupAdvantage, group_advantage
 
 
-class LatroTrainer(Trainer):
+class LatroTrainer(LongRunTrainer):
     """Trains a causal language model on the likelihood that its own rationales give the answers.
 
     Args:

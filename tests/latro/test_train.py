@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from latro.loading import last_whole_checkpoint
+from latro.checkpoints import damage
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
 
@@ -69,48 +68,64 @@ def test_real_data(tmp_path, architecture, name):
     AutoModelForCausalLM.from_pretrained(output)
 
 
-def test_killed_and_resumed_it_ends_with_the_same_bits(model_dir, tmp_path):
-    # Four whole updates and evaluations of real processes, one of them killed without warning.
-    options = (*SMALL, "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "6")
-    options = ("--model_name_or_path", str(model_dir), *options)
+@pytest.fixture(scope="module")
+def long_run(tokenizer, tmp_path_factory):
+    """Six updates and evaluations in a real process; the command, and the folder of a whole run."""
+    folder = tmp_path_factory.mktemp("long_run")
+    make_model("llama", tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
 
     def command(output: Path, *more: str) -> list[str]:
-        return [sys.executable, "-m", "latro.train", *options, "--output_dir", str(output), *more]
+        options = (*SMALL, "--max_steps", "6", "--output_dir", str(output), *more)
+        options = ("--model_name_or_path", str(folder / "model"), *options)
+        return [sys.executable, "-m", "latro.train", *options]
 
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    process = subprocess.Popen(command(killed), cwd=ROOT, stdout=subprocess.DEVNULL)
+    subprocess.run(command(folder / "whole"), cwd=ROOT, check=True)
+    return command, folder / "whole"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tmp_path, number):
+    command, whole = long_run
+    output = tmp_path / "run"
+    # Killed, it has what it saved before; asked to end, it saves then and there.
+    saving = ("--save_strategy", "no")
+    awaited = "metrics.jsonl"
+    if number == signal.SIGKILL:
+        saving = ("--save_strategy", "steps", "--save_steps", "1")
+        awaited = "checkpoint-2"
+    process = subprocess.Popen(
+        command(output, *saving), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 240
-    while not (killed / "checkpoint-2" / "trainer_state.json").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
+    while not ((output / awaited).exists() and len(logged(output)) > 2):
+        assert process.poll() is None, "the run ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (killed / "results.json").exists()
-    # Cut off while it was written: the newest whole checkpoint is taken, not this one.
-    (killed / "checkpoint-99").mkdir()
-    subprocess.run(command(killed, "--resume_from_checkpoint", "true"), cwd=ROOT, check=True)
-    subprocess.run(command(whole), cwd=ROOT, check=True)
-    resumed, straight = (load_file(p / "model.safetensors") for p in (killed, whole))
+    process.send_signal(number)
+    _, message = process.communicate()
+    assert not (output / "results.json").exists()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert b"with --resume_from_checkpoint true goes on" in message
+        (checkpoint,) = output.glob("checkpoint-*")
+        assert damage(checkpoint) is None
+        assert int(checkpoint.name.rpartition("-")[2]) == logged(output)[-2]["step"] < 6
+    # Cut off while a Trainer wrote it in place: the newest whole checkpoint is taken, not this one.
+    (output / "checkpoint-99").mkdir()
+    subprocess.run(
+        command(output, *saving, "--resume_from_checkpoint", "true"), cwd=ROOT, check=True
+    )
+    resumed, straight = (load_file(p / "model.safetensors") for p in (output, whole))
     assert resumed.keys() == straight.keys()
     for name, tensor in straight.items():
         assert tensor.equal(resumed[name]), name
-    rewards = [
-        [json.loads(line).get("reward") for line in (p / "metrics.jsonl").read_text().splitlines()]
-        for p in (killed, whole)
-    ]
+    rewards = [[entry.get("reward") for entry in logged(p)] for p in (output, whole)]
     assert rewards[0] == rewards[1]
 
 
-def test_the_last_whole_checkpoint(tmp_path):
-    for name, state in (("9", "{}"), ("10", "{}"), ("11", '{"global'), ("12", None)):
-        folder = tmp_path / f"checkpoint-{name}"
-        folder.mkdir()
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert last_whole_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        last_whole_checkpoint(str(tmp_path / "checkpoint-9"))
+def logged(output):
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

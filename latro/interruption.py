@@ -1,0 +1,112 @@
+"""Stops a run at SIGTERM or SIGINT after the update it is at, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingInterrupted(Exception):
+    """A run ended at signal `number`, after so many updates, with a checkpoint in `output_dir`."""
+
+    def __init__(self, number: int, updates: int, output_dir: str) -> None:
+        super().__init__(
+            f"{signal.Signals(number).name}: stopped after update {updates}, with a checkpoint in "
+            f"{output_dir}; the same command with --resume_from_checkpoint true goes on from there"
+        )
+        self.signal = number
+
+
+class Interruption(TrainerCallback):
+    """A callback, and a context that holds the signal handlers while a run trains.
+
+    Schedulers send SIGTERM some time before they kill; Ctrl-C is SIGINT. At the first of either the
+    update goes on to its end, a checkpoint follows, and training stops without a further
+    evaluation: a scheduler's patience must outlast one update, an evaluation under way, and the
+    saving. A second Ctrl-C is Python's KeyboardInterrupt at once; a second SIGTERM changes nothing,
+    since schedulers send several. A signal that the parent had the process ignore stays ignored.
+    With several processes a signal at one of them stops all at the same update.
+
+    Python takes signals in the main thread only: trained in another, a run has no handlers.
+    """
+
+    signal: int | None
+    """The number of the signal that stopped the last run; None: it went to its end."""
+
+    def __init__(self) -> None:
+        self.signal = None
+        self._received = 0
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self.signal = None
+        self._received = 0
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            # None: a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._received and self.signal is None and error is None:
+            # It came after the last update, and there is nothing to stop: it does what it would.
+            signal.raise_signal(self._received)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # A data loader's worker: it ends with its parent.
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt
+        if not self._received:
+            name = signal.Signals(number).name
+            # To stderr, and not by print: the signal may have interrupted one.
+            os.write(2, f"\n{name}: saving after this update\n".encode())
+        self._received = number
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        number = self._received
+        if args.world_size > 1:
+            # All ranks must leave the loop at the same update, or those left would wait for ever.
+            highest = torch.tensor(number, device=args.device)
+            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+            number = int(highest)
+        if number:
+            self.signal = number
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.signal is not None:
+            control.should_save = False
+            control.should_evaluate = False

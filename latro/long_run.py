@@ -1,0 +1,103 @@
+"""`LongRunTrainer`: what Hugging Face's Trainer needs to get through days on shared machines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from latro.checkpoints import PARTIAL, last_whole_checkpoint, publish, remove_partial, rotate
+from latro.interruption import Interruption
+
+
+class LongRunTrainer(Trainer):
+    """A Trainer whose checkpoints are whole (`latro.checkpoints`) and that signals stop in order.
+
+    Attributes:
+        interruption: its `signal` tells whether SIGTERM or SIGINT ended `train()` early.
+    """
+
+    def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+        self.interruption = Interruption()
+        self._partial: Path | None = None
+        super().__init__(callbacks=[*(callbacks or []), self.interruption], **kwargs)
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """As the Trainer's; True resumes from the newest checkpoint without damage.
+
+        A folder is taken as it is: `latro.checkpoints.check_checkpoint` tells whether it is whole.
+
+        Raises:
+            ValueError: there is no whole checkpoint.
+        """
+        if self.args.should_save:
+            remove_partial(Path(self.args.output_dir))
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        with self.interruption:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """As the Trainer's; no batch after the last update.
+
+        The Trainer looks for the end after an update, and so makes one too many where it resumes
+        from the checkpoint of the last.
+        """
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # Where the Trainer makes `checkpoint-N`; it asks once a checkpoint.
+        run_dir = super()._get_output_dir(trial)
+        return run_dir if self._partial is None else str(self._partial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial))
+        self._partial = partial = run_dir / PARTIAL
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._partial = None
+        folder = partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        place = run_dir / folder.name
+        if self.state.best_model_checkpoint == str(folder):
+            self.state.best_model_checkpoint = str(place)
+            if self.args.should_save:
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        # On a shared disk all ranks have written into the one folder; a node with a disk of its own
+        # has a folder of its own. So process 0 renames first, then each node what it still has.
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            self._finish_checkpoint(folder, run_dir)
+        self.accelerator.wait_for_everyone()
+        if self.is_local_process_zero() and folder.exists():
+            self._finish_checkpoint(folder, run_dir)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(place))
+
+    def _finish_checkpoint(self, folder: Path, run_dir: Path) -> None:
+        keep = {publish(folder, run_dir)}
+        if self.state.best_model_checkpoint is not None:
+            keep.add(Path(self.state.best_model_checkpoint))
+        rotate(run_dir, self.args.save_total_limit, keep)
+        remove_partial(run_dir)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The upload runs beside the training: it starts when the folder has its last name.
+        if self._partial is None:
+            super()._push_from_checkpoint(checkpoint_folder)

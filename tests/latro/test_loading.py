@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from latro.config import ModelArguments
+from latro.loading import load_model
+
+
+def test_pickled_weights_are_refused(tiny, tokenizer, tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot load .* Expected .* safetensors weights"):
+        load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+class _Terminal:
+    def readline(self):
+        raise AssertionError("a prompt waits for an answer")
+
+    def isatty(self):
+        return True
+
+
+def test_code_that_comes_with_a_model_runs_on_request_only(tiny, tokenizer, tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "custom_llama"
+    config["auto_map"] = {
+        "AutoConfig": "custom.CustomConfig",
+        "AutoModelForCausalLM": "custom.CustomModel",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom.py").write_text(
+        "from pathlib import Path\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'ran')!r}).touch()\n"
+        "class CustomConfig(LlamaConfig):\n"
+        "    model_type = 'custom_llama'\n"
+        "class CustomModel(LlamaForCausalLM):\n"
+        "    config_class = CustomConfig\n"
+    )
+    monkeypatch.setattr(sys, "stdin", _Terminal())
+    # Where transformers copies such code to import it.
+    cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
+    monkeypatch.setattr(cache, str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(ValueError, match=r"code of its own, .* pass --trust_remote_code true"):
+        load_model(ModelArguments(model_name_or_path=str(folder)))
+    assert not (tmp_path / "ran").exists()
+    model, _ = load_model(ModelArguments(model_name_or_path=str(folder), trust_remote_code=True))
+    assert type(model).__name__ == "CustomModel"
+    assert (tmp_path / "ran").exists()

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from transformers import TrainerCallback, TrainingArguments
+
+from latro.checkpoints import damage
+from latro.long_run import LongRunTrainer
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def make_trainer(tiny, tmp_path):
+    """`make_trainer(**settings)`: a plain language model's trainer on eight rows."""
+
+    def make(callbacks=None, **settings):
+        ids = list(range(5, 21))
+        dataset = Dataset.from_dict({"input_ids": [ids] * 8, "labels": [ids] * 8})
+        settings = {"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 2, **settings}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            logging_steps=1,
+            **settings,
+        )
+        return LongRunTrainer(
+            model=tiny(),
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_appears_when_it_is_whole(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, save_total_limit=1)
+    save_rng_state = trainer._save_rng_state
+    during = []
+
+    def spy(folder):
+        during.append(names(tmp_path / "run"))
+        save_rng_state(folder)
+
+    trainer._save_rng_state = spy
+    trainer.train()
+    assert during == [[".partial"], [".partial", "checkpoint-1"]]
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert damage(tmp_path / "run" / "checkpoint-2") is None
+
+
+def test_what_a_crash_left_is_gone_after_the_next_start(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+
+    def crash(folder):
+        if trainer.state.global_step == 2:
+            raise OSError("no space left on device")
+
+    trainer._save_rng_state = crash
+    with pytest.raises(OSError, match="no space left"):
+        trainer.train()
+    assert names(tmp_path / "run") == [".partial", "checkpoint-1"]
+    trainer = make_trainer(max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_the_best_model_is_known_by_its_last_name(make_trainer, tmp_path):
+    trainer = make_trainer(
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        save_total_limit=2,
+    )
+    trainer.train()
+    # The loss falls from step to step, so the first checkpoint stays, and the last.
+    run = tmp_path / "run"
+    assert names(run) == ["checkpoint-1", "checkpoint-4"]
+    for folder in run.iterdir():
+        assert damage(folder) is None
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(run / "checkpoint-1")
+
+
+def test_resumed_from_the_last_update_it_makes_none(make_trainer):
+    make_trainer(max_steps=3).train()
+    trainer = make_trainer(max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal during an update."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer([Signal(signal.SIGTERM, 1)], save_strategy="no", eval_strategy="epoch")
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_error_leaves_the_handlers_as_they_were(make_trainer):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer()
+    trainer.training_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+SCRIPT = """
+import os, signal, sys
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from latro.long_run import LongRunTrainer
+
+class Signal(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+model, output = sys.argv[1:]
+ids = list(range(5, 21))
+dataset = Dataset.from_dict({"input_ids": [ids] * 16, "labels": [ids] * 16})
+args = TrainingArguments(
+    output_dir=output, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no",
+    max_steps=4, per_device_train_batch_size=1,
+)
+trainer = LongRunTrainer(
+    model=AutoModelForCausalLM.from_pretrained(model),
+    args=args,
+    train_dataset=dataset,
+    callbacks=[Signal()],
+)
+trainer.train()
+assert trainer.interruption.signal == signal.SIGTERM, args.process_index
+assert trainer.state.global_step == 2
+"""
+
+
+def test_two_processes_save_and_stop_together(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    subprocess.run(
+        [
+            *(sys.executable, *launcher, str(tmp_path / "script.py")),
+            *(str(tmp_path / "model"), str(run)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        timeout=240,
+    )
+    assert names(run) == ["checkpoint-2"]
+    assert damage(run / "checkpoint-2") is None
+    files = json.loads((run / "checkpoint-2" / "checkpoint_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= set(files)
