@@ -77,7 +77,7 @@ class LatroConfig(TrainingArguments):
         choices=["floor", "exclude"],
     )
     token_budget: int = setting(
-        16384, "Tokens of one micro-batch, padding included; results do not depend on it."
+        16384, "Tokens of one micro-batch through the trunk; results do not depend on it."
     )
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")

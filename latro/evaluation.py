@@ -13,9 +13,10 @@ from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
-from latro.layout import collate, plan
+from latro.generation import TransformersEngine, seed_of
+from latro.layout import plan
 from latro.prompts import check_dataset, encode_prompt
-from latro.rollout import AnswerJoin, Rollout, decode, eos_token_ids, generate
+from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.tasks import Task
 
@@ -99,23 +100,22 @@ def evaluate_model(
     if settings.num_samples:
         modes.append(("sampled", settings.temperature, settings.num_samples))
     check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
+    engine = TransformersEngine(model, tokenizer)
     graded: dict[str, list[list[Completion]]] = {name: [] for name, _, _ in modes}
     starts = range(0, len(dataset), settings.batch_size)
     for start in track(starts, "evaluating", disable=not settings.progress, transient=True):
         rows = [dataset[i] for i in range(start, min(start + settings.batch_size, len(dataset)))]
         prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
         for name, temperature, num_samples in modes:
-            completions = generate(
-                model,
-                tokenizer,
+            samples = engine.generate(
                 prompts,
                 num_samples=num_samples,
                 max_new_tokens=settings.max_completion_length + ANSWER_TOKENS,
                 temperature=temperature,
-                seed=settings.seed + start,
+                seeds=[seed_of(settings.seed, start + i) for i in range(len(prompts))],
             )
-            for row, prompt, ids in zip(rows, prompts, completions, strict=True):
-                graded[name].append([_grade(task, tokenizer, join, row, prompt, i) for i in ids])
+            for row, prompt, group in zip(rows, prompts, samples, strict=True):
+                graded[name].append([_grade(task, tokenizer, join, row, prompt, s) for s in group])
 
     metrics = {"accuracy_greedy": _mean(c.correct for (c,) in graded["greedy"])}
     if settings.num_samples:
@@ -146,8 +146,10 @@ def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) 
     was_training = scorer.model.training
     scorer.model.eval()
     values: dict[int, float] = {}
-    for micro in plan([[r] for r in rollouts], token_budget):
-        batch = collate(micro.rollouts, scorer.model.device)
+    alone = [[rollout] for rollout in rollouts]
+    for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
+        (piece,) = micro.pieces
+        batch = scorer.collate(piece)
         summed = scorer(batch).logp.double().cumsum(0)
         of_each = summed[batch.offsets[2::2] - 1] - summed[batch.offsets[1::2] - 1]
         values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
@@ -162,14 +164,15 @@ def _grade(
     join: AnswerJoin,
     row: Mapping[str, Any],
     prompt_ids: list[int],
-    ids: list[int],
+    sample: Sample,
 ) -> Completion:
+    ids = sample.ids
     ended = ids[:-1] if ids and ids[-1] in join.eos_token_ids else ids
     text = decode(tokenizer, ended)
     predicted = task.extract(text, row)
     return Completion(
         text=text,
-        rollout=join(prompt_ids, ids, row["answer"]),
+        rollout=join(prompt_ids, sample, row["answer"]),
         predicted=predicted,
         correct=predicted is not None and task.same(predicted, row["answer"]),
     )

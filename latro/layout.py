@@ -1,4 +1,4 @@
-"""From rollouts to what the model and the kernels read: padded inputs, head rows, micro-batches.
+"""From rollouts to what the model and the kernels read: inputs, head rows, micro-batches.
 
 A head row is a pair of a position, whose hidden state predicts, and the token predicted there.
 Sequence s has its rationale rows first and its answer rows after them:
@@ -8,6 +8,10 @@ Sequence s has its rationale rows first and its answer rows after them:
 
 with P the prompt's length. The two may share a position: the hidden state after the last word of a
 rationale predicts the token that ended it and, in another row, the first token of the answer.
+
+A batch is packed, every prompt once with its K branches after it (`latro.attention`), which is
+P + Σ (branch lengths) positions a group; or, for models that cannot, padded, each sequence a row of
+its own with its own copy of the prompt.
 """
 
 from __future__ import annotations
@@ -19,24 +23,33 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from latro.attention import SharedPrefix
 from latro.rollout import Rollout
 from latro_kernels import GroupLayout
 
+Group = Sequence[Rollout]
+"""Rollouts of one prompt."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Batch:
-    """A padded batch of B sequences of T positions with N head rows."""
+    """What goes through the trunk at once, with N head rows of S sequences."""
 
     input_ids: Tensor
-    """int64 [B, T], padded at the right: under a causal mask no real position sees the padding."""
+    """int64 [B, T]: packed, B = 1; padded, a sequence a row, padded at the right, where under a
+    causal mask no real position sees the padding."""
+    position_ids: Tensor | None
+    """int64 [1, T], of the unpacked sequences; None where padded: then they are 0 to T − 1."""
+    shared_prefix: SharedPrefix | None
+    """The packed row's segments; None where padded."""
     positions: Tensor
     """int64 [N], into the flattened [B·T] positions."""
     target: Tensor
     """int64 [N], the token that each row predicts."""
     offsets: Tensor
-    """int64 [2B + 1], as in `GroupLayout`."""
+    """int64 [2·S + 1], as in `GroupLayout`."""
     finished: Tensor
-    """bool [B]."""
+    """bool [S]."""
 
     @property
     def num_rows(self) -> int:
@@ -47,34 +60,85 @@ class Batch:
 class MicroBatch:
     """Whole groups that go through together, in one piece where the token budget allows."""
 
-    pieces: list[list[Rollout]]
+    pieces: list[list[Group]]
+    """Each piece holds groups, or parts of them."""
 
     @property
     def rollouts(self) -> list[Rollout]:
-        return [rollout for piece in self.pieces for rollout in piece]
+        return [rollout for piece in self.pieces for group in piece for rollout in group]
 
 
-def collate(rollouts: Sequence[Rollout], device: torch.device) -> Batch:
-    """Pad sequences into a `Batch` on `device`, in their order."""
-    inputs = [r.input_ids for r in rollouts]
-    width = max(map(len, inputs))
-    positions: list[int] = []
-    target: list[int] = []
-    counts: list[int] = []
-    for index, rollout in enumerate(rollouts):
-        first = index * width + len(rollout.prompt_ids) - 1
-        positions += range(first, first + len(rollout.sampled_ids))
-        first += rollout.answer_start
-        positions += range(first, first + len(rollout.answer_ids))
-        target += rollout.sampled_ids + rollout.answer_ids
-        counts += [len(rollout.sampled_ids), len(rollout.answer_ids)]
+def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
+    """A `Batch` on `device` of the rollouts of `groups`, in their order."""
+    rollouts = [rollout for group in groups for rollout in group]
+    counts = [n for r in rollouts for n in (len(r.sampled_ids), len(r.answer_ids))]
+    make = _pack if packed else _pad
+    input_ids, position_ids, shared_prefix, positions = make(groups, device)
     return Batch(
-        input_ids=torch.tensor([ids + [0] * (width - len(ids)) for ids in inputs], device=device),
+        input_ids=input_ids,
+        position_ids=position_ids,
+        shared_prefix=shared_prefix,
         positions=torch.tensor(positions, device=device),
-        target=torch.tensor(target, device=device),
+        target=torch.tensor(
+            [token for r in rollouts for token in r.sampled_ids + r.answer_ids], device=device
+        ),
         offsets=torch.tensor(list(accumulate(counts, initial=0)), device=device),
         finished=torch.tensor([r.finished for r in rollouts], device=device),
     )
+
+
+def _pad(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, None, None, list[int]]:
+    rollouts = [rollout for group in groups for rollout in group]
+    inputs = [r.input_ids for r in rollouts]
+    width = max(map(len, inputs))
+    positions: list[int] = []
+    for index, rollout in enumerate(rollouts):
+        first = index * width + len(rollout.prompt_ids) - 1
+        positions += _row_positions(rollout, first, first + 1)
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
+    return ids, None, None, positions
+
+
+def _pack(
+    groups: Sequence[Group], device: torch.device
+) -> tuple[Tensor, Tensor, SharedPrefix, list[int]]:
+    ids: list[int] = []
+    position_ids: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    prefixes: list[int] = []
+    for group in groups:
+        prompt_ids = group[0].prompt_ids
+        prompt = len(lengths)
+        ids += prompt_ids
+        position_ids += range(len(prompt_ids))
+        lengths.append(len(prompt_ids))
+        prefixes.append(-1)
+        end = len(ids) - 1
+        for rollout in group:
+            positions += _row_positions(rollout, end, len(ids))
+            branch = rollout.branch_ids
+            if branch:
+                ids += branch
+                position_ids += range(len(prompt_ids), len(prompt_ids) + len(branch))
+                lengths.append(len(branch))
+                prefixes.append(prompt)
+    return (
+        torch.tensor([ids], device=device),
+        torch.tensor([position_ids], device=device),
+        SharedPrefix(tuple(lengths), tuple(prefixes), device),
+        positions,
+    )
+
+
+def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:
+    """Where the head rows of a sequence stand, given its prompt's last and its branch's first."""
+
+    def at(first: int, count: int) -> list[int]:
+        # What stands i tokens into the branch predicts from the token before it.
+        return [branch_start + i - 1 if i else prompt_end for i in range(first, first + count)]
+
+    return at(0, len(rollout.sampled_ids)) + at(rollout.answer_start, len(rollout.answer_ids))
 
 
 def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int) -> GroupLayout:
@@ -90,37 +154,92 @@ def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int
     )
 
 
-def plan(groups: Sequence[Sequence[Rollout]], token_budget: int) -> list[MicroBatch]:
-    """Pack whole groups into micro-batches of at most `token_budget` padded tokens.
+@dataclass(frozen=True)
+class Size:
+    """Positions that groups take in one batch: add sizes to have that of both together."""
 
-    Groups of like length go together, which keeps the padding small. A group over the budget is a
-    micro-batch of its own in several pieces, each within the budget; a single sequence over it is a
-    piece of its own.
+    packed: int = 0
+    width: int = 0
+    count: int = 0
+
+    @classmethod
+    def of(cls, group: Group) -> Size:
+        branches = [len(r.branch_ids) for r in group]
+        prompt = len(group[0].prompt_ids)
+        return cls(prompt + sum(branches), prompt + max(branches), len(branches))
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.packed + other.packed, max(self.width, other.width), self.count + other.count
+        )
+
+    def tokens(self, *, packed: bool) -> int:
+        return self.packed if packed else self.width * self.count
+
+
+@dataclass
+class _Bin:
+    """A micro-batch while it is filled."""
+
+    long: bool
+    size: Size
+    groups: list[Group]
+
+
+def plan(
+    groups: Sequence[Group], token_budget: int, *, packed: bool, boundary: int | None = None
+) -> list[MicroBatch]:
+    """Put whole groups into micro-batches of at most `token_budget` positions each.
+
+    The largest come first, each into the first micro-batch that has room. A group over the budget
+    is a micro-batch of its own in several pieces, each within the budget; a single sequence over it
+    is a piece of its own.
+
+    Args:
+        groups: of at least one rollout each.
+        token_budget: positions of one batch, padding included.
+        packed: whether batches will be packed or padded.
+        boundary: sequences of more tokens than this never share a piece with others: a model with
+            two sets of rotary frequencies (LongRoPE) takes one set for all that it is handed.
     """
     planned: list[MicroBatch] = []
-    together: list[Rollout] = []
-    width = 0
-    for group in sorted(groups, key=_width, reverse=True):
-        # The first group is the widest, so `width` holds for all that join it.
-        if together and width * (len(together) + len(group)) <= token_budget:
-            together += group
+    bins: list[_Bin] = []
+    sized = [(Size.of(group), group) for group in groups]
+    for size, group in sorted(sized, key=lambda s: s[0].tokens(packed=packed), reverse=True):
+        sides = _sides(group, boundary)
+        if len(sides) > 1 or size.tokens(packed=packed) > token_budget:
+            parts = [p for side in sides for p in _split(side, token_budget, packed=packed)]
+            planned.append(MicroBatch([[part] for part in parts]))
             continue
-        if together:
-            planned.append(MicroBatch([together]))
-        together, width = [], _width(group)
-        if width * len(group) <= token_budget:
-            together = list(group)
+        long = _is_long(group[0], boundary)
+        for bin in bins:
+            together = bin.size + size
+            if bin.long == long and together.tokens(packed=packed) <= token_budget:
+                bin.size = together
+                bin.groups.append(group)
+                break
         else:
-            per_piece = max(1, token_budget // width)
-            planned.append(
-                MicroBatch(
-                    [list(group[i : i + per_piece]) for i in range(0, len(group), per_piece)]
-                )
-            )
-    if together:
-        planned.append(MicroBatch([together]))
-    return planned
+            bins.append(_Bin(long, size, [group]))
+    return planned + [MicroBatch([bin.groups]) for bin in bins]
 
 
-def _width(rollouts: Sequence[Rollout]) -> int:
-    return max(len(r.input_ids) for r in rollouts)
+def _sides(group: Group, boundary: int | None) -> list[Group]:
+    short = [r for r in group if not _is_long(r, boundary)]
+    long = [r for r in group if _is_long(r, boundary)]
+    # A piece keeps the order of its group, but a group in pieces need not: its rows are summed.
+    return [side for side in (short, long) if side]
+
+
+def _is_long(rollout: Rollout, boundary: int | None) -> bool:
+    return boundary is not None and len(rollout.input_ids) > boundary
+
+
+def _split(group: Group, token_budget: int, *, packed: bool) -> list[Group]:
+    """Parts of a group, each within the budget or a single sequence."""
+    parts: list[list[Rollout]] = []
+    for rollout in group:
+        if parts and Size.of([*parts[-1], rollout]).tokens(packed=packed) <= token_budget:
+            parts[-1].append(rollout)
+        else:
+            parts.append([rollout])
+    return parts

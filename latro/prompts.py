@@ -5,7 +5,7 @@ from __future__ import annotations
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.rollout import AnswerJoin
+from latro.rollout import AnswerJoin, Sample
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -63,7 +63,7 @@ def check_dataset(
         ids = encode_prompt(tokenizer, prompt)
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
-        needed = len(ids) + max_completion_length + len(join(ids, [], answer).answer_ids)
+        needed = len(ids) + max_completion_length + len(join(ids, Sample([]), answer).answer_ids)
         if limit is not None and needed > limit:
             raise ValueError(
                 f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "

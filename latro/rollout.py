@@ -1,4 +1,4 @@
-"""Sampling rationales: K completions a prompt from one shared prefill.
+"""Rationales as token ids, with the answers joined to them; what samples them is an engine.
 
 A completion z ends at the end-of-sequence token, where its decoded text shows the answer template
 ("The answer is"), or at the length limit. The sampled token ids are kept and scored as they are;
@@ -18,16 +18,50 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion, as an engine returns it."""
+
+    ids: list[int]
+    """Token ids, with the token or tokens that ended it."""
+    logp: list[float] | None = None
+    """Log-probability of each id, in nats, as the engine computed it at the temperature of
+    sampling; None where it does not tell."""
+
+
+class RolloutEngine(Protocol):
+    """What samples completions of prompts."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None = None,
+    ) -> list[list[Sample]]:
+        """`num_samples` completions of each prompt from the policy's whole distribution.
+
+        Args:
+            prompts: token ids, none empty.
+            num_samples: completions of one prompt.
+            max_new_tokens: the length limit.
+            temperature: 0 takes the likeliest token.
+            seeds: one a prompt; from 0 to 2⁶³ − 1.
+            template: a completion also ends with the token that completes this text.
+        """
+        ...
+
+    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+        """Called with the policy after the optimiser's step number `step`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,60 +77,23 @@ class Rollout:
     """How many sampled tokens stand before y."""
     finished: bool
     """False where the length limit ended the rationale."""
+    sampled_logp: list[float] | None = None
+    """Log-probability of each sampled id as the engine computed it, in nats, where it tells."""
+
+    @property
+    def branch_ids(self) -> list[int]:
+        """What the model reads after the prompt: all but y's last token, which nothing follows."""
+        return self.sampled_ids[: self.answer_start] + self.answer_ids[:-1]
 
     @property
     def input_ids(self) -> list[int]:
-        """What the model reads: everything but y's last token, which nothing follows."""
-        return self.prompt_ids + self.sampled_ids[: self.answer_start] + self.answer_ids[:-1]
+        """What the model reads."""
+        return self.prompt_ids + self.branch_ids
 
     @property
     def rationale_ids(self) -> list[int]:
         """z without the token or tokens that ended it."""
         return self.sampled_ids[: self.answer_start]
-
-
-class TemplateStop(StoppingCriteria):
-    """Ends a row where its decoded text shows `template`, and keeps each row's length.
-
-    Decoded text is matched and not token ids, because the same words can be cut into tokens in
-    many ways. The lengths make padding unnecessary for finding ends, so that a tokenizer whose
-    padding token is its end token is no special case.
-    """
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        prompt_length: int,
-        num_rows: int,
-        eos_token_ids: Sequence[int],
-        template: str | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.prompt_length = prompt_length
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.template = template
-        # A token stands for at least one byte, or for nothing visible at the start of the window.
-        self.window = len(template.encode()) + 4 if template else 1
-        self.lengths = [0] * num_rows
-        self.done = [False] * num_rows
-
-    def __call__(
-        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
-    ) -> torch.BoolTensor:
-        start = max(self.prompt_length, input_ids.shape[1] - self.window)
-        tails = input_ids[:, start:].tolist()
-        open_rows = [row for row, done in enumerate(self.done) if not done]
-        texts = (
-            decode_batch(self.tokenizer, [tails[row] for row in open_rows])
-            if self.template
-            else [""] * len(open_rows)
-        )
-        for row, text in zip(open_rows, texts, strict=True):
-            self.lengths[row] = input_ids.shape[1] - self.prompt_length
-            self.done[row] = tails[row][-1] in self.eos_token_ids or (
-                self.template is not None and self.template in text
-            )
-        return torch.tensor(self.done, device=input_ids.device)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -119,89 +116,6 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(i for i in ids if i is not None)
 
 
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    *,
-    num_samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    template: str | None = None,
-) -> list[list[list[int]]]:
-    """Sample `num_samples` completions of each prompt from the model's whole distribution.
-
-    Args:
-        model: a causal language model; put into eval mode for the call.
-        tokenizer: decodes the text that `template` is looked for in.
-        prompts: token ids, none empty.
-        num_samples: completions of one prompt; they share its prefill.
-        max_new_tokens: the length limit.
-        temperature: 0 takes the likeliest token.
-        seed: decides the samples; the global random state is left as it was.
-        template: a completion also ends with the token that completes this text.
-
-    Returns:
-        For each prompt its completions' token ids, the token that ended them included.
-    """
-    eos = eos_token_ids(model, tokenizer)
-    device = model.device
-    width = max(len(p) for p in prompts)
-    # The padding is masked, so its id is never seen by a real token and any id will do.
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    stop = TemplateStop(tokenizer, width, len(prompts) * num_samples, eos, template)
-
-    was_training = model.training
-    model.eval()
-    # A model's own generation config may cut the distribution (top-k, top-p, penalties). Samples
-    # from a cut distribution are not samples of the policy, so a plain one stands in for it.
-    own_config = model.generation_config
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        # Without top_k=0 the library's default of 50 would apply.
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-        eos_token_id=eos or None,
-        pad_token_id=eos[0] if eos else 0,
-    )
-    cuda = [device] if device.type == "cuda" else []
-    try:
-        cache = _prefill(model, ids, mask)
-        cache.batch_repeat_interleave(num_samples)
-        with torch.random.fork_rng(devices=cuda):
-            torch.manual_seed(seed)
-            output = model.generate(
-                ids.repeat_interleave(num_samples, dim=0),
-                attention_mask=mask.repeat_interleave(num_samples, dim=0),
-                past_key_values=cache,
-                stopping_criteria=StoppingCriteriaList([stop]),
-            )
-    finally:
-        model.generation_config = own_config
-        model.train(was_training)
-
-    rows = [r[:n] for r, n in zip(output[:, width:].tolist(), stop.lengths, strict=True)]
-    return [rows[i : i + num_samples] for i in range(0, len(rows), num_samples)]
-
-
-def _prefill(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> DynamicCache:
-    """The keys and values of every prompt token but the last, which generation reads itself."""
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        model.base_model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-        )
-    return cache
-
-
 class AnswerJoin:
     """Joins an answer to a sampled rationale, token by token as it reads in context.
 
@@ -222,8 +136,9 @@ class AnswerJoin:
             end = eos_token_ids[0]
         self.end_ids = [] if end is None else [end]
 
-    def __call__(self, prompt_ids: list[int], sampled_ids: list[int], answer: str) -> Rollout:
+    def __call__(self, prompt_ids: list[int], sample: Sample, answer: str) -> Rollout:
         """The rollout of one completion; what follows its first answer template is dropped."""
+        sampled_ids = sample.ids
         span = self._find_template(sampled_ids)
         if span is not None:
             start, end = span
@@ -231,7 +146,7 @@ class AnswerJoin:
             spelled = decode(self.tokenizer, sampled_ids[start:])
             rest = "" if spelled[-1].isspace() else " "
             answer_ids = sampled_ids[start:] + self._ids_after(self.template, rest + answer)
-            return self._rollout(prompt_ids, sampled_ids, answer_ids, start, finished=True)
+            return self._rollout(prompt_ids, sampled_ids, answer_ids, start, True, sample.logp)
 
         finished = bool(sampled_ids) and sampled_ids[-1] in self.eos_token_ids
         start = len(sampled_ids) - finished
@@ -239,7 +154,7 @@ class AnswerJoin:
         # A stand-in for what comes before: whether a space opens y is all that matters of it.
         anchor, space = ("\n", "") if before[-1:].isspace() else (".", " ")
         answer_ids = self._ids_after(anchor, f"{space}{self.template} {answer}")
-        return self._rollout(prompt_ids, sampled_ids, answer_ids, start, finished=finished)
+        return self._rollout(prompt_ids, sampled_ids, answer_ids, start, finished, sample.logp)
 
     def _rollout(
         self,
@@ -247,10 +162,17 @@ class AnswerJoin:
         sampled_ids: list[int],
         answer_ids: list[int],
         answer_start: int,
-        *,
         finished: bool,
+        logp: list[float] | None,
     ) -> Rollout:
-        return Rollout(prompt_ids, sampled_ids, answer_ids + self.end_ids, answer_start, finished)
+        return Rollout(
+            prompt_ids,
+            sampled_ids,
+            answer_ids + self.end_ids,
+            answer_start,
+            finished,
+            None if logp is None else logp[: len(sampled_ids)],
+        )
 
     def _find_template(self, ids: list[int]) -> tuple[int, int] | None:
         """The tokens [start, end) that spell the first template, or None."""

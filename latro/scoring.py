@@ -2,19 +2,30 @@
 
 The model's own forward would make logits of every position. Here the trunk runs alone, the hidden
 states of the head rows are gathered, and `linear_logprob` takes them through the head; `linear_kl`
-takes them through two models' heads.
+takes them through two models' heads. All of that runs in the place of the model's forward and of
+its head's, so that engines which wrap a model (DDP, FSDP2, DeepSpeed, PEFT) see the calls that they
+expect: gradients are exchanged and sharded weights gathered as for any other forward.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latro.layout import Batch
+from latro.attention import allow_shared_prefix, placeholder_mask
+from latro.layout import Batch, Group, collate
+from latro.rollout import Rollout
 from latro_kernels import linear_kl, linear_logprob
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,12 @@ class Scores:
 class Reference:
     """π_0 at N head rows, for an exact KL."""
 
-    scorer: Scorer
     hidden: Tensor
     """[N, H], without gradient."""
+    weight: Tensor
+    """[V, H], of its head, without gradient."""
+    bias: Tensor | None
+    """[V], likewise."""
 
 
 class Scorer:
@@ -46,6 +60,13 @@ class Scorer:
         temperature: logits are divided by it, as in sampling.
         backend: of `latro_kernels.linear_logprob`.
 
+    Attributes:
+        caller: what is called in the model's place: set to the engine's wrapper where there is one.
+        sharded: set where an engine keeps the weights in shards that are gathered for a forward.
+        packed: whether batches are packed, each prompt once for its branches. False, with a
+            warning, where the model's attention cannot do that.
+        boundary: tokens up to which a LongRoPE model takes its short frequencies; else None.
+
     Raises:
         ValueError: the model has no linear head, its logits are not finite, or it computes them in
             a way that this class does not follow.
@@ -55,9 +76,13 @@ class Scorer:
         self, model: PreTrainedModel, *, temperature: float = 1.0, backend: str = "auto"
     ) -> None:
         self.model = model
+        self.caller: nn.Module = model
+        self.sharded = False
+        # Inside of PEFT's wrapper, whose forward hands its arguments on.
+        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.temperature = temperature
         self.backend = backend
-        head = model.get_output_embeddings()
+        head = self.causal.get_output_embeddings()
         if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
             raise ValueError(
                 f"model: expected a causal language model with a linear head, got "
@@ -74,62 +99,68 @@ class Scorer:
                 f"model: {type(model).__name__} has a logit softcap and a logit scale; their order "
                 "is not known"
             )
-        self._verify()
+        rope = getattr(config, "rope_parameters", None) or {}
+        self.boundary: int | None = None
+        if rope.get("rope_type") == "longrope":
+            self.boundary = rope.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+        self._verify_logits()
+        self.packed = allow_shared_prefix(self.causal) and self._packs_rightly()
+        if not self.packed:
+            logger.warning(
+                "%s cannot attend to a prefix that sequences share; each goes through it with its "
+                "own copy of the prompt, padded",
+                type(model).__name__,
+            )
+
+    def collate(self, groups: Sequence[Group]) -> Batch:
+        """A batch of the rollouts of `groups`, packed or padded, on the model's device."""
+        return collate(groups, self.model.device, packed=self.packed)
 
     def __call__(self, batch: Batch, reference: Reference | None = None) -> Scores:
         """Log-prob and entropy of every head row of a batch, and its KL to `reference`."""
-        hidden = self.hidden(batch)
-        scores = self.head(hidden, batch.target)
-        if reference is None:
-            return scores
-        return replace(scores, row_kl=self.kl(hidden, reference))
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, H] of the head rows of a batch."""
-        return self.trunk(batch.input_ids).flatten(0, 1)[batch.positions]
+        # A tuple, and not a `Scores`: engines look for the tensors in what a forward returns.
+        def forward() -> tuple[Tensor, ...]:
+            return self._at_head(self._hidden(batch), batch.target, reference)
 
-    def trunk(self, input_ids: Tensor) -> Tensor:
+        return Scores(*self._inside(batch, forward))
+
+    @torch.no_grad()
+    def reference(self, batch: Batch) -> Reference:
+        """This model at the head rows of a batch, as another's exact KL wants it."""
+
+        def forward() -> tuple[Tensor, ...]:
+            def keep(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+                weight, bias = head_parameters(head)
+                parameters = [p.detach() for p in (weight, bias) if p is not None]
+                # Gathered weights are gone after the head's forward.
+                return (hidden, *(p.clone() if self.sharded else p for p in parameters))
+
+            return self._call_head(self._hidden(batch), keep)
+
+        hidden, weight, *bias = self._inside(batch, forward)
+        return Reference(hidden, weight, bias[0] if bias else None)
+
+    def trunk(self, batch: Batch) -> Tensor:
         """Hidden states [B, T, H], after the final norm.
 
-        There is no attention mask: padding stands at the right, where causal attention never
-        looks, and every model then takes its plain causal path.
+        A padded batch has no attention mask: padding stands at the right, where causal attention
+        never looks, and every model then takes its plain causal path.
         """
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-
-    def head(self, hidden: Tensor, target: Tensor) -> Scores:
-        """`linear_logprob` of hidden states [N, H], as the model computes its logits."""
-        head = self.model.get_output_embeddings()
-        logp, entropy = linear_logprob(
-            hidden,
-            head.weight,
-            target,
-            bias=getattr(head, "bias", None),
-            temperature=self.temperature / self.logit_scale,
-            softcap=self.softcap,
-            return_entropy=True,
-            backend=self.backend,
-        )
-        return Scores(logp, entropy.detach())
-
-    def kl(self, hidden: Tensor, reference: Reference) -> Tensor:
-        """KL(π ‖ π_0) [N] of the next token, exact, from hidden states [N, H]."""
-        head, other = (s.model.get_output_embeddings() for s in (self, reference.scorer))
-        # The two may share their head, and π_0's is constant.
-        other_bias = getattr(other, "bias", None)
-        return linear_kl(
-            hidden,
-            head.weight,
-            reference.hidden,
-            other.weight.detach(),
-            bias_p=getattr(head, "bias", None),
-            bias_q=None if other_bias is None else other_bias.detach(),
-            temperature=self.temperature / self.logit_scale,
-            softcap=self.softcap,
-            backend=self.backend,
-        )
+        packing: dict[str, Any] = {}
+        if batch.shared_prefix is not None:
+            packing = {
+                "position_ids": batch.position_ids,
+                "attention_mask": placeholder_mask(batch.input_ids.device),
+                "shared_prefix": batch.shared_prefix,
+            }
+        trunk = self.causal.base_model
+        return trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
 
     def check_comparable(self, other: Scorer) -> None:
-        """Check that `kl` has a meaning.
+        """Check that the KL to another model has a meaning.
 
         Raises:
             ValueError: the models do not share a vocabulary, or make their logits differently.
@@ -148,10 +179,63 @@ class Scorer:
     @property
     def vocab_size(self) -> int:
         """V, as the head has it."""
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.causal.get_output_embeddings().weight.shape[0]
+
+    # What runs in the place of forwards.
+
+    def _inside(self, batch: Batch, function: Callable[[], T]) -> T:
+        """The result of `function`, run as the model's forward, called through the engine."""
+        return _as_forward(
+            self.causal,
+            lambda *_, **__: function(),
+            lambda: self.caller(input_ids=batch.input_ids),
+        )
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Hidden states [N, H] of the head rows of a batch."""
+        return self.trunk(batch).flatten(0, 1)[batch.positions]
+
+    def _call_head(
+        self, hidden: Tensor, function: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """`function(head, hidden)`, run as the head's forward, so that its weight is there."""
+        head = self.causal.get_output_embeddings()
+        return _as_forward(head, lambda h: function(head, h), lambda: head(hidden))
+
+    def _at_head(
+        self, hidden: Tensor, target: Tensor, reference: Reference | None = None
+    ) -> tuple[Tensor, ...]:
+        """(logp, entropy[, row_kl]) of hidden states [N, H], as the model computes its logits."""
+
+        def forward(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
+            weight, bias = head_parameters(head)
+            settings = {
+                "temperature": self.temperature / self.logit_scale,
+                "softcap": self.softcap,
+                "backend": self.backend,
+            }
+            logp, entropy = linear_logprob(
+                hidden, weight, target, bias=bias, return_entropy=True, **settings
+            )
+            if reference is None:
+                return logp, entropy.detach()
+            row_kl = linear_kl(
+                hidden,
+                weight,
+                reference.hidden,
+                reference.weight,
+                bias_p=bias,
+                bias_q=reference.bias,
+                **settings,
+            )
+            return logp, entropy.detach(), row_kl
+
+        return self._call_head(hidden, forward)
+
+    # Checks of the model, once.
 
     @torch.no_grad()
-    def _verify(self) -> None:
+    def _verify_logits(self) -> None:
         """Compare with the model's own logits once: a wrong scale would train in silence."""
         was_training = self.model.training
         self.model.eval()
@@ -163,11 +247,9 @@ class Scorer:
                 f"in {self.model.dtype}"
             )
         own = own.log_softmax(-1)
+        hidden = self.causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = torch.stack(
-            [
-                self.head(self.trunk(ids)[0], torch.full_like(ids[0], token)).logp
-                for token in ids[0].tolist()
-            ],
+            [self._at_head(hidden, torch.full_like(ids[0], t))[0] for t in ids[0].tolist()],
             dim=1,
         )
         self.model.train(was_training)
@@ -179,3 +261,51 @@ class Scorer:
                 f"model: {type(self.model).__name__} does not compute its logits as "
                 f"softcap(head(trunk(x))·scale): log-probs differ by {error:.3g}"
             )
+
+    @torch.no_grad()
+    def _packs_rightly(self) -> bool:
+        """Compare hidden states of a packed batch with those of the same sequences padded."""
+        tokens = [i % self.vocab_size for i in range(1, 15)]
+        x, y = tokens[:5], tokens[5:7]
+        groups = [
+            [
+                Rollout(prompt, z, y, answer_start=len(z), finished=True)
+                for z in (tokens[7:10], [], tokens[8:14])
+            ]
+            for prompt in (x, x[::-1])
+        ]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            packed, padded = (
+                self._hidden(collate(groups, self.model.device, packed=packed)).float()
+                for packed in (True, False)
+            )
+        except (NotImplementedError, TypeError):
+            # A layer that knows no such thing, or a model that takes no such keyword.
+            return False
+        finally:
+            self.model.train(was_training)
+        # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms
+        # and softmaxes are fp32 even in an fp64 model.
+        eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
+        allowed = eps**0.5 * padded.abs().max()
+        return bool((packed - padded).abs().max() <= allowed)
+
+
+def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, H] and bias [V] of a model's head."""
+    return head.weight, getattr(head, "bias", None)
+
+
+def _as_forward(module: nn.Module, function: Callable[..., T], call: Callable[[], T]) -> T:
+    """`call()`, while `function` stands in the place of `module.forward`."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        return call()
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "gemma2", "cohere", "granite")
+ARCHITECTURES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gemma2", "cohere", "granite")
 EOS = "<|endoftext|>"
 
 

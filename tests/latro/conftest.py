@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.rollout import AnswerJoin, Rollout
+from latro.rollout import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
 
@@ -89,7 +89,7 @@ def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Roll
                     "length": tokenizer.encode(text),
                     "empty": [tokenizer.eos_token_id],
                 }[ending]
-                group.append(join(prompt, ids, str(numbers.randint(2, 99))))
+                group.append(join(prompt, Sample(ids), str(numbers.randint(2, 99))))
             groups.append(group)
         return groups
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from latro.evaluate import evaluate
 from latro.evaluation import (
@@ -13,7 +12,7 @@ from latro.evaluation import (
     evaluate_model,
     majority_correct,
 )
-from latro.layout import collate
+from latro.rollout import Sample
 from latro.scoring import Scorer
 
 
@@ -22,13 +21,14 @@ def knowing(tiny, tokenizer, task, monkeypatch):
     """A scorer whose model answers as a table says: prompt text to sampled completions."""
     answers: dict[str, list[str]] = {}
 
-    def planted(model, tokenizer, prompts, *, num_samples, temperature, **options):
+    def planted(engine, prompts, *, num_samples, temperature, **options):
         texts = [answers[tokenizer.decode(p)] for p in prompts]
         chosen = [t[1:] if temperature else t[:1] for t in texts]
         assert all(len(c) == num_samples for c in chosen)
-        return [[[*tokenizer.encode(t), tokenizer.eos_token_id] for t in c] for c in chosen]
+        end = tokenizer.eos_token_id
+        return [[Sample([*tokenizer.encode(t), end]) for t in c] for c in chosen]
 
-    monkeypatch.setattr("latro.evaluation.generate", planted)
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", planted)
     return Scorer(tiny()), answers
 
 
@@ -77,7 +77,7 @@ def test_answer_logp_is_the_sum_over_answer_rows(tiny, rollouts):
     sequences = [r for group in rollouts(2, 4) for r in group]
     values = answer_logp(scorer, sequences, token_budget=100)
     for rollout, value in zip(sequences, values, strict=True):
-        rows = scorer(collate([rollout], torch.device("cpu"))).logp[len(rollout.sampled_ids) :]
+        rows = scorer(scorer.collate([[rollout]])).logp[len(rollout.sampled_ids) :]
         assert value == pytest.approx(rows.sum().item(), rel=1e-5)
 
 

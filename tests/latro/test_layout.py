@@ -27,7 +27,7 @@ sequences = st.builds(made, st.integers(1, 9), st.integers(0, 12), st.integers(1
 
 @given(st.lists(sequences, min_size=1, max_size=8))
 def test_every_row_predicts_its_token_from_the_position_before(rollouts):
-    batch = collate(rollouts, CPU)
+    batch = collate([[r] for r in rollouts], CPU, packed=False)
     width = batch.input_ids.shape[1]
     bounds = batch.offsets.tolist()
     assert bounds[0] == 0
@@ -43,11 +43,12 @@ def test_every_row_predicts_its_token_from_the_position_before(rollouts):
     assert batch.finished.tolist() == [r.finished for r in rollouts]
 
 
-def test_the_end_token_and_the_answer_are_predicted_from_one_position(rollouts):
+@pytest.mark.parametrize("packed", [True, False])
+def test_the_end_token_and_the_answer_are_predicted_from_one_position(rollouts, packed):
     (group,) = rollouts(1, 4)
     ended = group[1]
     assert ended.answer_start == len(ended.sampled_ids) - 1
-    batch = collate([ended], CPU)
+    batch = collate([[ended]], CPU, packed=packed)
     end_row = len(ended.sampled_ids) - 1
     assert batch.positions[end_row] == batch.positions[end_row + 1]
     assert batch.target[end_row : end_row + 2].tolist() == [
@@ -56,23 +57,84 @@ def test_the_end_token_and_the_answer_are_predicted_from_one_position(rollouts):
     ]
 
 
-def test_layouts_of_pieces_join_into_the_groups(rollouts):
+@pytest.mark.parametrize("packed", [True, False])
+def test_layouts_of_pieces_join_into_the_groups(rollouts, packed):
     (group,) = rollouts(1, 8)
-    pieces = [collate(group[:3], CPU), collate(group[3:], CPU)]
+    pieces = [collate([part], CPU, packed=packed) for part in (group[:3], group[3:])]
     layout = group_layout(pieces, 8, 5)
     layout.check(sum(piece.num_rows for piece in pieces))
-    whole = collate(group, CPU)
+    whole = collate([group], CPU, packed=packed)
     assert torch.equal(layout.offsets, whole.offsets)
     assert torch.equal(layout.finished, whole.finished)
     assert layout.num_groups == 5
 
 
-@given(
-    groups=st.lists(st.lists(sequences, min_size=2, max_size=5), min_size=1, max_size=8),
-    budget=st.integers(1, 200),
+def grouped(prompt: int, branches: list[tuple[int, int]]) -> list[Rollout]:
+    return [made(prompt, sampled, answer) for sampled, answer in branches]
+
+
+groups_of_one_prompt = st.builds(
+    grouped,
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(1, 5)), min_size=2, max_size=5),
 )
-def test_micro_batches_hold_whole_groups_within_the_budget(groups, budget):
-    planned = plan(groups, budget)
+
+
+@given(st.lists(groups_of_one_prompt, min_size=1, max_size=5))
+def test_a_packed_row_holds_each_prompt_once_and_nothing_else(groups):
+    batch = collate(groups, CPU, packed=True)
+    ids, position_ids = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
+    # P + Σ (R + A - 1) tokens: nothing follows an answer's last.
+    expected = sum(
+        len(g[0].prompt_ids) + sum(len(r.sampled_ids) + len(r.answer_ids) - 1 for r in g)
+        for g in groups
+    )
+    assert len(ids) == len(position_ids) == expected
+    assert batch.num_rows == sum(len(r.sampled_ids) + len(r.answer_ids) for g in groups for r in g)
+    layout = batch.shared_prefix
+    assert sum(layout.lengths) == expected
+    padded = collate(groups, CPU, packed=False)
+    for name in ("target", "offsets", "finished"):
+        assert torch.equal(getattr(batch, name), getattr(padded, name))
+    # A row's position holds the token, at the place, that the padded batch has there.
+    width = padded.input_ids.shape[1]
+    places = [position_ids[p] for p in batch.positions.tolist()]
+    assert places == [p % width for p in padded.positions.tolist()]
+    read = [ids[p] for p in batch.positions.tolist()]
+    assert read == padded.input_ids.flatten()[padded.positions].tolist()
+
+
+@given(st.lists(groups_of_one_prompt, min_size=1, max_size=4))
+def test_the_keys_of_a_branch_are_its_prompt_and_itself(groups):
+    batch = collate(groups, CPU, packed=True)
+    layout = batch.shared_prefix
+    keys = batch.input_ids[0][layout.key_index].tolist()
+    spans = [
+        keys[start:end]
+        for start, end in zip(layout.key_starts[:-1], layout.key_starts[1:], strict=True)
+    ]
+    expected = []
+    for group in groups:
+        expected.append(group[0].prompt_ids)
+        expected += [r.input_ids for r in group if r.branch_ids]
+    assert spans == expected
+    assert layout.key_lengths == [len(ids) for ids in expected]
+    assert layout.query_starts.tolist()[-1] == batch.input_ids.shape[1]
+
+
+def cost(piece: list[list[Rollout]], packed: bool) -> int:
+    """Positions of a piece, counted on the batch itself."""
+    return collate(piece, CPU, packed=packed).input_ids.numel()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@given(
+    groups=st.lists(groups_of_one_prompt, min_size=1, max_size=8),
+    budget=st.integers(1, 200),
+    boundary=st.one_of(st.none(), st.integers(1, 25)),
+)
+def test_micro_batches_hold_whole_groups_within_the_budget(packed, groups, budget, boundary):
+    planned = plan(groups, budget, packed=packed, boundary=boundary)
     placed = [id(r) for micro in planned for r in micro.rollouts]
     assert sorted(placed) == sorted(id(r) for group in groups for r in group)
     for micro in planned:
@@ -81,12 +143,22 @@ def test_micro_batches_hold_whole_groups_within_the_budget(groups, budget):
             inside = [id(r) in members for r in group]
             assert all(inside) or not any(inside)
         for piece in micro.pieces:
-            cost = len(piece) * max(len(r.input_ids) for r in piece)
-            assert cost <= budget or len(piece) == 1
+            assert cost(piece, packed) <= budget or sum(map(len, piece)) == 1
+            if boundary is not None:
+                assert len({len(r.input_ids) > boundary for g in piece for r in g}) == 1
         if len(micro.pieces) > 1:
             assert len([g for g in groups if id(g[0]) in members]) == 1
 
 
+def test_groups_share_micro_batches_where_they_fit():
+    groups = [grouped(4, [(n, 2)] * 2) for n in (1, 9, 3, 7, 5)]
+    planned = plan(groups, 40, packed=True)
+    assert sum(map(len, groups)) == sum(len(micro.rollouts) for micro in planned)
+    # 24 + 16 and 20 + 12 + 8 tokens: full to the last.
+    assert len(planned) == 2
+    assert len(plan(groups, 10**6, packed=True)) == 1
+
+
 @pytest.mark.parametrize("budget", [10**6, 1])
 def test_no_groups_no_micro_batches(budget):
-    assert plan([], budget) == []
+    assert plan([], budget, packed=True) == []

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latro.layout import collate
-from latro.scoring import Reference, Scorer
+from latro.scoring import Scorer
 from scripts.make_tiny_model import ARCHITECTURES
 
 CPU = torch.device("cpu")
@@ -30,16 +30,21 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
     options = {
         "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
         "mistral": {"sliding_window": 8},
+        "phi3": {"sliding_window": 8},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
         "cohere": {"logit_scale": 0.25},
         "granite": {"logits_scaling": 0.25},
     }.get(architecture, {})
     model = tiny(architecture, **options)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(20)
-    sequences = [r for group in rollouts(2, 4) for r in group]
-    scores = Scorer(model, temperature=temperature)(collate(sequences, CPU))
-    expected = full_logits_logp(model, sequences, temperature)
-    torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+    groups = rollouts(2, 4)
+    expected = full_logits_logp(model, [r for group in groups for r in group], temperature)
+    scorer = Scorer(model, temperature=temperature)
+    assert scorer.packed
+    for packed in (True, False):
+        scores = scorer(collate(groups, CPU, packed=packed))
+        torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,7 +56,7 @@ def test_kl_equals_that_of_the_models_own_logits(tiny, rollouts, architecture):
     }.get(architecture, {})
     models = [tiny(architecture, seed=seed, **options) for seed in (1, 2)]
     (group,) = rollouts(1, 4)
-    batch = collate(group, CPU)
+    batch = collate([group], CPU, packed=True)
     expected = []
     for r in group:
         log_p, log_q = (
@@ -63,27 +68,27 @@ def test_kl_equals_that_of_the_models_own_logits(tiny, rollouts, architecture):
         answer = first + r.answer_start
         expected += [kl[first : first + len(r.sampled_ids)], kl[answer:][: len(r.answer_ids)]]
     policy, initial = (Scorer(m, temperature=0.7) for m in models)
-    reference = Reference(initial, initial.hidden(batch).detach())
-    row_kl = policy(batch, reference).row_kl
+    row_kl = policy(batch, initial.reference(batch)).row_kl
     torch.testing.assert_close(row_kl.double(), torch.cat(expected), rtol=1e-4, atol=1e-6)
-    own = Reference(policy, policy.hidden(batch).detach())
-    assert (policy(batch, own).row_kl == 0).all()
+    assert (policy(batch, policy.reference(batch)).row_kl == 0).all()
 
 
 def test_padding_and_company_change_nothing(tiny, rollouts):
     scorer = Scorer(tiny())
     (group,) = rollouts(1, 4)
-    together = scorer(collate(group, CPU)).logp
-    apart = torch.cat([scorer(collate([r], CPU)).logp for r in group])
+    together = scorer(scorer.collate([group])).logp
+    apart = torch.cat([scorer(scorer.collate([[r]])).logp for r in group])
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_scores_in_its_dtype(tiny, rollouts):
     model = tiny()
     (group,) = rollouts(1, 4)
-    exact = Scorer(model)(collate(group, CPU)).logp
+    scorer = Scorer(model)
+    batch = scorer.collate([group])
+    exact = scorer(batch).logp
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = Scorer(model)(collate(group, CPU)).logp
+        rounded = scorer(batch).logp
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.1
     rounded.sum().backward()

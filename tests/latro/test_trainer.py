@@ -237,7 +237,16 @@ def test_an_update_makes_the_answers_likelier(make_trainer):
 @pytest.mark.parametrize("kl", ["reward", "exact"])
 def test_mixed_precision_is_the_trainers(make_trainer, kl):
     trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True, kl=kl)
+    dtypes = []
+    head = trainer.scorer._at_head
+
+    def watched(hidden, *args):
+        dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return head(hidden, *args)
+
+    trainer.scorer._at_head = watched
     trainer.train()
+    assert dtypes == [torch.bfloat16]
     (entry,) = [e for e in trainer.state.log_history if "kl" in e]
     assert entry["kl"] == 0.0
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())

@@ -1,0 +1,316 @@
+"""Attention over packed groups: every prompt once, and after it the branches that continue it.
+
+A packed row holds segments of tokens. A prompt attends causally to itself; a branch (a rationale
+and its answer) attends to its whole prompt and causally to itself, and to no other branch:
+
+    tokens      x x x │ z1 z1 z1 y1 │ z2 y2 │ x' x' │ z1' ...
+    z1 sees     x x x   z1 (causal)
+    z2 sees     x x x               z2 (causal)
+
+`allow_shared_prefix` registers this with transformers' `AttentionInterface`. Handed a
+`shared_prefix` among its keyword arguments, a model attends so; without one its attention is the
+one it was loaded with, so that `generate` and everything else are untouched.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+_PREFIX = "latro_"
+
+
+@dataclass(frozen=True, eq=False)
+class SharedPrefix:
+    """The segments of one packed row of T tokens, in order.
+
+    Args:
+        lengths: tokens of each segment, each at least 1; they add up to T.
+        prefixes: for each segment the index of the prompt that it continues, -1 for a prompt.
+        device: where the packed row is.
+    """
+
+    lengths: tuple[int, ...]
+    prefixes: tuple[int, ...]
+    device: torch.device
+
+    @functools.cached_property
+    def key_lengths(self) -> list[int]:
+        """Keys that the queries of each segment are offered: its prefix's and its own."""
+        return [
+            length + (self.lengths[prefix] if prefix >= 0 else 0)
+            for length, prefix in zip(self.lengths, self.prefixes, strict=True)
+        ]
+
+    @functools.cached_property
+    def key_index(self) -> Tensor:
+        """int64 [Σ key_lengths]: where in the row each segment's keys lie, prefix first."""
+        starts = _starts(self.lengths)
+        spans: list[range] = []
+        for index, prefix in enumerate(self.prefixes):
+            for i in (prefix, index) if prefix >= 0 else (index,):
+                spans.append(range(starts[i], starts[i + 1]))
+        return torch.tensor([i for span in spans for i in span], device=self.device)
+
+    @functools.cached_property
+    def query_starts(self) -> Tensor:
+        """int32 [segments + 1], ascending from 0 to T."""
+        return torch.tensor(_starts(self.lengths), dtype=torch.int32, device=self.device)
+
+    @functools.cached_property
+    def key_starts(self) -> Tensor:
+        """int32 [segments + 1], ascending from 0 to Σ key_lengths."""
+        return torch.tensor(_starts(self.key_lengths), dtype=torch.int32, device=self.device)
+
+
+def allow_shared_prefix(model: PreTrainedModel) -> bool:
+    """Let `model` take a `shared_prefix`; False where its attention cannot be replaced.
+
+    Its attention becomes "latro_" + the name that it had. Nothing is changed where this returns
+    False, and nothing is changed twice.
+    """
+    config = model.config.get_text_config()
+    own = config._attn_implementation or "eager"
+    if own.startswith(_PREFIX):
+        return True
+    if own == "flex_attention" or not model._can_set_attn_implementation():
+        # Flex attention's own masks are block masks, made where this function has no say.
+        return False
+    name = _PREFIX + own
+    AttentionInterface.register(name, functools.partial(attention, own=own))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    model.set_attn_implementation(name)
+    return config._attn_implementation == name
+
+
+def placeholder_mask(device: torch.device) -> Tensor:
+    """Handed to a model with a `shared_prefix`, keeps it from making a [T, T] mask of its own.
+
+    transformers takes a mask of four dimensions as it is, and `attention` does not read it.
+    """
+    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    own: str,
+    shared_prefix: SharedPrefix | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """One layer's attention, as transformers calls it.
+
+    Args:
+        module: the attention layer.
+        query: [B, heads, T, head size]; B is 1 with a shared prefix.
+        key: [B, heads of keys, T, head size].
+        value: like key.
+        attention_mask: for the model's own attention; not read with a shared prefix.
+        own: name of the attention that the model was loaded with.
+        shared_prefix: the packed row's segments.
+        kwargs: as for any attention function: scaling, sliding_window, softcap and the like.
+
+    Raises:
+        NotImplementedError: a packed row for a layer whose kind of attention is not known here.
+
+    Returns:
+        [B, T, heads, head size], and the attention's weights where its own attention gives them.
+    """
+    if shared_prefix is None:
+        return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
+    _check_kind(module, kwargs)
+    scaling = kwargs.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = kwargs.get("sliding_window") or math.inf
+    softcap = kwargs.get("softcap")
+    variable = _variable_length(query, value, softcap)
+    if variable is not None:
+        # [1, heads, T, size] to [T, heads, size]; each segment with its own copy of its keys.
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+        index = shared_prefix.key_index
+        out = variable(q, k[index], v[index], shared_prefix, scaling, window, softcap)
+        return out[None], None
+    return _by_segment(query, key, value, shared_prefix, scaling, window, softcap), None
+
+
+def _by_segment(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_prefix: SharedPrefix,
+    scaling: float,
+    window: float,
+    softcap: float | None,
+) -> Tensor:
+    """Segment after segment, on any device and in any dtype."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    # Split, and not sliced: the backward of a slice writes zeros for the whole row.
+    queries, keys, values = (
+        t.split(list(shared_prefix.lengths), dim=2) for t in (query, key, value)
+    )
+    outputs: list[Tensor] = []
+    for index, prefix in enumerate(shared_prefix.prefixes):
+        k, v = keys[index], values[index]
+        if prefix >= 0:
+            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
+        outputs.append(_one_segment(queries[index], k, v, scaling, window, softcap))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
+
+
+def _one_segment(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: float, softcap: float | None
+) -> Tensor:
+    """The last queries of a sequence, [1, heads, Q, size], over all its keys, [1, heads, T, size].
+
+    Query i stands at position T − Q + i and sees the `window` positions that end there.
+    """
+    Q, T = query.shape[2], key.shape[2]
+    if softcap is None and Q == T <= window:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    seen = torch.ones(Q, T, dtype=torch.bool, device=query.device).tril_(T - Q)
+    if window < T:
+        seen = seen.triu_(T - Q - int(window) + 1)
+    bias = torch.zeros(Q, T, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + bias
+    working = torch.promote_types(query.dtype, torch.float32)
+    return scores.softmax(dim=-1, dtype=working).to(query.dtype) @ value
+
+
+def _variable_length(query: Tensor, value: Tensor, softcap: float | None) -> Callable | None:
+    """A fused kernel for segments of many lengths, where one runs."""
+    if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+        return None
+    if _flash_attention() is not None:
+        return _with_flash_attention
+    return _with_torch if softcap is None and _torch_attention() is not None else None
+
+
+def _with_flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SharedPrefix,
+    scaling: float,
+    window: float,
+    softcap: float | None,
+) -> Tensor:
+    # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
+    return _flash_attention()(
+        q,
+        k,
+        v,
+        layout.query_starts,
+        layout.key_starts,
+        max(layout.lengths),
+        max(layout.key_lengths),
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1 if math.isinf(window) else int(window) - 1, 0),
+        softcap=softcap or 0.0,
+    )
+
+
+def _with_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SharedPrefix,
+    scaling: float,
+    window: float,
+    softcap: float | None,
+) -> Tensor:
+    return _torch_attention()(
+        q,
+        k,
+        v,
+        layout.query_starts,
+        layout.key_starts,
+        max(layout.lengths),
+        max(layout.key_lengths),
+        scale=scaling,
+        window_size=(-1 if math.isinf(window) else int(window) - 1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+@functools.cache
+def _flash_attention() -> Callable | None:
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_attn_varlen_func
+
+
+@functools.cache
+def _torch_attention() -> Callable | None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Before torch 2.11 it knew neither windows nor grouped heads.
+    wanted = {"scale", "window_size", "enable_gqa"}
+    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
+
+
+def _own(name: str, module: nn.Module) -> Callable:
+    """The attention function that the model was loaded with."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    function = ALL_ATTENTION_FUNCTIONS[name]
+    if "flash" not in name:
+        return function
+
+    def with_own_name(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        # It reads from the config which of the flash kernels it is to load.
+        config = module.config
+        given = config._attn_implementation
+        config._attn_implementation = name
+        try:
+            return function(module, *args, **kwargs)
+        finally:
+            config._attn_implementation = given
+
+    return with_own_name
+
+
+def _check_kind(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    kind = _layer_type(module)
+    if kind not in (None, "full_attention", "sliding_attention"):
+        raise NotImplementedError(f"a packed row in a layer of type {kind}")
+    if kind == "sliding_attention" and not kwargs.get("sliding_window"):
+        raise NotImplementedError("a packed row in a layer that does not tell its window")
+    for name in ("s_aux", "position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f"a packed row with {name}")
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    types = getattr(module.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return types[index] if types and index is not None else None
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    return list(accumulate(lengths, initial=0))

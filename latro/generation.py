@@ -1,0 +1,189 @@
+"""Rollouts with transformers' own `generate`: K completions a prompt from one shared prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from latro.rollout import Sample, decode_batch, eos_token_ids
+
+
+def seed_of(*entropy: int) -> int:
+    """A seed from 0 to 2⁶³ − 1, another one for any other sequence of non-negative integers."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class TransformersEngine:
+    """Samples from the policy in this process.
+
+    A prompt's samples depend on its seed, the weights and nothing else: not on the prompts beside
+    it, nor on how many processes share them. The global random state is left alone.
+
+    Args:
+        model: a causal language model; put into eval mode while it generates.
+        tokenizer: decodes the text that a template is looked for in.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None = None,
+    ) -> list[list[Sample]]:
+        """As `RolloutEngine.generate` says."""
+        model = self.model
+        eos = eos_token_ids(model, self.tokenizer)
+        device = model.device
+        width = max(len(p) for p in prompts)
+        # The padding is masked, so its id is never seen by a real token and any id will do.
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        stop = TemplateStop(self.tokenizer, width, len(prompts) * num_samples, eos, template)
+        sampling = [SeededSampling(seeds, num_samples, temperature, device)] if temperature else []
+
+        was_training = model.training
+        model.eval()
+        # A model's own generation config may cut the distribution (top-k, top-p, penalties).
+        # Samples from a cut distribution are not samples of the policy: a plain one stands in.
+        own_config = model.generation_config
+        model.generation_config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos or None,
+            pad_token_id=eos[0] if eos else 0,
+        )
+        try:
+            cache = _prefill(model, ids, mask)
+            cache.batch_repeat_interleave(num_samples)
+            output = model.generate(
+                input_ids=ids.repeat_interleave(num_samples, dim=0),
+                attention_mask=mask.repeat_interleave(num_samples, dim=0),
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList(sampling),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                # Where weights are sharded they are gathered for the whole call, so that no step
+                # waits for other processes.
+                synced_gpus=False,
+            )
+        finally:
+            model.generation_config = own_config
+            model.train(was_training)
+
+        rows = output[:, width:].tolist()
+        samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
+        return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+
+    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+        """Nothing to do: the policy is here."""
+
+
+class SeededSampling(LogitsProcessor):
+    """Turns "take the likeliest" into sampling, with random numbers of its own for each prompt.
+
+    argmax(logits/T + g) is distributed as softmax(logits/T) where g is Gumbel noise, −log of an
+    exponential variate (Gumbel 1954; "the Gumbel-max trick").
+
+    Args:
+        seeds: one a prompt.
+        num_samples: consecutive rows of one prompt.
+        temperature: T, more than 0.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], num_samples: int, temperature: float, device: torch.device
+    ) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.num_samples = num_samples
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
+        noise = torch.empty_like(scores, dtype=torch.float32)
+        groups = noise.split(self.num_samples)
+        for generator, group in zip(self.generators, groups, strict=True):
+            group.exponential_(generator=generator)
+        # Its 24 random bits can all be 0, and −log 0 would choose a token of no probability.
+        return scores.float() / self.temperature - noise.clamp_(min=2**-25).log_()
+
+
+class TemplateStop(StoppingCriteria):
+    """Ends a row where its decoded text shows `template`, and keeps each row's length.
+
+    Decoded text is matched and not token ids, because the same words can be cut into tokens in
+    many ways. The lengths make padding unnecessary for finding ends, so that a tokenizer whose
+    padding token is its end token is no special case.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        num_rows: int,
+        eos_token_ids: Sequence[int],
+        template: str | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.template = template
+        # A token stands for at least one byte, or for nothing visible at the start of the window.
+        self.window = len(template.encode()) + 4 if template else 1
+        self.lengths = [0] * num_rows
+        self.done = [False] * num_rows
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
+    ) -> torch.BoolTensor:
+        start = max(self.prompt_length, input_ids.shape[1] - self.window)
+        tails = input_ids[:, start:].tolist()
+        open_rows = [row for row, done in enumerate(self.done) if not done]
+        texts = (
+            decode_batch(self.tokenizer, [tails[row] for row in open_rows])
+            if self.template
+            else [""] * len(open_rows)
+        )
+        for row, text in zip(open_rows, texts, strict=True):
+            self.lengths[row] = input_ids.shape[1] - self.prompt_length
+            self.done[row] = tails[row][-1] in self.eos_token_ids or (
+                self.template is not None and self.template in text
+            )
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
+    """The keys and values of every prompt token but the last, which generation reads itself."""
+    cache = DynamicCache(config=model.config)
+    if ids.shape[1] > 1:
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        # The whole model and not its trunk alone: sharding engines want to be called at the root.
+        model(
+            input_ids=ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            position_ids=positions[:, :-1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+    return cache

@@ -1,0 +1,245 @@
+"""One update's gradient: micro-batches through policy and reference, coefficients, backward.
+
+In one piece a micro-batch's policy forward serves the coefficients and the gradient. A group over
+the token budget comes in several pieces: all are scored without gradient first, because an
+advantage needs its whole group, and then each is run once more for its gradient.
+
+Over several processes each has groups of its own, whole ones, and the engine averages the
+gradients. Where weights are sharded, every forward and backward gathers them, and all processes
+must call these equally often: they agree on the number of pieces, and who has fewer fills up with
+tiny ones that count for nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
+
+from latro.config import LatroConfig
+from latro.layout import Batch, Group, group_layout, plan
+from latro.rollout import Rollout
+from latro.scoring import Reference, Scorer, Scores
+from latro.statistics import NAMES, micro_batch_sums
+from latro.stopwatch import Stopwatch
+from latro_kernels import GroupAdvantage, group_advantage
+
+
+class Update:
+    """Accumulates the gradient of the LaTRO loss over rollouts.
+
+    Args:
+        scorer: of the policy.
+        ref_scorer: of π_0; None where β is 0.
+        args: the settings.
+        accelerator: runs backwards and knows the engine.
+        stopwatch: its laps are time_score and time_backward.
+
+    Attributes:
+        trunk_tokens: positions that the last update took through the policy's trunk with gradient,
+            padding included.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        ref_scorer: Scorer | None,
+        args: LatroConfig,
+        accelerator: Accelerator,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.scorer = scorer
+        self.ref_scorer = ref_scorer
+        self.args = args
+        self.accelerator = accelerator
+        self.stopwatch = stopwatch
+        self.trunk_tokens = 0
+
+    def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of `groups` to the parameters'.
+
+        Args:
+            groups: K rollouts of each prompt, at least one prompt.
+            num_groups: prompts of the whole update in this process; the loss is their mean.
+
+        Returns:
+            The loss, [], and the sums that `latro.statistics.NAMES` names, fp64.
+        """
+        planned = plan(
+            groups,
+            self.args.token_budget,
+            packed=self.scorer.packed,
+            boundary=self.scorer.boundary,
+        )
+        planned.sort(key=lambda micro: len(micro.pieces), reverse=True)
+        counts = self._agree([len(micro.pieces) for micro in planned])
+        filler = self.scorer.collate([[_filler(groups[0][0])]])
+        loss = torch.zeros((), device=self.args.device)
+        sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
+        self.trunk_tokens = 0
+        for slot, count in enumerate(counts):
+            pieces = planned[slot].pieces if slot < len(planned) else []
+            batches = [self.scorer.collate(piece) for piece in pieces]
+            self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
+            fill = [filler] * (count - len(pieces))
+            last = slot == len(counts) - 1
+            micro_loss, micro_sums = self._micro_batch(batches, fill, num_groups, last)
+            loss += micro_loss
+            sums += micro_sums
+        return loss, sums
+
+    def _micro_batch(
+        self, batches: list[Batch], fill: list[Batch], num_groups: int, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of whole groups; `fill` runs behind them and counts for nothing.
+
+        `last`: gradients are exchanged with other processes at its last backward.
+        """
+        every = batches + fill
+        whole = len(every) == 1
+        loss = torch.zeros((), device=self.args.device)
+        sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
+        with contextlib.ExitStack() as stack:
+            if whole:
+                stack.enter_context(self._exchange(last))
+            with self.stopwatch.lap("time_score"), self.accelerator.autocast():
+                references = [self._reference(batch) for batch in every]
+                with torch.set_grad_enabled(whole):
+                    scores = [
+                        self.scorer(batch, reference)
+                        for batch, reference in zip(every, references, strict=True)
+                    ]
+                ref_logps = [self._ref_logp(batch) for batch in every]
+                coefficients = [_Coefficients(None, None)] * len(every)
+                if batches:
+                    own = slice(len(batches))
+                    advantage, sums = self._advantage(
+                        batches, scores[own], ref_logps[own], num_groups
+                    )
+                    coefficients[own] = _by_batch(advantage, batches)
+
+            for index, batch in enumerate(every):
+                with self.stopwatch.lap("time_backward"), contextlib.ExitStack() as inner:
+                    score = scores[index]
+                    if not whole:
+                        inner.enter_context(self._exchange(last and index == len(every) - 1))
+                        with self.accelerator.autocast():
+                            score = self.scorer(batch, references[index])
+                    loss += self._backward(coefficients[index].loss(score))
+        return loss, sums
+
+    def _advantage(
+        self,
+        batches: Sequence[Batch],
+        scores: Sequence[Scores],
+        ref_logps: Sequence[Tensor | None],
+        num_groups: int,
+    ) -> tuple[GroupAdvantage, Tensor]:
+        """Coefficients of all rows of a micro-batch, and its statistics."""
+        K = self.args.num_generations
+        layout = group_layout(batches, K, num_groups)
+        advantage = group_advantage(
+            torch.cat([s.logp for s in scores]),
+            _cat(ref_logps),
+            layout,
+            beta=self.args.beta,
+            answer_weight=self.args.answer_weight,
+            kl=self.args.kl,
+            unfinished=self.args.unfinished,
+            row_kl=_cat([s.row_kl for s in scores]),
+            backend=self.args.backend,
+        )
+        entropy = torch.cat([s.entropy for s in scores])
+        return advantage, micro_batch_sums(advantage, entropy, layout.offsets, K)
+
+    def _reference(self, batch: Batch) -> Reference | None:
+        """π_0 at the rows of a batch, where the KL is exact."""
+        if self.ref_scorer is None or self.args.kl != "exact":
+            return None
+        return self.ref_scorer.reference(batch)
+
+    @torch.no_grad()
+    def _ref_logp(self, batch: Batch) -> Tensor | None:
+        """log π_0 of the rows of a batch, where the KL is of sampled tokens."""
+        if self.ref_scorer is None or self.args.kl == "exact":
+            return None
+        return self.ref_scorer(batch).logp
+
+    # Several processes.
+
+    def _agree(self, pieces: list[int]) -> list[int]:
+        """How many pieces each micro-batch has in every process, those that fill up included."""
+        if self.accelerator.num_processes == 1:
+            return pieces
+        return [max(slot) for slot in zip_longest(*gather_object([pieces]), fillvalue=0)]
+
+    @contextlib.contextmanager
+    def _exchange(self, last: bool) -> Iterator[None]:
+        """Around a forward and its backward: gradients are exchanged by the last one alone.
+
+        FSDP exchanges at each, since a gradient that waits for the last is not sharded.
+        """
+        kind = self.accelerator.distributed_type
+        if last or kind == DistributedType.FSDP:
+            yield
+        elif kind == DistributedType.DEEPSPEED:
+            # accelerate steps DeepSpeed's optimiser in the backward that exchanges gradients.
+            given = self.accelerator.sync_gradients
+            self.accelerator.sync_gradients = False
+            try:
+                yield
+            finally:
+                self.accelerator.sync_gradients = given
+        else:
+            with self.accelerator.no_sync(self.scorer.caller):
+                yield
+
+    def _backward(self, loss: Tensor) -> Tensor:
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # The loss is averaged over accumulation steps already.
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class _Coefficients:
+    """Of a batch's rows; None and None: the batch fills up, and counts for nothing."""
+
+    logp: Tensor | None
+    row_kl: Tensor | None
+
+    def loss(self, score: Scores) -> Tensor:
+        if self.logp is None:
+            loss = score.logp.sum() * 0
+            return loss if score.row_kl is None else loss + score.row_kl.sum() * 0
+        loss = (self.logp * score.logp).sum()
+        if score.row_kl is not None and self.row_kl is not None:
+            loss = loss + (self.row_kl * score.row_kl).sum()
+        return loss
+
+
+def _by_batch(advantage: GroupAdvantage, batches: Sequence[Batch]) -> list[_Coefficients]:
+    rows = [batch.num_rows for batch in batches]
+    logp = advantage.coefficient.split(rows)
+    if advantage.kl_coefficient is None:
+        return [_Coefficients(c, None) for c in logp]
+    row_kl = advantage.kl_coefficient.split(rows)
+    return [_Coefficients(c, k) for c, k in zip(logp, row_kl, strict=True)]
+
+
+def _filler(rollout: Rollout) -> Rollout:
+    """The shortest there can be: one token that is read and two that are predicted."""
+    token = rollout.prompt_ids[:1]
+    return Rollout(token, token, token, answer_start=0, finished=True)
+
+
+def _cat(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """All of them or none are there."""
+    there = [t for t in rows if t is not None]
+    return torch.cat(there) if there else None

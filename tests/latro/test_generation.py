@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from latro.generation import TemplateStop, TransformersEngine, seed_of
+from latro.rollout import Sample
+
+TEMPLATE = "The answer is"
+PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "phi3", "qwen2", "gemma2"])
+def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenizer, architecture):
+    # A window shorter than the prompts, where the architecture has one, must not change a thing.
+    options = {"sliding_window": 8} if architecture in ("mistral", "gemma2") else {}
+    model = tiny(architecture, **options)
+    # Flat random models repeat one token; larger weights make each position's choice its own.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    shared = TransformersEngine(model, tokenizer).generate(
+        prompts, num_samples=3, max_new_tokens=16, temperature=0, seeds=[0, 0, 0]
+    )
+    plain = GenerationConfig(
+        do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )
+    for prompt, samples in zip(prompts, shared, strict=True):
+        alone = model.generate(torch.tensor([prompt]), generation_config=plain)
+        assert samples == [Sample(alone[0, len(prompt) :].tolist())] * 3
+
+
+def test_a_prompts_samples_depend_on_its_seed_alone(tiny, tokenizer):
+    engine = TransformersEngine(tiny(), tokenizer)
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    options = {"num_samples": 4, "max_new_tokens": 8, "temperature": 1.0}
+    first = engine.generate(prompts, seeds=[1, 2, 3], **options)
+    state = torch.get_rng_state()
+    assert engine.generate(prompts, seeds=[1, 2, 3], **options) == first
+    assert torch.equal(torch.get_rng_state(), state)
+    other = engine.generate(prompts, seeds=[1, 5, 3], **options)
+    assert [a == b for a, b in zip(first, other, strict=True)] == [True, False, True]
+    # Nor on the prompts beside it.
+    assert engine.generate(prompts[1:2], seeds=[2], **options) == first[1:2]
+    assert len({tuple(sample.ids) for sample in first[0]}) == 4
+
+
+def test_seeds_of_different_places_differ():
+    seeds = {seed_of(a, b, c) for a in range(3) for b in range(20) for c in range(20)}
+    assert len(seeds) == 1200
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1, 2, 3) == seed_of(1, 2, 3) != seed_of(3, 2, 1)
+
+
+def test_a_padding_token_that_is_the_end_token_is_no_special_case(tiny, tokenizer):
+    engine = TransformersEngine(tiny(), tokenizer)
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    options = {"num_samples": 4, "max_new_tokens": 8, "temperature": 1.0, "seeds": [1, 2, 3]}
+    without = engine.generate(prompts, **options)
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        assert engine.generate(prompts, **options) == without
+    finally:
+        tokenizer.pad_token = None
+
+
+def test_the_whole_distribution_is_sampled_whatever_the_generation_config_says(tiny, tokenizer):
+    model = tiny()
+    own = GenerationConfig(top_k=1, repetition_penalty=2.0, eos_token_id=tokenizer.eos_token_id)
+    model.generation_config = own
+    prompt = tokenizer.encode(PROMPTS[0])
+    (draws,) = TransformersEngine(model, tokenizer).generate(
+        [prompt], num_samples=2000, max_new_tokens=1, temperature=0.5, seeds=[0]
+    )
+    assert model.generation_config is own
+    counts = torch.bincount(torch.tensor([d.ids[0] for d in draws]), minlength=len(tokenizer))
+    expected = (model(torch.tensor([prompt])).logits[0, -1] / 0.5).softmax(-1) * 2000
+    # Pearson's statistic has mean V - 1 and variance 2(V - 1) when the two agree.
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    freedom = len(tokenizer) - 1
+    assert abs(statistic - freedom) < 6 * (2 * freedom) ** 0.5
+
+
+def test_the_template_is_found_however_it_is_cut_into_tokens(tokenizer):
+    prompt = tokenizer.encode("How many?")
+    eos = tokenizer.eos_token_id
+    whole = tokenizer.encode(" so. The answer is")
+    letters = [i for c in " so. The answer is" for i in tokenizer.encode(c)]
+    assert letters != whole
+    rows = [whole, letters, tokenizer.encode(" The answer"), [*tokenizer.encode(" so"), eos]]
+    width = max(map(len, rows))
+    stop = TemplateStop(tokenizer, len(prompt), len(rows), [eos], TEMPLATE)
+    for length in range(1, width + 1):
+        step = [(prompt + r + [eos] * width)[: len(prompt) + length] for r in rows]
+        done = stop(torch.tensor(step), torch.empty(0))
+    # Padding with the end token ends the third row where it begins, and no other row twice.
+    assert stop.lengths == [len(whole), len(letters), len(rows[2]) + 1, len(rows[3])]
+    assert done.tolist() == [True] * 4
+
+
+def test_a_template_in_the_prompt_does_not_end_a_rationale(tokenizer):
+    prompt = tokenizer.encode("Finish with The answer is")
+    stop = TemplateStop(tokenizer, len(prompt), 1, [tokenizer.eos_token_id], TEMPLATE)
+    assert not stop(torch.tensor([[*prompt, *tokenizer.encode(" 7")]]), torch.empty(0)).any()
