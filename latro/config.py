@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from latro.objectives import OBJECTIVES
 from latro.tasks import TASKS
 
 ASSETS = Path(__file__).parent / "assets"
@@ -63,6 +64,14 @@ class LatroConfig(TrainingArguments):
         500, "The longest rationale, in tokens.", "response_length"
     )
     temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    objective: str = setting(
+        "latro",
+        "What is maximised: the answers' log-likelihood or a relative of it; latro/objectives.py.",
+        choices=list(OBJECTIVES),
+    )
+    rlpr_min_std: float = setting(
+        0.01, "For rlpr: groups whose rewards, from 0 to 1, spread no further are dropped."
+    )
     beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
     kl: str = setting(
         "reward",
@@ -70,7 +79,9 @@ class LatroConfig(TrainingArguments):
         "estimate or exact over the vocabulary.",
         choices=["reward", "k3", "exact"],
     )
-    answer_weight: float = setting(1.0, "λ, the weight of the answer's likelihood gradient.")
+    answer_weight: float = setting(
+        1.0, "λ, the weight of the answer's likelihood gradient; rlpr has none."
+    )
     unfinished: str = setting(
         "floor",
         "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
@@ -90,8 +101,10 @@ class LatroConfig(TrainingArguments):
         _at_least("token_budget", self.token_budget, 1)
         _at_least("beta", self.beta, 0)
         _at_least("answer_weight", self.answer_weight, 0)
+        _at_least("rlpr_min_std", self.rlpr_min_std, 0)
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("kl", self.kl, ("reward", "k3", "exact"))
         _one_of("unfinished", self.unfinished, ("floor", "exclude"))
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))

@@ -8,6 +8,8 @@ Sequence s has its rationale rows first and its answer rows after them:
 
 with P the prompt's length. The two may share a position: the hidden state after the last word of a
 rationale predicts the token that ended it and, in another row, the first token of the answer.
+Plain answers (`Rollout.plain`) go through the trunk with their group; their rows stand after those
+of all sequences.
 
 A batch is packed, every prompt once with its K branches after it (`latro.attention`), which is
 P + Σ (branch lengths) positions a group; or, for models that cannot, padded, each sequence a row of
@@ -33,7 +35,7 @@ Group = Sequence[Rollout]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What goes through the trunk at once, with N head rows of S sequences."""
+    """What goes through the trunk at once: N head rows of S sequences, M of Q plain answers."""
 
     input_ids: Tensor
     """int64 [B, T]: packed, B = 1; padded, a sequence a row, padded at the right, where under a
@@ -43,17 +45,17 @@ class Batch:
     shared_prefix: SharedPrefix | None
     """The packed row's segments; None where padded."""
     positions: Tensor
-    """int64 [N], into the flattened [B·T] positions."""
+    """int64 [N + M], into the flattened [B·T] positions."""
     target: Tensor
-    """int64 [N], the token that each row predicts."""
+    """int64 [N + M], the token that each row predicts."""
     offsets: Tensor
     """int64 [2·S + 1], as in `GroupLayout`."""
     finished: Tensor
     """bool [S]."""
-
-    @property
-    def num_rows(self) -> int:
-        return self.target.shape[0]
+    plain_offsets: Tensor
+    """int64 [Q + 1], from 0 to M: where among these rows each plain answer begins and ends."""
+    num_rows: int
+    """N."""
 
 
 @dataclass(frozen=True)
@@ -70,41 +72,49 @@ class MicroBatch:
 
 def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
     """A `Batch` on `device` of the rollouts of `groups`, in their order."""
-    rollouts = [rollout for group in groups for rollout in group]
-    counts = [n for r in rollouts for n in (len(r.sampled_ids), len(r.answer_ids))]
     make = _pack if packed else _pad
-    input_ids, position_ids, shared_prefix, positions = make(groups, device)
+    input_ids, position_ids, shared_prefix, row_positions = make(groups, device)
+    placed = list(zip((r for group in groups for r in group), row_positions, strict=True))
+    placed.sort(key=lambda pair: pair[0].plain)
+    sequences = [r for r, _ in placed if not r.plain]
+    plain = [r for r, _ in placed if r.plain]
+    counts = [n for r in sequences for n in (len(r.sampled_ids), len(r.answer_ids))]
+    plain_counts = [len(r.answer_ids) for r in plain]
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         shared_prefix=shared_prefix,
-        positions=torch.tensor(positions, device=device),
+        positions=torch.tensor([p for _, rows in placed for p in rows], device=device),
         target=torch.tensor(
-            [token for r in rollouts for token in r.sampled_ids + r.answer_ids], device=device
+            [token for r, _ in placed for token in r.sampled_ids + r.answer_ids], device=device
         ),
         offsets=torch.tensor(list(accumulate(counts, initial=0)), device=device),
-        finished=torch.tensor([r.finished for r in rollouts], device=device),
+        finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
+        plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
+        num_rows=sum(counts),
     )
 
 
-def _pad(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, None, None, list[int]]:
+def _pad(
+    groups: Sequence[Group], device: torch.device
+) -> tuple[Tensor, None, None, list[list[int]]]:
     rollouts = [rollout for group in groups for rollout in group]
     inputs = [r.input_ids for r in rollouts]
     width = max(map(len, inputs))
-    positions: list[int] = []
+    positions: list[list[int]] = []
     for index, rollout in enumerate(rollouts):
         first = index * width + len(rollout.prompt_ids) - 1
-        positions += _row_positions(rollout, first, first + 1)
+        positions.append(_row_positions(rollout, first, first + 1))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
     return ids, None, None, positions
 
 
 def _pack(
     groups: Sequence[Group], device: torch.device
-) -> tuple[Tensor, Tensor, SharedPrefix, list[int]]:
+) -> tuple[Tensor, Tensor, SharedPrefix, list[list[int]]]:
     ids: list[int] = []
     position_ids: list[int] = []
-    positions: list[int] = []
+    positions: list[list[int]] = []
     lengths: list[int] = []
     prefixes: list[int] = []
     for group in groups:
@@ -116,7 +126,7 @@ def _pack(
         prefixes.append(-1)
         end = len(ids) - 1
         for rollout in group:
-            positions += _row_positions(rollout, end, len(ids))
+            positions.append(_row_positions(rollout, end, len(ids)))
             branch = rollout.branch_ids
             if branch:
                 ids += branch
@@ -143,15 +153,25 @@ def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list
 
 def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int) -> GroupLayout:
     """The layout of the rows of `batches` one after the other, averaged over `num_groups`."""
-    starts = accumulate((b.num_rows for b in batches), initial=0)
-    offsets = [b.offsets[:-1] + start for b, start in zip(batches, starts, strict=False)]
-    end = batches[-1].offsets[-1:] + sum(b.num_rows for b in batches[:-1])
     return GroupLayout(
-        offsets=torch.cat([*offsets, end]),
+        offsets=_join_offsets([b.offsets for b in batches], [b.num_rows for b in batches]),
         num_generations=num_generations,
         finished=torch.cat([b.finished for b in batches]),
         num_groups=num_groups,
     )
+
+
+def plain_offsets(batches: Sequence[Batch]) -> Tensor:
+    """The `Batch.plain_offsets` of the plain rows of `batches` one after the other."""
+    counts = [b.target.shape[0] - b.num_rows for b in batches]
+    return _join_offsets([b.plain_offsets for b in batches], counts)
+
+
+def _join_offsets(offsets: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Offsets of rows one after the other; `counts`: the rows that each has."""
+    starts = list(accumulate(counts, initial=0))
+    joined = [o[:-1] + start for o, start in zip(offsets, starts, strict=False)]
+    return torch.cat([*joined, offsets[-1][-1:] + starts[-2]])
 
 
 @dataclass(frozen=True)

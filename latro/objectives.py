@@ -285,9 +285,10 @@ def rlpr(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
         R_k = clip(mean_t p(y_t|x⊕z_k) − mean_t p(y_t|x), 0, 1)
         ∇J  = 1/(NK) Σ_{n,k} (R_k − mean_j R_j)/std_j R_j · ∇log π(z_k|x)
 
-    with std over m − 1. "RLPR: Extrapolating RLVR to General Domains without Verifiers", arXiv
-    2506.18254: its advantages are GRPO's, normalised by the group's spread, and it has no
-    likelihood gradient on the given answer, so answer rows have coefficient 0 and λ no meaning.
+    with std over m − 1, so that p(y|x) matters through the clip alone. "RLPR: Extrapolating RLVR to
+    General Domains without Verifiers", arXiv 2506.18254: its advantages are GRPO's, normalised by
+    the group's spread, and it has no likelihood gradient on the given answer, so answer rows have
+    coefficient 0 and λ no meaning.
 
     A group whose std is at most `rlpr_min_std` is dropped: all its rows have coefficient 0, its
     share of the KL too, and the mean over num_groups still counts it. The paper moves the threshold

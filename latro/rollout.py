@@ -79,6 +79,9 @@ class Rollout:
     """False where the length limit ended the rationale."""
     sampled_logp: list[float] | None = None
     """Log-probability of each sampled id as the engine computed it, in nats, where it tells."""
+    plain: bool = False
+    """The answer joined to the prompt without a rationale: scored beside the sequences of its
+    group, and none of them."""
 
     @property
     def branch_ids(self) -> list[int]:

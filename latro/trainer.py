@@ -9,9 +9,10 @@ One update, for N prompts x with answers y and K rationales z each (arXiv 2411.0
 With kl="k3" or "exact" the KL stands in the loss, and not in the reward.
 
 One policy forward over x⊕z⊕y gives both log-probs, since attention is causal; one reference
-forward gives log π_0, or the hidden states that an exact KL needs; `group_advantage` turns them
-into one coefficient a row; one backward follows (`latro.update`). The optimiser, schedule,
-precision, accumulation, checkpoints, callbacks and reporting are the Trainer's.
+forward gives log π_0, or the hidden states that an exact KL needs; the objective, LaTRO or a
+relative of it (`latro.objectives`), turns them into one coefficient a row; one backward follows
+(`latro.update`). The optimiser, schedule, precision, accumulation, checkpoints, callbacks and
+reporting are the Trainer's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -35,8 +37,9 @@ from latro.config import LatroConfig
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.generation import TransformersEngine, seed_of
 from latro.long_run import LongRunTrainer
+from latro.objectives import PLAIN_OBJECTIVES
 from latro.prompts import check_dataset, encode_prompt
-from latro.rollout import AnswerJoin, Rollout, RolloutEngine, decode, eos_token_ids
+from latro.rollout import AnswerJoin, Rollout, RolloutEngine, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.statistics import rollout_sums
 from latro.stopwatch import Stopwatch
@@ -139,7 +142,7 @@ class LatroTrainer(LongRunTrainer):
         with self._stopwatch.lap("time_rollout"):
             groups = self.rollout(inputs["examples"])
         num_groups = len(groups) * self.current_gradient_accumulation_steps
-        loss, sums = self.update(groups, num_groups)
+        loss, sums = self.update(self._with_plain(groups, inputs["examples"]), num_groups)
         self._flos += self._update_flos()
         self._record(sums, groups)
         last = self.accelerator.sync_gradients
@@ -165,6 +168,20 @@ class LatroTrainer(LongRunTrainer):
         return [
             [self.join(prompt, sample, example["answer"]) for sample in group]
             for prompt, group, example in zip(prompts, samples, examples, strict=True)
+        ]
+
+    def _with_plain(
+        self, groups: list[list[Rollout]], examples: Sequence[dict[str, Any]]
+    ) -> list[list[Rollout]]:
+        """The groups, each with its plain answer where the objective reads that."""
+        if self.args.objective not in PLAIN_OBJECTIVES:
+            return groups
+        return [
+            [
+                *group,
+                replace(self.join(group[0].prompt_ids, Sample([]), example["answer"]), plain=True),
+            ]
+            for group, example in zip(groups, examples, strict=True)
         ]
 
     def _rollout_seeds(self, count: int) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
@@ -23,16 +23,17 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from latro.config import LatroConfig
-from latro.layout import Batch, Group, group_layout, plan
+from latro.layout import Batch, Group, group_layout, plain_offsets, plan
+from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.rollout import Rollout
 from latro.scoring import Reference, Scorer, Scores
 from latro.statistics import NAMES, micro_batch_sums
 from latro.stopwatch import Stopwatch
-from latro_kernels import GroupAdvantage, group_advantage
+from latro_kernels import GroupAdvantage
 
 
 class Update:
-    """Accumulates the gradient of the LaTRO loss over rollouts.
+    """Accumulates the gradient of the objective's loss over rollouts.
 
     Args:
         scorer: of the policy.
@@ -60,12 +61,22 @@ class Update:
         self.accelerator = accelerator
         self.stopwatch = stopwatch
         self.trunk_tokens = 0
+        self.objective = OBJECTIVES[args.objective]
+        self.settings = ObjectiveSettings(
+            beta=args.beta,
+            answer_weight=args.answer_weight,
+            kl=args.kl,
+            unfinished=args.unfinished,
+            rlpr_min_std=args.rlpr_min_std,
+            backend=args.backend,
+        )
 
     def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of `groups` to the parameters'.
 
         Args:
-            groups: K rollouts of each prompt, at least one prompt.
+            groups: K rollouts of each prompt, at least one prompt; one more, plain, where the
+                objective is one of `PLAIN_OBJECTIVES`.
             num_groups: prompts of the whole update in this process; the loss is their mean.
 
         Returns:
@@ -144,18 +155,18 @@ class Update:
         """Coefficients of all rows of a micro-batch, and its statistics."""
         K = self.args.num_generations
         layout = group_layout(batches, K, num_groups)
-        advantage = group_advantage(
-            torch.cat([s.logp for s in scores]),
-            _cat(ref_logps),
+        scored = list(zip(scores, batches, strict=True))
+        rows = Rows(
+            torch.cat([s.logp[: b.num_rows] for s, b in scored]),
             layout,
-            beta=self.args.beta,
-            answer_weight=self.args.answer_weight,
-            kl=self.args.kl,
-            unfinished=self.args.unfinished,
-            row_kl=_cat([s.row_kl for s in scores]),
-            backend=self.args.backend,
+            ref_logp=_of_sequences(ref_logps, batches),
+            row_kl=_of_sequences([s.row_kl for s in scores], batches),
         )
-        entropy = torch.cat([s.entropy for s in scores])
+        if self.args.objective in PLAIN_OBJECTIVES:
+            plain = torch.cat([s.logp[b.num_rows :] for s, b in scored])
+            rows = replace(rows, plain_logp=plain, plain_offsets=plain_offsets(batches))
+        advantage = self.objective(rows, self.settings)
+        entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
         return advantage, micro_batch_sums(advantage, entropy, layout.offsets, K)
 
     def _reference(self, batch: Batch) -> Reference | None:
@@ -209,7 +220,10 @@ class Update:
 
 @dataclass(frozen=True)
 class _Coefficients:
-    """Of a batch's rows; None and None: the batch fills up, and counts for nothing."""
+    """Of the rows of a batch's sequences, which come before those of plain answers.
+
+    None and None: the batch fills up, and counts for nothing.
+    """
 
     logp: Tensor | None
     row_kl: Tensor | None
@@ -218,9 +232,10 @@ class _Coefficients:
         if self.logp is None:
             loss = score.logp.sum() * 0
             return loss if score.row_kl is None else loss + score.row_kl.sum() * 0
-        loss = (self.logp * score.logp).sum()
+        rows = slice(len(self.logp))
+        loss = (self.logp * score.logp[rows]).sum()
         if score.row_kl is not None and self.row_kl is not None:
-            loss = loss + (self.row_kl * score.row_kl).sum()
+            loss = loss + (self.row_kl * score.row_kl[rows]).sum()
         return loss
 
 
@@ -239,7 +254,7 @@ def _filler(rollout: Rollout) -> Rollout:
     return Rollout(token, token, token, answer_start=0, finished=True)
 
 
-def _cat(rows: Sequence[Tensor | None]) -> Tensor | None:
-    """All of them or none are there."""
-    there = [t for t in rows if t is not None]
+def _of_sequences(rows: Sequence[Tensor | None], batches: Sequence[Batch]) -> Tensor | None:
+    """Values of the rows of all batches' sequences; for all batches there are some, or for none."""
+    there = [t[: b.num_rows] for t, b in zip(rows, batches, strict=True) if t is not None]
     return torch.cat(there) if there else None

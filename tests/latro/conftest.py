@@ -49,7 +49,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return make_tokenizer(TEXTS, vocab_size=400)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
     """`tiny(architecture, **options)`: a fresh model with the session's tokenizer."""
 
@@ -69,7 +69,7 @@ def dataset(task: Task) -> Dataset:
     return task.load("train")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Rollout]]]:
     """Ragged groups of every ending: template, end of sequence at once or later, length limit."""
 

@@ -17,6 +17,7 @@ def test_defaults_are_the_papers():
     assert (args.num_generations, args.max_completion_length) == (16, 500)
     assert (args.learning_rate, args.beta, args.temperature) == (5e-7, 0.05, 1.0)
     assert (args.answer_weight, args.kl, args.unfinished) == (1.0, "reward", "floor")
+    assert args.objective == "latro"
     assert args.lr_scheduler_type == "linear"
     assert args.warmup_steps == 0
 
@@ -79,6 +80,8 @@ def test_unknown_argument():
         ({"beta": float("nan")}, "beta"),
         ({"answer_weight": -1.0}, "answer_weight"),
         ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        ({"objective": "grpo"}, "objective: expected one of latro, verifree, jepo, rlpr, sft, got"),
+        ({"rlpr_min_std": -0.1}, "rlpr_min_std: expected at least 0, got -0.1"),
         ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),
         ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
         ({"backend": "tpu"}, "backend: expected one of auto"),

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latro.layout import collate, group_layout, plan
+from latro.layout import collate, group_layout, plain_offsets, plan
 from latro.rollout import Rollout
 
 CPU = torch.device("cpu")
@@ -67,6 +69,39 @@ def test_layouts_of_pieces_join_into_the_groups(rollouts, packed):
     assert torch.equal(layout.offsets, whole.offsets)
     assert torch.equal(layout.finished, whole.finished)
     assert layout.num_groups == 5
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_plain_answers_stand_after_all_sequences(packed):
+    groups = [grouped(4, [(3, 2), (0, 4), (5, 1)]), grouped(2, [(1, 1), (0, 3), (2, 2)])]
+    groups = [[a, replace(b, plain=True), c] for a, b, c in groups]
+    batch = collate(groups, CPU, packed=packed)
+    sequences = [[a, c] for a, _, c in groups]
+    alone = collate(sequences, CPU, packed=packed)
+    assert batch.num_rows == alone.num_rows == len(alone.target)
+    assert torch.equal(batch.offsets, alone.offsets)
+    assert torch.equal(batch.finished, alone.finished)
+    assert torch.equal(batch.target[: batch.num_rows], alone.target)
+    assert batch.plain_offsets.tolist() == [0, 4, 7]
+    assert alone.plain_offsets.tolist() == [0]
+    plain = [b for _, b, _ in groups]
+    assert batch.target[batch.num_rows :].tolist() == plain[0].answer_ids + plain[1].answer_ids
+    # All but an answer's first row stand on the token before.
+    read = batch.input_ids.flatten()[batch.positions[batch.num_rows :]].tolist()
+    before = [[r.prompt_ids[-1], *r.answer_ids[:-1]] for r in plain]
+    assert read == before[0] + before[1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_plain_answer_may_be_a_piece_of_its_own(packed):
+    a, b, plain = grouped(4, [(3, 2), (2, 4), (0, 3)])
+    parts = [[a], [b], [replace(plain, plain=True)]]
+    pieces = [collate([part], CPU, packed=packed) for part in parts]
+    layout = group_layout(pieces, 2, 1)
+    layout.check(sum(piece.num_rows for piece in pieces))
+    assert layout.offsets.tolist() == [0, 3, 5, 7, 11]
+    assert layout.finished.tolist() == [False, True]
+    assert plain_offsets(pieces).tolist() == [0, 3]
 
 
 def grouped(prompt: int, branches: list[tuple[int, int]]) -> list[Rollout]:

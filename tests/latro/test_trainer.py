@@ -7,6 +7,12 @@ import pytest
 import torch
 
 from latro import LatroConfig, LatroTrainer
+from latro.layout import collate
+from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
+from latro.rollout import Sample
+from latro.scoring import Scorer
+from latro_kernels import GroupLayout
+from tests.latro.objective_cases import surrogate
 
 
 @pytest.fixture
@@ -110,6 +116,108 @@ def test_gradients_equal_autograd_through_the_formula(
         scale = theirs.grad.abs().max()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
     assert torch.isfinite(loss)
+
+
+@pytest.fixture(scope="module")
+def likely(tiny, rollouts):
+    """A model that has learnt the rollouts' answers so far that e^ℓ is no rounding error."""
+    model = tiny(seed=1)
+    batch = collate(rollouts(3, 8), model.device, packed=False)
+    answer = torch.searchsorted(batch.offsets, torch.arange(batch.num_rows), right=True) % 2 == 0
+    scorer = Scorer(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        optimizer.zero_grad()
+        (-scorer(batch).logp[answer].mean()).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    return model.double()
+
+
+def whole_logit_rows(model, ref_model, groups, plain, kl):
+    """Every row of the groups and of the plain answers, through whole logits one by one."""
+    logp, ref_logp, row_kl, lengths = [], [], [], [0]
+    for rollout in (rollout for group in groups for rollout in group):
+        z, y, log_p = sequence_logps(model, rollout)
+        with torch.no_grad():
+            ref_z, ref_y, log_q = sequence_logps(ref_model, rollout)
+        logp += [z, y]
+        ref_logp += [ref_z, ref_y]
+        row_kl += [(log_p.exp() * (log_p - log_q)).sum(-1), torch.full_like(y, torch.nan)]
+        lengths += [len(z), len(y)]
+    finished = torch.tensor([r.finished for group in groups for r in group])
+    with torch.no_grad():
+        plain_logp = [
+            model(input_ids=torch.tensor([[*r.prompt_ids, *r.answer_ids]]))
+            .logits[0, len(r.prompt_ids) - 1 : -1]
+            .log_softmax(-1)
+            .gather(1, torch.tensor(r.answer_ids)[:, None])[:, 0]
+            for r in plain
+        ]
+    return Rows(
+        torch.cat(logp),
+        GroupLayout(torch.tensor(lengths).cumsum(0), len(groups[0]), finished, len(groups)),
+        None if kl == "exact" else torch.cat(ref_logp),
+        torch.cat(row_kl) if kl == "exact" else None,
+        torch.cat(plain_logp),
+        torch.tensor([0, *map(len, plain_logp)]).cumsum(0),
+    )
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "latro"])
+@pytest.mark.parametrize("setting", [("reward", "floor"), ("exact", "exclude"), ("k3", "floor")])
+@pytest.mark.parametrize("token_budget", [10**6, 150, 1])
+def test_gradients_equal_autograd_through_every_objective(
+    make_trainer, tiny, rollouts, likely, objective, setting, token_budget
+):
+    model, reference, ref_model = copy.deepcopy(likely), likely, tiny(seed=2).double()
+    reference.zero_grad()
+    kl, unfinished = setting
+    settings = {"beta": 1e-3, "answer_weight": 0.7, "kl": kl, "unfinished": unfinished}
+    trainer = make_trainer(
+        model,
+        ref_model,
+        backend="reference",
+        token_budget=token_budget,
+        num_generations=8,
+        objective=objective,
+        rlpr_min_std=0.0,
+        **settings,
+    )
+    groups = rollouts(3, 8)
+    answers = ["5", "17", "23"]
+    plain = [
+        trainer.join(group[0].prompt_ids, Sample([]), answer)
+        for group, answer in zip(groups, answers, strict=True)
+    ]
+    trainer.rollout = lambda examples: groups
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(model, {"examples": [{"answer": answer} for answer in answers]})
+    rows = whole_logit_rows(reference, ref_model, groups, plain, kl)
+    loss = surrogate(objective, rows, ObjectiveSettings(rlpr_min_std=0.0, **settings))
+    loss.backward()
+    if objective == "rlpr":
+        # Normalised advantages see the plain answers through the clip at 0 alone.
+        without_kl = ObjectiveSettings(beta=0.0, kl=kl, rlpr_min_std=0.0)
+        assert 0 < (OBJECTIVES["rlpr"](rows, without_kl).reward == 0).sum() < 24
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        # transformers' norms compute in fp32 even in an fp64 model; all else here is fp64.
+        scale = theirs.grad.abs().max()
+        assert scale > 0
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_trains_and_logs(make_trainer, objective):
+    trainer = make_trainer(max_steps=2, objective=objective, kl="k3")
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    # K = 4 sequences of each of 2 prompts, plain answers not among them.
+    assert all(0 < e["rationale_length"] <= 6 for e in entries)
+    assert all(e["reward"] < 0 for e in entries)
+    assert entries[0]["kl"] == 0.0
+    if objective == "sft":
+        assert entries[0]["groups_without_advantage"] == 1.0
 
 
 @pytest.mark.parametrize("kl", ["reward", "k3", "exact"])
