@@ -88,7 +88,12 @@ class LatroConfig(TrainingArguments):
         choices=["floor", "exclude"],
     )
     token_budget: int = setting(
-        16384, "Tokens of one micro-batch through the trunk; results do not depend on it."
+        16384,
+        "Tokens of one micro-batch through the trunk, halved where memory runs out; results do not "
+        "depend on it.",
+    )
+    max_skipped_updates: int = setting(
+        3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
     )
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
@@ -99,6 +104,7 @@ class LatroConfig(TrainingArguments):
         _at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
         _at_least("max_completion_length", self.max_completion_length, 1)
         _at_least("token_budget", self.token_budget, 1)
+        _at_least("max_skipped_updates", self.max_skipped_updates, 0)
         _at_least("beta", self.beta, 0)
         _at_least("answer_weight", self.answer_weight, 0)
         _at_least("rlpr_min_std", self.rlpr_min_std, 0)

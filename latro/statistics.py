@@ -53,19 +53,31 @@ def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of all processes; updates and seconds, which pass for all at once, averaged."""
+    """The sums of all processes; updates and seconds, which pass for all at once, averaged.
+
+    A process with no step that was finite has no statistics of any.
+    """
     total: dict[str, float] = {}
-    for name in sums[0]:
-        together = sum(s[name] for s in sums)
-        shared = name == "updates" or name.startswith("time_")
+    for name in {name for s in sums for name in s}:
+        together = sum(s.get(name, 0.0) for s in sums)
+        shared = name.endswith("updates") or name.startswith("time_")
         total[name] = together / len(sums) if shared else together
     return total
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of the updates since the last log, from the sums over all of them."""
-    sequences, groups, updates = sums["sequences"], sums["groups"], max(1.0, sums["updates"])
-    metrics = {
+    """The metrics of the updates since the last log, from the sums over all of them.
+
+    Where none of them was finite there is nothing to tell but that, and the times.
+    """
+    updates = max(1.0, sums["updates"])
+    metrics = {"skipped_updates": sums["skipped_updates"]}
+    for name in ("time_rollout", "time_score", "time_backward", "time_step"):
+        metrics[name] = sums[name] / updates
+    if not sums.get("sequences"):
+        return metrics
+    sequences, groups = sums["sequences"], sums["groups"]
+    return metrics | {
         "reward": sums["answer_logp"] / sequences,
         "kl": sums["kl"] / sequences,
         "entropy": sums["entropy"] / max(1.0, sums["rationale_rows"]),
@@ -77,9 +89,6 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
         "rows_per_second": sums["rows"] / sums["time_step"],
         "trunk_tokens": sums["trunk_tokens"] / updates,
     }
-    for name in ("time_rollout", "time_score", "time_backward", "time_step"):
-        metrics[name] = sums[name] / updates
-    return metrics
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -18,7 +18,6 @@ reporting are the Trainer's.
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -35,8 +34,10 @@ from latro import statistics
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
 from latro.evaluation import EvaluationSettings, evaluate_model
+from latro.finite import FiniteUpdates
 from latro.generation import TransformersEngine, seed_of
 from latro.long_run import LongRunTrainer
+from latro.memory import FittingUpdate
 from latro.objectives import PLAIN_OBJECTIVES
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, RolloutEngine, Sample, decode, eos_token_ids
@@ -114,6 +115,10 @@ class LatroTrainer(LongRunTrainer):
             # Both read the same batches: KL is exactly 0 where the two are one.
             self.scorer.packed &= self.ref_scorer.packed
         self.update = Update(self.scorer, self.ref_scorer, args, self.accelerator, self._stopwatch)
+        self._fitting_update = FittingUpdate(self.update)
+        self._finite_updates = FiniteUpdates(
+            statistics.NAMES, args.max_skipped_updates, self.accelerator
+        )
         self.engine: RolloutEngine = TransformersEngine(model, processing_class)
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._flos = 0
@@ -142,9 +147,14 @@ class LatroTrainer(LongRunTrainer):
         with self._stopwatch.lap("time_rollout"):
             groups = self.rollout(inputs["examples"])
         num_groups = len(groups) * self.current_gradient_accumulation_steps
-        loss, sums = self.update(self._with_plain(groups, inputs["examples"]), num_groups)
+        groups_and_plain = self._with_plain(groups, inputs["examples"])
+        loss, sums = self._fitting_update(groups_and_plain, num_groups)
         self._flos += self._update_flos()
-        self._record(sums, groups)
+        # The step's one wait for the device.
+        finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
+        if finding.sums is not None:
+            self._record(finding.sums, groups)
+        self._sums["skipped_updates"] += finding.skipped
         last = self.accelerator.sync_gradients
         self._micro_step = 0 if last else self._micro_step + 1
         self._sums["updates"] += last
@@ -204,15 +214,9 @@ class LatroTrainer(LongRunTrainer):
 
     # What is logged.
 
-    def _record(self, sums: Tensor, groups: list[list[Rollout]]) -> None:
-        """Add a step's statistics to the sums; the step's one wait for the device."""
-        values = dict(zip(statistics.NAMES, sums.tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            raise FloatingPointError(
-                f"step {self.state.global_step}: the log-probs or advantages are not finite "
-                f"({values}); check the weights for NaN, lower the learning rate or use fp32. "
-                "The last checkpoint is untouched"
-            )
+    def _record(self, sums: list[float], groups: list[list[Rollout]]) -> None:
+        """Add a step's statistics to the sums."""
+        values = dict(zip(statistics.NAMES, sums, strict=True))
         for name, value in (values | rollout_sums(groups)).items():
             self._sums[name] += value
         self._sums["trunk_tokens"] += self.update.trunk_tokens
@@ -229,7 +233,7 @@ class LatroTrainer(LongRunTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the update's own statistics since the last log."""
-        if "loss" in logs and self._sums["sequences"]:
+        if "loss" in logs and self._sums["updates"]:
             logs = {**logs, **self._averages()}
             self._sums.clear()
         super().log(logs, start_time)
@@ -266,7 +270,7 @@ class LatroTrainer(LongRunTrainer):
             batch_size=self.args.per_device_eval_batch_size,
             temperature=self.args.temperature,
             seed=self.args.seed,
-            token_budget=self.args.token_budget,
+            token_budget=self.update.token_budget,
         )
         with self.accelerator.autocast():
             metrics, _ = evaluate_model(

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from latro.config import LatroConfig
-from latro.layout import Batch, Group, group_layout, plain_offsets, plan
+from latro.layout import Batch, Group, MicroBatch, group_layout, plain_offsets, plan
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.rollout import Rollout
 from latro.scoring import Reference, Scorer, Scores
@@ -43,6 +43,7 @@ class Update:
         stopwatch: its laps are time_score and time_backward.
 
     Attributes:
+        token_budget: positions of one micro-batch, at first as the settings have it.
         trunk_tokens: positions that the last update took through the policy's trunk with gradient,
             padding included.
     """
@@ -60,6 +61,7 @@ class Update:
         self.args = args
         self.accelerator = accelerator
         self.stopwatch = stopwatch
+        self.token_budget = args.token_budget
         self.trunk_tokens = 0
         self.objective = OBJECTIVES[args.objective]
         self.settings = ObjectiveSettings(
@@ -82,12 +84,7 @@ class Update:
         Returns:
             The loss, [], and the sums that `latro.statistics.NAMES` names, fp64.
         """
-        planned = plan(
-            groups,
-            self.args.token_budget,
-            packed=self.scorer.packed,
-            boundary=self.scorer.boundary,
-        )
+        planned = self.plan(groups)
         planned.sort(key=lambda micro: len(micro.pieces), reverse=True)
         counts = self._agree([len(micro.pieces) for micro in planned])
         filler = self.scorer.collate([[_filler(groups[0][0])]])
@@ -104,6 +101,15 @@ class Update:
             loss += micro_loss
             sums += micro_sums
         return loss, sums
+
+    def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        """The micro-batches of `groups` within the token budget."""
+        return plan(
+            groups,
+            self.token_budget,
+            packed=self.scorer.packed,
+            boundary=self.scorer.boundary,
+        )
 
     def _micro_batch(
         self, batches: list[Batch], fill: list[Batch], num_groups: int, last: bool

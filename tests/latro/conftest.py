@@ -11,6 +11,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro import LatroConfig, LatroTrainer
 from latro.rollout import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
@@ -94,3 +95,43 @@ def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Roll
         return groups
 
     return build
+
+
+@pytest.fixture
+def make_trainer(
+    tiny: Callable[..., PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    dataset: Dataset,
+    tmp_path: Path,
+) -> Callable[..., LatroTrainer]:
+    """`make_trainer(model=None, ref_model=None, **settings)` on the toy task."""
+
+    def make(
+        model: PreTrainedModel | None = None,
+        ref_model: PreTrainedModel | None = None,
+        train_dataset: Dataset = dataset,
+        **settings: Any,
+    ) -> LatroTrainer:
+        settings = {
+            "output_dir": str(tmp_path / "run"),
+            "num_generations": 4,
+            "max_completion_length": 6,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "max_steps": 4,
+            "disable_tqdm": True,
+            "save_strategy": "no",
+            **settings,
+        }
+        return LatroTrainer(
+            tiny() if model is None else model,
+            LatroConfig(**settings),
+            train_dataset,
+            tokenizer,
+            task,
+            eval_dataset=dataset,
+            ref_model=ref_model,
+        )
+
+    return make

@@ -6,42 +6,12 @@ import json
 import pytest
 import torch
 
-from latro import LatroConfig, LatroTrainer
 from latro.layout import collate
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
 from latro.rollout import Sample
 from latro.scoring import Scorer
 from latro_kernels import GroupLayout
 from tests.latro.objective_cases import surrogate
-
-
-@pytest.fixture
-def make_trainer(tiny, tokenizer, task, dataset, tmp_path):
-    """`make_trainer(model=None, ref_model=None, **settings)` on the toy task."""
-
-    def make(model=None, ref_model=None, train_dataset=dataset, **settings):
-        settings = {
-            "output_dir": str(tmp_path / "run"),
-            "num_generations": 4,
-            "max_completion_length": 6,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "max_steps": 4,
-            "disable_tqdm": True,
-            "save_strategy": "no",
-            **settings,
-        }
-        return LatroTrainer(
-            tiny() if model is None else model,
-            LatroConfig(**settings),
-            train_dataset,
-            tokenizer,
-            task,
-            eval_dataset=dataset,
-            ref_model=ref_model,
-        )
-
-    return make
 
 
 def sequence_logps(model, rollout):
@@ -368,7 +338,7 @@ def test_dropout_is_off(make_trainer, tiny):
 
 
 def test_weights_that_become_nan_stop_the_run(make_trainer):
-    trainer = make_trainer(max_steps=2)
+    trainer = make_trainer(max_steps=2, max_skipped_updates=0)
     rollout = trainer.rollout
 
     def spoiled(examples):
@@ -378,7 +348,7 @@ def test_weights_that_become_nan_stop_the_run(make_trainer):
         return groups
 
     trainer.rollout = spoiled
-    with pytest.raises(FloatingPointError, match="step 0: the log-probs or advantages"):
+    with pytest.raises(FloatingPointError, match=r"update 1 is not finite \(loss, answer_logp"):
         trainer.train()
 
 
