@@ -95,6 +95,22 @@ class LatroConfig(TrainingArguments):
     max_skipped_updates: int = setting(
         3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
     )
+    rollout_engine: str = setting(
+        "transformers",
+        "What samples rationales: transformers in this process, or a vLLM server at --vllm_url.",
+        choices=["transformers", "vllm"],
+    )
+    vllm_url: str = setting("http://127.0.0.1:8000", "Of `vllm serve`; see latro.vllm_engine.")
+    vllm_weights_dir: str | None = setting(
+        None,
+        "Where the server reads each update's weights; a folder in /dev/shm saves the disk. "
+        "Without it: vllm_weights in the output folder.",
+    )
+    importance_cap: float | None = setting(
+        None,
+        "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM drew it with. "
+        "Without it every token weighs 1, and the ratio is logged.",
+    )
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
     num_completions_to_print: int = setting(4, "Rows of that table.")
@@ -113,6 +129,15 @@ class LatroConfig(TrainingArguments):
         _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("kl", self.kl, ("reward", "k3", "exact"))
         _one_of("unfinished", self.unfinished, ("floor", "exclude"))
+        _one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        if self.importance_cap is not None:
+            if not self.importance_cap > 0:
+                raise ValueError(f"importance_cap: expected more than 0, got {self.importance_cap}")
+            if self.rollout_engine != "vllm":
+                raise ValueError(
+                    "importance_cap: expected rollout_engine='vllm' with it, since transformers "
+                    f"samples from the policy itself; got {self.rollout_engine!r}"
+                )
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True")

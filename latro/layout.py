@@ -18,6 +18,7 @@ its own with its own copy of the prompt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -52,6 +53,9 @@ class Batch:
     """int64 [2·S + 1], as in `GroupLayout`."""
     finished: Tensor
     """bool [S]."""
+    engine_logp: Tensor | None
+    """fp32 [N], log-prob of each rationale token as the engine that drew it tells, NaN at answers;
+    None where it does not tell."""
     plain_offsets: Tensor
     """int64 [Q + 1], from 0 to M: where among these rows each plain answer begins and ends."""
     num_rows: int
@@ -92,7 +96,17 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
         finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
         plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
         num_rows=sum(counts),
+        engine_logp=_engine_logp(sequences, device),
     )
+
+
+def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor | None:
+    rows: list[float] = []
+    for rollout in sequences:
+        if rollout.sampled_logp is None:
+            return None
+        rows += rollout.sampled_logp + [math.nan] * len(rollout.answer_ids)
+    return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
 
 
 def _pad(

@@ -53,15 +53,18 @@ def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of all processes; updates and seconds, which pass for all at once, averaged.
+    """The sums of all processes, and of `importance_ratio_max` the largest.
 
-    A process with no step that was finite has no statistics of any.
+    Updates and seconds, which pass for all at once, are averaged. A process with no step that was
+    finite has no statistics of any.
     """
     total: dict[str, float] = {}
     for name in {name for s in sums for name in s}:
         together = sum(s.get(name, 0.0) for s in sums)
         shared = name.endswith("updates") or name.startswith("time_")
         total[name] = together / len(sums) if shared else together
+    if "importance_ratio_max" in total:
+        total["importance_ratio_max"] = max(s.get("importance_ratio_max", 0.0) for s in sums)
     return total
 
 
@@ -77,7 +80,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     if not sums.get("sequences"):
         return metrics
     sequences, groups = sums["sequences"], sums["groups"]
-    return metrics | {
+    metrics |= {
         "reward": sums["answer_logp"] / sequences,
         "kl": sums["kl"] / sequences,
         "entropy": sums["entropy"] / max(1.0, sums["rationale_rows"]),
@@ -89,6 +92,10 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
         "rows_per_second": sums["rows"] / sums["time_step"],
         "trunk_tokens": sums["trunk_tokens"] / updates,
     }
+    if "importance_ratio" in sums:
+        metrics["importance_ratio"] = sums["importance_ratio"] / max(1.0, sums["rationale_rows"])
+        metrics["importance_ratio_max"] = sums["importance_ratio_max"]
+    return metrics
 
 
 def peak_memory_gib(device: torch.device) -> float:

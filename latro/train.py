@@ -107,7 +107,7 @@ def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
 
 
 def main() -> None:
-    """The command: errors in the user's input as one line, not as a traceback.
+    """The command: errors in input, or of a server it needs, as one line and not as a traceback.
 
     Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
     one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
@@ -115,7 +115,7 @@ def main() -> None:
     """
     try:
         train()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, ConnectionError) as error:
         sys.exit(f"latro.train: {error}")
     except TrainingInterrupted as interrupted:
         print(f"latro.train: {interrupted}", file=sys.stderr)

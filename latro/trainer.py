@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -29,6 +30,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
@@ -46,6 +48,7 @@ from latro.statistics import rollout_sums
 from latro.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro.update import Update
+from latro.vllm_engine import VllmEngine
 
 
 class LatroTrainer(LongRunTrainer):
@@ -119,7 +122,8 @@ class LatroTrainer(LongRunTrainer):
         self._finite_updates = FiniteUpdates(
             statistics.NAMES, args.max_skipped_updates, self.accelerator
         )
-        self.engine: RolloutEngine = TransformersEngine(model, processing_class)
+        self.engine = self._make_engine()
+        self._engine_is_stale = True
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._flos = 0
         self._micro_step = 0
@@ -133,6 +137,12 @@ class LatroTrainer(LongRunTrainer):
             self.add_callback(self.completions_table)
 
     # The update.
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `LongRunTrainer.train`."""
+        # A checkpoint may be loaded now.
+        self._engine_is_stale = True
+        return super().train(*args, **kwargs)
 
     def training_step(
         self,
@@ -156,6 +166,7 @@ class LatroTrainer(LongRunTrainer):
             self._record(finding.sums, groups)
         self._sums["skipped_updates"] += finding.skipped
         last = self.accelerator.sync_gradients
+        self._engine_is_stale |= last
         self._micro_step = 0 if last else self._micro_step + 1
         self._sums["updates"] += last
         # The statistics have waited for the device, so the clock tells the whole step.
@@ -167,6 +178,7 @@ class LatroTrainer(LongRunTrainer):
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """K rationales for each example, drawn by the seed, the step and its place in the batch."""
         prompts = [encode_prompt(self.processing_class, e["prompt"]) for e in examples]
+        self._refresh_engine()
         samples = self.engine.generate(
             prompts,
             num_samples=self.args.num_generations,
@@ -194,6 +206,25 @@ class LatroTrainer(LongRunTrainer):
             for group, example in zip(groups, examples, strict=True)
         ]
 
+    def _make_engine(self) -> RolloutEngine:
+        if self.args.rollout_engine == "transformers":
+            return TransformersEngine(self.model, self.processing_class)
+        return VllmEngine(
+            self.args.vllm_url,
+            self.processing_class,
+            eos_token_ids=eos_token_ids(self.model, self.processing_class),
+            weights_dir=self.args.vllm_weights_dir or Path(self.args.output_dir) / "vllm_weights",
+        )
+
+    def _refresh_engine(self) -> None:
+        """Hand the engine the policy, where it has changed since."""
+        if not self._engine_is_stale:
+            return
+        if self.accelerator.is_main_process:
+            self.engine.update_weights(self.model, self.state.global_step)
+        self.accelerator.wait_for_everyone()
+        self._engine_is_stale = False
+
     def _rollout_seeds(self, count: int) -> list[int]:
         # From the step and the place in the whole batch, and not from a running random state, so
         # that a resumed run draws the same, and so does one on another number of processes.
@@ -220,6 +251,10 @@ class LatroTrainer(LongRunTrainer):
         for name, value in (values | rollout_sums(groups)).items():
             self._sums[name] += value
         self._sums["trunk_tokens"] += self.update.trunk_tokens
+        if self.update.importance is not None:
+            total, largest = self.update.importance.tolist()
+            self._sums["importance_ratio"] += total
+            self._sums["importance_ratio_max"] = max(self._sums["importance_ratio_max"], largest)
         if self.completions_table:
             group = groups[0][: self.args.num_completions_to_print]
             self.completions_table.rows = [

@@ -23,6 +23,7 @@ from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from latro.config import LatroConfig
+from latro.importance import importance
 from latro.layout import Batch, Group, MicroBatch, group_layout, plain_offsets, plan
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.rollout import Rollout
@@ -46,6 +47,8 @@ class Update:
         token_budget: positions of one micro-batch, at first as the settings have it.
         trunk_tokens: positions that the last update took through the policy's trunk with gradient,
             padding included.
+        importance: of the last update's rationale tokens, the sum of their importance ratios and
+            the largest, fp64 [2]; None where the engine tells no log-probs.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Update:
             rlpr_min_std=args.rlpr_min_std,
             backend=args.backend,
         )
+        self.importance: Tensor | None = None
 
     def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of `groups` to the parameters'.
@@ -91,6 +95,7 @@ class Update:
         loss = torch.zeros((), device=self.args.device)
         sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
         self.trunk_tokens = 0
+        self.importance = None
         for slot, count in enumerate(counts):
             pieces = planned[slot].pieces if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
@@ -172,8 +177,22 @@ class Update:
             plain = torch.cat([s.logp[b.num_rows :] for s, b in scored])
             rows = replace(rows, plain_logp=plain, plain_offsets=plain_offsets(batches))
         advantage = self.objective(rows, self.settings)
+        engine_logp = _of_sequences([batch.engine_logp for batch in batches], batches)
+        if engine_logp is not None:
+            weight = self._importance_weight(rows.logp, engine_logp)
+            advantage = replace(advantage, coefficient=advantage.coefficient * weight)
         entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
         return advantage, micro_batch_sums(advantage, entropy, layout.offsets, K)
+
+    def _importance_weight(self, logp: Tensor, engine_logp: Tensor) -> Tensor:
+        """Of each row's coefficient; its ratio is counted in `importance`."""
+        ratio, weight = importance(logp, engine_logp, self.args.importance_cap)
+        total = ratio.double().nansum()
+        largest = ratio.double().nan_to_num(nan=0.0).max()
+        if self.importance is not None:
+            total, largest = total + self.importance[0], largest.maximum(self.importance[1])
+        self.importance = torch.stack([total, largest])
+        return weight
 
     def _reference(self, batch: Batch) -> Reference | None:
         """π_0 at the rows of a batch, where the KL is exact."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from latro import LatroConfig, LatroTrainer
 from latro.rollout import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
+from tests.latro.fake_vllm import FakeVllm
 
 TEXTS = [
     f"Tom has {a} pens. Tom gets {b}. How many? Tom has {a}+{b}={a + b}. The answer is {a + b}"
@@ -135,3 +137,13 @@ def make_trainer(
         )
 
     return make
+
+
+@pytest.fixture
+def fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[FakeVllm]:
+    with FakeVllm(tokenizer) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

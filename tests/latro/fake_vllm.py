@@ -1,0 +1,96 @@
+"""A small server that answers as vLLM's does, for tests of what is sent to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class FakeVllm(ThreadingHTTPServer):
+    """Answers as vLLM does, and keeps what it was asked. `answers[path]` stands in for its own."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.tokenizer = tokenizer
+        self.asked: list[tuple[str, Any]] = []
+        self.answers: dict[str, Callable[[Any], tuple[int, Any]]] = {}
+        self.drop = 0
+        self.version = "default"
+        self.logprobs_mode = "processed_logprobs"
+        self.loaded: list[list[str]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def of(self, path: str) -> list[Any]:
+        return [body for asked, body in self.asked if asked == path]
+
+    def answer(self, path: str, body: Any) -> tuple[int, Any]:
+        if path in self.answers:
+            return self.answers[path](body)
+        match path:
+            case "/v1/models":
+                return 200, {"data": [{"id": "tiny", "max_model_len": 64}]}
+            case "/server_info?config_format=json":
+                mode = {"logprobs_mode": self.logprobs_mode}
+                return 200, {"vllm_config": {"model_config": mode}}
+            case "/tokenize":
+                return 200, {
+                    "tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)
+                }
+            case "/v1/completions":
+                return 200, {"choices": [choice(j, body) for j in reversed(range(body["n"]))]}
+            case "/collective_rpc":
+                folder = Path(body["kwargs"]["weights_path"])
+                self.loaded.append(sorted(file.name for file in folder.iterdir()))
+                return 200, {"results": [None]}
+            case "/reset_prefix_cache":
+                return 200, {"success": True}
+            case "/update_weight_version":
+                self.version = body["new_version"]
+                return 200, {"success": True}
+            case "/weight_info":
+                return 200, {"weight_version": self.version}
+        return 404, {"detail": "Not Found"}
+
+
+def choice(index: int, body: Any) -> dict[str, Any]:
+    """Completion `index`: its ids are the prompt's first and the index, as often as it says."""
+    ids = [body["prompt"][0]] + [index] * index
+    return {
+        "index": index,
+        "token_ids": ids,
+        "logprobs": {"token_logprobs": [-0.5 * i for i in ids]},
+        "finish_reason": "stop" if index else "length",
+    }
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FakeVllm
+
+    def do_GET(self) -> None:
+        self._answer(None)
+
+    def do_POST(self) -> None:
+        self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _answer(self, body: Any) -> None:
+        self.server.asked.append((self.path, body))
+        if self.server.drop:
+            self.server.drop -= 1
+            return
+        status, answer = self.server.answer(self.path, body)
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None:
+        pass

@@ -1,0 +1,170 @@
+"""The trainer and what samples for it: when it gets the weights, and what its log-probs are for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from latro.rollout import Rollout, Sample
+from tests.latro.fake_vllm import FakeVllm
+
+
+class Recorder:
+    """An engine that samples nothing of note, and records what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.weights: list[torch.Tensor] = []
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, num_samples: int, **options: Any
+    ) -> list[list[Sample]]:
+        self.calls.append("generate")
+        return [[Sample([10 + k, 20], [-3.0, -4.0]) for k in range(num_samples)] for _ in prompts]
+
+    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+        self.calls.append(f"weights of step {step}")
+        self.weights.append(model.get_input_embeddings().weight.detach().clone())
+
+
+def test_engine_has_the_policy_of_each_update_before_it_samples(make_trainer: Any) -> None:
+    trainer = make_trainer(beta=0.0, max_steps=3, gradient_accumulation_steps=2)
+    trainer.engine = engine = Recorder()
+    trainer.train()
+    assert engine.calls == [
+        call for step in range(3) for call in (f"weights of step {step}", "generate", "generate")
+    ]
+    for before, after in zip(engine.weights, engine.weights[1:], strict=False):
+        assert not torch.equal(before, after)
+
+
+def test_engine_gets_the_weights_of_a_checkpoint(make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.engine = Recorder()
+    trainer.train()
+    resumed = make_trainer(max_steps=2)
+    resumed.engine = engine = Recorder()
+    # This hands it weights that the checkpoint's then replace.
+    resumed.rollout([])
+    resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
+    assert engine.calls == ["weights of step 0", "generate", "weights of step 1", "generate"]
+    assert torch.equal(engine.weights[1], trainer.engine.weights[1])
+
+
+def row_logps(model: PreTrainedModel, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """log π of each rationale token and of each answer token."""
+    logp = model(input_ids=torch.tensor([rollout.input_ids])).logits[0].log_softmax(-1)
+    first = len(rollout.prompt_ids) - 1
+    z = [logp[first + i, t] for i, t in enumerate(rollout.sampled_ids)]
+    y = [logp[first + rollout.answer_start + j, t] for j, t in enumerate(rollout.answer_ids)]
+    return torch.stack(z), torch.stack(y)
+
+
+@pytest.mark.parametrize("cap", [None, 1.5])
+@pytest.mark.parametrize("token_budget", [10**6, 150, 1])
+def test_gradients_are_the_formula_with_truncated_ratios(
+    make_trainer: Any, tiny: Any, rollouts: Any, cap: float | None, token_budget: int
+) -> None:
+    model = tiny(seed=1).double()
+    with torch.no_grad():
+        # Sharper than fresh weights, so that rewards differ.
+        model.get_output_embeddings().weight.mul_(10)
+    numbers = torch.Generator().manual_seed(0)
+    groups = []
+    for group in rollouts(3, 4):
+        drawn = [row_logps(model, rollout)[0].detach() for rollout in group]
+        drawn = [z + torch.randn(len(z), generator=numbers) for z in drawn]
+        groups.append(
+            [replace(r, sampled_logp=z.tolist()) for r, z in zip(group, drawn, strict=True)]
+        )
+    reference = copy.deepcopy(model)
+    trainer = make_trainer(
+        model,
+        beta=0.0,
+        backend="reference",
+        token_budget=token_budget,
+        answer_weight=0.7,
+    )
+    trainer.args.importance_cap = cap
+    trainer.rollout = lambda examples: groups
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(model, {"examples": []})
+
+    loss, ratios = torch.zeros((), dtype=torch.float64), []
+    for group in groups:
+        logps = [row_logps(reference, rollout) for rollout in group]
+        rewards = [y.sum().item() for _, y in logps]
+        floor = min(rewards)
+        rewards = [r if g.finished else floor for r, g in zip(rewards, group, strict=True)]
+        for reward, (z, y), rollout in zip(rewards, logps, group, strict=True):
+            # fp32, as the engine's log-probs are kept.
+            ratio = (z.detach() - torch.tensor(rollout.sampled_logp)).exp()
+            ratios += ratio.tolist()
+            weight = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
+            advantage = reward - (sum(rewards) - reward) / 3
+            loss = loss - (advantage * (weight * z).sum() + 0.7 * y.sum()) / 12
+    loss.backward()
+    assert any(ratio > 1.5 for ratio in ratios)
+    for (name, ours), theirs in zip(model.named_parameters(), reference.parameters(), strict=True):
+        # transformers' norms compute in fp32 even in an fp64 model; all else here is fp64.
+        scale = theirs.grad.abs().max()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
+    metrics = trainer._averages()
+    assert metrics["importance_ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-6)
+    assert metrics["importance_ratio_max"] == pytest.approx(max(ratios), rel=1e-6)
+
+
+def test_transformers_engine_logs_no_ratio(make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    assert not any("importance_ratio" in entry for entry in trainer.state.log_history)
+
+
+@pytest.mark.parametrize("objective", ["verifree", "jepo", "rlpr", "sft"])
+@pytest.mark.parametrize("token_budget", [10**6, 1])
+def test_every_objective_has_a_ratio(make_trainer: Any, objective: str, token_budget: int) -> None:
+    """RLPR's plain answers stand among the rows, and nobody drew them."""
+    trainer = make_trainer(max_steps=1, objective=objective, token_budget=token_budget)
+    trainer.engine = Recorder()
+    trainer.train()
+    [logged] = [entry for entry in trainer.state.log_history if "importance_ratio" in entry]
+    assert 0 < logged["importance_ratio"] < logged["importance_ratio_max"]
+
+
+def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_path: Path) -> None:
+    trainer = make_trainer(max_steps=2, rollout_engine="vllm", vllm_url=fake.url)
+    assert trainer.engine.url == fake.url
+    assert trainer.engine.weights_dir == tmp_path / "run" / "vllm_weights"
+    trainer.train()
+    assert len(fake.loaded) == 2
+    bodies = fake.of("/v1/completions")
+    assert {body["max_tokens"] for body in bodies} == {6}
+    assert {tuple(body["stop"]) for body in bodies} == {("The answer is",)}
+    assert len({body["seed"] for body in bodies}) == len(bodies) == 4
+    elsewhere = make_trainer(
+        rollout_engine="vllm", vllm_url=fake.url, vllm_weights_dir=str(tmp_path / "shm")
+    )
+    assert elsewhere.engine.weights_dir == tmp_path / "shm"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_engine": "sglang"}, "rollout_engine: expected one of transformers, vllm"),
+        (
+            {"rollout_engine": "vllm", "importance_cap": 0.0},
+            "importance_cap: expected more than 0, got 0.0",
+        ),
+        ({"importance_cap": 2.0}, "importance_cap: expected rollout_engine='vllm'"),
+    ],
+)
+def test_bad_settings(make_trainer: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**settings)
