@@ -170,6 +170,48 @@ class ModelArguments:
 
 
 @dataclass
+class PeftArguments:
+    """Whether an adapter is trained instead of the model, by TRL's names and defaults.
+
+    Raises:
+        ValueError: a setting out of its range, or one for an adapter without `use_peft`.
+    """
+
+    _argument_group_name = "adapter"
+
+    use_peft: bool = setting(False, "Train a LoRA adapter by PEFT; the model stays as it is.")
+    lora_r: int = setting(16, "r, the rank.")
+    lora_alpha: int = setting(32, "α: what the adapter adds is scaled by α/r.")
+    lora_dropout: float = setting(
+        0.0, "0 alone: a rationale is scored by the policy that sampled it."
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of layers, or all-linear; without it PEFT's choice for the architecture."
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules that are trained whole, and saved with the adapter."},
+    )
+    use_rslora: bool = setting(False, "Scale by α/√r.")
+    use_dora: bool = setting(False, "DoRA: the direction by LoRA, the magnitude by itself.")
+
+    def __post_init__(self) -> None:
+        if not self.use_peft:
+            for f in dataclasses.fields(self):
+                if getattr(self, f.name) != f.default:
+                    raise ValueError(f"{f.name}: expected --use_peft true with it")
+        _at_least("lora_r", self.lora_r, 1)
+        if self.lora_dropout:
+            raise ValueError(
+                "lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), "
+                f"got {self.lora_dropout}"
+            )
+
+
+@dataclass
 class DataArguments:
     """Which problems."""
 

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from latro.peft import without_wrapper
 from latro.rollout import Sample, decode_batch, eos_token_ids
 
 
@@ -67,13 +68,17 @@ class TransformersEngine:
         model.eval()
         # A model's own generation config may cut the distribution (top-k, top-p, penalties).
         # Samples from a cut distribution are not samples of the policy: a plain one stands in.
-        own_config = model.generation_config
-        model.generation_config = GenerationConfig(
+        plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=eos or None,
             pad_token_id=eos[0] if eos else 0,
         )
+        # PEFT's wrapper hands its own to the model inside of it, and leaves it there.
+        owners = (model, without_wrapper(model))
+        own_configs = [owner.generation_config for owner in owners]
+        for owner in owners:
+            owner.generation_config = plain
         try:
             cache = _prefill(model, ids, mask)
             cache.batch_repeat_interleave(num_samples)
@@ -88,7 +93,8 @@ class TransformersEngine:
                 synced_gpus=False,
             )
         finally:
-            model.generation_config = own_config
+            for owner, own_config in zip(owners, own_configs, strict=True):
+                owner.generation_config = own_config
             model.train(was_training)
 
         rows = output[:, width:].tolist()

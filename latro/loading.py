@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
@@ -12,36 +13,45 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+    has_file,
+)
 
 from latro.config import SMALL_MODEL, DataArguments, ModelArguments
+from latro.peft import require_peft
 from latro.tasks import Task
 
+if TYPE_CHECKING:
+    from peft import PeftModel
 
-def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that the arguments name, and its tokenizer.
+
+def load_model(
+    args: ModelArguments,
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """The model that the arguments name, and its tokenizer; an adapter comes on its base model.
 
     Only safetensors are read: a pickled checkpoint can run code. Code that comes with a model runs
     where `trust_remote_code` asks for it, and nobody is asked in between.
 
     Raises:
-        ValueError: no such model, one with code that is not trusted, or a tokenizer with more
-            tokens than the model has.
+        ValueError: no such model, one with code that is not trusted, a tokenizer with more tokens
+            than the model has, or an adapter where PEFT is not installed.
     """
     name = args.model_name_or_path or str(SMALL_MODEL)
-    options = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    model: PreTrainedModel | PeftModel
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-        model = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation or _attention(args.dtype),
-            use_safetensors=True,
-            **options,
-        )
+        if find_adapter_config_file(name, revision=args.model_revision) is not None:
+            model, tokenizer = _load_adapter(name, args)
+        else:
+            model = _load_weights(name, args.model_revision, args)
+            tokenizer = _load_tokenizer(name, args.model_revision, args)
     except OSError as error:
         raise ValueError(
             f"model_name_or_path: cannot load {name!r}: {error}. Expected a hub id or a directory "
-            "with config.json, safetensors weights and a tokenizer"
+            "with config.json, safetensors weights and a tokenizer, or with an adapter of PEFT"
         ) from error
     except ValueError as error:
         if args.trust_remote_code or "trust_remote_code" not in str(error):
@@ -59,6 +69,46 @@ def load_model(args: ModelArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
+
+
+def _load_weights(name: str, revision: str, args: ModelArguments) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation or _attention(args.dtype),
+        use_safetensors=True,
+        trust_remote_code=args.trust_remote_code,
+    )
+
+
+def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(
+        name, revision=revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """An adapter on the base model that its config names; trainable."""
+    require_peft("model_name_or_path")
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(name, revision=args.model_revision)
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"model_name_or_path: the adapter {name!r} does not name its base model")
+    # PEFT itself would go on to a pickled file.
+    cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
+    base_revision = config.revision or "main"
+    model = PeftModel.from_pretrained(
+        _load_weights(base, base_revision, args),
+        name,
+        is_trainable=True,
+        revision=args.model_revision,
+    )
+    if has_file(name, "tokenizer_config.json", revision=args.model_revision):
+        return model, _load_tokenizer(name, args.model_revision, args)
+    return model, _load_tokenizer(base, base_revision, args)
 
 
 def _attention(dtype: str) -> str | None:

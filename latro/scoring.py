@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from latro.attention import allow_shared_prefix, placeholder_mask
 from latro.layout import Batch, Group, collate
+from latro.peft import head_parameters, without_wrapper
 from latro.rollout import Rollout
 from latro_kernels import linear_kl, linear_logprob
 
@@ -78,8 +79,8 @@ class Scorer:
         self.model = model
         self.caller: nn.Module = model
         self.sharded = False
-        # Inside of PEFT's wrapper, whose forward hands its arguments on.
-        self.causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # PEFT's wrapper hands the arguments of its forward on.
+        self.causal = without_wrapper(model)
         self.temperature = temperature
         self.backend = backend
         head = self.causal.get_output_embeddings()
@@ -291,11 +292,6 @@ class Scorer:
         eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
         allowed = eps**0.5 * padded.abs().max()
         return bool((packed - padded).abs().max() <= allowed)
-
-
-def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, H] and bias [V] of a model's head."""
-    return head.weight, getattr(head, "bias", None)
 
 
 def _as_forward(module: nn.Module, function: Callable[..., T], call: Callable[[], T]) -> T:

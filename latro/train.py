@@ -17,10 +17,11 @@ from transformers.utils import logging as transformers_logging
 
 from latro.callbacks import METRICS_FILE, PLOT_FILE
 from latro.checkpoints import check_checkpoint, last_whole_checkpoint
-from latro.config import DataArguments, LatroConfig, ModelArguments, parse_arguments
+from latro.config import DataArguments, LatroConfig, ModelArguments, PeftArguments, parse_arguments
 from latro.files import write_json
 from latro.interruption import TrainingInterrupted
 from latro.loading import load_held_out, load_model, load_train
+from latro.peft import lora_config
 from latro.tasks import get_task
 from latro.trainer import LatroTrainer
 
@@ -39,8 +40,9 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         ValueError: bad settings, model or data; the output folder is then as it was.
         TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
     """
-    model_args, data_args, args = parse_arguments(
-        (ModelArguments, DataArguments, LatroConfig), argv, prog="python -m latro.train"
+    classes = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
+    model_args, peft_args, data_args, args = parse_arguments(
+        classes, argv, prog="python -m latro.train"
     )
     # The library's remarks on its own defaults, and its bars for each file read or written, are
     # none of the user's business here.
@@ -50,12 +52,23 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     task = get_task(data_args.dataset_name)
     train_dataset = load_train(task, data_args, args.seed)
     eval_dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    peft_config = lora_config(peft_args, model_args.model_revision)
     model, tokenizer = load_model(model_args)
     # A run that goes on has its first evaluation behind it.
     args.eval_on_start = resume is None
-    trainer = LatroTrainer(model, args, train_dataset, tokenizer, task, eval_dataset=eval_dataset)
+    trainer = LatroTrainer(
+        model,
+        args,
+        train_dataset,
+        tokenizer,
+        task,
+        eval_dataset=eval_dataset,
+        peft_config=peft_config,
+    )
+    whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
+    share = "" if whole == trained else f", {trained:,} of them trained"
     Console().print(
-        f"{model.num_parameters():,} parameters, {len(train_dataset):,} prompts of "
+        f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
         f"{task.name}, {args.num_generations} rationales each, into {args.output_dir}"
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -23,12 +23,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -41,6 +41,7 @@ from latro.generation import TransformersEngine, seed_of
 from latro.long_run import LongRunTrainer
 from latro.memory import FittingUpdate
 from latro.objectives import PLAIN_OBJECTIVES
+from latro.peft import AdapterOff, add_adapter, check_adapter, has_adapter
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, RolloutEngine, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
@@ -50,19 +51,25 @@ from latro.tasks import Task
 from latro.update import Update
 from latro.vllm_engine import VllmEngine
 
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
 
 class LatroTrainer(LongRunTrainer):
     """Trains a causal language model on the likelihood that its own rationales give the answers.
 
     Args:
         model: the policy; `model.generation_config` is not used for sampling. Its dropout is set to
-            0, since a rationale must be scored by the policy that sampled it.
+            0, since a rationale must be scored by the policy that sampled it. Of a `PeftModel` the
+            adapter is trained.
         args: the settings.
         train_dataset: rows with `prompt` and `answer`, both strings.
         processing_class: the model's tokenizer.
         task: its answer template ends rationales and opens answers; it grades in evaluation.
         eval_dataset: held-out rows for `evaluate()`.
-        ref_model: π_0; None: a frozen copy of `model` as it is now. Not made when β is 0.
+        ref_model: π_0; None: a frozen copy of `model` as it is now, not made when β is 0, or, where
+            it has an adapter, `model` itself with the adapter off.
+        peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
         callbacks: added to the Trainer's own.
 
     Raises:
@@ -70,12 +77,12 @@ class LatroTrainer(LongRunTrainer):
     """
 
     args: LatroConfig
-    model: PreTrainedModel
+    model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | PeftModel,
         args: LatroConfig,
         train_dataset: Dataset | None,
         processing_class: PreTrainedTokenizerBase,
@@ -83,8 +90,13 @@ class LatroTrainer(LongRunTrainer):
         *,
         eval_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
+        peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        if peft_config is not None:
+            # The Trainer would seed only after the adapter's weights are drawn.
+            set_seed(args.seed)
+            model = add_adapter(model, peft_config)
         _disable_dropout(model)
         self.task = task
         self.join = AnswerJoin(
@@ -95,7 +107,14 @@ class LatroTrainer(LongRunTrainer):
                 check_dataset(
                     dataset, name, model, processing_class, self.join, args.max_completion_length
                 )
-        if ref_model is None and args.beta > 0:
+        adapted = has_adapter(model)
+        if adapted:
+            check_adapter(model, is_reference=ref_model is None and args.beta > 0)
+            if args.gradient_checkpointing:
+                # A reentrant checkpoint has no gradient where none of its inputs requires one.
+                # Older transformers do not see to that for a PeftModel.
+                model.enable_input_require_grads()
+        elif ref_model is None and args.beta > 0:
             ref_model = copy.deepcopy(model)
         super().__init__(
             model=model,
@@ -108,15 +127,18 @@ class LatroTrainer(LongRunTrainer):
         )
         self._stopwatch = Stopwatch(self.args.device)
         self.scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
-        self.ref_scorer: Scorer | None = None
+        self.ref_scorer: Scorer | AdapterOff | None = None
         if ref_model is not None:
             _disable_dropout(ref_model)
             ref_model.requires_grad_(False).eval().to(self.args.device)
-            self.ref_scorer = Scorer(ref_model, temperature=args.temperature, backend=args.backend)
+            ref_scorer = Scorer(ref_model, temperature=args.temperature, backend=args.backend)
             if args.kl == "exact":
-                self.scorer.check_comparable(self.ref_scorer)
+                self.scorer.check_comparable(ref_scorer)
             # Both read the same batches: KL is exactly 0 where the two are one.
-            self.scorer.packed &= self.ref_scorer.packed
+            self.scorer.packed &= ref_scorer.packed
+            self.ref_scorer = ref_scorer
+        elif adapted and args.beta > 0:
+            self.ref_scorer = AdapterOff(self.scorer)
         self.update = Update(self.scorer, self.ref_scorer, args, self.accelerator, self._stopwatch)
         self._fitting_update = FittingUpdate(self.update)
         self._finite_updates = FiniteUpdates(
@@ -209,6 +231,11 @@ class LatroTrainer(LongRunTrainer):
     def _make_engine(self) -> RolloutEngine:
         if self.args.rollout_engine == "transformers":
             return TransformersEngine(self.model, self.processing_class)
+        if has_adapter(self.model):
+            raise ValueError(
+                "rollout_engine: expected transformers for a model with an adapter, got vllm, "
+                "which is handed whole weights"
+            )
         return VllmEngine(
             self.args.vllm_url,
             self.processing_class,

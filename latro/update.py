@@ -26,6 +26,7 @@ from latro.config import LatroConfig
 from latro.importance import importance
 from latro.layout import Batch, Group, MicroBatch, group_layout, plain_offsets, plan
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
+from latro.peft import AdapterOff
 from latro.rollout import Rollout
 from latro.scoring import Reference, Scorer, Scores
 from latro.statistics import NAMES, micro_batch_sums
@@ -54,7 +55,7 @@ class Update:
     def __init__(
         self,
         scorer: Scorer,
-        ref_scorer: Scorer | None,
+        ref_scorer: Scorer | AdapterOff | None,
         args: LatroConfig,
         accelerator: Accelerator,
         stopwatch: Stopwatch,

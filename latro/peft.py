@@ -1,0 +1,225 @@
+"""Adapters by PEFT: LoRA on a model that stays as it is, and with them off the initial model.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) adds scaling · B·A to a frozen weight, and B is 0 at the
+start. So a model with adapters is its own reference: with them off it is π_0, and the KL to it is
+exactly 0 before the first update, without a second copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from latro.config import PeftArguments
+    from latro.layout import Batch
+    from latro.scoring import Reference, Scorer, Scores
+
+# What these make of LoRA's A and B at the start, they take from the frozen weights.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
+    """PEFT's own settings from the command line's; None without `use_peft`.
+
+    Args:
+        args: the settings.
+        revision: of the base model on the hub, noted for whoever loads the adapter.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    if not args.use_peft:
+        return None
+    require_peft("use_peft")
+    from peft import LoraConfig
+
+    targets: list[str] | str | None = args.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        # PEFT takes a list for names, and a string for a pattern or for this word.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        revision=None if revision == "main" else revision,
+    )
+
+
+def require_peft(name: str) -> None:
+    """Raises ValueError where PEFT is not installed; `name` is the argument that needs it."""
+    if not is_peft_available():
+        raise ValueError(
+            f"{name}: needs the package peft, which is not installed: "
+            "pip install 'latro-kernels[peft]'"
+        )
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `model` is PEFT's wrapper of a model."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def without_wrapper(model: Any) -> PreTrainedModel:
+    """The model inside of PEFT's wrapper, its adapters in their places; or the model itself."""
+    return model.get_base_model() if has_adapter(model) else model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """`peft.get_peft_model(model, peft_config)`, for settings that can be trained with LaTRO.
+
+    Raises:
+        TypeError: `peft_config` is none of PEFT's.
+        ValueError: PEFT is not installed, the model has an adapter already, or dropout is asked
+            for: a rationale is scored by the policy that sampled it.
+    """
+    require_peft("peft_config")
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}"
+        )
+    if has_adapter(model):
+        raise ValueError(
+            "peft_config: expected a model without adapter, got one that has one; leave "
+            "peft_config out to train that one, or merge it first (merge_and_unload)"
+        )
+    dropout = getattr(peft_config, "lora_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), got "
+            f"{dropout}"
+        )
+    _check_kind(peft_config)
+    return get_peft_model(model, peft_config)
+
+
+def check_adapter(model: PeftModel, *, is_reference: bool) -> None:
+    """Check that a model with adapters can be trained.
+
+    Args:
+        model: it.
+        is_reference: whether with its adapters off it is to be π_0.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    for config in model.peft_config.values():
+        _check_kind(config)
+        init = getattr(config, "init_lora_weights", True)
+        if is_reference and isinstance(init, str) and init.startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"init_lora_weights: {init!r} changes the base weights, so that without its "
+                "adapter the model is not the initial one; pass ref_model, or beta = 0"
+            )
+    merged = model.get_model_status().merged_adapters
+    if merged:
+        raise ValueError(f"model: its adapters {merged} are merged; call unmerge_adapter() first")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: none of its weights requires a gradient; load the adapter with "
+            "is_trainable=True"
+        )
+
+
+def _check_kind(config: PeftConfig) -> None:
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: {config.peft_type} adds tokens to every prompt; expected an "
+            "adapter of the model's layers, like LoRA"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config: alora_invocation_tokens switch the adapter on inside of a sequence, "
+            "which packed rows cannot follow"
+        )
+
+
+class AdapterOff:
+    """Scores head rows by the model under a policy's adapters: π_0, with the policy's weights.
+
+    Args:
+        scorer: of the policy, which is a `peft.PeftModel`; it does the work.
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+
+    def __call__(self, batch: Batch) -> Scores:
+        """As `Scorer.__call__`."""
+        with _adapter_off(self.scorer.model):
+            return self.scorer(batch)
+
+    def reference(self, batch: Batch) -> Reference:
+        """As `Scorer.reference`."""
+        with _adapter_off(self.scorer.model):
+            return self.scorer.reference(batch)
+
+
+@contextmanager
+def _adapter_off(model: Any) -> Iterator[None]:
+    # PEFT lets every weight of the adapter require a gradient when it is on again, also those that
+    # the user had frozen.
+    given = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, requires_grad in given:
+            parameter.requires_grad_(requires_grad)
+
+
+def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, H] and bias [V] that make a head's logits, with its active adapters.
+
+    Of LoRA weight + Σ scaling · B·A over the active adapters, in the weight's dtype and
+    differentiable in A and B; of `modules_to_save` the copy that is trained; with adapters off or
+    merged the head's own.
+
+    Raises:
+        ValueError: an adapter that is no sum with a product of two matrices, like DoRA.
+    """
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not is_peft_available():
+        return weight, bias
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adapted = isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    # The attributes of a ModulesToSaveWrapper are those of the copy that its forward calls.
+    if not adapted or isinstance(head, ModulesToSaveWrapper) or head.disable_adapters:
+        return weight, bias
+    if type(head) is not Linear:
+        raise ValueError(f"model: expected a head without adapter, or with LoRA's, got {head}")
+    if head.merged:
+        return weight, bias
+    for name in head.active_adapters:
+        if name in head.lora_variant:
+            raise ValueError(
+                f"model: expected plain LoRA on the head, got {type(head.lora_variant[name])}; "
+                "leave the head out of target_modules"
+            )
+        if name not in head.lora_A:
+            continue
+        weight = weight + head.get_delta_weight(name).to(weight.dtype)
+        added = head.lora_B[name].bias
+        if added is not None:
+            added = head.scaling[name] * added.to(weight.dtype)
+            bias = added if bias is None else bias + added
+    return weight, bias
