@@ -6,7 +6,8 @@ The server runs beside the trainer, on GPUs of its own or on the same machine:
 
 `processed_logprobs` makes it report log-probs under softmax(logits / temperature), the distribution
 that it samples from; the dev mode opens the routes that load weights. Those are for a private
-network: whoever reaches them can change the model.
+network: whoever reaches them can change the model. On a CPU it takes --no-enable-chunked-prefill
+too, without which vLLM 0.32 ends at a seeded prompt that it reads in pieces.
 
 After each update the policy is written as safetensors into a folder that the server reads too, and
 the server loads it in place and forgets its cached prefixes, whose keys and values are the old
@@ -17,6 +18,7 @@ or that another run has taken, is an error and never a stale rollout.
 
 from __future__ import annotations
 
+import copy
 import http.client
 import json
 import tempfile
@@ -152,13 +154,15 @@ class VllmEngine:
     def update_weights(self, model: PreTrainedModel, step: int) -> None:
         """Make the server sample from `model` as it is now; one process of several calls this.
 
+        Adapters of PEFT are merged into a copy of the model, on the model's device.
+
         Raises:
             ConnectionError: the server could not load the weights, and must be started anew.
         """
         version = f"{self._run}-{step}"
         self.weights_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"step-{step}-", dir=self.weights_dir) as folder:
-            model.save_pretrained(folder)
+            _merged(model).save_pretrained(folder)
             try:
                 self._request(
                     "/collective_rpc",
@@ -269,3 +273,11 @@ class VllmEngine:
             return response.status, response.read()
         finally:
             connection.close()
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    # Merging in place and out again would round the frozen weights at every update.
+    peft_model: Any = copy.deepcopy(model)
+    return peft_model.merge_and_unload()

@@ -42,7 +42,7 @@ def serve(python: str, model: Path, log: Path) -> Iterator[str]:
                 *(python, "-m", "vllm.entrypoints.openai.api_server"),
                 *("--host", "127.0.0.1", "--port", str(port), "--model", model),
                 *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
-                *("--logprobs-mode", "processed_logprobs"),
+                *("--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"),
             ],
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS,
             stdout=file,

@@ -1,0 +1,160 @@
+"""Sampling and training with a real vLLM server.
+
+They run where the environment variable LATRO_VLLM_PYTHON names the Python of an environment that
+has vLLM, which need not be this one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from latro import LatroConfig, LatroTrainer
+from latro.rollout import Sample, decode
+from latro.vllm_engine import VllmEngine
+from scripts.make_tiny_model import make_model
+from tests.latro.real_vllm import serve
+
+# Attention on a CPU takes heads of 32 or more.
+SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+
+
+@pytest.fixture(scope="module")
+def vllm_url(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: Any) -> Iterator[str]:
+    """The server of a tiny Llama whose own generation config would cut the distribution."""
+    python = os.environ.get("LATRO_VLLM_PYTHON")
+    if not python:
+        pytest.skip("needs vLLM: LATRO_VLLM_PYTHON names no Python that has it")
+    folder = tmp_path_factory.mktemp("vllm")
+    model = make_model("llama", tokenizer, **SIZES)
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=2, temperature=0.1, repetition_penalty=1.5
+    )
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with serve(python, folder / "model", folder / "log") as url:
+        yield url
+
+
+def draw(engine: VllmEngine, prompts: list[list[int]]) -> list[list[Sample]]:
+    return engine.generate(
+        prompts,
+        num_samples=16,
+        max_new_tokens=60,
+        temperature=0.7,
+        seeds=list(range(len(prompts))),
+        template="e",
+    )
+
+
+def log_probs(
+    model: PreTrainedModel, prompt: list[int], ids: list[int], temperature: float
+) -> torch.Tensor:
+    """Of `ids` after `prompt`, from all logits, in the model's dtype."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    logp = torch.log_softmax(logits / temperature, dim=-1)
+    return logp.gather(1, torch.tensor(ids)[:, None])[:, 0].double()
+
+
+def errors(
+    model: PreTrainedModel, prompts: list[list[int]], groups: list[list[Sample]], temperature: float
+) -> tuple[float, float]:
+    """The engine's largest error against fp64, and the most that it may be."""
+    exact = copy.deepcopy(model).double()
+    engine = unfused = 0.0
+    for prompt, group in zip(prompts, groups, strict=True):
+        for sample in group:
+            truth = log_probs(exact, prompt, sample.ids, temperature)
+            plain = log_probs(model, prompt, sample.ids, temperature)
+            engine = max(engine, (torch.tensor(sample.logp) - truth).abs().max().item())
+            unfused = max(unfused, (plain - truth).abs().max().item())
+    return engine, 2 * unfused + 1e-5
+
+
+def test_vllm_samples_the_whole_distribution_of_the_weights_it_got(
+    vllm_url: str, tiny: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    # Longer than a block of the prefix cache, 128 tokens, whose keys and values must not live on.
+    prompts = [tokenizer.encode(f"Tom has {n} pens. " * 30) for n in range(8)]
+    assert min(map(len, prompts)) > 128
+    served, other = tiny(**SIZES), tiny(seed=1, **SIZES)
+    engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=[0], weights_dir=tmp_path)
+    for step, (now, not_now) in enumerate([(served, other), (other, served)]):
+        engine.update_weights(now, step)
+        groups = draw(engine, prompts)
+        error, allowed = errors(now, prompts, groups, temperature=0.7)
+        assert error <= allowed
+        assert errors(not_now, prompts, groups, temperature=0.7)[0] > 100 * allowed
+
+
+def test_vllm_ends_a_sample_where_its_text_shows_the_template(
+    vllm_url: str, tiny: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    prompts = [tokenizer.encode(f"Tom has {n} pens.") for n in range(8)]
+    ends = [0, *tokenizer.encode("012345")]
+    engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=ends, weights_dir=tmp_path)
+    engine.update_weights(tiny(**SIZES), 0)
+    # Some tokens hold it in their middle: " pens", " gets".
+    groups = draw(engine, prompts)
+    endings = {"template": 0, "middle": 0, "eos": 0, "length": 0}
+    for sample in (sample for group in groups for sample in group):
+        text, before = decode(tokenizer, sample.ids), decode(tokenizer, sample.ids[:-1])
+        assert "e" not in before
+        assert not set(ends) & set(sample.ids[:-1])
+        if "e" in text:
+            endings["template"] += 1
+            endings["middle"] += not text.endswith("e")
+        elif sample.ids[-1] in ends:
+            endings["eos"] += 1
+        else:
+            assert len(sample.ids) == 60
+            endings["length"] += 1
+    assert all(endings.values()), endings
+
+
+def test_training_samples_from_the_updated_policy(
+    vllm_url: str, tiny: Any, tokenizer: Any, task: Any, dataset: Any, tmp_path: Path
+) -> None:
+    settings = LatroConfig(
+        output_dir=str(tmp_path / "run"),
+        rollout_engine="vllm",
+        vllm_url=vllm_url,
+        importance_cap=2.0,
+        num_generations=4,
+        max_completion_length=20,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=2,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = LatroTrainer(tiny(**SIZES), settings, dataset, tokenizer, task)
+    drawn = []
+    engine_generate = trainer.engine.generate
+
+    def generate(prompts: list[list[int]], **options: Any) -> list[list[Sample]]:
+        groups = engine_generate(prompts, **options)
+        drawn.append((copy.deepcopy(trainer.model), prompts, groups))
+        return groups
+
+    trainer.engine.generate = generate
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "importance_ratio" in entry]
+    assert len(drawn) == len(history) == 2
+    for (model, prompts, groups), logged in zip(drawn, history, strict=True):
+        error, allowed = errors(model, prompts, groups, temperature=1.0)
+        assert error <= allowed
+        # Engine and trainer are each within the gate of the truth.
+        for name in ("importance_ratio", "importance_ratio_max"):
+            assert abs(math.log(logged[name])) <= 2 * allowed
+    initial, (_, prompts, groups) = drawn[0][0], drawn[1]
+    assert errors(initial, prompts, groups, temperature=1.0)[0] > 100 * allowed
