@@ -231,11 +231,6 @@ class LatroTrainer(LongRunTrainer):
     def _make_engine(self) -> RolloutEngine:
         if self.args.rollout_engine == "transformers":
             return TransformersEngine(self.model, self.processing_class)
-        if has_adapter(self.model):
-            raise ValueError(
-                "rollout_engine: expected transformers for a model with an adapter, got vllm, "
-                "which is handed whole weights"
-            )
         return VllmEngine(
             self.args.vllm_url,
             self.processing_class,

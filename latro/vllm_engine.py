@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.peft import has_adapter
 from latro.rollout import Sample
 
 SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
@@ -276,7 +277,7 @@ class VllmEngine:
 
 
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    if not hasattr(model, "merge_and_unload"):
+    if not has_adapter(model):
         return model
     # Merging in place and out again would round the frozen weights at every update.
     peft_model: Any = copy.deepcopy(model)

@@ -446,11 +446,6 @@ def test_models_that_cannot_be_trained(make_trainer, tiny):
         make_trainer(peft.get_peft_model(tiny(), lora(inference_mode=True)))
 
 
-def test_vllm_is_not_handed_an_adapter(make_trainer, tiny):
-    with pytest.raises(ValueError, match="expected transformers for a model with an adapter"):
-        make_trainer(tiny(), lora(), rollout_engine="vllm", vllm_url="http://127.0.0.1:1")
-
-
 def test_weights_that_an_initialisation_moved_are_no_reference(make_trainer, tiny):
     config = lora(init_lora_weights="pissa")
     make_trainer(tiny(), config, beta=0.0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -228,11 +229,8 @@ def test_weights_lie_there_while_the_server_loads_them(
 def test_adapters_are_merged_into_what_the_server_loads(
     fake: FakeVllm, engine_of: Any, tiny: Any
 ) -> None:
-    peft = pytest.importorskip("peft")
-    settings = peft.LoraConfig(
-        r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False
-    )
-    model = peft.get_peft_model(tiny(), settings)
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny(), settings)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     got = {}
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
@@ -121,8 +122,9 @@ def test_vllm_ends_a_sample_where_its_text_shows_the_template(
     assert all(endings.values()), endings
 
 
+@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "LoRA"])
 def test_training_samples_from_the_updated_policy(
-    vllm_url: str, tiny: Any, tokenizer: Any, task: Any, dataset: Any, tmp_path: Path
+    adapter: bool, vllm_url: str, tiny: Any, tokenizer: Any, task: Any, dataset: Any, tmp_path: Path
 ) -> None:
     settings = LatroConfig(
         output_dir=str(tmp_path / "run"),
@@ -137,7 +139,8 @@ def test_training_samples_from_the_updated_policy(
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = LatroTrainer(tiny(**SIZES), settings, dataset, tokenizer, task)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear") if adapter else None
+    trainer = LatroTrainer(tiny(**SIZES), settings, dataset, tokenizer, task, peft_config=lora)
     drawn = []
     engine_generate = trainer.engine.generate
 
