@@ -141,11 +141,17 @@ class LatroConfig(TrainingArguments):
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True")
-        if self.world_size > 1 or self.n_gpu > 1:
+        if self.n_gpu > 1:
             raise ValueError(
-                "LatroTrainer runs in one process on one device for now; got "
-                f"{self.world_size} processes and {self.n_gpu} GPUs (set CUDA_VISIBLE_DEVICES)"
+                f"{self.n_gpu} GPUs in one process: expected one process a GPU; start with "
+                "`accelerate launch -m latro.train` or `torchrun -m latro.train`, or set "
+                "CUDA_VISIBLE_DEVICES"
             )
+        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
+            raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable weight has a gradient in every backward.
+            self.ddp_find_unused_parameters = False
 
 
 @dataclass

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from datasets import Dataset
 from rich.progress import track
 from transformers import PreTrainedTokenizerBase
@@ -68,14 +70,30 @@ class Completion:
     correct: bool
 
 
+@dataclass
+class Problem:
+    """One row of the dataset with what was made of it."""
+
+    index: int
+    row: Mapping[str, Any]
+    graded: dict[str, list[Completion]] = field(default_factory=dict)
+    """The completions of each mode: "greedy", and "sampled" where there are samples."""
+    answer_logps: list[float] = field(default_factory=list)
+    """log π(y|x⊕z), in nats, of the last mode's completions."""
+
+
 def evaluate_model(
     scorer: Scorer,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     dataset: Dataset,
     settings: EvaluationSettings,
+    *,
+    accelerator: Accelerator | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Generate, grade and score.
+
+    Several processes share the problems, and each returns the results of all.
 
     Args:
         scorer: of the model; used for the mean log π(y|x⊕z).
@@ -83,6 +101,7 @@ def evaluate_model(
         task: grades the completions.
         dataset: rows of the task; at least one.
         settings: how many samples, how long, and so on.
+        accelerator: knows the processes; None: there is one.
 
     Raises:
         ValueError: the dataset lacks a column or a row of it does not fit the model.
@@ -101,37 +120,59 @@ def evaluate_model(
         modes.append(("sampled", settings.temperature, settings.num_samples))
     check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
     engine = TransformersEngine(model, tokenizer)
-    graded: dict[str, list[list[Completion]]] = {name: [] for name, _, _ in modes}
-    starts = range(0, len(dataset), settings.batch_size)
-    for start in track(starts, "evaluating", disable=not settings.progress, transient=True):
-        rows = [dataset[i] for i in range(start, min(start + settings.batch_size, len(dataset)))]
-        prompts = [encode_prompt(tokenizer, row["prompt"]) for row in rows]
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    indices = range(rank, len(dataset), world)
+    problems: list[Problem] = []
+    starts = range(0, len(indices), settings.batch_size)
+    hidden = not settings.progress or rank > 0
+    for start in track(starts, "evaluating", disable=hidden, transient=True):
+        batch = [Problem(i, dataset[i]) for i in indices[start : start + settings.batch_size]]
+        prompts = [encode_prompt(tokenizer, problem.row["prompt"]) for problem in batch]
         for name, temperature, num_samples in modes:
             samples = engine.generate(
                 prompts,
                 num_samples=num_samples,
                 max_new_tokens=settings.max_completion_length + ANSWER_TOKENS,
                 temperature=temperature,
-                seeds=[seed_of(settings.seed, start + i) for i in range(len(prompts))],
+                seeds=[seed_of(settings.seed, problem.index) for problem in batch],
             )
-            for row, prompt, group in zip(rows, prompts, samples, strict=True):
-                graded[name].append([_grade(task, tokenizer, join, row, prompt, s) for s in group])
+            for problem, prompt, group in zip(batch, prompts, samples, strict=True):
+                problem.graded[name] = [
+                    _grade(task, tokenizer, join, problem.row, prompt, s) for s in group
+                ]
+        problems += batch
+    scored = [c.rollout for problem in problems for c in problem.graded[modes[-1][0]]]
+    logps = iter(answer_logp(scorer, scored, settings.token_budget))
+    for problem in problems:
+        problem.answer_logps = [next(logps) for _ in problem.graded[modes[-1][0]]]
+    if world > 1:
+        problems = sorted(gather_object(problems), key=lambda problem: problem.index)
+    return _metrics(task, problems, modes[-1][0], settings), [_record(p) for p in problems]
 
-    metrics = {"accuracy_greedy": _mean(c.correct for (c,) in graded["greedy"])}
+
+def _metrics(
+    task: Task, problems: Sequence[Problem], last: str, settings: EvaluationSettings
+) -> dict[str, float]:
+    """As `evaluate_model` returns them; `last` names the completions that lengths are of."""
+    metrics = {
+        "accuracy_greedy": _mean(
+            c.correct for problem in problems for c in problem.graded["greedy"]
+        )
+    }
     if settings.num_samples:
-        shares = [_mean(c.correct for c in group) for group in graded["sampled"]]
+        shares = [_mean(c.correct for c in problem.graded["sampled"]) for problem in problems]
         metrics["accuracy_sampled"] = _mean(shares)
         metrics["accuracy_sampled_stderr"] = _standard_error(shares)
         for k in settings.majority:
             metrics[f"maj@{k}"] = _mean(
-                majority_correct(task, group[:k], row)
-                for group, row in zip(graded["sampled"], dataset, strict=True)
+                majority_correct(task, problem.graded["sampled"][:k], problem.row)
+                for problem in problems
             )
-    last = [c.rollout for group in graded[modes[-1][0]] for c in group]
-    metrics["rationale_length"] = _mean(len(r.rationale_ids) for r in last)
-    metrics["unfinished"] = _mean(not r.finished for r in last)
-    metrics["answer_logp"] = _mean(answer_logp(scorer, last, settings.token_budget))
-    return metrics, _records(dataset, graded)
+    rollouts = [c.rollout for problem in problems for c in problem.graded[last]]
+    metrics["rationale_length"] = _mean(len(r.rationale_ids) for r in rollouts)
+    metrics["unfinished"] = _mean(not r.finished for r in rollouts)
+    metrics["answer_logp"] = _mean(v for problem in problems for v in problem.answer_logps)
+    return metrics
 
 
 def majority_correct(task: Task, group: Sequence[Completion], row: Mapping[str, Any]) -> bool:
@@ -178,23 +219,18 @@ def _grade(
     )
 
 
-def _records(
-    dataset: Dataset, graded: Mapping[str, list[list[Completion]]]
-) -> list[dict[str, Any]]:
-    return [
-        {
-            "prompt": row["prompt"],
-            "answer": row["answer"],
-            **{
-                name: [
-                    {"text": c.text, "predicted": c.predicted, "correct": c.correct}
-                    for c in groups[index]
-                ]
-                for name, groups in graded.items()
-            },
-        }
-        for index, row in enumerate(dataset)
-    ]
+def _record(problem: Problem) -> dict[str, Any]:
+    return {
+        "prompt": problem.row["prompt"],
+        "answer": problem.row["answer"],
+        **{
+            name: [
+                {"text": c.text, "predicted": c.predicted, "correct": c.correct}
+                for c in completions
+            ]
+            for name, completions in problem.graded.items()
+        },
+    }
 
 
 def _mean(values: Iterable[float]) -> float:

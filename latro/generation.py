@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -101,7 +101,9 @@ class TransformersEngine:
         samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
         return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
-    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+    def update_weights(
+        self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Nothing to do: the policy is here."""
 
 

@@ -21,6 +21,7 @@ from transformers.utils import (
 )
 
 from latro.config import SMALL_MODEL, DataArguments, ModelArguments
+from latro.distribution import whole_on_load
 from latro.peft import require_peft
 from latro.tasks import Task
 
@@ -72,14 +73,15 @@ def load_model(
 
 
 def _load_weights(name: str, revision: str, args: ModelArguments) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation or _attention(args.dtype),
-        use_safetensors=True,
-        trust_remote_code=args.trust_remote_code,
-    )
+    with whole_on_load():
+        return AutoModelForCausalLM.from_pretrained(
+            name,
+            revision=revision,
+            dtype=args.dtype,
+            attn_implementation=args.attn_implementation or _attention(args.dtype),
+            use_safetensors=True,
+            trust_remote_code=args.trust_remote_code,
+        )
 
 
 def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTrainedTokenizerBase:

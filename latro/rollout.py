@@ -16,10 +16,11 @@ answer rows spell the same text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -59,8 +60,13 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def update_weights(self, model: PreTrainedModel, step: int) -> None:
-        """Called with the policy after the optimiser's step number `step`."""
+    def update_weights(
+        self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Called with the policy after the optimiser's step number `step`.
+
+        `weights`: the state dict to take for the model's own, where that is in shards.
+        """
         ...
 
 

@@ -67,7 +67,8 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     )
     whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
     share = "" if whole == trained else f", {trained:,} of them trained"
-    Console().print(
+    console = Console(quiet=not trainer.is_world_process_zero())
+    console.print(
         f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
         f"{task.name}, {args.num_generations} rationales each, into {args.output_dir}"
     )
@@ -83,9 +84,10 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
         evaluations.append(trainer.state.log_history[-1])
     trainer.save_state()
     results = {"base": evaluations[0], "final": evaluations[-1]}
-    write_json(Path(args.output_dir) / "results.json", results)
-    Console().print(_table(results, len(eval_dataset)))
-    Console().print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "results.json", results)
+    console.print(_table(results, len(eval_dataset)))
+    console.print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
     return results
 
 

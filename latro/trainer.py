@@ -21,6 +21,7 @@ import copy
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from transformers.trainer_utils import TrainOutput
 from latro import statistics
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
+from latro.distribution import gathered, is_sharded, prepare_reference
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import FiniteUpdates
 from latro.generation import TransformersEngine, seed_of
@@ -136,6 +138,7 @@ class LatroTrainer(LongRunTrainer):
                 self.scorer.check_comparable(ref_scorer)
             # Both read the same batches: KL is exactly 0 where the two are one.
             self.scorer.packed &= ref_scorer.packed
+            prepare_reference(ref_scorer, self.accelerator)
             self.ref_scorer = ref_scorer
         elif adapted and args.beta > 0:
             self.ref_scorer = AdapterOff(self.scorer)
@@ -176,6 +179,7 @@ class LatroTrainer(LongRunTrainer):
         started = time.perf_counter()
         model.train()
         self.scorer.caller = model
+        self.scorer.sharded = is_sharded(self.accelerator)
         with self._stopwatch.lap("time_rollout"):
             groups = self.rollout(inputs["examples"])
         num_groups = len(groups) * self.current_gradient_accumulation_steps
@@ -201,14 +205,16 @@ class LatroTrainer(LongRunTrainer):
         """K rationales for each example, drawn by the seed, the step and its place in the batch."""
         prompts = [encode_prompt(self.processing_class, e["prompt"]) for e in examples]
         self._refresh_engine()
-        samples = self.engine.generate(
-            prompts,
-            num_samples=self.args.num_generations,
-            max_new_tokens=self.args.max_completion_length,
-            temperature=self.args.temperature,
-            seeds=self._rollout_seeds(len(prompts)),
-            template=self.task.answer_template,
-        )
+        here = isinstance(self.engine, TransformersEngine)
+        with gathered(self.scorer, self.accelerator) if here else nullcontext():
+            samples = self.engine.generate(
+                prompts,
+                num_samples=self.args.num_generations,
+                max_new_tokens=self.args.max_completion_length,
+                temperature=self.args.temperature,
+                seeds=self._rollout_seeds(len(prompts)),
+                template=self.task.answer_template,
+            )
         return [
             [self.join(prompt, sample, example["answer"]) for sample in group]
             for prompt, group, example in zip(prompts, samples, examples, strict=True)
@@ -231,6 +237,11 @@ class LatroTrainer(LongRunTrainer):
     def _make_engine(self) -> RolloutEngine:
         if self.args.rollout_engine == "transformers":
             return TransformersEngine(self.model, self.processing_class)
+        if is_sharded(self.accelerator) and has_adapter(self.model):
+            raise ValueError(
+                "rollout_engine: expected transformers where a model with an adapter is in shards, "
+                "got vllm, which is handed whole weights with the adapter merged into them"
+            )
         return VllmEngine(
             self.args.vllm_url,
             self.processing_class,
@@ -242,8 +253,12 @@ class LatroTrainer(LongRunTrainer):
         """Hand the engine the policy, where it has changed since."""
         if not self._engine_is_stale:
             return
+        weights = None
+        if is_sharded(self.accelerator) and not isinstance(self.engine, TransformersEngine):
+            # All processes give their shards; the main one has the whole.
+            weights = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
-            self.engine.update_weights(self.model, self.state.global_step)
+            self.engine.update_weights(self.model, self.state.global_step, weights)
         self.accelerator.wait_for_everyone()
         self._engine_is_stale = False
 
@@ -329,9 +344,15 @@ class LatroTrainer(LongRunTrainer):
             seed=self.args.seed,
             token_budget=self.update.token_budget,
         )
-        with self.accelerator.autocast():
+        self.scorer.caller = self.model_wrapped
+        with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
             metrics, _ = evaluate_model(
-                self.scorer, self.processing_class, self.task, dataset, settings
+                self.scorer,
+                self.processing_class,
+                self.task,
+                dataset,
+                settings,
+                accelerator=self.accelerator,
             )
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}

@@ -24,13 +24,14 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
 from urllib.parse import urlsplit
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.peft import has_adapter
@@ -152,7 +153,9 @@ class VllmEngine:
         with ThreadPoolExecutor(min(len(prompts), _MAX_CONNECTIONS) or 1) as pool:
             return list(pool.map(sample, prompts, seeds))
 
-    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+    def update_weights(
+        self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Make the server sample from `model` as it is now; one process of several calls this.
 
         Adapters of PEFT are merged into a copy of the model, on the model's device.
@@ -163,7 +166,10 @@ class VllmEngine:
         version = f"{self._run}-{step}"
         self.weights_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"step-{step}-", dir=self.weights_dir) as folder:
-            _merged(model).save_pretrained(folder)
+            if weights is None:
+                _merged(model).save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
             try:
                 self._request(
                     "/collective_rpc",

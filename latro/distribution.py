@@ -1,0 +1,126 @@
+"""Models over many devices: whole weights for generation, and the reference in shards.
+
+DDP keeps a whole copy of the weights in each process. FSDP2 and DeepSpeed ZeRO-3 keep a shard, and
+gather a layer's weights for each of its forwards. Decoding calls a forward for every token, so for
+its duration the weights are gathered once and kept; where they do not fit, a rollout engine outside
+of the process is the way (`latro.vllm_engine`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from latro.scoring import Scorer
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process holds a part of each weight only."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return kind == DistributedType.FSDP
+
+
+@contextlib.contextmanager
+def whole_on_load() -> Iterator[None]:
+    """Within, transformers loads whole models under ZeRO-3 too, to be sharded by the Trainer.
+
+    A model that is sharded as it is loaded could neither be checked nor copied for a reference.
+    """
+    config = hf_deepspeed.deepspeed_config()
+    if config is None:
+        yield
+        return
+    handle = hf_deepspeed._hf_deepspeed_config_weak_ref()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed.set_hf_deepspeed_config(handle)
+
+
+@contextlib.contextmanager
+def gathered(scorer: Scorer, accelerator: Accelerator) -> Iterator[None]:
+    """Within, every weight of the scorer's model is whole, and no forward waits for others.
+
+    All processes must enter and leave together.
+    """
+    wrapper = scorer.caller
+    scorer.caller = scorer.model
+    try:
+        if wrapper is scorer.model and not isinstance(wrapper, FSDPModule):
+            # Before training an engine has not taken the model over.
+            yield
+        elif not is_sharded(accelerator):
+            yield
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+            with unwrap_model_for_generation(wrapper):
+                yield
+        else:
+            with _unsharded(scorer.model, accelerator):
+                yield
+    finally:
+        scorer.caller = wrapper
+
+
+@contextlib.contextmanager
+def _unsharded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        # As accelerate had set it: blocks and the embedding give their weights back after a
+        # forward. The head and what is left in the root do not: their backward comes first.
+        reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        kept = {model, *_tail(model)}
+        for module in modules:
+            module.set_reshard_after_forward(reshard and module not in kept, recurse=False)
+            module.reshard()
+
+
+def _tail(model: PreTrainedModel) -> list[nn.Module]:
+    """The head with what shares its weights or its place at the end of the forward."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    blocks = {m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent}
+    inside = {m for block in blocks for m in block.modules()}
+    return [
+        m
+        for m in model.modules()
+        if isinstance(m, FSDPModule) and m not in inside and (m is not embedding or tied)
+    ]
+
+
+def prepare_reference(ref_scorer: Scorer, accelerator: Accelerator) -> None:
+    """Shard a frozen model as the policy is; nothing to do where each process has all of it."""
+    if not is_sharded(accelerator):
+        return
+    model = ref_scorer.model
+    ref_scorer.sharded = True
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+        # Nothing is optimised here, and ZeRO-3 without an optimiser is how it shards for that.
+        config.pop("optimizer", None)
+        config.pop("scheduler", None)
+        ref_scorer.caller, *_ = deepspeed.initialize(model=model, config=config)
+        ref_scorer.caller.eval()
+        return
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    ref_scorer.caller = fsdp2_prepare_model(accelerator, model)

@@ -1,0 +1,101 @@
+"""Several processes on one machine, over gloo: the weights that one process ends with."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from latro.train import train
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 4
+"""Of an update, over all processes."""
+OPTIONS = (
+    *("--dataset_name", "arithmetic", "--num_train_examples", "16", "--num_eval_examples", "3"),
+    *("--num_generations", "4", "--max_completion_length", "48", "--disable_tqdm", "true"),
+    *("--learning_rate", "1e-3", "--use_cpu", "true", "--max_steps", "3"),
+    *("--save_strategy", "steps", "--save_steps", "2"),
+)
+ENGINES = {"ddp": (), "fsdp2": ("--fsdp",)}
+
+
+def launch(processes: int, output: Path, *more: str) -> None:
+    """The command, in so many processes."""
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+        *("--nproc-per-node", str(processes), "-m", "latro.train", *OPTIONS),
+        *("--per_device_train_batch_size", str(PROMPTS // processes)),
+        *("--output_dir", str(output), *more),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Only one process talks.
+    assert done.stdout.count("held-out problems") == 1
+
+
+def metrics(output: Path, name: str) -> list[float]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [entry[name] for entry in map(json.loads, lines) if name in entry]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    for name in ("reward", "kl", "rationale_length", "eval_answer_logp", "grad_norm"):
+        assert metrics(ours, name) == pytest.approx(metrics(theirs, name), rel=1e-4, abs=1e-5), name
+    a, b = (load_file(p / "model.safetensors") for p in (ours, theirs))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        # Adam divides a gradient by its size, so a last bit of a small one is worth a share of
+        # the learning rate: a hundredth of one step of 1e-3 is allowed.
+        torch.testing.assert_close(tensor, b[name], rtol=0, atol=2e-5, msg=name)
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    output = tmp_path_factory.mktemp("one")
+    train([*OPTIONS, "--per_device_train_batch_size", str(PROMPTS), "--output_dir", str(output)])
+    assert metrics(output, "advantage_std")[0] > 0.1
+    return output
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, engine):
+    output = tmp_path / "two"
+    # A budget that cuts the groups of the two into unequal numbers of pieces.
+    launch(2, output, *ENGINES[engine], "--token_budget", "100")
+    assert_same_run(output, one_process)
+    resumed = tmp_path / "resumed"
+    train(
+        [
+            *(*OPTIONS, "--per_device_train_batch_size", str(PROMPTS)),
+            *("--output_dir", str(resumed)),
+            *("--resume_from_checkpoint", str(output / "checkpoint-2")),
+        ]
+    )
+    assert_same_run(resumed, one_process)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_four_processes(tmp_path, one_process, engine):
+    output = tmp_path / "four"
+    launch(4, output, *ENGINES[engine])
+    assert_same_run(output, one_process)
+
+
+def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    exact = ("--kl", "exact", "--beta", "0.5")
+    prompts = ("--per_device_train_batch_size", str(PROMPTS))
+    train([*OPTIONS, *prompts, *exact, "--output_dir", str(one)])
+    launch(2, two, *ENGINES["fsdp2"], *exact)
+    assert_same_run(two, one)
+    assert metrics(two, "kl")[0] == 0.0
