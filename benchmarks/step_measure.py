@@ -1,0 +1,209 @@
+"""Times, counts and peak memory of the step benchmark's contenders."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import memory, timing
+from benchmarks.step_contenders import MAKERS, Contender, Ours, Pass, Published
+from benchmarks.step_problem import Setting, StepProblem
+from benchmarks.timing import Summary
+
+PHASES = ("update", "step")
+
+
+@dataclass
+class Row:
+    """A contender on one setting. Times are in seconds by phase; `ratio` is of their medians, over
+    ours; `peak` is in bytes, of an update, None where it was not measured. Tokens and rows are
+    those of one update of the given rollouts, over all of its passes."""
+
+    contender: str
+    setting: Setting
+    passes: Sequence[Pass]
+    times: dict[str, Summary] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+    peak: int | None = None
+    gradient_error: float | None = None
+    """Largest difference of a gradient's entry from ours over ours' largest, over the parameters;
+    None where the contender's gradient is another one."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.tokens for p in self.passes)
+
+    @property
+    def head_rows(self) -> int:
+        return sum(p.rows for p in self.passes)
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "tokens": self.tokens, "head_rows": self.head_rows}
+
+
+@contextmanager
+def contenders(
+    names: Sequence[str], problem: StepProblem, *, one_batch: bool = False
+) -> Iterator[dict[str, Contender]]:
+    """Those named, made on `problem`; their folders are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield {
+            name: MAKERS[name](problem, Path(folder) / str(index), one_batch)
+            for index, name in enumerate(names)
+        }
+
+
+def first_update(made: Mapping[str, Contender], problem: StepProblem) -> list[Row]:
+    """One update each: its time, what went through trunk and head, and whose gradient is ours."""
+    groups = problem.groups()
+    clock = timing.clock_for(problem.device)
+    rows: list[Row] = []
+    for name, contender in made.items():
+        with contender.counted() as passes:
+            clock.mark()
+            contender.update(groups)
+            clock.mark()
+        rows.append(Row(name, problem.setting, passes, {"update": timing.summarize(clock.laps())}))
+    if Published.name in made:
+        (row,) = (row for row in rows if row.contender == Published.name)
+        row.gradient_error = _gradient_error(made[Published.name].model, made[Ours.name].model)
+    for contender in made.values():
+        contender.model.zero_grad()
+    _compare(rows, "update")
+    return rows
+
+
+def _gradient_error(model: nn.Module, ours: nn.Module) -> float:
+    pairs = zip(model.parameters(), ours.parameters(), strict=True)
+    return max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item() for p, q in pairs)
+
+
+def _compare(rows: Sequence[Row], phase: str) -> None:
+    (ours,) = (row for row in rows if row.contender == Ours.name)
+    for row in rows:
+        row.ratio[phase] = row.times[phase].median / ours.times[phase].median
+
+
+def time_phase(
+    rows: Sequence[Row], made: Mapping[str, Contender], phase: str, problem: StepProblem, reps: int
+) -> None:
+    """Time one phase of all contenders, in turns, into their rows."""
+    groups = problem.groups()
+    if phase == "step":
+        # The published algorithm is given ours' lengths, which are random.
+        ours = made[Ours.name]
+        ours.step()
+        for one in made.values():
+            if isinstance(one, Published):
+                one.lengths = ours.lengths
+
+    def lap(contender: Contender) -> Callable[[], None]:
+        def run() -> None:
+            contender.model.zero_grad()
+            if phase == "update":
+                contender.update(groups)
+            else:
+                contender.step()
+
+        return run
+
+    candidates = [timing.Candidate(name, {phase: lap(one)}) for name, one in made.items()]
+    clock = timing.clock_for(problem.device)
+    samples = timing.interleave(candidates, clock, reps=reps, warmup=0)
+    for row in rows:
+        row.times[phase] = timing.summarize(samples[row.contender][phase])
+    _compare(rows, phase)
+
+
+def measure_memory(rows: Sequence[Row], device: torch.device) -> None:
+    """Peak memory of an update, into each contender's row; a failure is printed, and None."""
+    why = memory.can_measure(device)
+    if why is not None:
+        print(f"memory not measured: {why}", file=sys.stderr)
+        return
+    for row in rows:
+        try:
+            if device.type == "cuda":
+                row.peak = _peak(row.contender, row.setting, device)
+            else:
+                arguments = (row.contender, row.setting, torch.get_num_threads())
+                row.peak = memory.in_fresh_process(_peak_on_cpu, *arguments)
+        except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+            print(f"{row.contender}: memory not measured: {error}", file=sys.stderr)
+
+
+def _peak_on_cpu(name: str, setting: Setting, threads: int) -> int:
+    """Runs in a process of its own."""
+    memory.make_malloc_honest()
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    # Loads what is loaded on first use.
+    _peak(name, replace(setting, G=1, K=2, P=4, rationale=(2, 4)), device)
+    return _peak(name, setting, device)
+
+
+def _peak(name: str, setting: Setting, device: torch.device) -> int:
+    """Bytes, at the most, beyond the weights of policy and reference; gradients are counted."""
+    problem = StepProblem(setting, device)
+    groups = problem.groups()
+    with contenders([name], problem) as made:
+        return memory.peak_extra_bytes(lambda: made[name].update(groups), device)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An update of one batch that fitted on the device."""
+
+    contender: str
+    G: int
+    sequences: int
+    seconds: float
+    peak: int
+    """Bytes, beyond the weights."""
+
+
+def largest(name: str, setting: Setting, device: torch.device, limit: int) -> list[Held]:
+    """Updates of 1, 2, 4, … prompts, all sequences in one batch, until one does not fit.
+
+    Args:
+        name: a contender.
+        setting: its G is not used.
+        device: whose memory is the limit.
+        limit: most prompts that are tried.
+    """
+    held: list[Held] = []
+    G = 1
+    while limit >= G:
+        try:
+            held.append(_hold(name, replace(setting, G=G), device))
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        G *= 2
+    return held
+
+
+def _hold(name: str, setting: Setting, device: torch.device) -> Held:
+    problem = StepProblem(setting, device)
+    groups = problem.groups()
+    with contenders([name], problem, one_batch=True) as made:
+        contender = made[name]
+        peak = memory.peak_extra_bytes(lambda: contender.update(groups), device)
+        clock = timing.clock_for(device)
+        clock.mark()
+        contender.update(groups)
+        clock.mark()
+        (seconds,) = clock.laps()
+    return Held(name, setting.G, setting.G * setting.K, seconds, peak)
