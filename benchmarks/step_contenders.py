@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,6 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import latro.scoring
 from benchmarks.published_update import PublishedSettings, PublishedUpdate
 from benchmarks.step_problem import StepProblem, stops_by_chance
 from latro import LatroConfig, LatroTrainer
@@ -45,8 +44,12 @@ class Pass:
 
 
 class Contender(ABC):
-    """One way to do an update; made of the problem, a folder for what a Trainer writes, and whether
-    all sequences are to go through in one batch, where each has a batch size of its own otherwise.
+    """One way to do an update.
+
+    Args:
+        problem: what is worked on.
+        folder: for what a Trainer writes.
+        one_batch: whether all sequences go through at once; else in batches of the contender's own.
 
     Attributes:
         name: in tables.
@@ -59,16 +62,15 @@ class Contender(ABC):
     ref_model: PreTrainedModel
 
     @abstractmethod
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None: ...
+
+    @abstractmethod
     def update(self, groups: Groups) -> Tensor:
         """Score given rollouts and backpropagate; the loss, detached."""
 
     @abstractmethod
     def step(self) -> None:
         """Sample for the problem's prompts, then score and backpropagate."""
-
-    @abstractmethod
-    def watch_head(self, rows: Callable[[int], None]) -> AbstractContextManager[object]:
-        """Within it, every pass through a head reports its rows."""
 
     @contextmanager
     def counted(self) -> Iterator[list[Pass]]:
@@ -78,15 +80,16 @@ class Contender(ABC):
         def read(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
             passes.append(Pass(name, torch.is_grad_enabled(), args[0].numel()))
 
-        def took(rows: int) -> None:
-            passes[-1].rows += rows
+        def took(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            passes[-1].rows += args[0].shape[:-1].numel()
 
         with ExitStack() as stack:
             for name, model in (("policy", self.model), ("reference", self.ref_model)):
-                embedding = model.get_input_embeddings()
-                hook = embedding.register_forward_pre_hook(partial(read, name))
-                stack.callback(hook.remove)
-            stack.enter_context(self.watch_head(took))
+                for module, hook in (
+                    (model.get_input_embeddings(), partial(read, name)),
+                    (model.get_output_embeddings(), took),
+                ):
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
             yield passes
 
 
@@ -115,7 +118,7 @@ class Ours(Contender):
             use_cpu=problem.device.type == "cpu",
             disable_tqdm=True,
             report_to="none",
-            **{"beta": BETA, **({"token_budget": 1 << 30} if one_batch else {}), **settings},
+            **{"beta": BETA, **({"token_budget": 1 << 40} if one_batch else {}), **settings},
         )
         self._trainer = LatroTrainer(
             self.model,
@@ -127,10 +130,14 @@ class Ours(Contender):
         )
         self._trainer.current_gradient_accumulation_steps = 1
         self._inputs = {"examples": rows}
+        self._token_budget = config.token_budget
 
     def update(self, groups: Groups) -> Tensor:
         with mock.patch.object(self._trainer, "rollout", return_value=groups):
-            return self._trainer.training_step(self.model, self._inputs)
+            loss = self._trainer.training_step(self.model, self._inputs)
+        if self._trainer.update.token_budget < self._token_budget:
+            raise torch.OutOfMemoryError("the trainer had to split its batches")
+        return loss
 
     def step(self) -> None:
         """As in training; the lengths drawn stand in `lengths`."""
@@ -146,22 +153,13 @@ class Ours(Contender):
         with mock.patch.object(self._trainer, "rollout", rollout):
             self._trainer.training_step(self.model, self._inputs)
 
-    def watch_head(self, rows: Callable[[int], None]) -> AbstractContextManager[object]:
-        through = latro.scoring.linear_logprob
-
-        def watched(hidden: Tensor, *args: object, **kwargs: object) -> object:
-            rows(hidden.shape[0])
-            return through(hidden, *args, **kwargs)
-
-        return mock.patch.object(latro.scoring, "linear_logprob", watched)
-
 
 class Published(Contender):
-    """The published algorithm (`published_update`); rationales end at lengths given to it."""
+    """The published algorithm (`published_update`), all sequences in one batch, as in ours."""
 
     name = "published"
 
-    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = True) -> None:
         self.problem = problem
         self.model, self.ref_model = problem.models()
         setting = problem.setting
@@ -182,22 +180,18 @@ class Published(Contender):
         cut = [[next(samples)[: length - 1] for length in group] for group in self.lengths]
         self.update(self.problem.join_all(cut))
 
-    @contextmanager
-    def watch_head(self, rows: Callable[[int], None]) -> Iterator[None]:
-        def took(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows(args[0].shape[:-1].numel())
 
-        heads = {model.get_output_embeddings() for model in (self.model, self.ref_model)}
-        hooks = [head.register_forward_pre_hook(took) for head in heads]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+class PublishedRecipe(Published):
+    """The published algorithm with the batches of its recipe: 48 sequences scored, 4 trained on."""
+
+    name = "published (by fours)"
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        super().__init__(problem, folder, one_batch)
 
 
 class Trl(Contender):
-    """TRL's `RLOOTrainer`, which can do a part of the work.
+    """TRL's `RLOOTrainer`, by its default of 8 sequences; it can do a part of the work.
 
     Its rewards come from functions that are given no model, and its loss has no term for an answer:
     so it scores and updates x⊕z alone, with a reward that costs nothing, and neither log π(y|x⊕z)
@@ -264,22 +258,26 @@ class Trl(Contender):
         ]
         return torch.stack(losses).sum()
 
-    def watch_head(self, rows: Callable[[int], None]) -> AbstractContextManager[object]:
+    @contextmanager
+    def counted(self) -> Iterator[list[Pass]]:
+        """It multiplies by the head's weight and does not call the head."""
         import trl.trainer.utils
 
-        through = trl.trainer.utils._ChunkedLogProbFunction.apply
+        chunked = trl.trainer.utils._ChunkedLogProbFunction
 
-        def watched(hidden: Tensor, *args: object) -> object:
-            rows(hidden.shape[0])
-            return through(hidden, *args)
+        def apply(hidden: Tensor, *args: object) -> object:
+            passes[-1].rows += hidden.shape[0]
+            return chunked.apply(hidden, *args)
 
-        return mock.patch.object(
-            trl.trainer.utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=watched)
+        watched = mock.patch.object(
+            trl.trainer.utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply)
         )
+        with super().counted() as passes, watched:
+            yield passes
 
 
-MAKERS: dict[str, Callable[[StepProblem, Path, bool], Contender]] = {
-    one.name: one for one in (Ours, Published, Trl)
+MAKERS: dict[str, type[Contender]] = {
+    one.name: one for one in (Ours, Published, PublishedRecipe, Trl)
 }
 
 

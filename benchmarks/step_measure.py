@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks import memory, timing
 from benchmarks.step_contenders import MAKERS, Contender, Ours, Pass, Published
@@ -52,12 +51,12 @@ class Row:
 
 @contextmanager
 def contenders(
-    names: Sequence[str], problem: StepProblem, *, one_batch: bool = False
+    names: Sequence[str], problem: StepProblem, **options: bool
 ) -> Iterator[dict[str, Contender]]:
     """Those named, made on `problem`; their folders are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
         yield {
-            name: MAKERS[name](problem, Path(folder) / str(index), one_batch)
+            name: MAKERS[name](problem, Path(folder) / str(index), **options)
             for index, name in enumerate(names)
         }
 
@@ -73,17 +72,17 @@ def first_update(made: Mapping[str, Contender], problem: StepProblem) -> list[Ro
             contender.update(groups)
             clock.mark()
         rows.append(Row(name, problem.setting, passes, {"update": timing.summarize(clock.laps())}))
-    if Published.name in made:
-        (row,) = (row for row in rows if row.contender == Published.name)
-        row.gradient_error = _gradient_error(made[Published.name].model, made[Ours.name].model)
+    for row in rows:
+        if isinstance(made[row.contender], Published):
+            row.gradient_error = _gradient_error(made[row.contender], made[Ours.name])
     for contender in made.values():
         contender.model.zero_grad()
     _compare(rows, "update")
     return rows
 
 
-def _gradient_error(model: nn.Module, ours: nn.Module) -> float:
-    pairs = zip(model.parameters(), ours.parameters(), strict=True)
+def _gradient_error(contender: Contender, ours: Contender) -> float:
+    pairs = zip(contender.model.parameters(), ours.model.parameters(), strict=True)
     return max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item() for p, q in pairs)
 
 
@@ -96,15 +95,15 @@ def _compare(rows: Sequence[Row], phase: str) -> None:
 def time_phase(
     rows: Sequence[Row], made: Mapping[str, Contender], phase: str, problem: StepProblem, reps: int
 ) -> None:
-    """Time one phase of all contenders, in turns, into their rows."""
+    """Time one phase of the contenders of `rows`, in turns, into their rows."""
     groups = problem.groups()
     if phase == "step":
         # The published algorithm is given ours' lengths, which are random.
         ours = made[Ours.name]
         ours.step()
-        for one in made.values():
-            if isinstance(one, Published):
-                one.lengths = ours.lengths
+        for contender in made.values():
+            if isinstance(contender, Published):
+                contender.lengths = ours.lengths
 
     def lap(contender: Contender) -> Callable[[], None]:
         def run() -> None:
@@ -116,7 +115,9 @@ def time_phase(
 
         return run
 
-    candidates = [timing.Candidate(name, {phase: lap(one)}) for name, one in made.items()]
+    candidates = [
+        timing.Candidate(row.contender, {phase: lap(made[row.contender])}) for row in rows
+    ]
     clock = timing.clock_for(problem.device)
     samples = timing.interleave(candidates, clock, reps=reps, warmup=0)
     for row in rows:

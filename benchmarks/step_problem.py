@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from latro.rollout import AnswerJoin, Rollout
+from latro.rollout import AnswerJoin, Rollout, Sample
 
 TEMPLATE = "The answer is"
 _NAMED = ("<eos>", "<unk>", *TEMPLATE.split())  # every other word is its token id, written out
@@ -141,7 +141,9 @@ class StepProblem:
         end = self.tokenizer.eos_token_id
         return [
             [
-                self.join(self.tokenizer.encode(row["prompt"]), [*sample, end], row["answer"])
+                self.join(
+                    self.tokenizer.encode(row["prompt"]), Sample([*sample, end]), row["answer"]
+                )
                 for sample in of_group
             ]
             for row, of_group in zip(self.rows(), samples, strict=True)

@@ -91,19 +91,15 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     for phase in phases:
         for heading in (f"{phase} s\n(range)", "× ours"):
             table.add_column(heading, justify="right")
-    for heading in (
-        "peak\nMiB",
-        "forwards",
-        "trunk\ntokens",
-        "head\nrows",
-        "gradient's\ndifference",
-    ):
+    counts = ("peak\nMiB", "forwards", "trunk\ntokens", "head\nrows", "gradient's\ndifference")
+    for heading in counts:
         table.add_column(heading, justify="right")
     for row in rows:
         cells = [row.contender]
         for phase in phases:
-            t = row.times[phase]
-            cells += [f"{t.median:.2f} ({t.low:.2f}–{t.high:.2f})", f"{row.ratio[phase]:.2f}"]
+            t = row.times.get(phase)
+            time = "–" if t is None else f"{t.median:.2f} ({t.low:.2f}–{t.high:.2f})"
+            cells += [time, "–" if t is None else f"{row.ratio[phase]:.2f}"]
         error = "–" if row.gradient_error is None else f"{row.gradient_error:.0e}"
         cells += [_mib(row.peak), str(len(row.passes)), f"{row.tokens:,}", f"{row.head_rows:,}"]
         table.add_row(*cells, error)
@@ -140,22 +136,28 @@ def _largest_table(largest: Sequence[Held]) -> Table:
 def _plot_rows(rows: Sequence[Row], where: str) -> bytes:
     """Seconds of each phase and peak memory, a bar a contender."""
     phases = list(rows[0].times)
-    figure = Figure(figsize=(4.5 * (len(phases) + 1), 2.4))
-    *time_axes, memory_axis = figure.subplots(1, len(phases) + 1, sharey=True)
-    names = [row.contender for row in rows]
+    figure = Figure(figsize=(5 * (len(phases) + 1), 2.4))
+    *time_axes, memory_axis = figure.subplots(
+        1, len(phases) + 1, squeeze=False, gridspec_kw={"wspace": 0.6}
+    )[0]
     for axis, phase in zip(time_axes, phases, strict=True):
-        times = [row.times[phase] for row in rows]
+        timed = [row for row in rows if phase in row.times]
+        times = [row.times[phase] for row in timed]
         spread = [[t.median - t.low for t in times], [t.high - t.median for t in times]]
+        names = [row.contender for row in timed]
         bars = axis.barh(names, [t.median for t in times], xerr=spread)
-        ratios = [row.ratio[phase] for row in rows]
-        labels = [f"  {t.median:.1f}, × {r:.1f}" for t, r in zip(times, ratios, strict=True)]
-        axis.bar_label(bars, labels, fontsize=8)
+        axis.bar_label(
+            bars,
+            [f"  {row.times[phase].median:.1f}, × {row.ratio[phase]:.1f}" for row in timed],
+            fontsize=8,
+        )
         axis.set_title(f"{phase}, seconds")
+    names = [row.contender for row in rows]
     bars = memory_axis.barh(names, [(row.peak or 0) / 2**20 for row in rows], color="tab:green")
     memory_axis.bar_label(bars, [f" {_mib(row.peak)}" for row in rows], fontsize=8)
     memory_axis.set_title("update, peak MiB beyond the weights")
-    memory_axis.invert_yaxis()
     for axis in (*time_axes, memory_axis):
+        axis.invert_yaxis()
         axis.margins(x=0.3)
     return _png(figure, where)
 

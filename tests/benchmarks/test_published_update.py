@@ -8,6 +8,7 @@ import torch
 from benchmarks.published_update import PublishedSettings, PublishedUpdate
 from benchmarks.step_contenders import Ours
 from benchmarks.step_problem import QUICK, StepProblem
+from latro.rollout import Sample
 
 TEMPLATE_IDS = [2, 3, 4]  # "The answer is" of the benchmark's tokenizer
 
@@ -28,7 +29,7 @@ def every_ending(problem: StepProblem) -> list:
             [problem.tokenizer.eos_token_id],
             [*range(20, 28), problem.tokenizer.eos_token_id],
         ]
-        groups.append([problem.join(prompt, sample, row["answer"]) for sample in samples])
+        groups.append([problem.join(prompt, Sample(sample), row["answer"]) for sample in samples])
     return groups
 
 
