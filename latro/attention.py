@@ -140,14 +140,31 @@ def attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window") or math.inf
     softcap = kwargs.get("softcap")
+    # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
+    key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
     variable = _variable_length(query, value, softcap)
     if variable is not None:
-        # [1, heads, T, size] to [T, heads, size]; each segment with its own copy of its keys.
+        # [1, heads, T, size] to [T, heads, size].
         q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        index = shared_prefix.key_index
-        out = variable(q, k[index], v[index], shared_prefix, scaling, window, softcap)
-        return out[None], None
+        return variable(q, k, v, shared_prefix, scaling, window, softcap)[None], None
     return _by_segment(query, key, value, shared_prefix, scaling, window, softcap), None
+
+
+class _Gather(torch.autograd.Function):
+    """`x[:, :, index]`, whose backward sums in fp32: a prefix has a gradient of every branch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = x.shape
+        return x.index_select(2, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        working = torch.promote_types(grad.dtype, torch.float32)
+        summed = grad.new_zeros(ctx.shape, dtype=working)
+        return summed.index_add_(2, index, grad.to(working)).to(grad.dtype), None
 
 
 def _by_segment(
@@ -164,15 +181,12 @@ def _by_segment(
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
     # Split, and not sliced: the backward of a slice writes zeros for the whole row.
-    queries, keys, values = (
-        t.split(list(shared_prefix.lengths), dim=2) for t in (query, key, value)
-    )
-    outputs: list[Tensor] = []
-    for index, prefix in enumerate(shared_prefix.prefixes):
-        k, v = keys[index], values[index]
-        if prefix >= 0:
-            k, v = torch.cat([keys[prefix], k], dim=2), torch.cat([values[prefix], v], dim=2)
-        outputs.append(_one_segment(queries[index], k, v, scaling, window, softcap))
+    queries = query.split(list(shared_prefix.lengths), dim=2)
+    keys, values = (t.split(shared_prefix.key_lengths, dim=2) for t in (key, value))
+    outputs = [
+        _one_segment(q, k, v, scaling, window, softcap)
+        for q, k, v in zip(queries, keys, values, strict=True)
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 

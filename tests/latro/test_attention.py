@@ -97,6 +97,7 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
     lengths, prefixes = (5, 3, 8, 4, 1, 2), (-1, 0, 0, -1, 3, 3)
     q, k, v = (torch.randn(1, heads, sum(lengths), 8, generator=generator) for heads in (4, 2, 2))
     layout = SharedPrefix(lengths, prefixes, CPU)
+    k, v = (t[:, :, layout.key_index] for t in (k, v))
     expected = module._by_segment(q, k, v, layout, 0.3, window or float("inf"), softcap)
 
     def stand_in(
@@ -131,9 +132,18 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
         return torch.stack(out)
 
     monkeypatch.setattr(module, "_flash_attention", lambda: stand_in)
-    flat = (t[0].transpose(0, 1) for t in (q, k[:, :, layout.key_index], v[:, :, layout.key_index]))
+    flat = (t[0].transpose(0, 1) for t in (q, k, v))
     ours = module._with_flash_attention(*flat, layout, 0.3, window or float("inf"), softcap)
     torch.testing.assert_close(ours[None], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
+    """K gradients of one size summed in bf16 lose what is below half a digit of the sum."""
+    layout = SharedPrefix((2, *[1] * 600), (-1, *[0] * 600), CPU)
+    x = torch.zeros(1, 1, 602, 1, dtype=torch.bfloat16, requires_grad=True)
+    module._Gather.apply(x, layout.key_index).sum().backward()
+    assert x.grad[0, 0, :2, 0].tolist() == [600.0, 600.0]
+    assert x.grad[0, 0, 2:, 0].eq(1).all()
 
 
 def test_the_last_queries_see_the_window_that_ends_with_them():
@@ -162,8 +172,10 @@ def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch):
     own = module._by_segment
 
     def careless(query, key, value, layout, *rest):
-        whole = SharedPrefix((sum(layout.lengths),), (-1,), CPU)
-        return own(query, key, value, whole, *rest)
+        # Every branch reads the first prompt.
+        start = sum(layout.key_lengths[: layout.prefixes[1:].index(-1) + 2])
+        key[:, :, start : start + layout.lengths[0]] = key[:, :, : layout.lengths[0]]
+        return own(query, key, value, layout, *rest)
 
     monkeypatch.setattr(module, "_by_segment", careless)
     assert not Scorer(tiny()).packed
