@@ -7,7 +7,8 @@ The server runs beside the trainer, on GPUs of its own or on the same machine:
 `processed_logprobs` makes it report log-probs under softmax(logits / temperature), the distribution
 that it samples from; the dev mode opens the routes that load weights. Those are for a private
 network: whoever reaches them can change the model. On a CPU it takes --no-enable-chunked-prefill
-too, without which vLLM 0.32 ends at a seeded prompt that it reads in pieces.
+too, since vLLM 0.32 ends there at a seeded prompt that it reads in pieces; and a model whose
+embeddings are tied cannot be updated there, since the packed head stays the old one.
 
 After each update the policy is written as safetensors into a folder that the server reads too, and
 the server loads it in place and forgets its cached prefixes, whose keys and values are the old
@@ -94,7 +95,10 @@ class VllmEngine:
         self._run = uuid.uuid4().hex[:8]
         self._version: str | None = None
         try:
-            self._model, self._max_length = self._check_server(tokenizer)
+            served = self._request("/v1/models", timeout=_CHECK_SECONDS)["data"][0]
+            self._model, self._max_length = served["id"], served["max_model_len"]
+            self._on_cpu = self._check_settings()
+            self._check_tokenizer(tokenizer)
         except ConnectionError as error:
             raise ValueError(f"vllm_url: {error}; start the server with `{SERVE}`") from error
 
@@ -162,7 +166,13 @@ class VllmEngine:
 
         Raises:
             ConnectionError: the server could not load the weights, and must be started anew.
+            ValueError: the embeddings are tied, and the server runs on a CPU.
         """
+        if self._on_cpu and model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"vllm_url: {self.url} runs on a CPU, where vLLM keeps the old head of a model "
+                "whose embeddings are tied; serve it on a GPU, or sample with rollout_engine=transformers"
+            )
         version = f"{self._run}-{step}"
         self.weights_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"step-{step}-", dir=self.weights_dir) as folder:
@@ -188,25 +198,33 @@ class VllmEngine:
         self._request("/update_weight_version", {"new_version": version})
         self._version = version
 
-    def _check_server(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
-        """The served model's name and the longest sequence it takes, in tokens."""
-        served = self._request("/v1/models", timeout=_CHECK_SECONDS)["data"][0]
+    def _check_settings(self) -> bool:
+        """Of the server; whether it runs on a CPU."""
         info = self._request("/server_info?config_format=json", timeout=_CHECK_SECONDS)
-        mode = info["vllm_config"]["model_config"]["logprobs_mode"]
+        config = info["vllm_config"]
+        mode = config["model_config"]["logprobs_mode"]
         if mode != "processed_logprobs":
             raise ValueError(
                 f"vllm_url: {self.url} reports {mode}, which leave the temperature out; serve with "
                 "--logprobs-mode processed_logprobs"
             )
+        on_cpu = config["device_config"]["device"] == "cpu"
+        if on_cpu and config["scheduler_config"]["enable_chunked_prefill"]:
+            raise ValueError(
+                f"vllm_url: {self.url} runs on a CPU, where vLLM ends at a seeded prompt that it "
+                "reads in pieces; serve with --no-enable-chunked-prefill"
+            )
+        return on_cpu
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         ids = tokenizer.encode(_PROBE, add_special_tokens=False)
         probe = {"prompt": _PROBE, "add_special_tokens": False}
         theirs = self._request("/tokenize", probe, timeout=_CHECK_SECONDS)["tokens"]
         if theirs != ids:
             raise ValueError(
-                f"vllm_url: {self.url} serves {served['id']}, whose tokenizer is not the policy's: "
+                f"vllm_url: {self.url} serves {self._model}, whose tokenizer is not the policy's: "
                 f"{_PROBE!r} is {theirs} there and {ids} here"
             )
-        return served["id"], served["max_model_len"]
 
     def _check_version(self) -> None:
         # The process that gave no weights does not know their version.

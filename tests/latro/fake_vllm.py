@@ -22,6 +22,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.drop = 0
         self.version = "default"
         self.logprobs_mode = "processed_logprobs"
+        self.device = "cuda"
+        self.chunked_prefill = True
         self.loaded: list[list[str]] = []
 
     @property
@@ -41,8 +43,12 @@ class FakeVllm(ThreadingHTTPServer):
             case "/v1/models":
                 return 200, {"data": [{"id": "tiny", "max_model_len": 64}]}
             case "/server_info?config_format=json":
-                mode = {"logprobs_mode": self.logprobs_mode}
-                return 200, {"vllm_config": {"model_config": mode}}
+                config = {
+                    "model_config": {"logprobs_mode": self.logprobs_mode},
+                    "device_config": {"device": self.device},
+                    "scheduler_config": {"enable_chunked_prefill": self.chunked_prefill},
+                }
+                return 200, {"vllm_config": config}
             case "/tokenize":
                 return 200, {
                     "tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False)

@@ -144,6 +144,28 @@ def test_server_with_raw_log_probs(fake: FakeVllm, engine_of: Any) -> None:
         engine_of(fake.url)
 
 
+def test_server_on_a_cpu_reads_prompts_whole(fake: FakeVllm, engine_of: Any) -> None:
+    fake.device = "cpu"
+    with pytest.raises(ValueError, match="serve with --no-enable-chunked-prefill"):
+        engine_of(fake.url)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_tied_embeddings_are_not_updated_on_a_cpu(
+    fake: FakeVllm, engine_of: Any, tiny: Any, device: str, tied: bool
+) -> None:
+    fake.device, fake.chunked_prefill = device, False
+    engine, model = engine_of(fake.url), tiny(tie_word_embeddings=tied)
+    if tied and device == "cpu":
+        with pytest.raises(ValueError, match="keeps the old head of a model whose embeddings"):
+            engine.update_weights(model, 1)
+        assert not fake.loaded
+    else:
+        engine.update_weights(model, 1)
+        assert len(fake.loaded) == 1
+
+
 def test_server_with_another_tokenizer(fake: FakeVllm, engine_of: Any) -> None:
     fake.answers["/tokenize"] = lambda body: (200, {"tokens": [1, 2]})
     with pytest.raises(ValueError, match=r"tokenizer is not the policy's.*\[1, 2\] there"):
