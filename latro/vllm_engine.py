@@ -171,7 +171,7 @@ class VllmEngine:
         if self._on_cpu and model.config.get_text_config().tie_word_embeddings:
             raise ValueError(
                 f"vllm_url: {self.url} runs on a CPU, where vLLM keeps the old head of a model "
-                "whose embeddings are tied; serve it on a GPU, or sample with rollout_engine=transformers"
+                "whose embeddings are tied; serve on a GPU, or take rollout_engine=transformers"
             )
         version = f"{self._run}-{step}"
         self.weights_dir.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,7 @@ class Recorder:
         self.calls.append("generate")
         return [[Sample([10 + k, 20], [-3.0, -4.0]) for k in range(num_samples)] for _ in prompts]
 
-    def update_weights(self, model: PreTrainedModel, step: int) -> None:
+    def update_weights(self, model: PreTrainedModel, step: int, weights: Any = None) -> None:
         self.calls.append(f"weights of step {step}")
         self.weights.append(model.get_input_embeddings().weight.detach().clone())
 
