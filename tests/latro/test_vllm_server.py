@@ -45,10 +45,10 @@ def vllm_url(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: Any) -> Itera
         yield url
 
 
-def draw(engine: VllmEngine, prompts: list[list[int]]) -> list[list[Sample]]:
+def draw(engine: VllmEngine, prompts: list[list[int]], num_samples: int) -> list[list[Sample]]:
     return engine.generate(
         prompts,
-        num_samples=16,
+        num_samples=num_samples,
         max_new_tokens=60,
         temperature=0.7,
         seeds=list(range(len(prompts))),
@@ -85,13 +85,13 @@ def test_vllm_samples_the_whole_distribution_of_the_weights_it_got(
     vllm_url: str, tiny: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     # Longer than a block of the prefix cache, 128 tokens, whose keys and values must not live on.
-    prompts = [tokenizer.encode(f"Tom has {n} pens. " * 30) for n in range(8)]
+    prompts = [tokenizer.encode(f"Tom has {n} pens. " * 30) for n in range(4)]
     assert min(map(len, prompts)) > 128
     served, other = tiny(**SIZES), tiny(seed=1, **SIZES)
     engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=[0], weights_dir=tmp_path)
     for step, (now, not_now) in enumerate([(served, other), (other, served)]):
         engine.update_weights(now, step)
-        groups = draw(engine, prompts)
+        groups = draw(engine, prompts, 8)
         error, allowed = errors(now, prompts, groups, temperature=0.7)
         assert error <= allowed
         assert errors(not_now, prompts, groups, temperature=0.7)[0] > 100 * allowed
@@ -105,7 +105,7 @@ def test_vllm_ends_a_sample_where_its_text_shows_the_template(
     engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=ends, weights_dir=tmp_path)
     engine.update_weights(tiny(**SIZES), 0)
     # Some tokens hold it in their middle: " pens", " gets".
-    groups = draw(engine, prompts)
+    groups = draw(engine, prompts, 16)
     endings = {"template": 0, "middle": 0, "eos": 0, "length": 0}
     for sample in (sample for group in groups for sample in group):
         text, before = decode(tokenizer, sample.ids), decode(tokenizer, sample.ids[:-1])
