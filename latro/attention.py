@@ -142,12 +142,8 @@ def attention(
     softcap = kwargs.get("softcap")
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
     key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
-    variable = _variable_length(query, value, softcap)
-    if variable is not None:
-        # [1, heads, T, size] to [T, heads, size].
-        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-        return variable(q, k, v, shared_prefix, scaling, window, softcap)[None], None
-    return _by_segment(query, key, value, shared_prefix, scaling, window, softcap), None
+    way = _fused if _has_fused(query, value, softcap) else _by_segment
+    return way(query, key, value, shared_prefix, scaling, window, softcap), None
 
 
 class _Gather(torch.autograd.Function):
@@ -211,63 +207,47 @@ def _one_segment(
     return scores.softmax(dim=-1, dtype=working).to(query.dtype) @ value
 
 
-def _variable_length(query: Tensor, value: Tensor, softcap: float | None) -> Callable | None:
-    """A fused kernel for segments of many lengths, where one runs."""
+def _has_fused(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+    """Whether a fused kernel for segments of many lengths runs here."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
-        return None
+        return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
-        return None
-    if _flash_attention() is not None:
-        return _with_flash_attention
-    return _with_torch if softcap is None and _torch_attention() is not None else None
+        return False
+    return _flash_attention() is not None or (softcap is None and _torch_attention() is not None)
 
 
-def _with_flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SharedPrefix,
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    shared_prefix: SharedPrefix,
     scaling: float,
     window: float,
     softcap: float | None,
 ) -> Tensor:
-    # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
-    return _flash_attention()(
+    """All segments in one call of flash-attn's or torch's kernel."""
+    flash, other = _flash_attention(), _torch_attention()
+    if flash is not None:
+        # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
+        kernel = functools.partial(
+            flash, softmax_scale=scaling, causal=True, softcap=softcap or 0.0
+        )
+    else:
+        kernel = functools.partial(other, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    # [1, heads, T, size] to [T, heads, size].
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    out = kernel(
         q,
         k,
         v,
-        layout.query_starts,
-        layout.key_starts,
-        max(layout.lengths),
-        max(layout.key_lengths),
-        softmax_scale=scaling,
-        causal=True,
+        shared_prefix.query_starts,
+        shared_prefix.key_starts,
+        max(shared_prefix.lengths),
+        max(shared_prefix.key_lengths),
+        # Positions to the left of a query's own, and to the right.
         window_size=(-1 if math.isinf(window) else int(window) - 1, 0),
-        softcap=softcap or 0.0,
     )
-
-
-def _with_torch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: SharedPrefix,
-    scaling: float,
-    window: float,
-    softcap: float | None,
-) -> Tensor:
-    return _torch_attention()(
-        q,
-        k,
-        v,
-        layout.query_starts,
-        layout.key_starts,
-        max(layout.lengths),
-        max(layout.key_lengths),
-        scale=scaling,
-        window_size=(-1 if math.isinf(window) else int(window) - 1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
+    return out[None]
 
 
 @functools.cache

@@ -132,9 +132,30 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
         return torch.stack(out)
 
     monkeypatch.setattr(module, "_flash_attention", lambda: stand_in)
-    flat = (t[0].transpose(0, 1) for t in (q, k, v))
-    ours = module._with_flash_attention(*flat, layout, 0.3, window or float("inf"), softcap)
-    torch.testing.assert_close(ours[None], expected, rtol=1e-5, atol=1e-6)
+    ours = module._fused(q, k, v, layout, 0.3, window or float("inf"), softcap)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [float("inf"), 40])
+def test_the_fused_kernel_is_as_right_as_torchs_on_a_gpu(window):
+    device = torch.device("cuda")
+    layout = SharedPrefix((50, 33, 8, 71), (-1, 0, 0, -1), device)
+    exact = [torch.randn(1, h, 162, 64, device=device, dtype=torch.float64) for h in (4, 2, 2)]
+    upstream = torch.randn(1, 162, 4, 64, device=device, dtype=torch.float64)
+
+    def run(way, dtype):
+        q, k, v = (t.to(dtype).requires_grad_() for t in exact)
+        keys = [module._Gather.apply(t, layout.key_index) for t in (k, v)]
+        out = way(q, *keys, layout, 0.125, window, None)
+        return [out, *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
+
+    assert module._has_fused(exact[0].bfloat16(), exact[2], None)
+    truth = run(module._by_segment, torch.float64)
+    fused, plain = (run(way, torch.bfloat16) for way in (module._fused, module._by_segment))
+    for ours, theirs, true in zip(fused, plain, truth, strict=True):
+        allowed = 2 * (theirs.double() - true).abs().max() + 1e-5
+        assert (ours.double() - true).abs().max() <= allowed
 
 
 def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
