@@ -97,7 +97,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure_main(
     setting: Setting, names: Sequence[str], phases: Sequence[str], reps: int, device: torch.device
 ) -> list[Row]:
-    """Counts, times and peak memory of all contenders."""
+    """Counts and times of all contenders."""
     problem = StepProblem(setting, device)
     with step_measure.contenders(names, problem) as made:
         rows = step_measure.first_update(made, problem)
@@ -108,7 +108,6 @@ def measure_main(
             both = {Published.name, PublishedRecipe.name} <= made.keys()
             some = [r for r in rows if not (both and r.contender == PublishedRecipe.name)]
             step_measure.time_phase(some, made, "step", problem, reps)
-    step_measure.measure_memory(rows, device)
     return rows
 
 
@@ -144,6 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     phases = [phase for phase in step_measure.PHASES if phase in args.sections]
     if phases:
         result.rows = measure_main(args.setting, names, phases, args.reps, device)
+        result.write(args.out)  # a run that is cut off keeps what it has timed
+        step_measure.measure_memory(result.rows, device)
         result.write(args.out)
     if "scaling" in args.sections:
         published = [n for n in (Published.name, PublishedRecipe.name) if n in names]

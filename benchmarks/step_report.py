@@ -158,7 +158,7 @@ def _plot_rows(rows: Sequence[Row], where: str) -> bytes:
     memory_axis.set_title("update, peak MiB beyond the weights")
     for axis in (*time_axes, memory_axis):
         axis.invert_yaxis()
-        axis.margins(x=0.3)
+        axis.margins(x=0.45)
     return _png(figure, where)
 
 
@@ -190,7 +190,7 @@ def _line(plot: Axes, axis: str, rows: Sequence[Row]) -> None:
 
 
 def _png(figure: Figure, where: str) -> bytes:
-    figure.suptitle(where, y=1.02, fontsize=9)
+    figure.suptitle(where, y=1.1, fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
     return image.getvalue()
