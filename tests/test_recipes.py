@@ -1,0 +1,225 @@
+"""Every recipe: read by the program that it is for, and started on two processes of a CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DeepSpeedPlugin
+
+from latro.config import (
+    SMALL_MODEL,
+    DataArguments,
+    LatroConfig,
+    ModelArguments,
+    PeftArguments,
+    parse_arguments,
+)
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
+RUNS = sorted(RECIPES.glob("*.yaml"))
+ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+MODULES = {"fsdp2": "tests.latro.fsdp_on_cpu"}
+"""What is started in the place of latro.train where a CPU needs it."""
+SMALL = (
+    *("--model_name_or_path", str(SMALL_MODEL), "--dataset_name", "arithmetic"),
+    *("--num_train_examples", "16", "--num_eval_examples", "2", "--max_completion_length", "8"),
+    *("--num_generations", "4", "--max_steps", "2", "--disable_tqdm", "true", "--bf16", "false"),
+    *("--save_strategy", "no"),
+)
+
+
+def run(command: list[str], **environment: str) -> str:
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def assert_two_updates(output: Path, stdout: str) -> None:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    assert [entry["step"] for entry in lines if "reward" in entry] == [1, 2]
+    assert (output / "model.safetensors").is_file()
+    # Two processes that knew nothing of each other would both talk.
+    assert stdout.count("held-out problems") == 1
+
+
+def test_there_is_one_config_of_each_engine():
+    assert {path.stem for path in RECIPES.glob("accelerate/*")} == set(ENGINES)
+    assert RUNS
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_accelerate_reads_its_config(name):
+    path = RECIPES / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == ENGINES[name]
+    assert (config.num_machines, config.num_processes) == (1, 8)
+    # It reads over names of the engine's settings that it does not know.
+    known = {action.dest for action in launch_command_parser()._actions}
+    assert {*config.fsdp_config, *config.deepspeed_config} <= known
+    # The several nodes of its first lines.
+    assert "--num_machines M" in path.read_text(encoding="utf-8")
+
+
+def test_fsdp_loads_the_model_in_every_process():
+    settings = yaml.safe_load((RECIPES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    assert settings["fsdp_version"] == 2
+    # With it the weights of all processes but the first are whatever memory held.
+    assert settings["fsdp_cpu_ram_efficient_loading"] is False
+
+
+def test_zero3_saves_weights_and_clips_gradients():
+    settings = yaml.safe_load((RECIPES / "accelerate" / "zero3.yaml").read_text())
+    settings = settings["deepspeed_config"]
+    # It is the launcher's own setting, and not the plugin's.
+    assert settings.pop("deepspeed_multinode_launcher") == "standard"
+    made = DeepSpeedPlugin(**settings).deepspeed_config
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+    # The Trainer fills in --max_grad_norm.
+    assert made["gradient_clipping"] == "auto"
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_recipe_starts_under_each_engine(tmp_path, name):
+    if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed, and no dependency of the tests")
+    stdout = run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", str(RECIPES / "accelerate" / f"{name}.yaml")),
+            # Without bf16: a CPU need not know it.
+            *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
+            *("-m", MODULES.get(name, "latro.train"), "--config", str(RUNS[0]), *SMALL),
+            # DeepSpeed is not started where accelerate is told of the CPU.
+            *([] if name == "zero3" else ["--use_cpu", "true"]),
+            *("--output_dir", str(tmp_path)),
+        ]
+    )
+    assert_two_updates(tmp_path, stdout)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_latro_reads_a_run(path):
+    classes = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
+    # The Trainer refuses bf16 where there is no GPU and none is declined.
+    argv = ["--config", str(path), "--use_cpu", "true"]
+    model, _, data, args = parse_arguments(classes, argv, prog="test")
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name, value in given.items():
+        parsed = next(getattr(a, name) for a in (model, data, args) if hasattr(a, name))
+        assert isinstance(parsed, type(value)), name
+        assert parsed == value, name
+
+
+def test_published_settings():
+    """Of arXiv 2411.04282 for GSM8K."""
+    given = yaml.safe_load((RECIPES / "gsm8k-llama-3.1-8b.yaml").read_text(encoding="utf-8"))
+    assert (given["num_generations"], given["per_device_train_batch_size"]) == (16, 3)
+    assert (given["beta"], given["temperature"], given["learning_rate"]) == (0.05, 1.0, 5e-7)
+    assert (given["lr_scheduler_type"], given["warmup_steps"]) == ("linear", 0)
+    assert (given["max_completion_length"], given["num_train_epochs"]) == (500, 6)
+    assert given["bf16"] is True
+
+
+SLURM = {
+    "scontrol": """\
+#!/usr/bin/env bash
+echo "$@" >> "$CALLS"
+if [ "$1" = show ]; then echo localhost; echo other; fi
+""",
+    # Two tasks on one node, as Slurm starts them: the same command, told apart by its variables.
+    "srun": """\
+#!/usr/bin/env bash
+shift
+status=0
+for rank in 0 1; do
+    SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NTASKS=2 "$@" & pids[$rank]=$!
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "$status"
+""",
+    # In the place of Python where the exit status alone is looked at.
+    "python": """\
+#!/usr/bin/env bash
+echo "$RANK/$WORLD_SIZE $@" >> "$CALLS"
+exit 143
+""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """`slurm(*arguments, fakes=names)`: run the batch script, with programs faked."""
+    if shutil.which("bash") is None:
+        pytest.skip("no bash")
+
+    def submit(*arguments: str, fakes: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+        programs = tmp_path / "bin"
+        programs.mkdir()
+        for name in fakes:
+            (programs / name).write_text(SLURM[name])
+            (programs / name).chmod(0o755)
+        path = os.pathsep.join(
+            [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+        )
+        environment = {"PATH": path, "CALLS": str(tmp_path / "calls"), "OMP_NUM_THREADS": "1"}
+        environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+        return subprocess.run(
+            ["bash", str(RECIPES / "slurm" / "multi_node.sbatch"), *arguments],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    return submit
+
+
+def test_the_slurm_script_starts_a_run(slurm, tmp_path):
+    output = tmp_path / "run"
+    done = slurm(
+        *(str(RUNS[-1]), str(output), *SMALL, "--use_cpu", "true"), fakes=("scontrol", "srun")
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_two_updates(output, done.stdout)
+    assert (tmp_path / "calls").read_text() == "show hostnames node[1-2]\n"
+
+
+def test_the_slurm_script_goes_on_after_a_signal(slurm, tmp_path):
+    (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
+    done = slurm("run.yaml", str(tmp_path / "run"), "--seed", "1", fakes=tuple(SLURM))
+    assert done.returncode == 143
+    *ranks, last = (tmp_path / "calls").read_text().splitlines()[1:]
+    assert last == f"requeue {os.getpid()}"
+    command = (
+        f"-m latro.train --config run.yaml --output_dir {tmp_path / 'run'} "
+        "--resume_from_checkpoint true --fsdp --seed 1"
+    )
+    assert sorted(ranks) == [f"0/2 {command}", f"1/2 {command}"]
+
+
+def test_the_slurm_script_says_what_it_wants(slurm):
+    done = slurm("run.yaml", fakes=tuple(SLURM))
+    assert done.returncode != 0
+    assert "RUN.yaml OUTPUT_DIR" in done.stderr
