@@ -12,7 +12,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,19 +182,25 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def render(text: str) -> str:
-    """`text` with every table made anew.
+def fill(text: str, tables: Mapping[str, str], page: str) -> str:
+    """`text` of a `page` with each table between its markers.
 
     Raises:
         ValueError: a table's markers are missing.
     """
-    for name, (path, table) in TABLES.items():
-        block = f"<!-- begin {name} -->\n{table(json.loads(path.read_text()))}\n<!-- end {name} -->"
+    for name, table in tables.items():
+        block = f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->\n.*?<!-- end {name} -->"
         text, count = re.subn(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:
-            raise ValueError(f"README.md: expected one pair of markers of {name}, got {count}")
+            raise ValueError(f"{page}: expected one pair of markers of {name}, got {count}")
     return text
+
+
+def render(text: str) -> str:
+    """The README with every table made anew; raises ValueError where its markers are missing."""
+    tables = {name: table(json.loads(path.read_text())) for name, (path, table) in TABLES.items()}
+    return fill(text, tables, "README.md")
 
 
 def _where(result: dict[str, Any]) -> str:

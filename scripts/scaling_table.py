@@ -1,0 +1,375 @@
+"""Writes the tables of docs/scaling.md: what an update costs, by arithmetic from sizes.
+
+    python -m scripts.scaling_table            # rewrite the page
+    python -m scripts.scaling_table --check    # exit 1 where it differs
+
+Nothing here is measured. Sizes of models are those of their published configs; of devices, their
+data sheets'; what share of a peak a program reaches is an assumption, and stands in `NODE`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from scripts.readme_tables import ROOT, fill, markdown
+
+PAGE = ROOT / "docs" / "scaling.md"
+BF16, FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a Llama: grouped queries, a gated MLP, no biases."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    tied: bool = False
+
+    @property
+    def block_weights(self) -> int:
+        """Of the matrices of all blocks, each of which a token goes through once."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+
+    @property
+    def parameters(self) -> int:
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.block_weights + norms + (1 if self.tied else 2) * self.vocab * self.hidden
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of one token, in bf16."""
+        return 2 * BF16 * self.layers * self.kv_heads * self.head_dim
+
+    @property
+    def block_activations(self) -> int:
+        """Bytes that one block keeps of a token for its backward, in bf16.
+
+        Two norms keep their input and its size in fp32, and their result before and after the
+        weight; attention its three inputs, its output and, in fp32, a sum a head; the MLP four
+        vectors of its width.
+        """
+        norms = 2 * (FP32 * (self.hidden + 1) + 2 * BF16 * self.hidden)
+        attention = 2 * BF16 * self.head_dim * (self.heads + self.kv_heads) + FP32 * self.heads
+        return norms + attention + 4 * BF16 * self.intermediate
+
+
+@dataclass(frozen=True)
+class Work:
+    """A device's share of an update: G prompts of P tokens, K rationales of R, answers of A.
+
+    R is the mean length of a rationale, and L the limit, which one of so many reaches.
+    """
+
+    G: int
+    K: int
+    P: int
+    R: int
+    L: int
+    A: int
+
+    @property
+    def packed_tokens(self) -> int:
+        """Through the trunk, of one prompt; nothing is predicted from an answer's last token."""
+        return self.P + self.K * (self.R + self.A - 1)
+
+    @property
+    def rows(self) -> int:
+        """At the head, of one prompt."""
+        return self.K * (self.R + self.A)
+
+    @property
+    def pairs(self) -> float:
+        """Queries times keys that they see, of one prompt, packed."""
+        branch = self.R + self.A - 1
+        return self.P**2 / 2 + self.K * (branch * self.P + branch**2 / 2)
+
+
+@dataclass(frozen=True)
+class Node:
+    """GPUs of a node; bandwidths are in bytes a second and one direction."""
+
+    gpus: int
+    flops: float
+    memory: float
+    link: float
+    network: float
+    utilisation: float
+    bandwidth_share: float
+
+    def bus(self, nodes: int) -> float:
+        """Of a ring: over several nodes no faster than the network cards of one together."""
+        return self.link if nodes == 1 else min(self.link, self.gpus * self.network)
+
+
+LLAMA_1B = Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True)
+LLAMA_8B = Model("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256)
+LLAMA_70B = Model("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256)
+WORK = Work(G=3, K=16, P=150, R=275, L=500, A=8)
+NODE = Node(8, 990e12, 3.35e12, 450e9, 50e9, utilisation=0.4, bandwidth_share=0.6)
+BUDGET = 16384
+
+
+def attention_flops(model: Model, pairs: float) -> float:
+    """Of one forward: scores and their product with the values."""
+    return 4 * model.layers * model.heads * model.head_dim * pairs
+
+
+def update_flops(
+    model: Model, work: Work, *, head: int = 8, checkpoints: bool = False
+) -> tuple[float, float, float]:
+    """(blocks, attention, head) of one prompt's update; `head`: N·H·V of the policy's products.
+
+    Four forwards' worth: policy, reference, and twice the policy's for the backward. Checkpoints
+    make all of a forward again but each block's last product, whose result nothing needs. The
+    reference's head is a product.
+    """
+    weights = 4 * model.block_weights
+    if checkpoints:
+        weights += model.block_weights - model.layers * model.hidden * model.intermediate
+    attention = (4 + checkpoints) * attention_flops(model, work.pairs)
+    head_flops = (head + 2) * work.rows * model.hidden * model.vocab
+    return 2 * weights * work.packed_tokens, attention, head_flops
+
+
+def published_flops(model: Model, work: Work) -> tuple[float, float, float]:
+    """The same of the published code: nine forwards' worth of padded rows, the head at each token.
+
+    Over x⊕z: policy and reference scored, policy once more with a backward. Over x⊕z⊕y: policy
+    scored, and once more with a backward.
+    """
+    short, long = work.P + work.L, work.P + work.L + work.A
+    tokens = work.K * (5 * short + 4 * long)
+    pairs = work.K * (5 * short**2 + 4 * long**2) / 2
+    return (
+        2 * model.block_weights * tokens,
+        attention_flops(model, pairs),
+        2 * model.hidden * model.vocab * tokens,
+    )
+
+
+def decode_bytes(model: Model, work: Work) -> float:
+    """That a device reads to sample an update's rationales, the longest being L tokens.
+
+    Every step reads all weights but the embedding, and every sequence's keys and values; sequences
+    that have ended are still read by `generate`.
+    """
+    weights = BF16 * (model.block_weights + model.vocab * model.hidden)
+    cache = work.G * work.K * model.cache_bytes * (work.P + work.L / 2)
+    return work.L * (weights + cache)
+
+
+def state_bytes(engine: str, processes: int) -> dict[str, float]:
+    """Bytes a parameter that one process holds through training, in mixed precision."""
+    if engine == "DDP":
+        # Its buckets are a second copy of the gradients.
+        return {"weights": FP32, "gradients": 2 * FP32, "Adam": 2 * FP32, "reference": FP32}
+    gradients = FP32 if engine == "FSDP2" else BF16
+    # DeepSpeed has the weights in bf16 beside the fp32 ones that it steps.
+    weights = FP32 if engine == "FSDP2" else FP32 + BF16
+    held = {"weights": weights, "gradients": gradients, "Adam": 2 * FP32, "reference": BF16}
+    return {name: size / processes for name, size in held.items()}
+
+
+def exchanged_bytes(model: Model, engine: str, processes: int, micro_batches: int) -> float:
+    """That one process receives an update.
+
+    DDP reduces fp32 gradients once. A sharding engine gathers bf16 weights for policy forward,
+    backward and reference, and scatters bf16 gradients, in every micro-batch, and gathers once more
+    for the rollout.
+    """
+    ring = (processes - 1) / processes * model.parameters
+    if engine == "DDP":
+        return 2 * FP32 * ring
+    return (micro_batches * 4 + 1) * BF16 * ring
+
+
+def micro_batches(work: Work, budget: int) -> int:
+    """That whole groups are put into, all being of the same size."""
+    return -(-work.G // max(1, budget // work.packed_tokens))
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one update on each device."""
+
+    rollout: float
+    compute: float
+    exchange: float
+
+    @property
+    def whole(self) -> float:
+        """As if nothing of the exchange were hidden behind compute."""
+        return self.rollout + self.compute + self.exchange
+
+
+def update_times(model: Model, work: Work, node: Node, nodes: int, budget: int) -> Times:
+    """With FSDP2 and gradient checkpointing."""
+    flops = work.G * sum(update_flops(model, work, checkpoints=True))
+    sent = exchanged_bytes(model, "FSDP2", nodes * node.gpus, micro_batches(work, budget))
+    return Times(
+        rollout=decode_bytes(model, work) / (node.memory * node.bandwidth_share),
+        compute=flops / (node.flops * node.utilisation),
+        exchange=sent / node.bus(nodes),
+    )
+
+
+def update_table() -> str:
+    rows = []
+    for name, tokens, flops in (
+        ("here", WORK.packed_tokens, update_flops(LLAMA_8B, WORK)),
+        (
+            "here, gradient checkpointing",
+            WORK.packed_tokens,
+            update_flops(LLAMA_8B, WORK, checkpoints=True),
+        ),
+        ("published code", WORK.K * (WORK.P + WORK.L + WORK.A), published_flops(LLAMA_8B, WORK)),
+    ):
+        tera = [f"{1e-12 * part:,.0f}" for part in (*flops, sum(flops))]
+        rows.append([name, f"{tokens:,}", *tera])
+    header = ["one prompt", "tokens of a forward", "blocks, TFLOP", "attention", "head", "all"]
+    return f"{_sizes()}\n\n{markdown(header, rows)}"
+
+
+def vocabulary_table() -> str:
+    rows = []
+    for vocab in (32000, 128256, 256000):
+        model = replace(LLAMA_8B, vocab=vocab)
+        cells = [f"{vocab:,}"]
+        for head in (4, 6, 8):
+            flops = update_flops(model, WORK, head=head)
+            cells.append(f"{1e-12 * flops[2]:.0f} ({flops[2] / sum(flops):.0%})")
+        rows.append([*cells, f"{WORK.G * WORK.rows * vocab * FP32 / 2**30:.1f}"])
+    header = ["V", "frozen head: 4 + 2, TFLOP", "products kept: 6 + 2", "none kept: 8 + 2"]
+    header.append("fp32 logits of the update, never made, GiB")
+    return markdown(header, rows)
+
+
+def memory_table() -> str:
+    rows = []
+    for model in (LLAMA_1B, LLAMA_8B, LLAMA_70B):
+        for engine, processes in (
+            ("DDP", 8),
+            *((engine, count) for engine in ("FSDP2", "ZeRO-3") for count in (8, 32)),
+        ):
+            held = {k: v * model.parameters for k, v in state_bytes(engine, processes).items()}
+            gathered = 0 if engine == "DDP" else BF16 * model.parameters
+            cells = [*held.values(), sum(held.values()), gathered]
+            rows.append(
+                [
+                    f"{model.name}, {engine}, W = {processes}",
+                    *(f"{1e-9 * cell:.1f}" for cell in cells),
+                ]
+            )
+    header = ["GB a process", "weights", "gradients", "Adam", "reference", "together"]
+    return markdown([*header, "gathered for a rollout"], rows)
+
+
+def activations_table() -> str:
+    rows = []
+    for budget in (2048, 4096, 16384, 65536):
+        kept = budget * LLAMA_8B.layers * LLAMA_8B.block_activations
+        inputs = budget * LLAMA_8B.layers * BF16 * LLAMA_8B.hidden
+        checkpointed = inputs + budget * LLAMA_8B.block_activations
+        rows.append([f"{budget:,}", f"{1e-9 * kept:.1f}", f"{1e-9 * checkpointed:.1f}"])
+    header = ["`--token_budget`", "all kept, GB", "gradient checkpointing, GB"]
+    return markdown(header, rows)
+
+
+def communication_table() -> str:
+    rows = []
+    for engine, budget in (("DDP", BUDGET), *(("FSDP2", b) for b in (BUDGET, 8192))):
+        count = micro_batches(WORK, budget)
+        cells = [f"{engine}, budget {budget:,}", str(count)]
+        for nodes in (1, 4):
+            processes = nodes * NODE.gpus
+            sent = exchanged_bytes(LLAMA_8B, engine, processes, count)
+            cells += [f"{1e-9 * sent:.0f}", f"{sent / NODE.bus(nodes):.2f}"]
+        rows.append(cells)
+    header = ["", "micro-batches", "1 × 8: GB", "seconds", "4 × 8: GB", "seconds"]
+    return markdown(header, rows)
+
+
+def example_table() -> str:
+    rows = []
+    base = _rate(WORK, 1)
+    for label, work, nodes in (
+        ("1 × 8, 3 prompts a GPU", WORK, 1),
+        ("4 × 8, 3 prompts a GPU", WORK, 4),
+        ("4 × 8, 1 prompt a GPU", replace(WORK, G=1), 4),
+        ("4 × 8, 12 prompts a GPU", replace(WORK, G=12), 4),
+    ):
+        times = update_times(LLAMA_8B, work, NODE, nodes, BUDGET)
+        parts = (times.rollout, times.compute, times.exchange, times.whole)
+        rate = _rate(work, nodes)
+        rows.append(
+            [
+                label,
+                str(work.G * nodes * NODE.gpus),
+                *(f"{part:.1f}" for part in parts),
+                f"{rate:.2f}",
+                f"{rate / base / nodes:.0%}",
+            ]
+        )
+    header = ["", "prompts an update", "rollout, s", "compute, s", "exchange, s", "update, s"]
+    table = markdown([*header, "prompts a second", "of one GPU, to 1 × 8"], rows)
+    return (
+        f"{table}\n\nWith {NODE.flops / 1e12:.0f} TFLOP/s, of which {NODE.utilisation:.0%} are "
+        f"reached, {NODE.memory / 1e12} TB/s, of which decoding reaches "
+        f"{NODE.bandwidth_share:.0%}, links of {NODE.link / 1e9:.0f} GB/s and network cards of "
+        f"{NODE.network / 1e9:.0f} GB/s a GPU, each in one direction; "
+        f"a token budget of {BUDGET:,}, gradient checkpointing, FSDP2."
+    )
+
+
+def _rate(work: Work, nodes: int) -> float:
+    whole = update_times(LLAMA_8B, work, NODE, nodes, BUDGET).whole
+    return work.G * nodes * NODE.gpus / whole
+
+
+def _sizes() -> str:
+    return (
+        f"{LLAMA_8B.name} ({LLAMA_8B.parameters:,} parameters, {LLAMA_8B.block_weights:,} of them "
+        f"in the blocks' matrices), K = {WORK.K}, P = {WORK.P}, R = {WORK.R} on average and "
+        f"L = {WORK.L} at most, A = {WORK.A}:"
+    )
+
+
+TABLES = {
+    "update": update_table,
+    "vocabulary": vocabulary_table,
+    "memory": memory_table,
+    "activations": activations_table,
+    "communication": communication_table,
+    "example": example_table,
+}
+
+
+def render(text: str) -> str:
+    """The page with every table made anew; raises ValueError where its markers are missing."""
+    return fill(text, {name: table() for name, table in TABLES.items()}, PAGE.name)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a change")
+    args = parser.parse_args(argv)
+    old = PAGE.read_text(encoding="utf-8")
+    new = render(old)
+    if not args.check:
+        PAGE.write_text(new, encoding="utf-8")
+    elif new != old:
+        sys.exit(f"{PAGE.name}: a table is out of date; run python -m scripts.scaling_table")
+
+
+if __name__ == "__main__":
+    main()

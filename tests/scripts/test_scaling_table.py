@@ -1,0 +1,145 @@
+"""The page's arithmetic, held to what models, layouts and updates really count."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from latro import LatroConfig, LatroTrainer
+from latro.config import SMALL_MODEL
+from latro.layout import Size, plan
+from latro.rollout import Rollout
+from latro.tasks import get_task
+from scripts import scaling_table
+from scripts.scaling_table import LLAMA_1B, LLAMA_8B, LLAMA_70B, Model, Work, main, render
+
+TINY = Model("tiny", 32, 80, 2, heads=4, kv_heads=2, head_dim=8, vocab=120)
+WORK = Work(G=3, K=4, P=11, R=7, L=7, A=5)
+aten = torch.ops.aten
+
+
+def build(model: Model, **options: object) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab,
+            hidden_size=model.hidden,
+            intermediate_size=model.intermediate,
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            tie_word_embeddings=model.tied,
+            **options,
+        )
+    )
+
+
+def groups(work: Work) -> list[list[Rollout]]:
+    ids = list(range(1, 100))
+    rollout = Rollout(
+        ids[: work.P], ids[: work.R], ids[: work.A], answer_start=work.R, finished=True
+    )
+    return [[rollout] * work.K for _ in range(work.G)]
+
+
+def flops(counter: FlopCounterMode, *operations: object) -> int:
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(operation, 0) for operation in operations)
+
+
+def test_the_page_is_up_to_date():
+    main(["--check"])
+
+
+def test_a_number_changed_by_hand_is_found():
+    page = scaling_table.PAGE.read_text(encoding="utf-8")
+    assert "| published code |" in page
+    assert render(page.replace("| published code |", "| published code! |")) == page
+    with pytest.raises(ValueError, match=r"scaling\.md: expected one pair of markers of update"):
+        render("no markers")
+
+
+@pytest.mark.parametrize("model", [TINY, replace(TINY, tied=True), LLAMA_1B, LLAMA_8B, LLAMA_70B])
+def test_parameters(model):
+    with torch.device("meta"):
+        assert build(model).num_parameters() == model.parameters
+
+
+def test_a_forwards_operations():
+    tokens = 13
+    with FlopCounterMode(display=False) as counter:
+        build(TINY, attn_implementation="eager")(torch.arange(tokens)[None])
+    head = 2 * TINY.hidden * TINY.vocab * tokens
+    assert flops(counter, aten.mm) == 2 * TINY.block_weights * tokens + head
+    # Eager attention makes every pair, those behind the mask too.
+    assert flops(counter, aten.bmm) == scaling_table.attention_flops(TINY, tokens**2)
+
+
+def test_tokens_and_rows_of_a_prompt():
+    (group, *_) = groups(WORK)
+    assert Size.of(group).packed == WORK.packed_tokens
+    assert sum(len(r.sampled_ids) + len(r.answer_ids) for r in group) == WORK.rows
+
+
+@pytest.mark.parametrize("budget", [55, 60, 110, 500])
+def test_micro_batches(budget):
+    planned = plan(groups(WORK), budget, packed=True)
+    assert scaling_table.micro_batches(WORK, budget) == len(planned)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_an_updates_operations_in_the_blocks(tmp_path, checkpoints):
+    args = LatroConfig(
+        output_dir=str(tmp_path), use_cpu=True, num_generations=WORK.K, disable_tqdm=True
+    )
+    row = {"prompt": "1 + 1?", "answer": "2"}
+    trainer = LatroTrainer(
+        build(replace(TINY, vocab=2048)),
+        args,
+        Dataset.from_list([row] * 3),
+        AutoTokenizer.from_pretrained(SMALL_MODEL),
+        get_task("arithmetic"),
+    )
+    if checkpoints:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
+    with FlopCounterMode(display=False) as counter:
+        trainer.update(groups(WORK), WORK.G)
+    # The fused head's products are in C++, where the counter does not look.
+    blocks, _, _ = scaling_table.update_flops(TINY, WORK, checkpoints=checkpoints)
+    assert flops(counter, aten.mm) == WORK.G * blocks
+
+
+def test_bytes_that_a_block_keeps_of_a_token():
+    def kept(layers: int, tokens: int) -> int:
+        model = build(replace(TINY, layers=layers)).to(torch.bfloat16)
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                # Kept alive, since an address that was given back would be given out again.
+                saved[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = model.model(torch.arange(tokens)[None]).last_hidden_state
+        assert out.requires_grad
+        return sum(storage.nbytes() for storage in saved.values())
+
+    more_layers = [kept(4, tokens) - kept(2, tokens) for tokens in (32, 64)]
+    assert (more_layers[1] - more_layers[0]) / 32 / 2 == TINY.block_activations
+
+
+def test_bytes_of_a_tokens_cache():
+    model = build(TINY).to(torch.bfloat16)
+    cache = DynamicCache(config=model.config)
+    model(torch.arange(9)[None], past_key_values=cache)
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == 9 * TINY.cache_bytes
