@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -108,10 +109,10 @@ class TransformersEngine:
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns "take the likeliest" into sampling, with random numbers of its own for each prompt.
+    """Leaves one token a row, drawn from softmax(logits / T) with the prompt's own random numbers.
 
-    argmax(logits/T + g) is distributed as softmax(logits/T) where g is Gumbel noise, −log of an
-    exponential variate (Gumbel 1954; "the Gumbel-max trick").
+    One number u a row, and the first token whose cumulative probability exceeds it: a number a
+    token, as other ways take, costs more than the rest of a decoding step's head.
 
     Args:
         seeds: one a prompt.
@@ -128,12 +129,16 @@ class SeededSampling(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        groups = noise.split(self.num_samples)
-        for generator, group in zip(self.generators, groups, strict=True):
-            group.exponential_(generator=generator)
-        # Its 24 random bits can all be 0, and −log 0 would choose a token of no probability.
-        return scores.float() / self.temperature - noise.clamp_(min=2**-25).log_()
+        # fp64, so that the sum keeps the digits of tokens of little probability.
+        cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.cat([self._numbers(g, scores.device) for g in self.generators])[:, None]
+        # "Exceeds", not "reaches": a token of probability 0 is never the first to.
+        chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+        chosen.clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+
+    def _numbers(self, generator: torch.Generator, device: torch.device) -> Tensor:
+        return torch.rand(self.num_samples, dtype=torch.float64, device=device, generator=generator)
 
 
 class TemplateStop(StoppingCriteria):

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+HEAD_BUDGET = 512 * 2**20
+"""Bytes of products that the head's forward may keep for its backward: the trunk keeps more."""
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -216,7 +219,13 @@ class Scorer:
                 "backend": self.backend,
             }
             logp, entropy = linear_logprob(
-                hidden, weight, target, bias=bias, return_entropy=True, **settings
+                hidden,
+                weight,
+                target,
+                bias=bias,
+                return_entropy=True,
+                memory_budget=HEAD_BUDGET,
+                **settings,
             )
             if reference is None:
                 return logp, entropy.detach()

@@ -132,13 +132,14 @@ class Update:
             if whole:
                 stack.enter_context(self._exchange(last))
             with self.stopwatch.lap("time_score"), self.accelerator.autocast():
+                # π_0 first, while the policy's graph does not take memory yet.
                 references = [self._reference(batch) for batch in every]
+                ref_logps = [self._ref_logp(batch) for batch in every]
                 with torch.set_grad_enabled(whole):
                     scores = [
                         self.scorer(batch, reference)
                         for batch, reference in zip(every, references, strict=True)
                     ]
-                ref_logps = [self._ref_logp(batch) for batch in every]
                 coefficients = [_Coefficients(None, None)] * len(every)
                 if batches:
                     own = slice(len(batches))
