@@ -168,10 +168,43 @@ def ops(result: dict[str, Any]) -> str:
     )
 
 
+def step(result: dict[str, Any]) -> str:
+    """An update and a whole step, a row a contender."""
+    rows = [
+        [
+            row["contender"],
+            *(_time_and_ratio(row, phase) for phase in ("update", "step")),
+            f"{_mib(row['peak'])} ({row['peak'] / result['rows'][0]['peak']:.1f} ×)",
+            str(len(row["passes"])),
+            f"{row['tokens']:,}",
+            f"{row['head_rows']:,}",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "update, s", "whole step, s", "peak of the update, MiB", "forwards"]
+    header += ["tokens through trunks", "rows through heads"]
+    setting = result["rows"][0]["setting"]
+    low, high = setting["rationale"]
+    reps = min(row["times"][phase]["reps"] for row in result["rows"] for phase in row["times"])
+    errors = [row["gradient_error"] for row in result["rows"]]
+    worst = max(error for error in errors if error is not None)
+    return (
+        markdown(header, rows)
+        + f"\n\nG = {setting['G']} prompt of P = {setting['P']} tokens, K = {setting['K']} "
+        f"rationales of {low}–{high}, answers of {setting['A']}, V = {setting['V']}, a Llama of "
+        f"{setting['model']['layers']} layers and H = {setting['model']['hidden']} in "
+        f"{setting['model']['dtype']}; medians of {reps} interleaved repetitions on "
+        f"{_where(result)}; memory beyond the weights; the published gradient is ours to within "
+        f"{worst:.0e} of each tensor's largest entry. Ranges and scaling in "
+        "[the results](benchmarks/results/step)."
+    )
+
+
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "default-run": (RESULTS / "default_run.json", default_run),
     "peers": (RESULTS / "head" / "study_head.json", peers),
     "ops": (RESULTS / "ops" / "ops.json", ops),
+    "step": (RESULTS / "step" / "step.json", step),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
 }
 
@@ -206,6 +239,11 @@ def render(text: str) -> str:
 def _where(result: dict[str, Any]) -> str:
     where = result["environment"]
     return f"{where['device']}, {where['threads']} threads, torch {where['torch']}"
+
+
+def _time_and_ratio(row: dict[str, Any], phase: str) -> str:
+    time = row["times"].get(phase)
+    return "–" if time is None else f"{time['median']:.1f} ({row['ratio'][phase]:.1f} ×)"
 
 
 def _mib(value: float | None) -> str:
