@@ -87,7 +87,7 @@ def test_scaling_varies_one_size_at_a_time(result):
 def test_ours_reads_each_prompt_once_and_heads_take_rationale_and_answer_rows(tmp_path, setting):
     problem = StepProblem(setting, DEVICE)
     passes = passes_of(Ours.name, tmp_path, problem)
-    assert [(p.model, p.with_gradient) for p in passes] == [("policy", True), ("reference", False)]
+    assert [(p.model, p.with_gradient) for p in passes] == [("reference", False), ("policy", True)]
     per_group = setting.P + sum(R - 1 + setting.A - 1 for R in setting.lengths)
     for one in passes:
         assert one.tokens == setting.G * per_group
