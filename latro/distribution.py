@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -28,6 +29,19 @@ def is_sharded(accelerator: Accelerator) -> bool:
     if kind == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
     return kind == DistributedType.FSDP
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Have FSDP2 return what forwards return, log-probs in fp32 among it.
+
+    accelerate's policy for mixed precision would cast it all. To be called before a model is
+    sharded.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from transformers.trainer_utils import TrainOutput
 from latro import statistics
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
-from latro.distribution import gathered, is_sharded, prepare_reference
+from latro.distribution import gathered, is_sharded, keep_output_dtype, prepare_reference
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import FiniteUpdates
 from latro.generation import TransformersEngine, seed_of
@@ -127,6 +127,7 @@ class LatroTrainer(LongRunTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
+        keep_output_dtype(self.accelerator)
         self._stopwatch = Stopwatch(self.args.device)
         self.scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
         self.ref_scorer: Scorer | AdapterOff | None = None
