@@ -166,7 +166,7 @@ class ModelArguments:
     model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
     dtype: str = setting(
         "auto",
-        "Of the weights; auto: as they were saved.",
+        "Of the weights; auto: as they were saved, and fp32 for what mixed precision trains.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     attn_implementation: str | None = setting(

@@ -1,4 +1,4 @@
-"""Models over many devices: whole weights for generation, and the reference in shards.
+"""Models over many devices: precision, whole weights for generation, the reference in shards.
 
 DDP keeps a whole copy of the weights in each process. FSDP2 and DeepSpeed ZeRO-3 keep a shard, and
 gather a layer's weights for each of its forwards. Decoding calls a forward for every token, so for
@@ -9,10 +9,12 @@ of the process is the way (`latro.vllm_engine`).
 from __future__ import annotations
 
 import contextlib
-import copy
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
@@ -21,6 +23,10 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from latro.scoring import Scorer
+
+logger = logging.getLogger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -42,6 +48,27 @@ def keep_output_dtype(accelerator: Accelerator) -> None:
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def keep_fp32_weights(model: nn.Module, accelerator: Accelerator) -> None:
+    """Under mixed precision have the optimiser step fp32 weights, whatever they were saved in.
+
+    bf16 keeps 8 bits: to a weight of 0.02 an update of 5e-7 is nothing. FSDP2 and DeepSpeed make
+    fp32 weights of their own.
+    """
+    kind = accelerator.distributed_type
+    half = [p for p in model.parameters() if p.requires_grad and p.dtype in _HALF]
+    if not half or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if accelerator.mixed_precision == "no":
+        logger.warning(
+            "the weights are trained in %s, where small updates are lost in rounding: take --bf16 "
+            "true, or --dtype float32",
+            half[0].dtype,
+        )
+        return
+    for parameter in half:
+        parameter.data = parameter.data.float()
 
 
 @contextlib.contextmanager
@@ -128,13 +155,23 @@ def prepare_reference(ref_scorer: Scorer, accelerator: Accelerator) -> None:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         import deepspeed
 
-        config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
-        # Nothing is optimised here, and ZeRO-3 without an optimiser is how it shards for that.
-        config.pop("optimizer", None)
-        config.pop("scheduler", None)
+        # Without an optimiser, which is how ZeRO-3 shards what is not trained. What is "auto" the
+        # Trainer fills in for the policy, later; here DeepSpeed's own defaults do.
+        config = _without_auto(accelerator.state.deepspeed_plugin.deepspeed_config)
+        for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+            config.pop(name, None)
+        config["train_micro_batch_size_per_gpu"] = 1
         ref_scorer.caller, *_ = deepspeed.initialize(model=model, config=config)
         ref_scorer.caller.eval()
         return
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
     ref_scorer.caller = fsdp2_prepare_model(accelerator, model)
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if value != "auto"
+    }

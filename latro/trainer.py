@@ -36,7 +36,13 @@ from transformers.trainer_utils import TrainOutput
 from latro import statistics
 from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
 from latro.config import LatroConfig
-from latro.distribution import gathered, is_sharded, keep_output_dtype, prepare_reference
+from latro.distribution import (
+    gathered,
+    is_sharded,
+    keep_fp32_weights,
+    keep_output_dtype,
+    prepare_reference,
+)
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import FiniteUpdates
 from latro.generation import TransformersEngine, seed_of
@@ -116,8 +122,6 @@ class LatroTrainer(LongRunTrainer):
                 # A reentrant checkpoint has no gradient where none of its inputs requires one.
                 # Older transformers do not see to that for a PeftModel.
                 model.enable_input_require_grads()
-        elif ref_model is None and args.beta > 0:
-            ref_model = copy.deepcopy(model)
         super().__init__(
             model=model,
             args=args,
@@ -128,6 +132,9 @@ class LatroTrainer(LongRunTrainer):
             callbacks=list(callbacks),
         )
         keep_output_dtype(self.accelerator)
+        keep_fp32_weights(model, self.accelerator)
+        if ref_model is None and args.beta > 0 and not adapted:
+            ref_model = copy.deepcopy(model)
         self._stopwatch = Stopwatch(self.args.device)
         self.scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
         self.ref_scorer: Scorer | AdapterOff | None = None

@@ -79,7 +79,7 @@ def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, engine
     assert_same_run(output, one_process)
     resumed = tmp_path / "resumed"
     if engine == "fsdp2":
-        # The Trainer takes the weights of its checkpoint into shards alone.
+        # The Trainer takes such a checkpoint under FSDP alone, be it in one process.
         checkpoint = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
         launch(1, resumed, *ENGINES[engine], *checkpoint)
         assert_same_run(resumed, one_process)

@@ -330,6 +330,27 @@ def test_mixed_precision_is_the_trainers(make_trainer, kl):
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
 
 
+@pytest.mark.parametrize("kl", ["reward", "exact"])
+def test_a_model_saved_in_bf16_is_trained_in_fp32(make_trainer, tiny, kl):
+    model = tiny().bfloat16()
+    # Exactly 0.5 in bf16, whose next number is 0.002 away.
+    with torch.no_grad():
+        model.lm_head.weight.fill_(0.5)
+    trainer = make_trainer(model, max_steps=1, bf16=True, use_cpu=True, learning_rate=5e-7, kl=kl)
+    trainer.train()
+    assert [e["kl"] for e in trainer.state.log_history if "kl" in e] == [0.0]
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    moved = (model.lm_head.weight - 0.5).abs()
+    assert 0 < moved.max() < 1e-6
+
+
+def test_weights_trained_in_bf16_alone_are_warned_of(make_trainer, tiny, caplog):
+    model = tiny().bfloat16()
+    make_trainer(model, use_cpu=True)
+    assert "small updates are lost in rounding" in caplog.text
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
 def test_dropout_is_off(make_trainer, tiny):
     model = tiny(attention_dropout=0.5)
     trainer = make_trainer(model, max_steps=1)
