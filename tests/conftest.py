@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; threads of several pools would wait for each other. Before torch is
+    # imported, since OpenMP reads it once, and for the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 
