@@ -10,6 +10,8 @@ from transformers import TrainerControl, TrainerState
 
 from latro.interruption import Interruption
 
+pytestmark = pytest.mark.usefixtures("ordinary_signals")
+
 ALONE = SimpleNamespace(world_size=1)
 
 

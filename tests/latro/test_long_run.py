@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainingArguments
 from latro.checkpoints import damage
 from latro.long_run import LongRunTrainer
 
+pytestmark = pytest.mark.usefixtures("ordinary_signals")
+
 ROOT = Path(__file__).parents[2]
 
 
