@@ -92,7 +92,6 @@ class Update:
         planned = self.plan(groups)
         planned.sort(key=lambda micro: len(micro.pieces), reverse=True)
         counts = self._agree([len(micro.pieces) for micro in planned])
-        filler = self.scorer.collate([[_filler(groups[0][0])]])
         loss = torch.zeros((), device=self.args.device)
         sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
         self.trunk_tokens = 0
@@ -101,7 +100,9 @@ class Update:
             pieces = planned[slot].pieces if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
-            fill = [filler] * (count - len(pieces))
+            fill = [
+                self.scorer.collate([[_filler(groups[0][0])]]) for _ in range(count - len(pieces))
+            ]
             last = slot == len(counts) - 1
             micro_loss, micro_sums = self._micro_batch(batches, fill, num_groups, last)
             loss += micro_loss
