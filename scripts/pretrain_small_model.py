@@ -72,17 +72,9 @@ def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
         return []
     if kind == "filler":
         return ["Let me see.", *rng.sample(FILLER, rng.randint(0, 2))]
-    slip_at = rng.randrange(len(problem.changes)) if kind == "slip" else None
-    sentences = []
-    count = problem.start
-    for index, change in enumerate(problem.changes):
-        result = count + change
-        if index == slip_at:
-            result = max(0, result + rng.choice((-2, -1, 1, 2)))
-        sign = "+" if change > 0 else "-"
-        sentences.append(f"{count} {sign} {abs(change)} = {result}.")
-        count = result
-    return sentences
+    if kind == "slip":
+        return problem.steps(slip=(rng.randrange(len(problem.changes)), rng.choice((-2, -1, 1, 2))))
+    return problem.steps()
 
 
 def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:

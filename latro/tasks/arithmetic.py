@@ -1,7 +1,8 @@
 """Generated word problems that a model of a million parameters can learn.
 
 "Tom has 10 pens. Tom loses 2. Tom gets 7. How many?" has the answer 15. A problem starts from 2 to
-20 things; two to four changes of 1 to 9 follow, and the count never falls below zero.
+20 things; two to four changes of 1 to 9 follow, and the count never falls below zero. A row has a
+third column, `rationale`: the sum a change at a time, "10 - 2 = 8. 8 + 7 = 15."
 
 A problem belongs to the split that its start and changes hash to, so a held-out sum is never in
 "train", under any seed, number of examples, or choice of words.
@@ -50,6 +51,24 @@ class Problem:
     def answer(self) -> int:
         return self.start + sum(self.changes)
 
+    def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
+        """The sentences that work it out, one a change: "10 - 2 = 8.", "8 + 7 = 15."
+
+        Args:
+            slip: (index, by): the result of that change is wrong by so much, though never below
+                zero, and what follows goes on from it.
+        """
+        sentences = []
+        count = self.start
+        for index, change in enumerate(self.changes):
+            result = count + change
+            if slip is not None and index == slip[0]:
+                result = max(0, result + slip[1])
+            sign = "+" if change > 0 else "-"
+            sentences.append(f"{count} {sign} {abs(change)} = {result}.")
+            count = result
+        return sentences
+
     @property
     def split(self) -> str:
         """The one split that this sum belongs to: a tenth each is "validation" and "test"."""
@@ -70,7 +89,11 @@ class Arithmetic(NumericTask):
         count = _DEFAULT_EXAMPLES[split] if num_examples is None else num_examples
         rows: dict[str, dict[str, Any]] = {}
         for problem in generate_problems(split, seed):
-            rows[problem.prompt] = {"prompt": problem.prompt, "answer": str(problem.answer)}
+            rows[problem.prompt] = {
+                "prompt": problem.prompt,
+                "answer": str(problem.answer),
+                "rationale": " ".join(problem.steps()),
+            }
             if len(rows) == count:
                 break
         return list(rows.values())

@@ -1,12 +1,14 @@
 """GSM8K: grade-school word problems with a number for an answer (arXiv 2110.14168).
 
-A record is `{"question", "answer"}`; the final answer stands behind "#### ". The source has no
-validation split: a fixed fifteenth of train, about 500 rows chosen by a hash of the question, is
-"validation" here and missing from "train".
+A record is `{"question", "answer"}`; the solution stands before "#### ", the final answer behind
+it. A row has a third column, `rationale`: the solution without the calculator's marks
+("<<3*4=12>>"). The source has no validation split: a fixed fifteenth of train, about 500 rows
+chosen by a hash of the question, is "validation" here and missing from "train".
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ HUB_DATASET = ("openai/gsm8k", "main")
 
 _INSTRUCTION = 'Reason step by step. Finish with "The answer is <number>".'
 _ANSWER_MARK = "#### "
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _VALIDATION_BUCKETS = 15
 
 
@@ -41,21 +44,23 @@ class GSM8K(NumericTask):
         rows = []
         for where, record in records:
             question = string_field(record, "question", where).strip()
-            answer = _final_answer(string_field(record, "answer", where), where)
+            rationale, answer = _solution(string_field(record, "answer", where), where)
             held_out = stable_bucket(question, _VALIDATION_BUCKETS) == 0
             if split == "test" or held_out == (split == "validation"):
-                rows.append({"prompt": f"{question}\n\n{_INSTRUCTION}\n", "answer": answer})
+                prompt = f"{question}\n\n{_INSTRUCTION}\n"
+                rows.append({"prompt": prompt, "answer": answer, "rationale": rationale})
         return draw(rows, num_examples, seed)
 
 
-def _final_answer(solution: str, where: str) -> str:
+def _solution(solution: str, where: str) -> tuple[str, str]:
+    """The worked solution without calculator marks, and the canonical final answer."""
     if solution.count(_ANSWER_MARK) != 1:
         raise ValueError(
             f"{where}: expected one {_ANSWER_MARK!r} in 'answer', "
             f"got {solution.count(_ANSWER_MARK)} in {solution!r}"
         )
-    stated = solution.partition(_ANSWER_MARK)[2]
+    worked, _, stated = solution.partition(_ANSWER_MARK)
     value = parse_number(stated)
     if value is None:
         raise ValueError(f"{where}: expected one number after {_ANSWER_MARK!r}, got {stated!r}")
-    return str(value)
+    return _CALCULATOR_MARK.sub("", worked).strip(), str(value)

@@ -13,6 +13,27 @@ def test_a_problem_reads_as_documented():
     problem = Problem(10, (-2, 7), "Tom", "pens", ("loses", "gets"))
     assert problem.prompt == "Tom has 10 pens. Tom loses 2. Tom gets 7. How many?"
     assert problem.answer == 15
+    assert problem.steps() == ["10 - 2 = 8.", "8 + 7 = 15."]
+
+
+def test_a_slip_is_carried_on_and_never_falls_below_zero():
+    problem = Problem(2, (-2, 7), "Tom", "pens", ("loses", "gets"))
+    assert problem.steps(slip=(0, 1)) == ["2 - 2 = 1.", "1 + 7 = 8."]
+    assert problem.steps(slip=(1, -2)) == ["2 - 2 = 0.", "0 + 7 = 5."]
+    assert problem.steps(slip=(0, -1)) == problem.steps()
+
+
+def test_a_rationale_is_right_at_every_step_and_ends_at_the_answer():
+    for row in TASK.load("train", num_examples=200):
+        steps = re.findall(r"(\d+) ([+-]) (\d) = (\d+)\.", row["rationale"])
+        assert row["rationale"] == " ".join("{} {} {} = {}.".format(*step) for step in steps)
+        count = re.search(r"has (\d+)", row["prompt"])[1]
+        for before, sign, amount, result in steps:
+            assert before == count
+            assert int(result) == int(before) + int(sign + amount)
+            count = result
+        assert len(steps) == len(re.findall(r"(\d)\. ", row["prompt"]))
+        assert count == row["answer"]
 
 
 def test_answers_follow_from_the_words_and_counts_never_fall_below_zero():

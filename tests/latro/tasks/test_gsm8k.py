@@ -36,6 +36,18 @@ def test_rows_hold_the_question_and_the_canonical_answer(folder):
     assert 'Finish with "The answer is <number>"' in rows[0]["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("solution", "rationale"),
+    [
+        ("He has 3*4=<<3*4=12>>12 pens.\nSo $<<12/2=6>>6.\n#### 6", "He has 3*4=12 pens.\nSo $6."),
+        ("#### 6", ""),
+    ],
+)
+def test_the_rationale_is_the_solution_without_calculator_marks(folder, solution, rationale):
+    write(folder, "test.jsonl", {"question": "Why?", "answer": solution})
+    assert TASK.load("test", dataset_path=folder)["rationale"] == [rationale]
+
+
 def test_validation_is_a_part_of_train_that_train_lacks(folder):
     train = TASK.load("train", dataset_path=folder)["prompt"]
     validation = TASK.load("validation", dataset_path=folder)["prompt"]
@@ -108,6 +120,8 @@ def test_every_real_row_parses_and_its_answer_grades_itself_right(splits, count)
     for row in rows:
         assert TASK.grade(f"Because. The answer is {row['answer']}", row)
         assert not TASK.grade(f"The answer is {row['answer']}1", row)
+        assert row["rationale"]
+        assert not re.search(r"<<|>>|####", row["rationale"])
 
 
 @needs_real_data
