@@ -25,10 +25,14 @@ from latro.config import (
     PeftArguments,
     parse_arguments,
 )
+from latro.train import train
+from scripts.make_tiny_model import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RUNS = sorted(RECIPES.glob("*.yaml"))
+ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "phi-3.5": "phi3"}
+"""Of a model, by a part of its name."""
 ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 MODULES = {"fsdp2": "tests.latro.fsdp_on_cpu"}
 """What is started in the place of latro.train where a CPU needs it."""
@@ -132,14 +136,91 @@ def test_latro_reads_a_run(path):
         assert parsed == value, name
 
 
-def test_published_settings():
-    """Of arXiv 2411.04282 for GSM8K."""
-    given = yaml.safe_load((RECIPES / "gsm8k-llama-3.1-8b.yaml").read_text(encoding="utf-8"))
+PUBLISHED = {
+    f"{data}-{model}": (path, task, beta, epochs)
+    for data, task, beta, epochs in (
+        ("gsm8k", "gsm8k", 0.05, 6),
+        ("arc", "arc_challenge", 0.25, 12),
+    )
+    for model, path in (
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("mistral-7b", "mistralai/Mistral-7B-Instruct-v0.3"),
+        ("phi-3.5-mini", "microsoft/Phi-3.5-mini-instruct"),
+    )
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    """Of arXiv 2411.04282: three models on two tasks."""
+    given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+    of_the_run = ("model_name_or_path", "dataset_name", "beta", "num_train_epochs")
+    assert tuple(given[setting] for setting in of_the_run) == PUBLISHED[name]
     assert (given["num_generations"], given["per_device_train_batch_size"]) == (16, 3)
-    assert (given["beta"], given["temperature"], given["learning_rate"]) == (0.05, 1.0, 5e-7)
+    assert (given["temperature"], given["learning_rate"]) == (1.0, 5e-7)
     assert (given["lr_scheduler_type"], given["warmup_steps"]) == ("linear", 0)
-    assert (given["max_completion_length"], given["num_train_epochs"]) == (500, 6)
+    assert given["max_completion_length"] == 500
     assert given["bf16"] is True
+    assert given["output_dir"] == f"runs/{name}"
+
+
+@pytest.fixture
+def raw_files(tmp_path):
+    """A folder of raw files for each task, as its authors publish them."""
+    problems = [
+        {
+            "question": f"Tom has {n} pens and gets 2. How many?",
+            "answer": f"{n}+2={n + 2}\n#### {n + 2}",
+        }
+        for n in range(60)
+    ]
+    choices = [{"label": label, "text": f"{n} pens"} for n, label in enumerate("ABCD")]
+    questions = [
+        {"question": {"stem": f"Case {n}: which?", "choices": choices}, "answerKey": "ABCD"[n % 4]}
+        for n in range(8)
+    ]
+    files = {
+        "gsm8k": {"train": problems, "test": problems[:8]},
+        "arc_challenge": dict.fromkeys(("train", "dev", "test"), questions),
+    }
+    for task, splits in files.items():
+        (tmp_path / task).mkdir()
+        for split, records in splits.items():
+            lines = "".join(json.dumps(record) + "\n" for record in records)
+            (tmp_path / task / f"{split}.jsonl").write_text(lines)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_run_makes_two_updates(path, raw_files):
+    """With a tiny model of the recipe's architecture, and the task's own format."""
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    hub_id, task = given["model_name_or_path"].lower(), given["dataset_name"]
+    architecture = next(
+        name for part, name in ARCHITECTURES.items() if part in hub_id.partition("/")[2]
+    )
+    data = raw_files / task
+    tokenizer = make_tokenizer((data / "train.jsonl").read_text().splitlines(), vocab_size=384)
+    tiny = raw_files / "model"
+    make_model(architecture, tokenizer).save_pretrained(tiny)
+    tokenizer.save_pretrained(tiny)
+    output = raw_files / "run"
+    # Two CPU cores have neither the memory nor the time for 500 tokens, and need not know bf16.
+    given_here = ("--max_steps", "2", "--max_completion_length", "8", "--num_eval_examples", "2")
+    results = train(
+        [
+            *("--config", str(path), "--model_name_or_path", str(tiny)),
+            *("--dataset_path", str(data), "--output_dir", str(output)),
+            *("--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true", *given_here),
+        ]
+    )
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    updates = [entry for entry in lines if "reward" in entry]
+    assert [entry["step"] for entry in updates] == [1, 2]
+    # Linear from the start, without warm-up.
+    assert [entry["learning_rate"] for entry in updates] == [5e-7, 2.5e-7]
+    assert updates[0]["kl"] == 0
+    assert set(results) == {"base", "final"}
 
 
 SLURM = {
