@@ -16,9 +16,8 @@ from transformers.utils import logging as transformers_logging
 from latro.config import DataArguments, ModelArguments, parse_arguments, setting
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.files import write_json
-from latro.loading import load_held_out, load_model
+from latro.loading import load_held_out, load_model, load_task
 from latro.scoring import Scorer
-from latro.tasks import get_task
 
 
 @dataclass
@@ -62,7 +61,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         seed=args.seed,
         progress=True,
     )
-    task = get_task(data_args.dataset_name)
+    task = load_task(data_args)
     dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
@@ -78,7 +77,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if args.save_completions:
         result["completions"] = records
     write_json(args.output, result)
-    table = Table(title=f"{task.name}, {len(dataset)} problems")
+    table = Table(title=f"{task.description}, {len(dataset)} problems")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():

@@ -178,7 +178,7 @@ def _metrics(
 def majority_correct(task: Task, group: Sequence[Completion], row: Mapping[str, Any]) -> bool:
     """Whether the commonest stated answer is right; of equally common ones the first stated."""
     votes = Counter(c.predicted for c in group if c.predicted is not None)
-    return bool(votes) and task.same(votes.most_common(1)[0][0], row["answer"])
+    return bool(votes) and task.is_correct(votes.most_common(1)[0][0], row)
 
 
 @torch.no_grad()
@@ -215,7 +215,7 @@ def _grade(
         text=text,
         rollout=join(prompt_ids, sample, row["answer"]),
         predicted=predicted,
-        correct=predicted is not None and task.same(predicted, row["answer"]),
+        correct=task.is_correct(predicted, row),
     )
 
 

@@ -23,7 +23,8 @@ from transformers.utils import (
 from latro.config import SMALL_MODEL, DataArguments, ModelArguments
 from latro.distribution import whole_on_load
 from latro.peft import require_peft
-from latro.tasks import Task
+from latro.prompts import prompt_text
+from latro.tasks import Task, get_task
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -119,6 +120,35 @@ def _attention(dtype: str) -> str | None:
     if half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return None
+
+
+def load_task(args: DataArguments) -> Task:
+    """The task that the arguments name.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    return get_task(args.dataset_name)
+
+
+def load_splits(
+    task: Task, args: DataArguments, seed: int, eval_split: str, num_eval_examples: int | None
+) -> tuple[Dataset, Dataset]:
+    """The training problems and the held-out ones, no prompt of which is trained on.
+
+    Raises:
+        ValueError: as `load_train` and `load_held_out`; or the two have a prompt in common.
+    """
+    train = load_train(task, args, seed)
+    held_out = load_held_out(task, eval_split, args, num_eval_examples)
+    trained = {prompt_text(prompt) for prompt in train["prompt"]}
+    seen = sum(prompt_text(prompt) in trained for prompt in held_out["prompt"])
+    if seen:
+        raise ValueError(
+            f"eval_split: expected problems that are not trained on; {seen} of the "
+            f"{len(held_out)} of {eval_split!r} are"
+        )
+    return train, held_out
 
 
 def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:

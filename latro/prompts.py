@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.rollout import AnswerJoin, Sample
+
+# A text, or a conversation: {"role", "content"} messages.
+Prompt = str | Sequence[Mapping[str, str]]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one string, to show, to compare and to look up by; a model reads another form.
+
+    A conversation of one message of the user is the string that the message holds.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:

@@ -20,9 +20,8 @@ from latro.checkpoints import check_checkpoint, last_whole_checkpoint
 from latro.config import DataArguments, LatroConfig, ModelArguments, PeftArguments, parse_arguments
 from latro.files import write_json
 from latro.interruption import TrainingInterrupted
-from latro.loading import load_held_out, load_model, load_train
+from latro.loading import load_model, load_splits, load_task
 from latro.peft import lora_config
-from latro.tasks import get_task
 from latro.trainer import LatroTrainer
 
 _SHOWN = (
@@ -49,9 +48,10 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     resume = _checkpoint(args)
-    task = get_task(data_args.dataset_name)
-    train_dataset = load_train(task, data_args, args.seed)
-    eval_dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    task = load_task(data_args)
+    train_dataset, eval_dataset = load_splits(
+        task, data_args, args.seed, args.eval_split, args.num_eval_examples
+    )
     peft_config = lora_config(peft_args, model_args.model_revision)
     model, tokenizer = load_model(model_args)
     # A run that goes on has its first evaluation behind it.
@@ -70,7 +70,7 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
     console = Console(quiet=not trainer.is_world_process_zero())
     console.print(
         f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
-        f"{task.name}, {args.num_generations} rationales each, into {args.output_dir}"
+        f"{task.description}, {args.num_generations} rationales each, into {args.output_dir}"
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signal is not None:

@@ -90,8 +90,16 @@ class Task(ABC):
 
     def grade(self, completion: str, example: Mapping[str, Any]) -> bool:
         """Whether the answer that a completion states is the row's `answer`."""
-        predicted = self.extract(completion, example)
+        return self.is_correct(self.extract(completion, example), example)
+
+    def is_correct(self, predicted: str | None, example: Mapping[str, Any]) -> bool:
+        """Whether what `extract` returned is the answer that the row is graded against."""
         return predicted is not None and self.same(predicted, example["answer"])
+
+    @property
+    def description(self) -> str:
+        """What a run calls its data: the name, and what there is to know of the source."""
+        return self.name
 
     @abstractmethod
     def same(self, predicted: str, answer: str) -> bool:

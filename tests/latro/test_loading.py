@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from latro.config import ModelArguments
-from latro.loading import load_model
+from latro.config import DataArguments, ModelArguments
+from latro.loading import load_model, load_splits, load_task
+from tests.latro.conftest import Sums
 
 
 def test_pickled_weights_are_refused(tiny, tokenizer, tmp_path):
@@ -59,3 +60,19 @@ def test_code_that_comes_with_a_model_runs_on_request_only(tiny, tokenizer, tmp_
     model, _ = load_model(ModelArguments(model_name_or_path=str(folder), trust_remote_code=True))
     assert type(model).__name__ == "CustomModel"
     assert (tmp_path / "ran").exists()
+
+
+class _Overlapping(Sums):
+    def _rows(self, split, path, num_examples, seed):
+        return [{"prompt": f"{n}?", "answer": "1"} for n in range(4 if split == "test" else 3)]
+
+
+def test_problems_that_are_trained_on_are_no_held_out_ones():
+    with pytest.raises(ValueError, match="not trained on; 3 of the 4 of 'test' are"):
+        load_splits(_Overlapping(), DataArguments(), 0, "test", None)
+
+
+def test_train_and_held_out_problems_come_as_the_arguments_say():
+    args = DataArguments(num_train_examples=5)
+    train, held_out = load_splits(load_task(args), args, 0, "validation", 3)
+    assert (len(train), len(held_out)) == (5, 3)
