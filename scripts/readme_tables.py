@@ -82,7 +82,8 @@ def peers(result: dict[str, Any]) -> str:
         "\n\n".join(tables)
         + f"\n\nN = {shape['n']}, H = {shape['h']}, V = {shape['v']}; medians of {min(reps)} or "
         f"more interleaved repetitions on {_where(groups[0])}; ranges in "
-        "[the results](benchmarks/results/head).\n" + "".join(f"\n- {note}" for note in missing)
+        "[the results](benchmarks/results/head/study_head.csv).\n"
+        + "".join(f"\n- {note}" for note in missing)
     )
 
 
@@ -119,7 +120,7 @@ def head_study(result: dict[str, Any]) -> str:
     lines = [
         markdown(["N × V", *_HEAD_COLUMNS.values()], rows),
         f"H = {H}; `latro-cpu` on {_where(result['groups'][0])}; medians; ranges, memory and "
-        "errors in [the results](benchmarks/results/head).",
+        "errors in [the results](benchmarks/results/head/study_head.csv).",
     ]
     filtered = [
         f"in {group['dtype']} {row['multiples']['full']:.2f} × the three products with "
@@ -196,7 +197,7 @@ def step(result: dict[str, Any]) -> str:
         f"{setting['model']['dtype']}; medians of {reps} interleaved repetitions on "
         f"{_where(result)}; memory beyond the weights; the published gradient is ours to within "
         f"{worst:.0e} of each tensor's largest entry. Ranges and scaling in "
-        "[the results](benchmarks/results/step)."
+        "[the results](benchmarks/results/step/step.json)."
     )
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,3 @@ def test_missing_markers_are_named():
 
 def test_markdown():
     assert markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --: |\n| 1 | 2 |"
-
-
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_the_readmes_examples_run(code):
-    exec(compile(code, "README.md", "exec"), {})

@@ -1,0 +1,199 @@
+"""The documentation: it builds, its links resolve, its Python runs and its commands are real.
+
+A page's Python blocks run in order, in one namespace. A command is parsed by the program that it
+is for. Those of blocks after `<!-- run -->` are run, in order and in one folder a page, with the
+limits below added to each; what they need stands on the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import runpy
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
+TRAINING = "--max_steps 2 --eval_strategy no --num_eval_examples 4 --num_train_examples 16"
+LIMITS = {
+    "latro.train": f"{TRAINING} --num_generations 2 --per_device_train_batch_size 2",
+    "latro.sft": f"{TRAINING} --per_device_train_batch_size 2",
+    "latro.evaluate": "--num_eval_examples 4",
+    "latro.probe": "--num_eval_examples 4",
+}
+# What is no program of this repository: such lines are not looked into.
+FOREIGN = {"cat", "cd", "git", "head", "jq", "mkdocs", "pip", "pytest", "sbatch", "tensorboard"}
+FOREIGN |= {"vllm"}
+LAUNCHERS = {"accelerate", "torchrun"}
+
+
+def of_pages(mark: str) -> pytest.MarkDecorator:
+    """Run a test once for each page that has `mark`."""
+    pages = [page for page in PAGES if mark in page.read_text("utf-8")]
+    return pytest.mark.parametrize("page", pages, ids=lambda p: p.relative_to(ROOT).as_posix())
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[str, bool]]:
+    """The code of a page's fenced blocks, and whether `<!-- run -->` stands before it."""
+    fence = rf"(<!-- run -->\n+)?^( *)```{language}\b[^\n]*\n(.*?)^\2```"
+    for block in re.finditer(fence, page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
+        yield textwrap.dedent(block[3]), block[1] is not None
+
+
+def indented(page: Path) -> Iterator[str]:
+    """A page's blocks that four spaces set apart."""
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for block in re.finditer(r"(?:^    .*\n|^\n(?=    ))+", text, flags=re.MULTILINE):
+        yield textwrap.dedent(block[0]).strip()
+
+
+def commands(code: str) -> Iterator[list[str]]:
+    """The words of each command, without the variables set for it and without redirections."""
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
+            found = shlex.split(re.sub(r"'>'.*|'\|'.*", "", part))
+            while found and re.fullmatch(r"[A-Z_]+=.*", found[0]):
+                found.pop(0)
+            if found:
+                yield found
+
+
+def program(words: list[str]) -> tuple[str, list[str]] | None:
+    """The module or script of this repository that a command starts, and its arguments."""
+    if words[0] not in {"python", *LAUNCHERS}:
+        assert words[0] in FOREIGN, f"{words[0]}: neither Python nor among the FOREIGN programs"
+        return None
+    for at, word in enumerate(words[1:], start=1):
+        if word == "-m":
+            return words[at + 1], [w for w in words[at + 2 :] if w != "..."]
+        if word.endswith(".py"):
+            return word, [w for w in words[at + 1 :] if w != "..."]
+    raise AssertionError(f"no program in {words}")
+
+
+class Parsed(Exception):
+    """A program has read its arguments."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """`parse(program, arguments)`: start it, and stop it once its arguments are read."""
+    read = argparse.ArgumentParser.parse_known_args
+
+    def stop(parser, *args, **kwargs):
+        namespace, rest = read(parser, *args, **kwargs)
+        if not parser.add_help:
+            # Of the one that looks for --config ahead of the others.
+            return namespace, rest
+        if rest:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise Parsed
+
+    def start(name: str, arguments: list[str]) -> None:
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.chdir(ROOT)
+        run = runpy.run_path if name.endswith(".py") else runpy.run_module
+        with pytest.raises(Parsed):
+            run(name, run_name="__main__")
+
+    return start
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection beyond this machine."""
+    connect = socket.socket.connect
+
+    def refuse(self, address):
+        local = self.family == socket.AF_UNIX or address[0] in ("127.0.0.1", "::1", "localhost")
+        if not local:
+            raise OSError(f"an example of the documentation wants {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_the_site_builds(tmp_path):
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    pytest.importorskip("material", reason="mkdocs-material is not installed")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "index.html").is_file()
+
+
+@of_pages("")
+def test_links_to_files_resolve(page):
+    text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    paths = [link.partition("#")[0] for link in links if "://" not in link]
+    missing = [path for path in paths if path and not (page.parent / path).exists()]
+    assert not missing
+
+
+@of_pages("```python")
+def test_python_runs(page, tmp_path, monkeypatch, offline):
+    codes = [code for code, _ in blocks(page, "python")]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for number, code in enumerate(codes, start=1):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
+
+
+@of_pages("")
+def test_commands_are_read(page, parse):
+    codes = [code for code, _ in blocks(page, "bash")]
+    # Indented blocks are listings too.
+    codes += [c for c in indented(page) if re.match(r"(CUDA_|python |pip |torchrun )", c)]
+    found = [program(words) for code in codes for words in commands(code)]
+    for started in filter(None, found):
+        parse(*started)
+
+
+def test_a_flag_that_does_not_exist_is_found(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("latro.train", ["--num_generation", "4"])
+    assert "unrecognized arguments: --num_generation" in capsys.readouterr().err
+
+
+@of_pages("<!-- run -->")
+def test_commands_run(page, tmp_path):
+    limits = "".join(
+        f'*" -m {module} "*) set -- "$@" {limit} ;;\n' for module, limit in LIMITS.items()
+    )
+    # What `python` is on the page.
+    function = f"""python() {{
+        case " $* " in {limits} esac
+        command {shlex.quote(sys.executable)} "$@"
+    }}
+    """
+    code = "\n".join(code for code, marked in blocks(page, "bash") if marked)
+    done = subprocess.run(
+        [shutil.which("bash") or "bash", "-e", "-c", function + code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
