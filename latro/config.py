@@ -1,20 +1,14 @@
-"""The settings: `LatroConfig`, the model's and the data's arguments, and the command line."""
+"""The settings: `LatroConfig`, and the model's, the adapter's and the data's arguments."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import inspect
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from latro.objectives import OBJECTIVES
 from latro.tasks import TASKS
@@ -32,8 +26,66 @@ def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
 
 
 @dataclass
-class LatroConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with LaTRO's own settings.
+class AnswerConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with what training on prompts with answers needs.
+
+    Class attributes:
+        title: of the method, for messages and help.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    title: ClassVar[str]
+
+    # The parents' fields with a default of ours.
+    per_device_eval_batch_size: int = setting(64, "Prompts a device and evaluation batch.")
+    logging_steps: float = setting(1, "Log every so many updates.")
+    remove_unused_columns: bool | None = setting(
+        False, "Not used: the prompt and answer columns are no arguments of the model."
+    )
+    dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
+
+    eval_split: str = setting(
+        "validation", "Held-out problems: validation, so that no choice is made on the test split."
+    )
+    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
+    max_completion_length: int = setting(
+        500, "The longest rationale that is sampled, in tokens.", "response_length"
+    )
+    token_budget: int = setting(
+        16384,
+        "Tokens of one micro-batch through the trunk, halved where memory runs out; results do not "
+        "depend on it.",
+    )
+    max_skipped_updates: int = setting(
+        3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
+    )
+    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("max_completion_length", self.max_completion_length, 1)
+        _at_least("token_budget", self.token_budget, 1)
+        _at_least("max_skipped_updates", self.max_skipped_updates, 0)
+        _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, got True")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process: expected one process a GPU; start with "
+                "`accelerate launch -m` or `torchrun -m`, or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
+            raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
+        if self.ddp_find_unused_parameters is None:
+            # Every trainable weight has a gradient in every backward.
+            self.ddp_find_unused_parameters = False
+
+
+@dataclass
+class LatroConfig(AnswerConfig):
+    """The settings of LaTRO.
 
     A batch is a batch of prompts: `per_device_train_batch_size` prompts give
     `per_device_train_batch_size · num_generations` sequences, and `num_train_epochs` counts passes
@@ -43,26 +95,14 @@ class LatroConfig(TrainingArguments):
         ValueError: a setting out of its range.
     """
 
+    title = "LaTRO"
+
     # The parents' fields with a default of ours.
     output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(5e-7, "The initial learning rate.")
     per_device_train_batch_size: int = setting(3, "Prompts a device and step.")
-    per_device_eval_batch_size: int = setting(64, "Prompts a device and evaluation batch.")
-    logging_steps: float = setting(1, "Log every so many updates.")
-    remove_unused_columns: bool | None = setting(
-        False, "Not used: the prompt and answer columns are no arguments of the model."
-    )
 
-    dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
-
-    eval_split: str = setting(
-        "validation", "Held-out problems: validation, so that no choice is made on the test split."
-    )
-    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
     num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
-    max_completion_length: int = setting(
-        500, "The longest rationale, in tokens.", "response_length"
-    )
     temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
     objective: str = setting(
         "latro",
@@ -87,14 +127,6 @@ class LatroConfig(TrainingArguments):
         "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
         choices=["floor", "exclude"],
     )
-    token_budget: int = setting(
-        16384,
-        "Tokens of one micro-batch through the trunk, halved where memory runs out; results do not "
-        "depend on it.",
-    )
-    max_skipped_updates: int = setting(
-        3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
-    )
     rollout_engine: str = setting(
         "transformers",
         "What samples rationales: transformers in this process, or a vLLM server at --vllm_url.",
@@ -111,16 +143,12 @@ class LatroConfig(TrainingArguments):
         "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM drew it with. "
         "Without it every token weighs 1, and the ratio is logged.",
     )
-    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
     num_completions_to_print: int = setting(4, "Rows of that table.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
-        _at_least("max_completion_length", self.max_completion_length, 1)
-        _at_least("token_budget", self.token_budget, 1)
-        _at_least("max_skipped_updates", self.max_skipped_updates, 0)
         _at_least("beta", self.beta, 0)
         _at_least("answer_weight", self.answer_weight, 0)
         _at_least("rlpr_min_std", self.rlpr_min_std, 0)
@@ -138,20 +166,6 @@ class LatroConfig(TrainingArguments):
                     "importance_cap: expected rollout_engine='vllm' with it, since transformers "
                     f"samples from the policy itself; got {self.rollout_engine!r}"
                 )
-        _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns: expected False, got True")
-        if self.n_gpu > 1:
-            raise ValueError(
-                f"{self.n_gpu} GPUs in one process: expected one process a GPU; start with "
-                "`accelerate launch -m latro.train` or `torchrun -m latro.train`, or set "
-                "CUDA_VISIBLE_DEVICES"
-            )
-        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
-            raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
-        if self.ddp_find_unused_parameters is None:
-            # Every trainable weight has a gradient in every backward.
-            self.ddp_find_unused_parameters = False
 
 
 @dataclass
@@ -240,82 +254,3 @@ def _at_least(name: str, value: float, least: float, why: str = "") -> None:
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
-
-
-def parse_arguments(
-    classes: Sequence[type], argv: Sequence[str] | None = None, *, prog: str
-) -> tuple[Any, ...]:
-    """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
-
-    Without `--model_name_or_path` the small model that ships is meant, and the settings made for
-    it (`latro/assets/default.yaml`) stand in for the defaults.
-
-    Raises:
-        ValueError: the YAML file is missing, malformed or names an unknown argument.
-    """
-    # argparse's own usage would be four screens of brackets.
-    usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
-    parser = HfArgumentParser(classes, prog=prog, usage=usage, allow_abbrev=False)
-    parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
-    _group_help(parser)
-    argv = list(sys.argv[1:] if argv is None else argv)
-    given, _ = _preparse(argv)
-    settings = _read_yaml(given.config) if given.config else {}
-    if given.model_name_or_path is None and "model_name_or_path" not in settings:
-        known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-        small = _read_yaml(ASSETS / "default.yaml")
-        settings = {k: v for k, v in small.items() if k in known} | settings
-    _reject_unknown(settings, classes, given.config)
-    parser.set_defaults(**settings)
-    *parsed, _ = parser.parse_args_into_dataclasses(argv)
-    return tuple(parsed)
-
-
-def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    first.add_argument("--model_name_or_path", "--model-name-or-path")
-    return first.parse_known_args(argv)
-
-
-def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
-    except FileNotFoundError:
-        raise ValueError(f"--config: no such file: {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config: {path}: expected lines of `name: value`, got {settings!r}")
-    return settings
-
-
-def _reject_unknown(settings: dict[str, Any], classes: Sequence[type], path: str | None) -> None:
-    known = [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
-
-
-def _group_help(parser: HfArgumentParser) -> None:
-    """Put LaTRO's own settings before the hundred that come from the Trainer, in `--help`."""
-    groups = (
-        ("LaTRO", {f.name for f in dataclasses.fields(LatroConfig)} - _inherited()),
-        ("transformers.TrainingArguments", _inherited()),
-    )
-    options = parser._optionals._group_actions
-    for title, names in groups:
-        members = [a for a in options if a.dest in names]
-        if members:
-            group = parser.add_argument_group(title)
-            for action in members:
-                options.remove(action)
-                group._group_actions.append(action)
-
-
-def _inherited() -> set[str]:
-    redefined = set(inspect.get_annotations(LatroConfig))
-    return {f.name for f in dataclasses.fields(TrainingArguments)} - redefined

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from latro.config import DataArguments, ModelArguments, parse_arguments, setting
+from latro.arguments import parse_arguments
+from latro.config import DataArguments, ModelArguments, setting
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.files import write_json
 from latro.loading import load_held_out, load_model, load_task

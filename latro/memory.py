@@ -20,26 +20,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from latro.accumulation import Accumulation
 from latro.layout import Group, Size
-from latro.update import Update
 
 logger = logging.getLogger(__name__)
 
 
 class FittingUpdate:
-    """`Update`, with its token budget halved as often as memory runs out; it stays so."""
+    """An update, with its token budget halved as often as memory runs out; it stays so."""
 
-    def __init__(self, update: Update) -> None:
+    def __init__(self, update: Accumulation) -> None:
         self.update = update
         self._steps: list[tuple[Sequence[Group], int]] = []
 
-    def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
-        """As `Update`: add the gradient of `groups` to that of the update's earlier steps.
+    def __call__(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
+        """As `Accumulation`: add the gradient of `groups` to that of the update's earlier steps.
 
         Raises:
             torch.OutOfMemoryError: a single sequence does not fit, or there are several processes.
         """
-        self._steps.append((groups, num_groups))
+        self._steps.append((groups, count))
         result = None
         try:
             result = self._run(self._steps[-1:])
@@ -59,7 +59,7 @@ class FittingUpdate:
     def _run(self, steps: Sequence[tuple[Sequence[Group], int]]) -> tuple[Tensor, Tensor] | None:
         """The last step's loss and statistics; None: memory ran out in the middle of one."""
         try:
-            results = [self.update(groups, num_groups) for groups, num_groups in steps]
+            results = [self.update(groups, count) for groups, count in steps]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -18,43 +18,29 @@ reporting are the Trainer's.
 from __future__ import annotations
 
 import copy
-import time
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
-from latro.callbacks import CompletionsTable, MetricsFiles, ProgressBar
-from latro.config import LatroConfig
-from latro.distribution import (
-    gathered,
-    is_sharded,
-    keep_fp32_weights,
-    keep_output_dtype,
-    prepare_reference,
-)
-from latro.evaluation import EvaluationSettings, evaluate_model
-from latro.finite import FiniteUpdates
+from latro.answer_trainer import AnswerTrainer, disable_dropout
+from latro.callbacks import CompletionsTable
+from latro.config import AnswerConfig, LatroConfig
+from latro.distribution import gathered, is_sharded, prepare_reference
 from latro.generation import TransformersEngine, seed_of
-from latro.long_run import LongRunTrainer
-from latro.memory import FittingUpdate
 from latro.objectives import PLAIN_OBJECTIVES
-from latro.peft import AdapterOff, add_adapter, check_adapter, has_adapter
+from latro.peft import AdapterOff, has_adapter
 from latro.prompts import check_dataset, encode_prompt
-from latro.rollout import AnswerJoin, Rollout, RolloutEngine, Sample, decode, eos_token_ids
+from latro.rollout import Rollout, RolloutEngine, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.statistics import rollout_sums
-from latro.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro.update import Update
 from latro.vllm_engine import VllmEngine
@@ -63,7 +49,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 
-class LatroTrainer(LongRunTrainer):
+class LatroTrainer(AnswerTrainer):
     """Trains a causal language model on the likelihood that its own rationales give the answers.
 
     Args:
@@ -84,9 +70,9 @@ class LatroTrainer(LongRunTrainer):
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
     """
 
+    sum_names = statistics.NAMES
     args: LatroConfig
-    model: PreTrainedModel | PeftModel
-    processing_class: PreTrainedTokenizerBase
+    update: Update
 
     def __init__(
         self,
@@ -101,73 +87,70 @@ class LatroTrainer(LongRunTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        if peft_config is not None:
-            # The Trainer would seed only after the adapter's weights are drawn.
-            set_seed(args.seed)
-            model = add_adapter(model, peft_config)
-        _disable_dropout(model)
-        self.task = task
-        self.join = AnswerJoin(
-            processing_class, task.answer_template, eos_token_ids(model, processing_class)
-        )
-        for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            if dataset is not None:
-                check_dataset(
-                    dataset, name, model, processing_class, self.join, args.max_completion_length
-                )
-        adapted = has_adapter(model)
-        if adapted:
-            check_adapter(model, is_reference=ref_model is None and args.beta > 0)
-            if args.gradient_checkpointing:
-                # A reentrant checkpoint has no gradient where none of its inputs requires one.
-                # Older transformers do not see to that for a PeftModel.
-                model.enable_input_require_grads()
         super().__init__(
-            model=model,
-            args=args,
-            data_collator=_collate,
-            train_dataset=train_dataset,
+            model,
+            args,
+            train_dataset,
+            processing_class,
+            task,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=list(callbacks),
+            peft_config=peft_config,
+            callbacks=callbacks,
+            temperature=args.temperature,
+            adapter_off_is_reference=ref_model is None and args.beta > 0,
         )
-        keep_output_dtype(self.accelerator)
-        keep_fp32_weights(model, self.accelerator)
-        if ref_model is None and args.beta > 0 and not adapted:
-            ref_model = copy.deepcopy(model)
-        self._stopwatch = Stopwatch(self.args.device)
-        self.scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
-        self.ref_scorer: Scorer | AdapterOff | None = None
-        if ref_model is not None:
-            _disable_dropout(ref_model)
-            ref_model.requires_grad_(False).eval().to(self.args.device)
-            ref_scorer = Scorer(ref_model, temperature=args.temperature, backend=args.backend)
-            if args.kl == "exact":
-                self.scorer.check_comparable(ref_scorer)
-            # Both read the same batches: KL is exactly 0 where the two are one.
-            self.scorer.packed &= ref_scorer.packed
-            prepare_reference(ref_scorer, self.accelerator)
-            self.ref_scorer = ref_scorer
-        elif adapted and args.beta > 0:
-            self.ref_scorer = AdapterOff(self.scorer)
-        self.update = Update(self.scorer, self.ref_scorer, args, self.accelerator, self._stopwatch)
-        self._fitting_update = FittingUpdate(self.update)
-        self._finite_updates = FiniteUpdates(
-            statistics.NAMES, args.max_skipped_updates, self.accelerator
+        self._set_update(
+            Update(
+                self.scorer,
+                self._make_ref_scorer(ref_model),
+                args,
+                self.accelerator,
+                self._stopwatch,
+            )
         )
         self.engine = self._make_engine()
         self._engine_is_stale = True
-        self._sums: defaultdict[str, float] = defaultdict(float)
-        self._flos = 0
         self._micro_step = 0
-        for shown in (ProgressCallback, PrinterCallback):
-            self.remove_callback(shown)
-        self.add_callback(MetricsFiles())
-        if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
+        self._groups: list[list[Rollout]] = []
         self.completions_table = CompletionsTable() if args.log_completions else None
         if self.completions_table:
             self.add_callback(self.completions_table)
+
+    def _make_ref_scorer(self, ref_model: PreTrainedModel | None) -> Scorer | AdapterOff | None:
+        """Of π_0; None where β is 0 and no reference is given."""
+        if ref_model is None:
+            if self.args.beta == 0:
+                return None
+            if has_adapter(self.model):
+                return AdapterOff(self.scorer)
+            ref_model = copy.deepcopy(self.model)
+        disable_dropout(ref_model)
+        ref_model.requires_grad_(False).eval().to(self.args.device)
+        ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
+        if self.args.kl == "exact":
+            self.scorer.check_comparable(ref_scorer)
+        # Both read the same batches: KL is exactly 0 where the two are one.
+        self.scorer.packed &= ref_scorer.packed
+        prepare_reference(ref_scorer, self.accelerator)
+        return ref_scorer
+
+    @property
+    def ref_scorer(self) -> Scorer | AdapterOff | None:
+        """Of π_0."""
+        return self.update.ref_scorer
+
+    @property
+    def targets(self) -> str:
+        """What is learnt from each prompt, in words."""
+        return f"{self.args.num_generations} rationales each"
+
+    def _check_train_dataset(
+        self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
+    ) -> None:
+        check_dataset(
+            *(dataset, "train_dataset", model, self.join.tokenizer, self.join),
+            args.max_completion_length,
+        )
 
     # The update.
 
@@ -184,30 +167,19 @@ class LatroTrainer(LongRunTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sample, score and backpropagate one batch of prompts; returns the detached loss."""
-        started = time.perf_counter()
-        model.train()
-        self.scorer.caller = model
-        self.scorer.sharded = is_sharded(self.accelerator)
-        with self._stopwatch.lap("time_rollout"):
-            groups = self.rollout(inputs["examples"])
-        num_groups = len(groups) * self.current_gradient_accumulation_steps
-        groups_and_plain = self._with_plain(groups, inputs["examples"])
-        loss, sums = self._fitting_update(groups_and_plain, num_groups)
-        self._flos += self._update_flos()
-        # The step's one wait for the device.
-        finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
-        if finding.sums is not None:
-            self._record(finding.sums, groups)
-        self._sums["skipped_updates"] += finding.skipped
+        loss = super().training_step(model, inputs, num_items_in_batch)
         last = self.accelerator.sync_gradients
         self._engine_is_stale |= last
         self._micro_step = 0 if last else self._micro_step + 1
-        self._sums["updates"] += last
-        # The statistics have waited for the device, so the clock tells the whole step.
-        self._sums["time_step"] += time.perf_counter() - started
-        for name, seconds in self._stopwatch.read().items():
-            self._sums[name] += seconds
         return loss
+
+    def _backpropagate(
+        self, examples: Sequence[dict[str, Any]], num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        with self._stopwatch.lap("time_rollout"):
+            self._groups = self.rollout(examples)
+        num_groups = len(self._groups) * self.current_gradient_accumulation_steps
+        return self._fitting_update(self._with_plain(self._groups, examples), num_groups)
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """K rationales for each example, drawn by the seed, the step and its place in the batch."""
@@ -283,19 +255,11 @@ class LatroTrainer(LongRunTrainer):
         passes = 3 + (self.ref_scorer is not None)
         return 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the last update; the Trainer adds them up."""
-        flos, self._flos = self._flos, 0
-        return flos
-
     # What is logged.
 
-    def _record(self, sums: list[float], groups: list[list[Rollout]]) -> None:
-        """Add a step's statistics to the sums."""
-        values = dict(zip(statistics.NAMES, sums, strict=True))
-        for name, value in (values | rollout_sums(groups)).items():
-            self._sums[name] += value
-        self._sums["trunk_tokens"] += self.update.trunk_tokens
+    def _record(self, sums: dict[str, float]) -> None:
+        groups = self._groups
+        super()._record(sums | rollout_sums(groups))
         if self.update.importance is not None:
             total, largest = self.update.importance.tolist()
             self._sums["importance_ratio"] += total
@@ -311,75 +275,5 @@ class LatroTrainer(LongRunTrainer):
                 for r in group
             ]
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the update's own statistics since the last log."""
-        if "loss" in logs and self._sums["updates"]:
-            logs = {**logs, **self._averages()}
-            self._sums.clear()
-        super().log(logs, start_time)
-
-    def _averages(self) -> dict[str, float]:
-        """Over all processes, and the largest memory of them."""
-        memory = statistics.peak_memory_gib(self.args.device)
-        sums = dict(self._sums)
-        if self.accelerator.num_processes > 1:
-            everyone = gather_object([(sums, memory)])
-            sums = statistics.over_processes([s for s, _ in everyone])
-            memory = max(m for _, m in everyone)
-        return statistics.averages(sums) | {"peak_memory_gib": memory}
-
-    # Evaluation.
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Greedy and sampled accuracy on held-out rows; see `latro.evaluation`.
-
-        Raises:
-            ValueError: neither the call nor the trainer has an evaluation dataset.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("eval_dataset: expected a dataset, got None")
-        started = time.perf_counter()
-        settings = EvaluationSettings(
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-            temperature=self.args.temperature,
-            seed=self.args.seed,
-            token_budget=self.update.token_budget,
-        )
-        self.scorer.caller = self.model_wrapped
-        with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
-            metrics, _ = evaluate_model(
-                self.scorer,
-                self.processing_class,
-                self.task,
-                dataset,
-                settings,
-                accelerator=self.accelerator,
-            )
-        metrics["runtime"] = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Attention passes its rate to the kernel by value.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is its rows: tokenising them is the rollout's."""
-    return {"examples": examples}
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        return statistics.averages(sums)

@@ -3,38 +3,31 @@
 In one piece a micro-batch's policy forward serves the coefficients and the gradient. A group over
 the token budget comes in several pieces: all are scored without gradient first, because an
 advantage needs its whole group, and then each is run once more for its gradient.
-
-Over several processes each has groups of its own, whole ones, and the engine averages the
-gradients. Where weights are sharded, every forward and backward gathers them, and all processes
-must call these equally often: they agree on the number of pieces, and who has fewer fills up with
-tiny ones that count for nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
+from latro.accumulation import Accumulation
 from latro.config import LatroConfig
 from latro.importance import importance
-from latro.layout import Batch, Group, MicroBatch, group_layout, plain_offsets, plan
+from latro.layout import Batch, Group, group_layout, plain_offsets
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.peft import AdapterOff
-from latro.rollout import Rollout
 from latro.scoring import Reference, Scorer, Scores
 from latro.statistics import NAMES, micro_batch_sums
 from latro.stopwatch import Stopwatch
 from latro_kernels import GroupAdvantage
 
 
-class Update:
+class Update(Accumulation):
     """Accumulates the gradient of the objective's loss over rollouts.
 
     Args:
@@ -45,9 +38,6 @@ class Update:
         stopwatch: its laps are time_score and time_backward.
 
     Attributes:
-        token_budget: positions of one micro-batch, at first as the settings have it.
-        trunk_tokens: positions that the last update took through the policy's trunk with gradient,
-            padding included.
         importance: of the last update's rationale tokens, the sum of their importance ratios and
             the largest, fp64 [2]; None where the engine tells no log-probs.
     """
@@ -60,13 +50,9 @@ class Update:
         accelerator: Accelerator,
         stopwatch: Stopwatch,
     ) -> None:
-        self.scorer = scorer
+        super().__init__(scorer, args.token_budget, accelerator, stopwatch)
         self.ref_scorer = ref_scorer
         self.args = args
-        self.accelerator = accelerator
-        self.stopwatch = stopwatch
-        self.token_budget = args.token_budget
-        self.trunk_tokens = 0
         self.objective = OBJECTIVES[args.objective]
         self.settings = ObjectiveSettings(
             beta=args.beta,
@@ -100,23 +86,12 @@ class Update:
             pieces = planned[slot].pieces if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
-            fill = [
-                self.scorer.collate([[_filler(groups[0][0])]]) for _ in range(count - len(pieces))
-            ]
+            fill = [self._filler(groups) for _ in range(count - len(pieces))]
             last = slot == len(counts) - 1
             micro_loss, micro_sums = self._micro_batch(batches, fill, num_groups, last)
             loss += micro_loss
             sums += micro_sums
         return loss, sums
-
-    def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
-        """The micro-batches of `groups` within the token budget."""
-        return plan(
-            groups,
-            self.token_budget,
-            packed=self.scorer.packed,
-            boundary=self.scorer.boundary,
-        )
 
     def _micro_batch(
         self, batches: list[Batch], fill: list[Batch], num_groups: int, last: bool
@@ -210,41 +185,6 @@ class Update:
             return None
         return self.ref_scorer(batch).logp
 
-    # Several processes.
-
-    def _agree(self, pieces: list[int]) -> list[int]:
-        """How many pieces each micro-batch has in every process, those that fill up included."""
-        if self.accelerator.num_processes == 1:
-            return pieces
-        return [max(slot) for slot in zip_longest(*gather_object([pieces]), fillvalue=0)]
-
-    @contextlib.contextmanager
-    def _exchange(self, last: bool) -> Iterator[None]:
-        """Around a forward and its backward: gradients are exchanged by the last one alone.
-
-        FSDP exchanges at each, since a gradient that waits for the last is not sharded.
-        """
-        kind = self.accelerator.distributed_type
-        if last or kind == DistributedType.FSDP:
-            yield
-        elif kind == DistributedType.DEEPSPEED:
-            # accelerate steps DeepSpeed's optimiser in the backward that exchanges gradients.
-            given = self.accelerator.sync_gradients
-            self.accelerator.sync_gradients = False
-            try:
-                yield
-            finally:
-                self.accelerator.sync_gradients = given
-        else:
-            with self.accelerator.no_sync(self.scorer.caller):
-                yield
-
-    def _backward(self, loss: Tensor) -> Tensor:
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        # The loss is averaged over accumulation steps already.
-        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-        return loss.detach()
-
 
 @dataclass(frozen=True)
 class _Coefficients:
@@ -274,12 +214,6 @@ def _by_batch(advantage: GroupAdvantage, batches: Sequence[Batch]) -> list[_Coef
         return [_Coefficients(c, None) for c in logp]
     row_kl = advantage.kl_coefficient.split(rows)
     return [_Coefficients(c, k) for c, k in zip(logp, row_kl, strict=True)]
-
-
-def _filler(rollout: Rollout) -> Rollout:
-    """The shortest there can be: one token that is read and two that are predicted."""
-    token = rollout.prompt_ids[:1]
-    return Rollout(token, token, token, answer_start=0, finished=True)
 
 
 def _of_sequences(rows: Sequence[Tensor | None], batches: Sequence[Batch]) -> Tensor | None:

@@ -17,13 +17,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
+from latro.arguments import parse_arguments
 from latro.config import (
     SMALL_MODEL,
     DataArguments,
     LatroConfig,
     ModelArguments,
     PeftArguments,
-    parse_arguments,
 )
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from latro import LatroConfig
-from latro.config import DataArguments, ModelArguments, parse_arguments
+from latro.arguments import parse_arguments
+from latro.config import DataArguments, ModelArguments
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
 

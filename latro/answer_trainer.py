@@ -1,0 +1,271 @@
+"""`AnswerTrainer`: what the trainers on prompts with known answers share."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from latro import statistics
+from latro.accumulation import Accumulation
+from latro.callbacks import MetricsFiles, ProgressBar
+from latro.config import AnswerConfig
+from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
+from latro.evaluation import EvaluationSettings, evaluate_model
+from latro.finite import FiniteUpdates
+from latro.long_run import LongRunTrainer
+from latro.memory import FittingUpdate
+from latro.peft import add_adapter, check_adapter, has_adapter
+from latro.prompts import check_dataset
+from latro.rollout import AnswerJoin, eos_token_ids
+from latro.scoring import Scorer
+from latro.stopwatch import Stopwatch
+from latro.tasks import Task
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+
+class AnswerTrainer(LongRunTrainer):
+    """Trains a causal language model on prompts, and evaluates it by the answers it states.
+
+    Args:
+        model: what is trained. Its dropout is set to 0. Of a `PeftModel` the adapter is trained.
+        args: the settings.
+        train_dataset: rows with `prompt` and `answer`.
+        processing_class: the model's tokenizer.
+        task: its answer template opens answers; it grades in evaluation.
+        eval_dataset: held-out rows for `evaluate()`.
+        peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
+        callbacks: added to the Trainer's own.
+        temperature: of the policy, in the loss and in evaluation.
+        adapter_off_is_reference: whether `model` with its adapter off has to be as it was before.
+
+    Class attributes:
+        sum_names: of the sums that `update` returns.
+
+    Attributes:
+        scorer: of `model`.
+        update: what gives the gradient; set by the class that inherits.
+
+    Raises:
+        ValueError: a row that cannot be trained on, or a model that cannot be scored.
+    """
+
+    sum_names: ClassVar[tuple[str, ...]]
+    args: AnswerConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+    update: Accumulation
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: AnswerConfig,
+        train_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        eval_dataset: Dataset | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        temperature: float = 1.0,
+        adapter_off_is_reference: bool = False,
+    ) -> None:
+        if peft_config is not None:
+            # The Trainer would seed only after the adapter's weights are drawn.
+            set_seed(args.seed)
+            model = add_adapter(model, peft_config)
+        disable_dropout(model)
+        self.task = task
+        self.join = AnswerJoin(
+            processing_class, task.answer_template, eos_token_ids(model, processing_class)
+        )
+        # The Trainer makes the output folder, so all that may be wrong is looked at before.
+        if train_dataset is not None:
+            self._check_train_dataset(train_dataset, model, args)
+        if eval_dataset is not None:
+            check_dataset(
+                *(eval_dataset, "eval_dataset", model, processing_class, self.join),
+                args.max_completion_length,
+            )
+        if has_adapter(model):
+            check_adapter(model, is_reference=adapter_off_is_reference)
+            if args.gradient_checkpointing:
+                # A reentrant checkpoint has no gradient where none of its inputs requires one.
+                # Older transformers do not see to that for a PeftModel.
+                model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+        )
+        keep_output_dtype(self.accelerator)
+        keep_fp32_weights(model, self.accelerator)
+        self._stopwatch = Stopwatch(self.args.device)
+        self.scorer = Scorer(model, temperature=temperature, backend=args.backend)
+        self._finite_updates = FiniteUpdates(
+            self.sum_names, args.max_skipped_updates, self.accelerator
+        )
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._flos = 0
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(MetricsFiles())
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar())
+
+    @property
+    @abstractmethod
+    def targets(self) -> str:
+        """What is learnt from each prompt, in words."""
+
+    @abstractmethod
+    def _check_train_dataset(
+        self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
+    ) -> None:
+        """Raises ValueError for a row that cannot be trained on; `join` and `task` are there."""
+
+    # The update.
+
+    def _set_update(self, update: Accumulation) -> None:
+        self.update = update
+        self._fitting_update = FittingUpdate(update)
+
+    @abstractmethod
+    def _backpropagate(
+        self, examples: Sequence[dict[str, Any]], num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a batch of rows; the loss, detached, and sums by `sum_names`."""
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Backpropagate one batch of rows; returns the detached loss."""
+        started = time.perf_counter()
+        model.train()
+        self.scorer.caller = model
+        self.scorer.sharded = is_sharded(self.accelerator)
+        loss, sums = self._backpropagate(inputs["examples"], num_items_in_batch)
+        self._flos += self._update_flos()
+        # The step's one wait for the device.
+        finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
+        if finding.sums is not None:
+            self._record(dict(zip(self.sum_names, finding.sums, strict=True)))
+        self._sums["skipped_updates"] += finding.skipped
+        self._sums["updates"] += self.accelerator.sync_gradients
+        # The statistics have waited for the device, so the clock tells the whole step.
+        self._sums["time_step"] += time.perf_counter() - started
+        for name, seconds in self._stopwatch.read().items():
+            self._sums[name] += seconds
+        return loss
+
+    def _update_flos(self) -> int:
+        # 2 FLOP a parameter and token: forward, and twice that backward.
+        return 6 * self.model.num_parameters() * self.update.trunk_tokens
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the last update; the Trainer adds them up."""
+        flos, self._flos = self._flos, 0
+        return flos
+
+    # What is logged.
+
+    def _record(self, sums: dict[str, float]) -> None:
+        """Add a step's statistics to the sums."""
+        for name, value in sums.items():
+            self._sums[name] += value
+        self._sums["trunk_tokens"] += self.update.trunk_tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the update's own statistics since the last log."""
+        if "loss" in logs and self._sums["updates"]:
+            logs = {**logs, **self._averages()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def _averages(self) -> dict[str, float]:
+        """Over all processes, and the largest memory of them."""
+        memory = statistics.peak_memory_gib(self.args.device)
+        sums = dict(self._sums)
+        if self.accelerator.num_processes > 1:
+            everyone = gather_object([(sums, memory)])
+            sums = statistics.over_processes([s for s, _ in everyone])
+            memory = max(m for _, m in everyone)
+        return self._metrics(sums) | {"peak_memory_gib": memory}
+
+    @abstractmethod
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the sums over the updates since the last log."""
+
+    # Evaluation.
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy and sampled accuracy on held-out rows; see `latro.evaluation`.
+
+        Raises:
+            ValueError: neither the call nor the trainer has an evaluation dataset.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: expected a dataset, got None")
+        started = time.perf_counter()
+        settings = EvaluationSettings(
+            max_completion_length=self.args.max_completion_length,
+            batch_size=self.args.per_device_eval_batch_size,
+            temperature=self.scorer.temperature,
+            seed=self.args.seed,
+            token_budget=self.update.token_budget,
+        )
+        self.scorer.caller = self.model_wrapped
+        with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
+            metrics, _ = evaluate_model(
+                self.scorer,
+                self.processing_class,
+                self.task,
+                dataset,
+                settings,
+                accelerator=self.accelerator,
+            )
+        metrics["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0, attention's included."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # Attention passes its rate to the kernel by value.
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is its rows: tokenising them belongs to the update."""
+    return {"examples": examples}

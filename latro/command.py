@@ -1,0 +1,147 @@
+"""What the training commands share: from the command line to the files that a run leaves."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from latro.answer_trainer import AnswerTrainer
+from latro.arguments import parse_arguments
+from latro.callbacks import METRICS_FILE, PLOT_FILE
+from latro.checkpoints import check_checkpoint, last_whole_checkpoint
+from latro.config import AnswerConfig, DataArguments, ModelArguments, PeftArguments
+from latro.files import write_json
+from latro.interruption import TrainingInterrupted
+from latro.loading import load_model, load_splits, load_task
+from latro.peft import lora_config
+
+_SHOWN = (
+    ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
+    ("sampled accuracy", "eval_accuracy_sampled", "{:.1%}"),
+    ("rationale length, tokens", "eval_rationale_length", "{:.1f}"),
+    ("mean log π(y|x⊕z), nats", "eval_answer_logp", "{:.2f}"),
+)
+
+
+def run_training(
+    trainer_class: type[AnswerTrainer],
+    config_class: type[AnswerConfig],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+) -> dict[str, dict[str, float]]:
+    """Run a command line; returns the metrics before ("base") and after ("final").
+
+    Args:
+        trainer_class: takes a model, settings, a dataset, a tokenizer and a task, as
+            `AnswerTrainer` does.
+        config_class: of its settings.
+        argv: the command line; None: the process's own.
+        prog: the command, "latro.train".
+
+    Raises:
+        ValueError: bad settings, model or data; the output folder is then as it was.
+        TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
+    """
+    classes = (ModelArguments, PeftArguments, DataArguments, config_class)
+    model_args, peft_args, data_args, args = parse_arguments(
+        classes, argv, prog=f"python -m {prog}"
+    )
+    # The library's remarks on its own defaults, and its bars for each file read or written, are
+    # none of the user's business here.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    resume = _checkpoint(args)
+    task = load_task(data_args)
+    train_dataset, eval_dataset = load_splits(
+        task, data_args, args.seed, args.eval_split, args.num_eval_examples
+    )
+    peft_config = lora_config(peft_args, model_args.model_revision)
+    model, tokenizer = load_model(model_args)
+    # A run that goes on has its first evaluation behind it.
+    args.eval_on_start = resume is None
+    trainer = trainer_class(
+        model,
+        args,
+        train_dataset,
+        tokenizer,
+        task,
+        eval_dataset=eval_dataset,
+        peft_config=peft_config,
+    )
+    whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
+    share = "" if whole == trained else f", {trained:,} of them trained"
+    console = Console(quiet=not trainer.is_world_process_zero())
+    console.print(
+        f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
+        f"{task.description}, {trainer.targets}, into {args.output_dir}"
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.interruption.signal is not None:
+        raise TrainingInterrupted(
+            trainer.interruption.signal, trainer.state.global_step, args.output_dir
+        )
+    trainer.save_model()
+    evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
+    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+        trainer.evaluate()
+        evaluations.append(trainer.state.log_history[-1])
+    trainer.save_state()
+    results = {"base": evaluations[0], "final": evaluations[-1]}
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "results.json", results)
+    console.print(_table(results, len(eval_dataset)))
+    console.print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
+    return results
+
+
+def _checkpoint(args: AnswerConfig) -> str | None:
+    """The folder to resume from, or None.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or one would be mixed with another
+            run's.
+    """
+    asked = args.resume_from_checkpoint
+    if asked and asked.lower() in ("true", "latest"):
+        return last_whole_checkpoint(args.output_dir)
+    if asked and asked.lower() != "false":
+        check_checkpoint(asked)
+        return asked
+    if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+        raise ValueError(
+            f"output_dir: {args.output_dir} has the checkpoints of an earlier run; resume it with "
+            "--resume_from_checkpoint true, or name another folder"
+        )
+    return None
+
+
+def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
+    table = Table(title=f"{problems} held-out problems")
+    for column in ("", "base", "final"):
+        table.add_column(column, justify="right" if column else "left")
+    for title, key, form in _SHOWN:
+        table.add_row(title, *(form.format(results[when][key]) for when in ("base", "final")))
+    return table
+
+
+def exit_with(prog: str, train: Callable[[], object]) -> None:
+    """Run `train`: errors in input, or of a server it needs, as one line and not as a traceback.
+
+    Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
+    one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
+    that a signal ends. 0 would tell a scheduler that there is nothing left to do.
+    """
+    try:
+        train()
+    except (ValueError, FloatingPointError, ConnectionError) as error:
+        sys.exit(f"{prog}: {error}")
+    except TrainingInterrupted as interrupted:
+        print(f"{prog}: {interrupted}", file=sys.stderr)
+        sys.exit(128 + interrupted.signal)
