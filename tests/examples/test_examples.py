@@ -1,0 +1,225 @@
+"""The examples do what they say: they learn, and their numbers are those of what they replace."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from examples import hf_trainer, plain_loop
+from latro_kernels import linear_logprob
+
+QUIET = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(plain_loop.MODEL)
+
+
+@pytest.fixture
+def trl_trainer() -> ModuleType:
+    pytest.importorskip("trl", reason="needs trl, of pip install '.[bench]'")
+    from examples import trl_trainer
+
+    return trl_trainer
+
+
+def assert_as_exact(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
+    """The gate of every op: at most twice the error of the plain way, plus 1e-5."""
+
+    def error(x: Tensor) -> Tensor:
+        return (x.double() - truth).abs().max()
+
+    assert error(ours) <= 2 * error(plain) + 1e-5
+
+
+# plain_loop.py
+
+
+def test_plain_loop_scores_rationales_and_answers(model: PreTrainedModel) -> None:
+    sequences = plain_loop.Sequences(
+        prompts=[[5, 6, 7], [8, 9]],
+        rationales=[[10, 11], []],
+        between=[[], [12, 13, 14]],
+        answers=[[15], [16, 17]],
+    )
+    ids, place, target, offsets = sequences.rows()
+    assert target.tolist() == [10, 11, 15, 16, 17]
+    assert offsets.tolist() == [0, 2, 3, 3, 5]
+    with torch.no_grad():
+        hidden = plain_loop.hidden_states(model, ids, place)
+        ours = linear_logprob(hidden, model.lm_head.weight, target)
+
+        def expected(model: PreTrainedModel) -> Tensor:
+            first = model(torch.tensor([[5, 6, 7, 10, 11, 15]])).logits.log_softmax(-1)[0]
+            second = model(torch.tensor([[8, 9, 12, 13, 14, 16, 17]])).logits.log_softmax(-1)[0]
+            return torch.stack(
+                [first[2, 10], first[3, 11], first[4, 15], second[4, 16], second[5, 17]]
+            )
+
+        assert_as_exact(ours, expected(model), expected(copy.deepcopy(model).double()))
+
+
+def test_plain_loop_learns_to_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = plain_loop.train(steps=10, prompts=8, K=8, beta=0.05, seed=0)
+    assert after > before + 0.1
+    assert capsys.readouterr().out.count("MiB of logits not made") == 10
+
+
+# hf_trainer.py
+
+
+def test_hf_trainer_learns(tmp_path: Path) -> None:
+    args = TrainingArguments(str(tmp_path), max_steps=8, learning_rate=1e-4, **QUIET)
+    before, after = hf_trainer.train(args)
+    assert after < before
+
+
+def test_hf_trainer_steps_as_trainer_does(tmp_path: Path, model: PreTrainedModel) -> None:
+    """One step of SGD over micro-batches with different numbers of labels."""
+    tokenizer = AutoTokenizer.from_pretrained(hf_trainer.MODEL)
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = hf_trainer.worked_problems(tokenizer, "train", 6)
+
+    def weights(trainer: type[Trainer], dtype: torch.dtype) -> Tensor:
+        args = TrainingArguments(
+            str(tmp_path),
+            **{"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"},
+            **{"optim": "sgd", "max_grad_norm": 0.0, **QUIET},
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=3,
+        )
+        mine = copy.deepcopy(model).to(dtype)
+        trainer(
+            mine, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
+        ).train()
+        return torch.cat([p.detach().flatten() for p in mine.parameters()])
+
+    ours = weights(hf_trainer.FusedHeadTrainer, torch.float32)
+    start = torch.cat([p.detach().flatten() for p in model.parameters()])
+    truth = weights(Trainer, torch.float64)
+    assert (truth - start).abs().max() > 1e-2
+    assert_as_exact(ours, weights(Trainer, torch.float32), truth)
+
+
+def test_hf_trainer_refuses_a_softcap(tmp_path: Path, model: PreTrainedModel) -> None:
+    capped = copy.deepcopy(model)
+    capped.config.final_logit_softcapping = 30.0
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        hf_trainer.FusedHeadTrainer(capped, TrainingArguments(str(tmp_path), **QUIET))
+
+
+def test_a_replaced_head_is_put_back(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    with pytest.raises(ZeroDivisionError), hf_trainer.head_replaced(head, lambda hidden: 1 / 0):
+        model(torch.tensor([[1, 2]]))
+    assert "forward" not in vars(head)
+
+
+# trl_trainer.py
+
+
+@pytest.fixture(params=["GRPO", "RLOO"])
+def trainers(
+    request: pytest.FixtureRequest, tmp_path: Path, trl_trainer: ModuleType
+) -> Iterator[tuple[Any, type]]:
+    """A trainer with our head, and the class of TRL's own."""
+    import trl
+
+    tokenizer = AutoTokenizer.from_pretrained(trl_trainer.MODEL, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    config = getattr(trl, f"{request.param}Config")(
+        str(tmp_path), per_device_train_batch_size=4, num_generations=4, bf16=False, **QUIET
+    )
+    config.temperature = 0.7
+    trainer = getattr(trl_trainer, f"Fused{request.param}Trainer")(
+        AutoModelForCausalLM.from_pretrained(trl_trainer.MODEL),
+        lambda completions, **_: [float(len(text)) for text in completions],
+        config,
+        trl_trainer.problems(8),
+        processing_class=tokenizer,
+    )
+    return trainer, getattr(trl, f"{request.param}Trainer")
+
+
+def test_trl_scores_as_trl_does(trainers: tuple[Any, type]) -> None:
+    ours, theirs = trainers
+    ids = torch.randint(1, 397, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = mask[1, 9:] = 0  # padding before a prompt, and after a completion
+    upstream = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def scores(score: Callable[..., Any], model: nn.Module, **options: Any) -> Tensor:
+        logp, entropy, _ = score(model, ids, mask, 5, compute_entropy=True, **options)
+        return torch.stack([logp, entropy]) * mask[:, -5:]
+
+    def fused(model: nn.Module, **options: Any) -> Tensor:
+        return scores(ours._get_per_token_logps_and_entropies, model, **options)
+
+    def trl(model: nn.Module) -> Tensor:
+        return scores(theirs._get_per_token_logps_and_entropies.__get__(ours), model)
+
+    def exact(model: nn.Module) -> Tensor:
+        log_p = (model(ids, attention_mask=mask).logits[:, -6:-1] / 0.7).log_softmax(-1)
+        logp = log_p.gather(2, ids[:, -5:, None]).squeeze(2)
+        return torch.stack([logp, -(log_p.exp() * log_p).sum(-1)]) * mask[:, -5:]
+
+    model = AutoModelForCausalLM.from_pretrained(plain_loop.MODEL)
+    own = trainers[0].model
+    with torch.no_grad():
+        assert_as_exact(fused(own), trl(own), exact(model.double()))
+        assert_as_exact(fused(own, batch_size=2), trl(own), exact(model.double()))
+
+    def gradient(function: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
+        model.zero_grad()
+        (function(model).double() * upstream).sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
+
+    truth = gradient(exact, model.double())
+    scale = truth.abs().max()
+    assert_as_exact(gradient(fused, own) / scale, gradient(trl, own) / scale, truth / scale)
+
+
+def test_trl_trains_as_trl_does(trainers: tuple[Any, type]) -> None:
+    """The first update's samples and rewards are TRL's, and the weights move."""
+    ours, theirs = trainers
+    ours.args.max_steps = 1
+    start = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
+    ours.train()
+    assert any((p != start[name]).any() for name, p in ours.model.named_parameters())
+    plain = theirs(
+        AutoModelForCausalLM.from_pretrained(plain_loop.MODEL),
+        ours.reward_funcs,
+        ours.args,
+        ours.train_dataset,
+        processing_class=ours.processing_class,
+    )
+    plain.train()
+    rewards = [
+        next(entry["reward"] for entry in trainer.state.log_history if "reward" in entry)
+        for trainer in (ours, plain)
+    ]
+    assert rewards[0] == rewards[1]
+
+
+def test_trl_refuses_a_softcap(trainers: tuple[Any, type]) -> None:
+    trainer, _ = trainers
+    trainer.model.config.final_logit_softcapping = 30.0
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(ValueError, match="straight from the head"):
+        trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 2)
