@@ -33,7 +33,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture
 def trl_trainer() -> ModuleType:
-    pytest.importorskip("trl", reason="needs trl, of pip install '.[bench]'")
+    pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
     from examples import trl_trainer
 
     return trl_trainer
@@ -182,15 +182,16 @@ def test_trl_scores_as_trl_does(trainers: tuple[Any, type]) -> None:
     model = AutoModelForCausalLM.from_pretrained(plain_loop.MODEL)
     own = trainers[0].model
     with torch.no_grad():
-        assert_as_exact(fused(own), trl(own), exact(model.double()))
-        assert_as_exact(fused(own, batch_size=2), trl(own), exact(model.double()))
+        truth = exact(model.double())
+        assert_as_exact(fused(own), trl(own), truth)
+        assert_as_exact(fused(own, batch_size=2), trl(own), truth)
 
     def gradient(function: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
         model.zero_grad()
         (function(model).double() * upstream).sum().backward()
         return torch.cat([p.grad.double().flatten() for p in model.parameters()])
 
-    truth = gradient(exact, model.double())
+    truth = gradient(exact, model)
     scale = truth.abs().max()
     assert_as_exact(gradient(fused, own) / scale, gradient(trl, own) / scale, truth / scale)
 
