@@ -1,15 +1,16 @@
-"""Writes the README's tables from the results that stand in the repository.
+"""Writes the tables of the README and of docs/ from the results that stand in the repository.
 
-    python scripts/readme_tables.py            # rewrite the README
-    python scripts/readme_tables.py --check    # exit 1 where it differs
+    python scripts/readme_tables.py            # rewrite the pages
+    python scripts/readme_tables.py --check    # exit 1 where one differs
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, on as many pages as like.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def default_run(result: dict[str, Any]) -> str:
@@ -231,10 +233,22 @@ def fill(text: str, tables: Mapping[str, str], page: str) -> str:
     return text
 
 
-def render(text: str) -> str:
-    """The README with every table made anew; raises ValueError where its markers are missing."""
-    tables = {name: table(json.loads(path.read_text())) for name, (path, table) in TABLES.items()}
-    return fill(text, tables, "README.md")
+def render(text: str, page: Path) -> str:
+    """A page with each table that it has made anew.
+
+    Raises:
+        ValueError: markers of an unknown table, or not in pairs.
+    """
+    here = os.path.relpath(ROOT, page.parent)
+    tables = {}
+    for name in re.findall(r"<!-- (?:begin|end) (.+) -->", text):
+        if name not in TABLES:
+            raise ValueError(f"{page.name}: expected a table of {', '.join(TABLES)}, got {name!r}")
+        result, table = TABLES[name]
+        # Links are written as from the repository's root.
+        prefix = "](" if here == os.curdir else f"]({here}/"
+        tables[name] = table(json.loads(result.read_text())).replace("](", prefix)
+    return fill(text, tables, page.name)
 
 
 def _where(result: dict[str, Any]) -> str:
@@ -259,13 +273,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a change")
     args = parser.parse_args(argv)
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
-    if not args.check:
-        path.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit("README.md: a table differs from its results; run scripts/readme_tables.py")
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = render(old, page)
+        if not args.check:
+            page.write_text(new, encoding="utf-8")
+        elif new != old:
+            sys.exit(f"{page.name}: a table is not its results'; run scripts/readme_tables.py")
 
 
 if __name__ == "__main__":
