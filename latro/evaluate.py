@@ -1,14 +1,20 @@
-"""`python -m latro.evaluate`: accuracy of a model on a task, as a table and as JSON."""
+"""`python -m latro.evaluate`: accuracy of a model on a task, and every completion it gave.
+
+An evaluation that was killed goes on from its lines when it is started again.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
@@ -16,8 +22,11 @@ from transformers.utils import logging as transformers_logging
 from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, setting
 from latro.evaluation import EvaluationSettings, evaluate_model
+from latro.few_shot import draw_examples
 from latro.files import write_json
-from latro.loading import load_held_out, load_model, load_task
+from latro.graded import intervals_of
+from latro.journal import Journal, crc32, weights_crc32
+from latro.loading import load_held_out, load_model, load_task, load_train
 from latro.scoring import Scorer
 
 
@@ -27,26 +36,39 @@ class EvaluateArguments:
 
     _argument_group_name = "evaluation"
 
-    output: str = setting("evaluation.json", "The JSON file to write.")
+    output: str = setting(
+        "evaluation.json", "The JSON file to write; a line a problem goes beside it, into .jsonl."
+    )
+    overwrite: bool = setting(False, "Start anew where the output has lines already.")
     eval_split: str = setting("test", "Which problems: validation or test.")
     num_eval_examples: int | None = setting(None, "Evaluate on so many; without it, on all.")
-    num_samples: int = setting(8, "Sampled completions a problem.")
+    num_shots: int = setting(0, "Problems of the training split shown worked before each problem.")
+    num_samples: int = setting(8, "Sampled completions a problem; 0: greedy only.")
     majority: list[int] = field(
         default_factory=lambda: [8], metadata={"help": "The k of maj@k, each at most num_samples."}
     )
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Of the sampled completions.")
-    batch_size: int = setting(64, "Problems a batch.")
+    batch_size: int = setting(64, "Problems a batch; results do not depend on it.")
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
-    save_completions: bool = setting(False, "Keep every completion in the JSON.")
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix == ".jsonl":
+            raise ValueError(
+                "output: expected the name of the JSON file, beside which the .jsonl goes; got "
+                f"{self.output!r}"
+            )
+        if self.num_shots < 0:
+            raise ValueError(f"num_shots: expected 0 or more, got {self.num_shots}")
 
 
 def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line; returns what the JSON file holds.
 
     Raises:
-        ValueError: bad settings, model or data; nothing is then written.
+        ValueError: bad settings, model or data, or lines of another evaluation at the output;
+            nothing is then written.
     """
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, EvaluateArguments), argv, prog="python -m latro.evaluate"
@@ -64,28 +86,68 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     task = load_task(data_args)
     dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    examples = []
+    if args.num_shots:
+        examples = draw_examples(load_train(task, data_args, seed=0), dataset, args.num_shots)
+    # Before the model is loaded: it sets which device is this process's.
+    processes = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
-    metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
-    result = {
-        "metrics": metrics,
+    result: dict[str, Any] = {
         "problems": len(dataset),
         "model": asdict(model_args),
         "data": asdict(data_args),
         "settings": asdict(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    if args.save_completions:
-        result["completions"] = records
-    write_json(args.output, result)
-    table = Table(title=f"{task.description}, {len(dataset)} problems")
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in metrics.items():
-        table.add_row(name, f"{value:.4f}")
-    Console().print(table)
-    Console().print(f"written to {args.output}")
+    lines = Path(args.output).with_suffix(".jsonl")
+    # Where lines go, how many are made at once and which votes are taken leaves them as they are.
+    apart = ("output", "overwrite", "batch_size", "majority")
+    identity = {
+        "model": {**result["model"], "weights": weights_crc32(model), "device": model.device.type},
+        "data": {**result["data"], "rows": crc32(list(dataset))},
+        "settings": {k: v for k, v in result["settings"].items() if k not in apart},
+        "versions": result["versions"],
+    }
+    started = time.perf_counter()
+    metrics, records = evaluate_model(
+        scorer,
+        tokenizer,
+        task,
+        dataset,
+        settings,
+        accelerator=processes,
+        examples=examples,
+        journal=Journal(lines, identity, args.overwrite),
+    )
+    intervals = intervals_of(records, settings.majority)
+    result = {
+        "metrics": metrics,
+        "intervals": intervals,
+        **result,
+        "examples": examples,
+        "seconds": time.perf_counter() - started,
+    }
+    if processes.is_main_process:
+        write_json(args.output, result)
+        title = f"{task.description}, {len(dataset)} problems"
+        if examples:
+            title += f", {len(examples)}-shot"
+        Console().print(_table(title, metrics, intervals))
+        Console().print(f"written to {args.output}, and a line a problem to {lines}")
     return result
+
+
+def _table(
+    title: str, metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]
+) -> Table:
+    table = Table(title=title)
+    for column in ("metric", "value", "95 % interval"):
+        table.add_column(column, justify="left" if column == "metric" else "right")
+    for name, value in metrics.items():
+        interval = " – ".join(f"{end:.4f}" for end in intervals.get(name, ()))
+        table.add_row(name, f"{value:.4f}", interval)
+    return table
 
 
 def main() -> None:
@@ -94,6 +156,7 @@ def main() -> None:
         evaluate()
     except ValueError as error:
         sys.exit(f"latro.evaluate: {error}")
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

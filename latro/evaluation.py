@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from rich.progress import track
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from latro.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.generation import TransformersEngine, seed_of
+from latro.graded import metrics_of
+from latro.journal import Journal
 from latro.layout import plan
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
@@ -34,7 +36,8 @@ class EvaluationSettings:
         num_samples: completions a problem, sampled at `temperature`; 0: greedy only.
         majority: the k of maj@k, each at most `num_samples`.
         max_completion_length: tokens of a rationale; the answer may take 32 more.
-        batch_size: problems a batch.
+        batch_size: problems a batch and process; results do not depend on it, up to the rounding of
+            the model's arithmetic.
         temperature: of sampling.
         seed: decides the samples.
         token_budget: padded tokens of one scoring batch.
@@ -53,33 +56,13 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if self.num_samples < 0:
             raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
         for k in self.majority:
             if not 1 <= k <= self.num_samples:
                 raise ValueError(
                     f"majority: expected k from 1 to num_samples = {self.num_samples}, got {k}"
                 )
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One graded completion."""
-
-    text: str
-    rollout: Rollout
-    predicted: str | None
-    correct: bool
-
-
-@dataclass
-class Problem:
-    """One row of the dataset with what was made of it."""
-
-    index: int
-    row: Mapping[str, Any]
-    graded: dict[str, list[Completion]] = field(default_factory=dict)
-    """The completions of each mode: "greedy", and "sampled" where there are samples."""
-    answer_logps: list[float] = field(default_factory=list)
-    """log π(y|x⊕z), in nats, of the last mode's completions."""
 
 
 def evaluate_model(
@@ -89,96 +72,77 @@ def evaluate_model(
     dataset: Dataset,
     settings: EvaluationSettings,
     *,
-    accelerator: Accelerator | None = None,
+    accelerator: Accelerator | PartialState | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
+    journal: Journal | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Generate, grade and score.
 
     Several processes share the problems, and each returns the results of all.
 
     Args:
-        scorer: of the model; used for the mean log π(y|x⊕z).
+        scorer: of the model; used for log π(y|x⊕z).
         tokenizer: the model's.
         task: grades the completions.
         dataset: rows of the task; at least one.
         settings: how many samples, how long, and so on.
         accelerator: knows the processes; None: there is one.
+        examples: rows of the training split, shown worked before each problem (`latro.few_shot`).
+        journal: takes the records batch by batch, and may hold those of a run that was killed.
 
     Raises:
-        ValueError: the dataset lacks a column or a row of it does not fit the model.
+        ValueError: the dataset lacks a column, a row of it does not fit the model, or the journal
+            is of another evaluation.
 
     Returns:
-        Metrics, and one record a problem (prompt, answer, the completions and their grades).
+        Metrics, and one record a problem: `index`, `prompt` and `answer` of its row, and the lists
+        of completions `greedy` and, with samples, `sampled`, each completion with `text`,
+        `predicted` (the answer it states, or None), `correct`, `finished`, `rationale_tokens` and
+        `answer_logp` (log π(y|x⊕z), nats).
         Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
         error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
-        `unfinished` (share that states no answer and does not end) and `answer_logp` (mean
-        log π(y|x⊕z), nats), each over the samples, or over the greedy completions without samples.
+        `unfinished` (share that states no answer and does not end) and `answer_logp` (mean), each
+        over the samples, or over the greedy completions without samples.
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
-    modes = [("greedy", 0.0, 1)]
-    if settings.num_samples:
-        modes.append(("sampled", settings.temperature, settings.num_samples))
     check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
-    engine = TransformersEngine(model, tokenizer)
+    separator = None
+    shown = dataset
+    if examples:
+        shown = with_examples(dataset, examples, task.answer_template, tokenizer)
+        check_dataset(shown, "dataset", model, tokenizer, join, settings.max_completion_length)
+        # A turn of a conversation has its own end.
+        separator = SEPARATOR if isinstance(shown[0]["prompt"], str) else None
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in shown["prompt"]]
+    evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator)
+
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    indices = range(rank, len(dataset), world)
-    problems: list[Problem] = []
-    starts = range(0, len(indices), settings.batch_size)
-    hidden = not settings.progress or rank > 0
-    for start in track(starts, "evaluating", disable=hidden, transient=True):
-        batch = [Problem(i, dataset[i]) for i in indices[start : start + settings.batch_size]]
-        prompts = [encode_prompt(tokenizer, problem.row["prompt"]) for problem in batch]
-        for name, temperature, num_samples in modes:
-            samples = engine.generate(
-                prompts,
-                num_samples=num_samples,
-                max_new_tokens=settings.max_completion_length + ANSWER_TOKENS,
-                temperature=temperature,
-                seeds=[seed_of(settings.seed, problem.index) for problem in batch],
-            )
-            for problem, prompt, group in zip(batch, prompts, samples, strict=True):
-                problem.graded[name] = [
-                    _grade(task, tokenizer, join, problem.row, prompt, s) for s in group
-                ]
-        problems += batch
-    scored = [c.rollout for problem in problems for c in problem.graded[modes[-1][0]]]
-    logps = iter(answer_logp(scorer, scored, settings.token_budget))
-    for problem in problems:
-        problem.answer_logps = [next(logps) for _ in problem.graded[modes[-1][0]]]
-    if world > 1:
-        problems = sorted(gather_object(problems), key=lambda problem: problem.index)
-    return _metrics(task, problems, modes[-1][0], settings), [_record(p) for p in problems]
-
-
-def _metrics(
-    task: Task, problems: Sequence[Problem], last: str, settings: EvaluationSettings
-) -> dict[str, float]:
-    """As `evaluate_model` returns them; `last` names the completions that lengths are of."""
-    metrics = {
-        "accuracy_greedy": _mean(
-            c.correct for problem in problems for c in problem.graded["greedy"]
-        )
-    }
-    if settings.num_samples:
-        shares = [_mean(c.correct for c in problem.graded["sampled"]) for problem in problems]
-        metrics["accuracy_sampled"] = _mean(shares)
-        metrics["accuracy_sampled_stderr"] = _standard_error(shares)
-        for k in settings.majority:
-            metrics[f"maj@{k}"] = _mean(
-                majority_correct(task, problem.graded["sampled"][:k], problem.row)
-                for problem in problems
-            )
-    rollouts = [c.rollout for problem in problems for c in problem.graded[last]]
-    metrics["rationale_length"] = _mean(len(r.rationale_ids) for r in rollouts)
-    metrics["unfinished"] = _mean(not r.finished for r in rollouts)
-    metrics["answer_logp"] = _mean(v for problem in problems for v in problem.answer_logps)
-    return metrics
-
-
-def majority_correct(task: Task, group: Sequence[Completion], row: Mapping[str, Any]) -> bool:
-    """Whether the commonest stated answer is right; of equally common ones the first stated."""
-    votes = Counter(c.predicted for c in group if c.predicted is not None)
-    return bool(votes) and task.is_correct(votes.most_common(1)[0][0], row)
+    batch_size = settings.batch_size * world
+    records = journal.open(prompts, batch_size) if journal and rank == 0 else []
+    if journal and world > 1:
+        (records,) = broadcast_object_list([records])
+    with tqdm(
+        total=len(dataset),
+        initial=len(records),
+        desc="evaluating",
+        unit="problem",
+        dynamic_ncols=True,
+        disable=not settings.progress or rank > 0,
+        # A file wants a line now and then, not ten a second.
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for start in range(len(records), len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))[rank::world]
+            batch = evaluator([_Problem(i, dataset[i], prompts[i]) for i in indices])
+            if world > 1:
+                batch = sorted(gather_object(batch), key=lambda record: record["index"])
+            if journal and rank == 0:
+                journal.append(batch)
+            records += batch
+            bar.set_postfix(_accuracies(records), refresh=False)
+            bar.update(len(batch))
+    return metrics_of(records, settings.majority), records
 
 
 @torch.no_grad()
@@ -199,47 +163,95 @@ def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) 
     return [values[id(r)] for r in rollouts]
 
 
-def _grade(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    join: AnswerJoin,
-    row: Mapping[str, Any],
-    prompt_ids: list[int],
-    sample: Sample,
-) -> Completion:
-    ids = sample.ids
-    ended = ids[:-1] if ids and ids[-1] in join.eos_token_ids else ids
-    text = decode(tokenizer, ended)
-    predicted = task.extract(text, row)
-    return Completion(
-        text=text,
-        rollout=join(prompt_ids, sample, row["answer"]),
-        predicted=predicted,
-        correct=task.is_correct(predicted, row),
-    )
+@dataclass(frozen=True)
+class _Problem:
+    """One row of the dataset."""
+
+    index: int
+    row: Mapping[str, Any]
+    prompt_ids: list[int]
 
 
-def _record(problem: Problem) -> dict[str, Any]:
-    return {
-        "prompt": problem.row["prompt"],
-        "answer": problem.row["answer"],
-        **{
-            name: [
-                {"text": c.text, "predicted": c.predicted, "correct": c.correct}
-                for c in completions
-            ]
-            for name, completions in problem.graded.items()
-        },
-    }
+@dataclass(frozen=True)
+class _Evaluator:
+    """From problems to their records."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    join: AnswerJoin
+    settings: EvaluationSettings
+    separator: str | None
+
+    def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
+        records = [
+            {"index": p.index, "prompt": p.row["prompt"], "answer": p.row["answer"]}
+            for p in problems
+        ]
+        # The last batch of several processes may have nothing for some.
+        if not problems:
+            return records
+        modes = [("greedy", 0.0, 1)]
+        if self.settings.num_samples:
+            modes.append(("sampled", self.settings.temperature, self.settings.num_samples))
+        for name, temperature, num_samples in modes:
+            groups = self._generate(problems, temperature, num_samples)
+            rollouts = [rollout for group in groups for _, rollout in group]
+            logps = iter(answer_logp(self.scorer, rollouts, self.settings.token_budget))
+            for problem, record, group in zip(problems, records, groups, strict=True):
+                record[name] = [
+                    self._record(problem.row, text, rollout, next(logps)) for text, rollout in group
+                ]
+        return records
+
+    def _generate(
+        self, problems: Sequence[_Problem], temperature: float, num_samples: int
+    ) -> list[list[tuple[str, Rollout]]]:
+        """Each problem's completions: the text that counts, and the tokens to score."""
+        engine = TransformersEngine(self.scorer.model, self.tokenizer)
+        samples = engine.generate(
+            [problem.prompt_ids for problem in problems],
+            num_samples=num_samples,
+            max_new_tokens=self.settings.max_completion_length + ANSWER_TOKENS,
+            temperature=temperature,
+            seeds=[seed_of(self.settings.seed, problem.index) for problem in problems],
+            template=self.separator,
+        )
+        return [
+            [self._ended(problem, sample) for sample in group]
+            for problem, group in zip(problems, samples, strict=True)
+        ]
+
+    def _ended(self, problem: _Problem, sample: Sample) -> tuple[str, Rollout]:
+        answer = problem.row["answer"]
+        kept = cut_at_separator(self.tokenizer, sample.ids) if self.separator else None
+        if kept is not None:
+            # The separator ends a completion as an end token does; what it is made of is dropped.
+            text = decode(self.tokenizer, sample.ids).partition(SEPARATOR)[0]
+            return text, replace(self.join(problem.prompt_ids, Sample(kept), answer), finished=True)
+        ids = sample.ids
+        ended = ids[:-1] if ids and ids[-1] in self.join.eos_token_ids else ids
+        return decode(self.tokenizer, ended), self.join(problem.prompt_ids, sample, answer)
+
+    def _record(
+        self, row: Mapping[str, Any], text: str, rollout: Rollout, logp: float
+    ) -> dict[str, Any]:
+        predicted = self.task.extract(text, row)
+        return {
+            "text": text,
+            "predicted": predicted,
+            "correct": self.task.is_correct(predicted, row),
+            "finished": rollout.finished,
+            "rationale_tokens": len(rollout.rationale_ids),
+            "answer_logp": logp,
+        }
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return math.fsum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    mean = _mean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of the problems so far, for the progress bar."""
+    shown = {}
+    for name in ("greedy", "sampled"):
+        grades = [c["correct"] for record in records for c in record.get(name, ())]
+        if grades:
+            shown[name] = f"{sum(grades) / len(grades):.1%}"
+    return shown

@@ -4,15 +4,11 @@ import json
 
 import pytest
 
-from latro.evaluate import evaluate
-from latro.evaluation import (
-    Completion,
-    EvaluationSettings,
-    answer_logp,
-    evaluate_model,
-    majority_correct,
-)
-from latro.rollout import Sample
+from latro.evaluation import EvaluationSettings, answer_logp, evaluate_model
+from latro.generation import TransformersEngine
+from latro.journal import Journal
+from latro.prompts import encode_prompt
+from latro.rollout import AnswerJoin, Sample
 from latro.scoring import Scorer
 
 
@@ -52,7 +48,7 @@ def test_accuracies(knowing, tokenizer, task):
     metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
     assert metrics["accuracy_greedy"] == 2 / 4
     assert metrics["accuracy_sampled"] == (2 / 4 + 2 / 4 + 1 / 4 + 0) / 4
-    assert metrics["maj@1"] == 1 / 4
+    assert metrics["maj@1"] == metrics["accuracy_sampled"]
     # Two of each in the second problem: the first stated, a wrong one, is taken.
     assert metrics["maj@4"] == 2 / 4
     assert metrics["unfinished"] == 0
@@ -60,16 +56,161 @@ def test_accuracies(knowing, tokenizer, task):
     assert metrics["rationale_length"] == 4 * len(tokenizer.encode(" so")) / 16
     assert metrics["accuracy_sampled_stderr"] == pytest.approx(0.23936 / 4**0.5, abs=1e-4)
     assert [len(r["sampled"]) for r in records] == [4] * 4
-    assert records[0]["sampled"][2] == {
+    wrong = records[0]["sampled"][2]
+    assert wrong.pop("answer_logp") < 0
+    assert wrong == {
         "text": " The answer is 1",
         "predicted": "1",
         "correct": False,
+        "finished": True,
+        "rationale_tokens": 0,
     }
 
 
-def test_majority_without_a_statement(task):
-    silent = Completion(text="", rollout=None, predicted=None, correct=False)
-    assert not majority_correct(task, [silent, silent], {"answer": "5"})
+def test_the_likelihood_is_of_each_completions_own_rationale(knowing, tokenizer, task):
+    scorer, answers = knowing
+    dataset = task.load("test", num_examples=2)
+    texts = [" so. The answer is 3", " Tom so", ""]
+    answers.update({row["prompt"]: texts for row in dataset})
+    settings = EvaluationSettings(num_samples=2)
+    metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
+    end = tokenizer.eos_token_id
+    join = AnswerJoin(tokenizer, task.answer_template, [end])
+    for row, record in zip(dataset, records, strict=True):
+        rollouts = [
+            join(
+                encode_prompt(tokenizer, row["prompt"]),
+                Sample([*tokenizer.encode(text), end]),
+                row["answer"],
+            )
+            for text in texts
+        ]
+        found = [c["answer_logp"] for c in record["greedy"] + record["sampled"]]
+        assert found == pytest.approx(answer_logp(scorer, rollouts, 1000), rel=1e-5)
+        assert len(set(found)) == 3
+    sampled = [c["answer_logp"] for record in records for c in record["sampled"]]
+    assert metrics["answer_logp"] == pytest.approx(sum(sampled) / 4)
+
+
+def test_batches_of_any_size_give_the_same_result(tiny, tokenizer, task):
+    dataset = task.load("test", num_examples=5)
+
+    def run(batch_size):
+        settings = EvaluationSettings(num_samples=2, max_completion_length=5, batch_size=batch_size)
+        return evaluate_model(Scorer(tiny()), tokenizer, task, dataset, settings)
+
+    (metrics, records), (others, other_records) = run(5), run(2)
+    assert others == pytest.approx(metrics, rel=1e-5)
+    texts = [[c["text"] for c in r["greedy"] + r["sampled"]] for r in records]
+    assert [[c["text"] for c in r["greedy"] + r["sampled"]] for r in other_records] == texts
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_a_killed_evaluation_goes_on_to_the_same_bits(
+    tiny, tokenizer, task, tmp_path, monkeypatch, batches
+):
+    dataset = task.load("test", num_examples=7)
+    settings = EvaluationSettings(
+        num_samples=2, majority=(1, 2), max_completion_length=5, batch_size=3
+    )
+
+    def run(name):
+        journal = Journal(tmp_path / name, {})
+        return evaluate_model(Scorer(tiny()), tokenizer, task, dataset, settings, journal=journal)
+
+    whole = run("whole.jsonl")
+    generated = []
+    generate = TransformersEngine.generate
+
+    def killing(engine, prompts, **options):
+        # Each batch is generated twice, greedy and sampled.
+        if len(generated) == 2 * batches:
+            raise Killed
+        generated.append(len(prompts))
+        return generate(engine, prompts, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "generate", killing)
+        with pytest.raises(Killed):
+            run("killed.jsonl")
+    killed = tmp_path / "killed.jsonl"
+    assert len(killed.read_text().splitlines()) == 3 * batches
+    # A line that was being written as the power went.
+    with killed.open("a") as file:
+        file.write('{"index": ')
+    generated.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            TransformersEngine,
+            "generate",
+            lambda engine, prompts, **o: (
+                generated.append(len(prompts)) or generate(engine, prompts, **o)
+            ),
+        )
+        assert run("killed.jsonl") == whole
+    assert sum(generated) == 2 * (7 - 3 * batches)
+    assert killed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert [json.loads(line) for line in killed.read_text().splitlines()] == whole[1]
+
+
+EXAMPLES = [
+    {"prompt": "Tom has 2 pens. Tom gets 3. How many?", "answer": "5", "rationale": "2+3=5."}
+]
+
+
+def test_what_is_invented_after_the_answer_does_not_count(tiny, tokenizer, task, monkeypatch):
+    dataset = task.load("test", num_examples=1)
+    right = dataset[0]["answer"]
+    invented = f" So. The answer is {right}\n\nTom has 9 pens. The answer is 9"
+    asked = {}
+
+    def planted(engine, prompts, **options):
+        asked.update(options, prompt=tokenizer.decode(prompts[0]))
+        return [[Sample(tokenizer.encode(invented))]]
+
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", planted)
+    settings = EvaluationSettings(num_samples=0)
+    scorer = Scorer(tiny())
+    metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings, examples=EXAMPLES)
+    assert metrics["accuracy_greedy"] == 1
+    (completion,) = records[0]["greedy"]
+    assert completion["text"] == f" So. The answer is {right}"
+    # The record has the problem alone; the model read the example before it.
+    assert records[0]["prompt"] == dataset[0]["prompt"]
+    shown = "Tom has 2 pens. Tom gets 3. How many? 2+3=5. The answer is 5\n\n"
+    assert asked["prompt"] == shown + dataset[0]["prompt"]
+    assert asked["template"] == "\n\n"
+    # Without examples there is no form that a completion could go on in.
+    metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
+    assert metrics["accuracy_greedy"] == 0
+    assert asked["template"] is None
+
+
+def test_a_completion_that_the_separator_ends_is_finished(tiny, tokenizer, task, monkeypatch):
+    dataset = task.load("test", num_examples=1)
+    monkeypatch.setattr(
+        "latro.evaluation.TransformersEngine.generate",
+        lambda *args, **options: [[Sample(tokenizer.encode(" So.\n\n"))]],
+    )
+    settings = EvaluationSettings(num_samples=0)
+    metrics, records = evaluate_model(
+        Scorer(tiny()), tokenizer, task, dataset, settings, examples=EXAMPLES
+    )
+    assert metrics["unfinished"] == 0
+    assert metrics["rationale_length"] == len(tokenizer.encode(" So."))
+    assert records[0]["greedy"][0]["predicted"] is None
+
+
+def test_examples_that_do_not_fit_the_model_are_refused(tiny, tokenizer, task):
+    dataset = task.load("test", num_examples=1)
+    scorer = Scorer(tiny(max_position_embeddings=48))
+    settings = EvaluationSettings(num_samples=0, max_completion_length=8)
+    with pytest.raises(ValueError, match="lower max_completion_length or drop the row"):
+        evaluate_model(scorer, tokenizer, task, dataset, settings, examples=EXAMPLES * 3)
 
 
 def test_answer_logp_is_the_sum_over_answer_rows(tiny, rollouts):
@@ -87,39 +228,9 @@ def test_answer_logp_is_the_sum_over_answer_rows(tiny, rollouts):
         ({"num_samples": -1}, "num_samples: expected 0 or more"),
         ({"num_samples": 2, "majority": (4,)}, "k from 1 to num_samples = 2, got 4"),
         ({"majority": (0,)}, "got 0"),
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         EvaluationSettings(**settings)
-
-
-def test_the_command_line(tmp_path, capsys):
-    output = tmp_path / "out" / "evaluation.json"
-    result = evaluate(
-        [
-            *("--num_eval_examples", "6", "--num_samples", "2", "--majority", "1", "2"),
-            *("--max_completion_length", "8", "--output", str(output), "--save_completions"),
-        ]
-    )
-    assert json.loads(output.read_text()) == result
-    assert {"accuracy_greedy", "accuracy_sampled", "maj@1", "maj@2", "answer_logp"} <= set(
-        result["metrics"]
-    )
-    assert len(result["completions"]) == result["problems"] == 6
-    assert "maj@2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (("--num_samples", "2", "--majority", "3"), "k from 1 to num_samples = 2"),
-        (("--max_completion_length", "100000"), "lower max_completion_length"),
-        (("--eval_split", "tset"), "tset"),
-    ],
-)
-def test_a_bad_call_writes_nothing(tmp_path, argv, message):
-    output = tmp_path / "evaluation.json"
-    with pytest.raises(ValueError, match=message):
-        evaluate(["--output", str(output), *argv])
-    assert not output.exists()

@@ -1,0 +1,133 @@
+"""The lines of an evaluation under way, from which one that was killed goes on.
+
+`evaluation.jsonl` has a line a problem, in the order of the dataset, and nothing else.
+`evaluation.settings.json` beside it says what they are of: the model with a checksum of its
+weights, the data with checksums of rows and prompts, the settings. Where all of that is the same,
+an evaluation goes on behind the lines that are there, at the start of a batch, and so ends with the
+bits of one that was never stopped; where it is not, it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latro.files import write_json
+
+
+class Journal:
+    """Lines that are added batch by batch.
+
+    Args:
+        path: of the lines, a `.jsonl`.
+        identity: what they are made of, as sections of JSON values by name.
+        overwrite: start anew, whatever is there.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, Mapping[str, Any]],
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.settings_path = self.path.with_suffix(".settings.json")
+        self.identity = identity
+        self.overwrite = overwrite
+
+    def open(self, prompts: Sequence[Sequence[int]], batch_size: int) -> list[dict[str, Any]]:
+        """The records that are there already, a whole number of batches; later ones are dropped.
+
+        Args:
+            prompts: token ids of all problems, as the model reads them.
+            batch_size: problems that are written together.
+
+        Raises:
+            ValueError: the lines are of another evaluation, or damaged before their last.
+        """
+        # As it is read back: tuples are lists there, and keys are strings.
+        identity = json.loads(json.dumps({**self.identity, "prompts": {"crc32": crc32(prompts)}}))
+        if self.overwrite or not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # The lines go first: none of them may stand beside settings that are not theirs.
+            self.path.unlink(missing_ok=True)
+            write_json(self.settings_path, identity)
+            self.path.touch()
+            return []
+        self._check(identity)
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if len(lines) < len(prompts):
+            del lines[len(lines) - len(lines) % batch_size :]
+        records = [self._record(line, index) for index, line in enumerate(lines)]
+        os.truncate(self.path, sum(map(len, lines)))
+        return records
+
+    def append(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write the lines of a batch, so that they outlast this process and the machine's power."""
+        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _check(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
+        way_out = "name another file, or pass --overwrite true to start anew"
+        try:
+            there = json.loads(self.settings_path.read_bytes())
+        except FileNotFoundError:
+            raise ValueError(
+                f"output: {self.path} is there without {self.settings_path.name}, which says what "
+                f"its lines are of; {way_out}"
+            ) from None
+        if there == identity:
+            return
+        names = sorted(
+            {
+                (section, name)
+                for tree in (there, identity)
+                for section in tree
+                for name in tree[section]
+            }
+        )
+        different = [
+            f"{section}.{name} {there.get(section, {}).get(name)!r} there, "
+            f"{identity.get(section, {}).get(name)!r} here"
+            for section, name in names
+            if there.get(section, {}).get(name) != identity.get(section, {}).get(name)
+        ]
+        raise ValueError(
+            f"output: {self.path} is of another evaluation: {'; '.join(different)}; {way_out}"
+        )
+
+    def _record(self, line: bytes, index: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"output: {self.path}:{index + 1}: not JSON: {error}") from error
+        if not isinstance(record, dict) or record.get("index") != index:
+            raise ValueError(f"output: {self.path}:{index + 1}: expected problem {index}")
+        return record
+
+
+def crc32(value: Any) -> str:
+    """Checksum of a JSON value."""
+    return f"{zlib.crc32(json.dumps(value).encode()):08x}"
+
+
+def weights_crc32(model: nn.Module) -> str:
+    """Checksum of a model's weights, in the order of its state dict."""
+    checksum = 0
+    for name, tensor in model.state_dict().items():
+        checksum = zlib.crc32(name.encode(), checksum)
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(values.numpy(), checksum)
+    return f"{checksum:08x}"

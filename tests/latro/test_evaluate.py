@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas
+import pytest
+from datasets import load_dataset
+
+from latro.evaluate import evaluate, main
+from latro.tasks import TASKS
+
+ROOT = Path(__file__).parents[2]
+REAL_DATA = ROOT.parent / "shared" / "data"
+FEW = ("--num_eval_examples", "5", "--num_samples", "2", "--max_completion_length", "8")
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out" / "evaluation.json"
+
+
+def test_the_command_line(output, capsys):
+    result = evaluate([*FEW, "--majority", "1", "2", "--output", str(output)])
+    assert json.loads(output.read_text()) == result
+    assert {"accuracy_greedy", "accuracy_sampled", "maj@1", "maj@2", "answer_logp"} <= set(
+        result["metrics"]
+    )
+    for name, (low, high) in result["intervals"].items():
+        assert low <= result["metrics"][name] <= high
+    assert result["problems"] == 5
+    assert result["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "maj@2" in printed
+    assert "95 % interval" in printed
+
+
+def test_the_lines_open_in_datasets_and_in_pandas(output, tmp_path):
+    result = evaluate([*FEW, "--majority", "2", "--output", str(output)])
+    lines = str(output.with_suffix(".jsonl"))
+    rows = load_dataset("json", data_files=lines, split="train", cache_dir=str(tmp_path / "cache"))
+    assert {"index", "prompt", "answer", "greedy", "sampled"} == set(rows.column_names)
+    frame = pandas.read_json(lines, lines=True)
+    assert list(frame["index"]) == list(rows["index"]) == list(range(5))
+    greedy = frame["greedy"].str[0].str["correct"].mean()
+    assert greedy == result["metrics"]["accuracy_greedy"]
+    completion = rows[0]["sampled"][1]
+    assert {"text", "predicted", "correct", "rationale_tokens", "answer_logp"} <= set(completion)
+
+
+def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
+    argv = [*FEW, "--batch_size", "2", "--majority", "2", "--output", str(output)]
+    whole = evaluate(argv)
+    lines = output.with_suffix(".jsonl")
+    there = lines.read_bytes().splitlines(keepends=True)
+    lines.write_bytes(b"".join(there[:2]) + there[2][:40])
+    output.unlink()
+    assert evaluate(argv)["metrics"] == whole["metrics"]
+    assert lines.read_bytes() == b"".join(there)
+    # Votes are counted anew from the lines: nothing is generated for them.
+    monkeypatch.delattr("latro.evaluation.TransformersEngine.generate")
+    argv[argv.index("--majority") + 1] = "1"
+    assert evaluate(argv)["metrics"]["maj@1"] == whole["metrics"]["accuracy_sampled"]
+
+
+def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path):
+    argv = [*FEW, "--num_eval_examples", "7", "--majority", "2"]
+    alone = evaluate([*argv, "--batch_size", "4", "--output", str(tmp_path / "alone.json")])
+    output.parent.mkdir()
+    for suffix in (".jsonl", ".settings.json"):
+        there = (tmp_path / "alone.json").with_suffix(suffix).read_bytes()
+        # Five lines are a batch of both processes, and one of the next.
+        kept = there if suffix != ".jsonl" else b"".join(there.splitlines(keepends=True)[:5])
+        output.with_suffix(suffix).write_bytes(kept)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "latro.evaluate", *argv, "--batch_size", "2", "--output", str(output)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    # Only one process talks.
+    assert done.stdout.count("95 % interval") == 1
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics == pytest.approx(alone["metrics"], rel=1e-5)
+    lines = output.with_suffix(".jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == list(range(7))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--seed", "7"), "settings.seed 42 there, 7 here"),
+        (("--num_shots", "1"), "settings.num_shots 0 there, 1 here"),
+        (("--eval_split", "validation"), "data.rows"),
+    ],
+)
+def test_lines_of_another_evaluation_are_kept(output, more, message):
+    argv = [*FEW, "--num_eval_examples", "2", "--majority", "2", "--output", str(output)]
+    evaluate(argv)
+    before = output.with_suffix(".jsonl").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        evaluate([*argv, *more])
+    assert output.with_suffix(".jsonl").read_bytes() == before
+    assert evaluate([*argv, *more, "--overwrite"])["problems"] == 2
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("name", sorted(TASKS))
+def test_every_task(output, name, shots):
+    """Real files where a task has files."""
+    data = []
+    if name in ("gsm8k", "arc_challenge"):
+        if not (REAL_DATA / name).is_dir():
+            pytest.skip(f"the files of {name} are not at ../shared/data/{name}")
+        data = ["--dataset_path", str(REAL_DATA / name)]
+    result = evaluate(
+        [
+            *("--dataset_name", name, *data, "--num_shots", str(shots), "--num_samples", "2"),
+            *("--num_eval_examples", "2", "--majority", "1", "2", "--max_completion_length", "4"),
+            *("--output", str(output)),
+        ]
+    )
+    assert result["problems"] == 2
+    assert len(result["examples"]) == shots
+    assert len(output.with_suffix(".jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--num_samples", "2", "--majority", "3"), "k from 1 to num_samples = 2"),
+        (("--max_completion_length", "100000"), "lower max_completion_length"),
+        (("--eval_split", "tset"), "tset"),
+        (("--num_shots", "-1"), "num_shots: expected 0 or more, got -1"),
+        (("--num_shots", "100000"), "num_shots: expected at most 10000"),
+    ],
+)
+def test_a_bad_call_writes_nothing(output, argv, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(["--output", str(output), *argv])
+    assert not output.parent.exists()
+
+
+def test_the_output_is_not_the_lines_own_name():
+    with pytest.raises(ValueError, match="output: expected the name of the JSON file"):
+        evaluate(["--output", "evaluation.jsonl"])
+
+
+def test_an_error_is_one_line(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["latro.evaluate", "--eval_split", "tset"])
+    with pytest.raises(SystemExit, match=r"^latro\.evaluate: split"):
+        main()
