@@ -25,7 +25,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
-TRAINING = "--max_steps 2 --eval_strategy no --num_eval_examples 4 --num_train_examples 16 --max_completion_length 16"
+TRAINING = (
+    "--max_steps 2 --eval_strategy no --num_train_examples 16 --num_eval_examples 4 "
+    "--max_completion_length 16"
+)
 LIMITS = {
     "latro.train": f"{TRAINING} --num_generations 2 --per_device_train_batch_size 2",
     "latro.sft": f"{TRAINING} --per_device_train_batch_size 2",
