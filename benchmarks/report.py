@@ -6,44 +6,12 @@ import csv
 import io
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
-import torch
+from latro_kernels import environment
 
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def environment(device: torch.device, packages: Sequence[str]) -> dict[str, object]:
-    """Date, device, threads and versions (`None`: not installed), ready for JSON."""
-    on_gpu = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        **{package: _version(package) for package in packages},
-    }
+__all__ = ["environment", "write_bytes", "write_csv", "write_json"]
 
 
 def write_bytes(path: Path, data: bytes) -> None:

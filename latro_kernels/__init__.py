@@ -1,5 +1,6 @@
 """Fused log-probabilities and KL at the LM head, and the group advantages made of them."""
 
+from latro_kernels.environment import environment
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
 from latro_kernels.linear_kl import linear_kl
@@ -10,6 +11,7 @@ __all__ = [
     "BackendUnavailableError",
     "GroupAdvantage",
     "GroupLayout",
+    "environment",
     "gather_logprob",
     "group_advantage",
     "linear_kl",

@@ -1,0 +1,397 @@
+"""The study's report: Markdown and pictures, every number of which comes out of the records.
+
+What a person has to say about them stands in `discussion.md` beside the report, which takes it in.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from latro.files import replacing
+from latro.replicate.charts import draw_ablations, draw_main, draw_majority
+from latro.replicate.study import (
+    ABLATIONS,
+    LATRO,
+    MAJORITY,
+    METHODS,
+    SFT_LEARNING_RATE,
+    SHIPPED,
+)
+from latro.replicate.summary import Difference, Estimate, Record, Study, estimate
+
+REPORT_FILE = "README.md"
+DISCUSSION_FILE = "discussion.md"
+_MAJ = f"maj@{max(MAJORITY)}"
+_HEADLINES = (("greedy", "accuracy_greedy"), (_MAJ, _MAJ))
+_OTHERS = tuple(method for method in METHODS if method != "latro")
+
+
+def write_report(study: Study, folder: Path) -> None:
+    """Write README.md and its pictures into `folder`.
+
+    Raises:
+        ValueError: the study has no finished main cell.
+    """
+    if not study.pairs():
+        raise ValueError("output_dir: expected a finished main cell in the study, got none")
+    draw_main(study, folder / "main.png")
+    draw_majority(study, folder / "majority.png")
+    sections = [_head(study), _main_section(study), _gains_section(study), _majority_section(study)]
+    if study.part("ablation"):
+        draw_ablations(study, folder / "ablations.png")
+        sections.append(_ablation_section(study))
+    if study.part("tuning"):
+        sections.append(_tuning_section(study))
+    discussion = folder / DISCUSSION_FILE
+    if discussion.exists():
+        sections.append(f"## Discussion\n\n{discussion.read_text(encoding='utf-8').strip()}")
+    sections += [_limits_section(study), _settings_section(study)]
+    with replacing(folder / REPORT_FILE) as temporary:
+        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+
+def _head(study: Study) -> str:
+    places = {
+        "{device}, Python {python}, torch {torch}, transformers {transformers}".format_map(
+            record["environment"]
+        )
+        for record in study.records
+    }
+    dates = sorted(record["environment"]["date"][:10] for record in study.records)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    seconds = sum(sum(record["seconds"]) for record in study.records)
+    jobs = "one at a time" if study.jobs == 1 else f"{study.jobs} at a time"
+    seeds = sorted({record["seed"] for record in study.part("main")})
+    text = "# The claim in small\n\n" + _paragraphs(
+        """
+        LaTRO (arXiv 2411.04282) against its base model and supervised fine-tuning, as in the
+        paper's Table 2, with models of about a million parameters on generated problems; and what
+        changes with its settings.
+        """,
+        f"""
+        {len(study.records)} cells took {seconds / 60:.0f} minutes of processes with one thread
+        each, {jobs}, on {"; ".join(sorted(places))}; {when}. The command, which goes on where it
+        was interrupted, and the one that writes this page again from cells.json:
+        """,
+    )
+    commands = f"""
+
+    {study.command}
+    python -m latro.replicate --report_only true --output_dir benchmarks/results/replicate
+
+"""
+    return (
+        text
+        + commands
+        + _paragraphs(
+            f"""
+        Main cells have the {"seed" if len(seeds) == 1 else "seeds"} {_listed(map(str, seeds))}. A
+        seed decides the order of the training problems and all samples, in training and in
+        evaluation; base models are pre-trained once. A figure with ± is the mean over seeds and
+        their standard deviation (by n − 1), one without is of one seed. All cells of a task are
+        evaluated on the same {study.part("main")[0]["problems"]} problems of its test split. SFT
+        makes as many updates as LaTRO, of as many sequences: LaTRO's are K rationales a prompt,
+        SFT's each another prompt. The model of the last update counts, for all methods.
+        """,
+        )
+    )
+
+
+def _main_section(study: Study) -> str:
+    header = (
+        *("model", "task", "method", "greedy", _MAJ, "sampled"),
+        *("rationale, tokens", "mean log π(y∣x⊕z)", "seeds"),
+    )
+    rows = []
+    for architecture, task in study.pairs():
+        for method, label in METHODS.items():
+            records = study.main(architecture, task, method)
+            if records:
+                rows.append((architecture, task, label, *_row(records), str(len(records))))
+    return f"""## The main table
+
+{_markdown(header, rows, left=3)}
+
+![greedy and {_MAJ} accuracy of every method](main.png)"""
+
+
+def _row(records: Sequence[Record]) -> list[str]:
+    metrics = ("accuracy_greedy", _MAJ, "accuracy_sampled")
+    return [
+        *(_percent(estimate(records, metric)) for metric in metrics),
+        _plain(estimate(records, "rationale_length"), 1),
+        _plain(estimate(records, "answer_logp"), 2),
+    ]
+
+
+def _gains_section(study: Study) -> str:
+    header = ("model", "task", "", *(f"LaTRO − {METHODS[other]}" for other in _OTHERS))
+    rows, notes = [], []
+    outcomes: dict[str, list[bool]] = {other: [] for other in _OTHERS}
+    for architecture, task in study.pairs():
+        for label, metric in _HEADLINES:
+            row = [architecture, task, label]
+            latro = estimate(study.main(architecture, task, "latro"), metric)
+            for other in _OTHERS:
+                than = estimate(study.main(architecture, task, other), metric)
+                if latro is None or than is None:
+                    row.append("")
+                    continue
+                difference = Difference(latro, than)
+                row.append(_points(difference))
+                if difference.above is not None:
+                    outcomes[other].append(difference.above)
+                    if not difference.above:
+                        where = f"{architecture}, {task}, {label}, against {METHODS[other]}"
+                        notes.append(f"- {where}: {_why_not(difference)}")
+            rows.append(row)
+    counts = [
+        f"{METHODS[other]} in {sum(met)} of {len(met)}" for other, met in outcomes.items() if met
+    ]
+    parts = [
+        "## Does LaTRO gain?",
+        _paragraphs(
+            """
+            Differences in points, with the root of the sum of both variances over seeds. **Bold**:
+            more than two such deviations above zero.
+            """
+        ),
+        _markdown(header, rows, left=3),
+    ]
+    if counts:
+        text = f"LaTRO is more than two deviations above {_listed(counts)} comparisons."
+        parts.append(_paragraphs(text))
+    if notes:
+        parts += ["These are not:", "\n".join(notes)]
+    return "\n\n".join(parts)
+
+
+def _why_not(difference: Difference) -> str:
+    """A sentence on a difference that is not two deviations above zero."""
+    of, than = _percent(difference.of), _percent(difference.than)
+    said = f"{of} against {than}, {_points(difference)} points"
+    room = 1 - difference.than.mean
+    if difference.below:
+        return f"{said}: LaTRO is the lower by more than two deviations."
+    if room <= 2 * (difference.deviation or 0.0):
+        return f"{said}: the other leaves {100 * room:.1f} points, less than two deviations."
+    return f"{said}: within two deviations of no difference."
+
+
+def _majority_section(study: Study) -> str:
+    votes = [f"maj@{k}" for k in MAJORITY]
+    header = ("model", "task", "method", "greedy", *votes, f"{_MAJ} ≥ greedy")
+    rows, answers = [], []
+    for architecture, task in study.pairs():
+        for method, label in METHODS.items():
+            records = study.main(architecture, task, method)
+            greedy, voted = (estimate(records, metric) for _, metric in _HEADLINES)
+            if greedy is None or voted is None:
+                continue
+            verdict = ""
+            if method == "latro":
+                answers.append(voted.mean >= greedy.mean)
+                verdict = "yes" if answers[-1] else "no"
+            figures = [_percent(estimate(records, metric)) for metric in votes]
+            rows.append((architecture, task, label, _percent(greedy), *figures, verdict))
+    text = f"""
+        maj@k is the commonest answer of the first k of {max(MAJORITY)} samples. The mean of
+        LaTRO's {_MAJ} is at or above that of its greedy accuracy in {sum(answers)} of
+        {len(answers)} models and tasks.
+        """
+    return f"""## Does a vote help?
+
+{_paragraphs(text)}
+
+{_markdown(header, rows, left=3)}
+
+![maj@k over k](majority.png)"""
+
+
+def _ablation_section(study: Study) -> str:
+    parts = [
+        "## Ablations",
+        _paragraphs(
+            f"""
+            LaTRO on {SHIPPED[0]}, {SHIPPED[1]}, with one setting changed at a time. The row of the
+            main setting is that of the main table. `max_completion_length` limits training and
+            evaluation. The KL is the mean of the last updates, in nats a rationale.
+            """
+        ),
+        f"![greedy and {_MAJ} accuracy over each setting](ablations.png)",
+    ]
+    for setting in ABLATIONS:
+        of = study.ablation(setting)
+        if not of:
+            continue
+        rows = []
+        for value in (value for value in ABLATIONS[setting] if value in of):
+            records = of[value]
+            kl = estimate(records, "kl", "training")
+            seconds = Estimate.of([record["seconds"][0] for record in records])
+            label = f"{value} (main)" if value == LATRO[setting] else str(value)
+            rows.append(
+                (label, *_row(records), _plain(kl, 2), f"{seconds.mean:.0f}", str(len(records)))
+            )
+        header = (
+            *(f"`{setting}`", "greedy", _MAJ, "sampled", "rationale, tokens"),
+            *("mean log π(y∣x⊕z)", "KL", "seconds to train", "seeds"),
+        )
+        parts.append(f"### `{setting}`\n\n{_markdown(header, rows, left=1)}")
+        parts.append(_ablation_note(study, setting))
+    return "\n\n".join(filter(None, parts))
+
+
+def _ablation_note(study: Study, setting: str) -> str:
+    """Which values are more than two deviations from the main one."""
+    of = study.ablation(setting)
+    said = []
+    compared = 0
+    for label, metric in _HEADLINES:
+        main = estimate(of.get(LATRO[setting], ()), metric)
+        for value, records in of.items():
+            other = estimate(records, metric)
+            if value == LATRO[setting] or main is None or other is None:
+                continue
+            difference = Difference(other, main)
+            compared += difference.above is not None
+            if difference.above or difference.below:
+                side = "above" if difference.above else "below"
+                said.append(f"{value} is {side} in {label} ({_points(difference)} points)")
+    if not compared:
+        return ""
+    if not said:
+        return "No value is more than two deviations from the main one."
+    return f"More than two deviations from the main setting: {'; '.join(said)}."
+
+
+def _tuning_section(study: Study) -> str:
+    targets: dict[str, list[Record]] = {}
+    for record in study.part("tuning"):
+        targets.setdefault(record["method"], []).append(record)
+    rows, best = [], []
+    for method, records in targets.items():
+        ordered = sorted(records, key=lambda record: record["changed"]["learning_rate"])
+        for record in ordered:
+            rate = record["changed"]["learning_rate"]
+            rows.append((METHODS[method], f"{rate:g}", *_row([record])))
+        top = max(ordered, key=lambda record: record["metrics"]["accuracy_greedy"])
+        best.append(f"{top['changed']['learning_rate']:g} for {METHODS[method]}")
+    header = (
+        *("method", "learning rate", "greedy", _MAJ, "sampled"),
+        *("rationale, tokens", "mean log π(y∣x⊕z)"),
+    )
+    used = [f"{rate:g} for {METHODS[method]}" for method, rate in SFT_LEARNING_RATE.items()]
+    text = f"""
+        Chosen on the validation split, never on test: {SHIPPED[0]}, {SHIPPED[1]}, one seed. The
+        best greedy accuracy is that of {_listed(best)}; the main cells have {_listed(used)}.
+        """
+    return f"""## The learning rate of SFT
+
+{_paragraphs(text)}
+
+{_markdown(header, rows, left=1)}"""
+
+
+def _limits_section(study: Study) -> str:
+    main = study.part("main")
+    problems = main[0]["problems"]
+    seeds = len({record["seed"] for record in main})
+    # A share of half has the largest standard error.
+    error = 100 * (0.25 / problems) ** 0.5
+    limits = (
+        """
+        The models have a million parameters and know nothing but these problems; the paper's have
+        3 to 8 billion and have read the world. The pre-training text was mixed so that some
+        rationales help and some do not, which gives LaTRO something to find. That a model of
+        billions holds such a mixture for a task is what the paper claims, and is not tested here.
+        """,
+        """
+        The worked rationales that SFT learns from are flawless and in the form that pre-training
+        used. People's solutions to real problems are neither, so SFT has a better chance here than
+        in the paper.
+        """,
+        """
+        What can be read off: whether a reward made of the model's own likelihood raises accuracy,
+        the order of methods on the same problems, and the direction in which a setting moves them.
+        Sizes of gains, best settings and times cannot be carried over to models of billions.
+        """,
+        f"""
+        {seeds} {"seed gives no deviation" if seeds == 1 else "seeds give a rough deviation"}: two
+        deviations are a rule of thumb here and no test, and of many comparisons some exceed it by
+        chance. Base models are pre-trained once; what another pre-training would change is not in
+        it.
+        """,
+        f"""
+        All cells of a task share {problems} problems. Another draw of problems would move each
+        accuracy by a standard error of up to {error:.1f} points.
+        """,
+        """
+        Learning rates, LaTRO's and SFT's, were chosen on validation problems for the model that
+        ships, and hold for the others and for all ablations unchanged.
+        """,
+    )
+    listed = "\n".join(
+        textwrap.indent(_paragraphs(text), "  ").replace("  ", "- ", 1) for text in limits
+    )
+    return f"## What this can say, and what it cannot\n\n{listed}"
+
+
+def _settings_section(study: Study) -> str:
+    """One cell of each method with all its settings and commands."""
+    parts = [
+        "## How a cell is made",
+        "By these commands, in the study's folder; those of all are in [cells.json](cells.json).",
+    ]
+    architecture, task = study.pairs()[-1]
+    for method, label in METHODS.items():
+        for record in study.main(architecture, task, method)[:1]:
+            lines = "\n".join(f"    {command}" for command in record["commands"])
+            parts.append(f"{label}, {architecture}, {task}:\n\n{lines}")
+    return "\n\n".join(parts)
+
+
+def _paragraphs(*texts: str) -> str:
+    """Each text as lines of up to 98 letters, wherever its own lines break."""
+    filled = (
+        textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
+        for text in texts
+    )
+    return "\n\n".join(filled)
+
+
+def _percent(value: Estimate | None) -> str:
+    if value is None:
+        return ""
+    if value.deviation is None:
+        return f"{100 * value.mean:.1f}%"
+    return f"{100 * value.mean:.1f} ± {100 * value.deviation:.1f}%"
+
+
+def _plain(value: Estimate | None, digits: int) -> str:
+    if value is None:
+        return ""
+    if value.deviation is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ± {value.deviation:.{digits}f}"
+
+
+def _points(difference: Difference) -> str:
+    """A difference in points, bold where it is more than two deviations above zero."""
+    text = f"{100 * difference.mean:+.1f}"
+    if difference.deviation is not None:
+        text += f" ± {100 * difference.deviation:.1f}"
+    return f"**{text}**" if difference.above else text
+
+
+def _listed(items: Iterable[str]) -> str:
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
+    """A Markdown table whose first `left` columns are aligned to the left."""
+    rule = ["---" if index < left else "--:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -1,0 +1,277 @@
+"""What the study is made of: cells, each a chain of commands, and the settings they share.
+
+The main cells are {base, SFT on answers, SFT on worked rationales, LaTRO} × architecture × task ×
+seed. An ablation changes one setting of LaTRO on the model that ships; the value that the main
+cells have is not run again. The tuning cells compare learning rates of SFT on validation problems.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any
+
+ARCHITECTURES = ("llama", "mistral", "phi3")
+TASKS = ("arithmetic", "arithmetic_choice")
+METHODS = MappingProxyType(
+    {
+        "base": "base",
+        "sft-answer": "SFT, answers",
+        "sft-rationale": "SFT, worked rationales",
+        "latro": "LaTRO",
+    }
+)
+SHIPPED = ("llama", "arithmetic")
+"""What the model that ships is; ablations and tuning run on it."""
+
+MAJORITY = (1, 2, 4, 8)
+"""The k of maj@k; the largest is the number of samples a problem."""
+
+LATRO = MappingProxyType(
+    {
+        "objective": "latro",
+        "num_generations": 8,
+        "beta": 0.05,
+        "kl": "reward",
+        "answer_weight": 1.0,
+        "max_completion_length": 64,
+        "temperature": 1.0,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 2e-4,
+        "lr_scheduler_type": "linear",
+    }
+)
+# As many updates as LaTRO, of as many sequences: eight times its prompts, each with one rationale.
+SFT = MappingProxyType({"per_device_train_batch_size": 64, "lr_scheduler_type": "linear"})
+SFT_LEARNING_RATE = MappingProxyType({"sft-answer": 5e-4, "sft-rationale": 5e-4})
+"""The best of `SFT_LEARNING_RATES` in the tuning cells, by greedy accuracy on validation."""
+
+SFT_LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+
+ABLATIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "num_generations": (2, 4, 8, 16),
+        "beta": (0.0, 0.05, 0.25, 1.0),
+        "answer_weight": (0.0, 0.5, 1.0),
+        "max_completion_length": (16, 32, 64),
+        "kl": ("reward", "k3", "exact"),
+        "objective": ("latro", "verifree", "jepo", "rlpr", "sft"),
+    }
+)
+"""The values of each setting that is varied, the main cells' one among them."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a study is.
+
+    Args:
+        seeds: of the main cells; the first ones of them serve ablations, the first the tuning.
+        ablation_seeds: how many of the seeds each ablation has.
+        max_steps: updates of each training run.
+        num_eval_examples: held-out problems of each evaluation.
+        pretrain_steps: of each base model but the one that ships; None: as many as it has.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    ablation_seeds: int = 2
+    max_steps: int = 80
+    num_eval_examples: int = 300
+    pretrain_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different ones, at least one, got {self.seeds}")
+        if not 0 <= self.ablation_seeds <= len(self.seeds):
+            raise ValueError(
+                f"ablation_seeds: expected 0 to {len(self.seeds)}, the number of seeds, "
+                f"got {self.ablation_seeds}"
+            )
+        for name in ("max_steps", "num_eval_examples", "pretrain_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of the study: commands that run one after another, and what they stand for.
+
+    Paths in the commands are relative to the study's folder, so that a record of them says nothing
+    of the machine.
+
+    Args:
+        name: names its files; `--only` matches it.
+        part: "base model", "main", "ablation" or "tuning".
+        architecture, task: of the model, and what it is trained and evaluated on.
+        method: a key of `METHODS`; "" for a base model.
+        seed: of training and of the evaluation's samples; None for a base model.
+        settings: of training, in full, but for the seed.
+        changed: the settings in which it differs from the main cell.
+        commands: each a module and its arguments.
+        base: the cell that makes the model it starts from; None: it ships.
+    """
+
+    name: str
+    part: str
+    architecture: str
+    task: str
+    method: str = ""
+    seed: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    commands: tuple[tuple[str, ...], ...] = ()
+    base: Cell | None = None
+
+    @property
+    def work(self) -> str:
+        """Where its model and its evaluation lie while it runs."""
+        return f"work/{self.name}"
+
+    @property
+    def chain(self) -> list[str]:
+        """The shell commands that make it from nothing, those of its base model included."""
+        own = [" ".join(("python -m", *command)) for command in self.commands]
+        return own if self.base is None else [*self.base.chain, *own]
+
+
+def cells(scale: Scale) -> list[Cell]:
+    """All cells, in the order in which they are worth running.
+
+    A study that is stopped early has whole tables, of fewer seeds: base models, the tuning, then
+    the main cells and at last the ablations, each seed by seed. No two run the same commands.
+    """
+    bases = {
+        (architecture, task): None
+        if (architecture, task) == SHIPPED
+        else _base_model(architecture, task, scale)
+        for task in TASKS
+        for architecture in ARCHITECTURES
+    }
+    everything = [base for base in bases.values() if base is not None]
+    everything += _tuning(scale)
+    for seed in scale.seeds:
+        for (architecture, task), base in bases.items():
+            for method in METHODS:
+                name = f"main-{architecture}-{task}-{method}-{seed}"
+                start = Cell(name, "main", architecture, task, method, seed, base=base)
+                everything.append(_with_commands(start, scale))
+    for seed in scale.seeds[: scale.ablation_seeds]:
+        for setting, values in ABLATIONS.items():
+            for value in values:
+                if value != LATRO[setting]:
+                    name = f"ablation-{setting}={value}-{seed}"
+                    start = Cell(name, "ablation", *SHIPPED, "latro", seed)
+                    everything.append(_with_commands(start, scale, {setting: value}))
+    return everything
+
+
+def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """The cells whose names match any of the shell patterns, and the base models they start from.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in everything):
+            raise ValueError(
+                f"only: expected patterns of cell names such as {everything[-1].name}, "
+                f"got {pattern!r}, which matches none"
+            )
+    matched = [c for c in everything if any(fnmatchcase(c.name, p) for p in patterns)]
+    needed = {cell.base.name for cell in matched if cell.base is not None}
+    return [c for c in everything if c in matched or c.name in needed]
+
+
+def base_folder(architecture: str, task: str) -> str:
+    """Where a base model lies in the study's folder."""
+    return f"base/{architecture}-{task}"
+
+
+def _base_model(architecture: str, task: str, scale: Scale) -> Cell:
+    folder = base_folder(architecture, task)
+    command = (
+        "latro.replicate.pretrain",
+        *("--architecture", architecture, "--task", task, "--output_dir", folder),
+        *(() if scale.pretrain_steps is None else ("--steps", str(scale.pretrain_steps))),
+    )
+    name = f"base-{architecture}-{task}"
+    return Cell(name, "base model", architecture, task, commands=(command,))
+
+
+def _tuning(scale: Scale) -> Iterator[Cell]:
+    for method in ("sft-answer", "sft-rationale"):
+        for rate in SFT_LEARNING_RATES:
+            seed = scale.seeds[0]
+            name = f"tuning-{method}-learning_rate={rate}-{seed}"
+            start = Cell(name, "tuning", *SHIPPED, method, seed)
+            yield _with_commands(start, scale, {"learning_rate": rate}, split="validation")
+
+
+def _with_commands(
+    cell: Cell, scale: Scale, changed: Mapping[str, Any] | None = None, split: str = "test"
+) -> Cell:
+    """`cell` with its settings and the commands that train, if it does, and evaluate."""
+    changed = changed or {}
+    start = base_folder(cell.architecture, cell.task)
+    model = () if cell.base is None else ("--model_name_or_path", start)
+    limit = str({**LATRO, **changed}["max_completion_length"])
+    settings: dict[str, Any] = {}
+    commands: list[tuple[str, ...]] = []
+    if cell.method != "base":
+        settings = {**_settings(cell.method), "max_steps": scale.max_steps, **changed}
+        trained = f"{cell.work}/model"
+        commands.append(
+            (
+                *_trainer(cell.method, model, cell.task),
+                *_flags(settings),
+                # The last model counts; the evaluations in training are of no use here.
+                *("--eval_strategy", "no", "--save_strategy", "no", "--num_eval_examples", "8"),
+                *("--seed", str(cell.seed), "--output_dir", trained),
+            )
+        )
+        model = ("--model_name_or_path", trained)
+    commands.append(
+        (
+            *("latro.evaluate", *model, "--dataset_name", cell.task, "--eval_split", split),
+            *("--num_eval_examples", str(scale.num_eval_examples)),
+            *("--num_samples", str(max(MAJORITY)), "--majority", *map(str, MAJORITY)),
+            *("--max_completion_length", limit, "--batch_size", "100"),
+            *("--seed", str(cell.seed), "--output", f"{cell.work}/evaluation.json"),
+        )
+    )
+    return Cell(
+        cell.name,
+        cell.part,
+        cell.architecture,
+        cell.task,
+        cell.method,
+        cell.seed,
+        settings,
+        changed,
+        tuple(commands),
+        cell.base,
+    )
+
+
+def _settings(method: str) -> Mapping[str, Any]:
+    if method == "latro":
+        return LATRO
+    return {**SFT, "learning_rate": SFT_LEARNING_RATE[method]}
+
+
+def _trainer(method: str, model: Sequence[str], task: str) -> tuple[str, ...]:
+    if method == "latro":
+        return ("latro.train", *model, "--dataset_name", task)
+    target = method.partition("-")[2]
+    return ("latro.sft", "--target", target, *model, "--dataset_name", task)
+
+
+def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in settings.items():
+        yield from (f"--{name}", str(value))

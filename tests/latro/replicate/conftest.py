@@ -1,0 +1,59 @@
+"""Records of cells as a study leaves them, with numbers chosen by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from latro.replicate.study import Cell, Scale, cells
+
+_METRICS = {
+    "accuracy_greedy": 0.5,
+    "accuracy_sampled": 0.4,
+    "maj@1": 0.4,
+    "maj@2": 0.45,
+    "maj@4": 0.5,
+    "maj@8": 0.55,
+    "rationale_length": 20.0,
+    "answer_logp": -1.5,
+}
+
+
+@pytest.fixture
+def named() -> dict[str, Cell]:
+    """The cells of a study of three seeds, two of them for ablations, by name."""
+    return {cell.name: cell for cell in cells(Scale())}
+
+
+@pytest.fixture
+def record(named: dict[str, Cell]) -> Callable[..., dict[str, Any]]:
+    """`record(name, **metrics)`: what is kept of the cell of that name."""
+
+    def make(name: str, **metrics: float) -> dict[str, Any]:
+        cell = named[name]
+        return {
+            "name": cell.name,
+            "part": cell.part,
+            "architecture": cell.architecture,
+            "task": cell.task,
+            "method": cell.method,
+            "seed": cell.seed,
+            "settings": dict(cell.settings),
+            "changed": dict(cell.changed),
+            "commands": cell.chain,
+            "seconds": [60.0, 30.0],
+            "problems": 100,
+            "metrics": {**_METRICS, **{k.replace("maj_", "maj@"): v for k, v in metrics.items()}},
+            "training": {"kl": 2.0} if cell.method == "latro" else {},
+            "environment": {
+                "date": "2026-01-02T03:04:05+00:00",
+                "device": "a CPU",
+                "python": "3.11",
+                "torch": "2.13",
+                "transformers": "5.23",
+            },
+        }
+
+    return make
