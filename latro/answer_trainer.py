@@ -20,7 +20,7 @@ from latro.callbacks import MetricsFiles, ProgressBar
 from latro.config import AnswerConfig
 from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.evaluation import EvaluationSettings, evaluate_model
-from latro.finite import FiniteUpdates
+from latro.finite import Finding, FiniteUpdates
 from latro.long_run import LongRunTrainer
 from latro.memory import FittingUpdate
 from latro.peft import add_adapter, check_adapter, has_adapter
@@ -173,7 +173,11 @@ class AnswerTrainer(LongRunTrainer):
         self._sums["time_step"] += time.perf_counter() - started
         for name, seconds in self._stopwatch.read().items():
             self._sums[name] += seconds
+        self._end_step(finding)
         return loss
+
+    def _end_step(self, finding: Finding) -> None:
+        """Called when a step is done; for classes that inherit."""
 
     def _update_flos(self) -> int:
         # 2 FLOP a parameter and token: forward, and twice that backward.

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from latro.files import replacing
+from latro.reporting import Report
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
@@ -163,28 +164,23 @@ class ProgressBar(TrainerCallback):
             self.bar = None
 
 
-class CompletionsTable(TrainerCallback):
+class CompletionsTable:
     """Prints the rationales of one prompt whenever the run logs."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
-        self.rows: list[tuple[str, str, str]] = []
-        """(prompt, rationale with what ended it, answer) of the last update's first prompt."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
-        if not self.rows or not state.is_world_process_zero:
+    def __call__(self, step: int, report: Report) -> None:
+        """Print a report's samples, if it has any."""
+        if not report.samples:
             return
-        prompt, _, answer = self.rows[0]
-        table = Table(title=f"update {state.global_step}", caption=f"{prompt!r} → {answer!r}")
+        first = report.samples[0]
+        table = Table(title=f"update {step}", caption=f"{first.prompt!r} → {first.answer!r}")
         table.add_column("sampled rationale", overflow="fold")
-        for _, rationale, _ in self.rows:
+        table.add_column("reward", justify="right")
+        table.add_column("advantage", justify="right")
+        for sample in report.samples:
             # repr: line ends and special tokens are to be seen; brackets are no markup here.
-            table.add_row(repr(rationale).replace("[", r"\["))
+            rationale = repr(sample.rationale).replace("[", r"\[")
+            table.add_row(rationale, f"{sample.reward:.2f}", f"{sample.advantage:+.2f}")
         self.console.print(table)
-        self.rows = []

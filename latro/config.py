@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 
 from latro.objectives import OBJECTIVES
+from latro.reporting import check_trackers
 from latro.tasks import TASKS
 
 ASSETS = Path(__file__).parent / "assets"
@@ -45,6 +46,11 @@ class AnswerConfig(TrainingArguments):
         False, "Not used: the prompt and answer columns are no arguments of the model."
     )
     dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
+    # The parent's takes one name on the command line.
+    report_to: list[str] = field(  # type: ignore[assignment]
+        default_factory=list,
+        metadata={"help": "Whom to report to: tensorboard, wandb, trackio; several, all or none."},
+    )
 
     eval_split: str = setting(
         "validation", "Held-out problems: validation, so that no choice is made on the test split."
@@ -65,6 +71,7 @@ class AnswerConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_trackers(self.report_to)
         _at_least("max_completion_length", self.max_completion_length, 1)
         _at_least("token_budget", self.token_budget, 1)
         _at_least("max_skipped_updates", self.max_skipped_updates, 0)
@@ -144,7 +151,9 @@ class LatroConfig(AnswerConfig):
         "Without it every token weighs 1, and the ratio is logged.",
     )
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
-    num_completions_to_print: int = setting(4, "Rows of that table.")
+    num_completions_to_print: int = setting(
+        4, "Rows of that table, and of the one that trackers get; 0: no table."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -34,11 +34,13 @@ from latro.answer_trainer import AnswerTrainer, disable_dropout
 from latro.callbacks import CompletionsTable
 from latro.config import AnswerConfig, LatroConfig
 from latro.distribution import gathered, is_sharded, prepare_reference
+from latro.finite import Finding
 from latro.generation import TransformersEngine, seed_of
 from latro.objectives import PLAIN_OBJECTIVES
 from latro.peft import AdapterOff, has_adapter
 from latro.prompts import check_dataset, encode_prompt
-from latro.rollout import Rollout, RolloutEngine, Sample, decode, eos_token_ids
+from latro.reporting import SequenceReports, sinks_of
+from latro.rollout import Rollout, RolloutEngine, Sample, eos_token_ids
 from latro.scoring import Scorer
 from latro.statistics import rollout_sums
 from latro.tasks import Task
@@ -112,9 +114,19 @@ class LatroTrainer(AnswerTrainer):
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
-        self.completions_table = CompletionsTable() if args.log_completions else None
-        if self.completions_table:
-            self.add_callback(self.completions_table)
+        sinks = sinks_of(self.callback_handler.callbacks)
+        if args.log_completions:
+            sinks.append(CompletionsTable())
+        self.reports: SequenceReports | None = None
+        if sinks:
+            self.reports = SequenceReports(
+                sinks,
+                processing_class,
+                self.accelerator,
+                num_generations=args.num_generations,
+                num_samples=args.num_completions_to_print,
+            )
+            self.add_callback(self.reports)
 
     def _make_ref_scorer(self, ref_model: PreTrainedModel | None) -> Scorer | AdapterOff | None:
         """Of π_0; None where β is 0 and no reference is given."""
@@ -160,18 +172,12 @@ class LatroTrainer(AnswerTrainer):
         self._engine_is_stale = True
         return super().train(*args, **kwargs)
 
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Sample, score and backpropagate one batch of prompts; returns the detached loss."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def _end_step(self, finding: Finding) -> None:
         last = self.accelerator.sync_gradients
         self._engine_is_stale |= last
         self._micro_step = 0 if last else self._micro_step + 1
-        return loss
+        if self.reports is not None:
+            self.reports.add(self.update.outcomes, last=last, skipped=finding.skipped)
 
     def _backpropagate(
         self, examples: Sequence[dict[str, Any]], num_items: Tensor | int | None
@@ -258,22 +264,11 @@ class LatroTrainer(AnswerTrainer):
     # What is logged.
 
     def _record(self, sums: dict[str, float]) -> None:
-        groups = self._groups
-        super()._record(sums | rollout_sums(groups))
+        super()._record(sums | rollout_sums(self._groups))
         if self.update.importance is not None:
             total, largest = self.update.importance.tolist()
             self._sums["importance_ratio"] += total
             self._sums["importance_ratio_max"] = max(self._sums["importance_ratio_max"], largest)
-        if self.completions_table:
-            group = groups[0][: self.args.num_completions_to_print]
-            self.completions_table.rows = [
-                (
-                    decode(self.processing_class, r.prompt_ids),
-                    decode(self.processing_class, r.sampled_ids),
-                    decode(self.processing_class, r.answer_ids),
-                )
-                for r in group
-            ]
 
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return statistics.averages(sums)

@@ -21,6 +21,7 @@ from latro.importance import importance
 from latro.layout import Batch, Group, group_layout, plain_offsets
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.peft import AdapterOff
+from latro.reporting import Outcome
 from latro.scoring import Reference, Scorer, Scores
 from latro.statistics import NAMES, micro_batch_sums
 from latro.stopwatch import Stopwatch
@@ -40,6 +41,7 @@ class Update(Accumulation):
     Attributes:
         importance: of the last update's rationale tokens, the sum of their importance ratios and
             the largest, fp64 [2]; None where the engine tells no log-probs.
+        outcomes: of the last call's sequences, one a micro-batch; each process has its own.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Update(Accumulation):
             backend=args.backend,
         )
         self.importance: Tensor | None = None
+        self.outcomes: list[Outcome] = []
 
     def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of `groups` to the parameters'.
@@ -82,25 +85,30 @@ class Update(Accumulation):
         sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
         self.trunk_tokens = 0
         self.importance = None
+        self.outcomes = []
         for slot, count in enumerate(counts):
             pieces = planned[slot].pieces if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
             fill = [self._filler(groups) for _ in range(count - len(pieces))]
             last = slot == len(counts) - 1
-            micro_loss, micro_sums = self._micro_batch(batches, fill, num_groups, last)
+            micro_loss, micro_sums, advantage = self._micro_batch(batches, fill, num_groups, last)
+            if advantage is not None:
+                rollouts = [r for r in planned[slot].rollouts if not r.plain]
+                self.outcomes.append(Outcome(rollouts, advantage.reward, advantage.advantage))
             loss += micro_loss
             sums += micro_sums
         return loss, sums
 
     def _micro_batch(
         self, batches: list[Batch], fill: list[Batch], num_groups: int, last: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, GroupAdvantage | None]:
         """Accumulate the gradient of whole groups; `fill` runs behind them and counts for nothing.
 
         `last`: gradients are exchanged with other processes at its last backward.
         """
         every = batches + fill
+        advantage: GroupAdvantage | None = None
         whole = len(every) == 1
         loss = torch.zeros((), device=self.args.device)
         sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
@@ -132,7 +140,7 @@ class Update(Accumulation):
                         with self.accelerator.autocast():
                             score = self.scorer(batch, references[index])
                     loss += self._backward(coefficients[index].loss(score))
-        return loss, sums
+        return loss, sums, advantage
 
     def _advantage(
         self,

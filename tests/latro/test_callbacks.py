@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-import io
 import json
 from types import SimpleNamespace
 
 from PIL import Image
-from rich.console import Console
 from transformers import TrainerControl, TrainerState
 
-from latro.callbacks import CompletionsTable, MetricsFiles, draw_progress
+from latro.callbacks import MetricsFiles, draw_progress
 
 
 def test_metrics_are_appended_and_rewritten_at_the_start(tmp_path):
@@ -35,16 +33,3 @@ def test_progress_is_drawn(tmp_path):
         assert drawn.size == (1080, 720)
         assert drawn.tobytes() != empty
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_completions_are_shown_to_the_letter():
-    console = Console(file=io.StringIO(), width=120)
-    table = CompletionsTable(console)
-    table.rows = [("How many?", " 2+3=[5]\n<eos>", " The answer is 5")]
-    state = TrainerState(is_world_process_zero=True)
-    table.on_log(SimpleNamespace(), state, TrainerControl())
-    shown = console.file.getvalue()
-    assert r"' 2+3=[5]\n<eos>'" in shown
-    assert "How many?" in shown
-    table.on_log(SimpleNamespace(), state, TrainerControl())
-    assert console.file.getvalue() == shown

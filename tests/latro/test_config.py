@@ -39,6 +39,12 @@ def test_without_a_model_the_small_ones_settings_stand_in():
     assert parse("--learning_rate", "0.5")[2].learning_rate == 0.5
 
 
+def test_several_trackers_are_named_one_after_another(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert parse("--report_to", "tensorboard", "wandb")[2].report_to == ["tensorboard", "wandb"]
+    assert parse("--report_to", "none")[2].report_to == []
+
+
 def test_command_line_over_yaml_over_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model_name_or_path: m\nnum_generations: 8\nbeta: 0.25\nlearning_rate: 1e-6\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from latro.train import train
 
@@ -97,8 +98,12 @@ def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, engine
 @pytest.mark.parametrize("engine", ENGINES)
 def test_four_processes(tmp_path, one_process, engine):
     output = tmp_path / "four"
-    launch(4, output, *ENGINES[engine])
+    launch(4, output, *ENGINES[engine], "--report_to", "tensorboard")
     assert_same_run(output, one_process)
+    # The one histogram of a log is of all processes' sequences.
+    (folder,) = (output / "runs").iterdir()
+    advantages = EventAccumulator(str(folder)).Reload().Histograms("train/advantages")
+    assert advantages[-1].histogram_value.num == PROMPTS * 4
 
 
 def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path):
