@@ -1,14 +1,15 @@
 """LaTRO on Hugging Face's Trainer: a language model rewarded by its own answer likelihood.
 
-    from latro import LatroConfig, LatroTrainer
+    from latro import LatroConfig, LatroTrainer, SftConfig, SftTrainer
 
-`python -m latro.train` and `python -m latro.evaluate` are the command lines.
+`python -m latro.train`, `python -m latro.sft` and `python -m latro.evaluate` are the command lines.
 """
 
 from __future__ import annotations
 
-from latro.config import LatroConfig
+from latro.config import LatroConfig, SftConfig
+from latro.sft_trainer import SftTrainer
 from latro.trainer import LatroTrainer
 
-__all__ = ["LatroConfig", "LatroTrainer"]
+__all__ = ["LatroConfig", "LatroTrainer", "SftConfig", "SftTrainer"]
 __version__ = "0.1.0"

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from latro import statistics
 from latro.accumulation import Accumulation
-from latro.callbacks import MetricsFiles, ProgressBar
+from latro.callbacks import MetricsFiles, Panels, ProgressBar
 from latro.config import AnswerConfig
 from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.evaluation import EvaluationSettings, evaluate_model
@@ -51,6 +51,7 @@ class AnswerTrainer(LongRunTrainer):
 
     Class attributes:
         sum_names: of the sums that `update` returns.
+        panels: of the plot, a title and the names of what is drawn.
 
     Attributes:
         scorer: of `model`.
@@ -61,6 +62,7 @@ class AnswerTrainer(LongRunTrainer):
     """
 
     sum_names: ClassVar[tuple[str, ...]]
+    panels: ClassVar[Panels]
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
@@ -123,9 +125,9 @@ class AnswerTrainer(LongRunTrainer):
         self._flos = 0
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
-        self.add_callback(MetricsFiles())
+        self.add_callback(MetricsFiles(self.panels))
         if not args.disable_tqdm:
-            self.add_callback(ProgressBar())
+            self.add_callback(ProgressBar(args.title))
 
     @property
     @abstractmethod

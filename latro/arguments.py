@@ -18,12 +18,16 @@ from latro.config import ASSETS, AnswerConfig
 
 
 def parse_arguments(
-    classes: Sequence[type], argv: Sequence[str] | None = None, *, prog: str
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    small_settings: str = "default.yaml",
 ) -> tuple[Any, ...]:
     """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
 
     Without `--model_name_or_path` the small model that ships is meant, and the settings made for
-    it (`latro/assets/default.yaml`) stand in for the defaults.
+    it (`small_settings`, a file in `latro/assets`) stand in for the defaults.
 
     Raises:
         ValueError: the YAML file is missing, malformed or names an unknown argument.
@@ -38,7 +42,7 @@ def parse_arguments(
     settings = _read_yaml(given.config) if given.config else {}
     if given.model_name_or_path is None and "model_name_or_path" not in settings:
         known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-        small = _read_yaml(ASSETS / "default.yaml")
+        small = _read_yaml(ASSETS / small_settings)
         settings = {k: v for k, v in small.items() if k in known} | settings
     _reject_unknown(settings, classes, given.config)
     parser.set_defaults(**settings)

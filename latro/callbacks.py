@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,9 @@ from latro.reporting import Report
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
-_PANELS = (
-    ("reward: mean log π(y|x⊕z), nats", ("reward",)),
-    ("held-out accuracy", ("eval_accuracy_greedy", "eval_accuracy_sampled")),
-    ("rationale length, tokens", ("rationale_length",)),
-    ("KL to the initial model, nats", ("kl",)),
-)
+
+Panels = Sequence[tuple[str, Sequence[str]]]
+"""Four plots: of each its title, and the names of the metrics in it."""
 
 
 class MetricsFiles(TrainerCallback):
@@ -32,6 +30,9 @@ class MetricsFiles(TrainerCallback):
     At the start of training the file is rewritten from the trainer's state. A resumed run thus
     drops what an interrupted one logged after its last checkpoint, and a line that it left torn.
     """
+
+    def __init__(self, panels: Panels) -> None:
+        self.panels = panels
 
     def on_train_begin(
         self,
@@ -65,20 +66,20 @@ class MetricsFiles(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            draw_progress(state.log_history, Path(args.output_dir) / PLOT_FILE)
+            draw_progress(state.log_history, Path(args.output_dir) / PLOT_FILE, self.panels)
 
     on_evaluate = on_save
     on_train_end = on_save
 
 
-def draw_progress(history: list[dict[str, float]], path: Path) -> None:
-    """Draw reward, accuracy, length and KL over the updates into a PNG."""
+def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -> None:
+    """Draw metrics over the updates into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (title, names) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
@@ -97,7 +98,8 @@ def draw_progress(history: list[dict[str, float]], path: Path) -> None:
 class ProgressBar(TrainerCallback):
     """One bar over the updates, with the figures that tell whether a run goes well."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str) -> None:
+        self.title = title
         self.bar: tqdm | None = None
 
     def on_train_begin(
@@ -111,7 +113,7 @@ class ProgressBar(TrainerCallback):
             self.bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
-                desc="LaTRO",
+                desc=self.title,
                 unit="update",
                 dynamic_ncols=True,
                 # A file wants a line now and then, not ten a second.
@@ -145,6 +147,8 @@ class ProgressBar(TrainerCallback):
                 length=f"{logs['rationale_length']:.0f}",
                 refresh=False,
             )
+        elif "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
         elif "eval_accuracy_greedy" in logs:
             sampled = logs.get("eval_accuracy_sampled", float("nan"))
             self.bar.write(

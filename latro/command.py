@@ -35,6 +35,7 @@ def run_training(
     argv: Sequence[str] | None,
     *,
     prog: str,
+    small_settings: str = "default.yaml",
 ) -> dict[str, dict[str, float]]:
     """Run a command line; returns the metrics before ("base") and after ("final").
 
@@ -44,6 +45,7 @@ def run_training(
         config_class: of its settings.
         argv: the command line; None: the process's own.
         prog: the command, "latro.train".
+        small_settings: in `latro/assets`, for the model that ships.
 
     Raises:
         ValueError: bad settings, model or data; the output folder is then as it was.
@@ -51,7 +53,7 @@ def run_training(
     """
     classes = (ModelArguments, PeftArguments, DataArguments, config_class)
     model_args, peft_args, data_args, args = parse_arguments(
-        classes, argv, prog=f"python -m {prog}"
+        classes, argv, prog=f"python -m {prog}", small_settings=small_settings
     )
     # The library's remarks on its own defaults, and its bars for each file read or written, are
     # none of the user's business here.

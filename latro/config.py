@@ -178,6 +178,31 @@ class LatroConfig(AnswerConfig):
 
 
 @dataclass
+class SftConfig(AnswerConfig):
+    """The settings of supervised fine-tuning.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    title = "SFT"
+
+    # The parents' fields with a default of ours.
+    output_dir: str = setting("runs/sft", "Where checkpoints, metrics and the model go.")
+    learning_rate: float = setting(1e-5, "The initial learning rate.")
+
+    target: str = setting(
+        "rationale",
+        "What is learnt: the written rationale with the answer after it, or the answer alone.",
+        choices=["rationale", "answer"],
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("target", self.target, ("rationale", "answer"))
+
+
+@dataclass
 class ModelArguments:
     """Which model, and how it is loaded."""
 

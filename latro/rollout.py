@@ -17,7 +17,7 @@ answer rows spell the same text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -159,11 +159,17 @@ class AnswerJoin:
 
         finished = bool(sampled_ids) and sampled_ids[-1] in self.eos_token_ids
         start = len(sampled_ids) - finished
-        before = decode(self.tokenizer, (prompt_ids + sampled_ids[:start])[-4:])
-        # A stand-in for what comes before: whether a space opens y is all that matters of it.
-        anchor, space = ("\n", "") if before[-1:].isspace() else (".", " ")
-        answer_ids = self._ids_after(anchor, f"{space}{self.template} {answer}")
+        answer_ids = self._ids_behind(prompt_ids + sampled_ids[:start], f"{self.template} {answer}")
         return self._rollout(prompt_ids, sampled_ids, answer_ids, start, finished, sample.logp)
+
+    def written(self, prompt_ids: list[int], rationale: str, answer: str) -> Rollout:
+        """The rollout of a rationale that somebody wrote; no token of it ends it.
+
+        An answer template in it, and what follows, are dropped.
+        """
+        ids = self._ids_behind(prompt_ids, rationale)
+        rollout = self(prompt_ids, Sample(ids), answer)
+        return replace(rollout, sampled_ids=rollout.rationale_ids, finished=True)
 
     def _rollout(
         self,
@@ -200,6 +206,13 @@ class AnswerJoin:
         while start > 0 and self.template not in decode(self.tokenizer, ids[start:end]):
             start -= 1
         return start, end
+
+    def _ids_behind(self, ids: list[int], text: str) -> list[int]:
+        """The tokens of a sentence that follows `ids`, with a space where there is none."""
+        before = decode(self.tokenizer, ids[-4:])
+        # A stand-in for what comes before: whether a space opens the text is all that matters.
+        anchor, space = ("\n", "") if before[-1:].isspace() else (".", " ")
+        return self._ids_after(anchor, f"{space}{text}")
 
     def _ids_after(self, before: str, text: str) -> list[int]:
         """The tokens of `text` where `before` stands in front of it."""

@@ -73,6 +73,12 @@ class LatroTrainer(AnswerTrainer):
     """
 
     sum_names = statistics.NAMES
+    panels = (
+        ("reward: mean log π(y|x⊕z), nats", ("reward",)),
+        ("held-out accuracy", ("eval_accuracy_greedy", "eval_accuracy_sampled")),
+        ("rationale length, tokens", ("rationale_length",)),
+        ("KL to the initial model, nats", ("kl",)),
+    )
     args: LatroConfig
     update: Update
 
