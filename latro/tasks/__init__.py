@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from .arc_challenge import ARCChallenge
 from .arithmetic import Arithmetic
+from .arithmetic_choice import ArithmeticChoice
 from .base import Task
 from .gsm8k import GSM8K
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Arithmetic, ARCChallenge, GSM8K)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Arithmetic, ArithmeticChoice, ARCChallenge, GSM8K)
+}
 
 
 def get_task(name: str) -> Task:
@@ -21,4 +24,4 @@ def get_task(name: str) -> Task:
     return TASKS[name]()
 
 
-__all__ = ["GSM8K", "TASKS", "ARCChallenge", "Arithmetic", "Task", "get_task"]
+__all__ = ["GSM8K", "TASKS", "ARCChallenge", "Arithmetic", "ArithmeticChoice", "Task", "get_task"]

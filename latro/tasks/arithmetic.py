@@ -11,12 +11,13 @@ A problem belongs to the split that its start and changes hash to, so a held-out
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .base import stable_bucket
+from .base import Task, stable_bucket
 from .numeric import NumericTask
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Ben", "Eva", "Leo", "Zoe")
@@ -48,8 +49,18 @@ class Problem:
         return " ".join([*story, "How many?"])
 
     @property
-    def answer(self) -> int:
+    def total(self) -> int:
         return self.start + sum(self.changes)
+
+    @property
+    def answer(self) -> str:
+        return str(self.total)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The dataset row."""
+        rationale = " ".join(self.steps())
+        return {"prompt": self.prompt, "answer": self.answer, "rationale": rationale}
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
         """The sentences that work it out, one a change: "10 - 2 = 8.", "8 + 7 = 15."
@@ -76,10 +87,12 @@ class Problem:
         return {0: "validation", 1: "test"}.get(bucket, "train")
 
 
-class Arithmetic(NumericTask):
-    """The generated problems as a task; 10,000 train, 500 validation and 500 test by default."""
+class GeneratedTask(Task):
+    """A task that makes its problems: 10,000 train, 500 validation and 500 test by default."""
 
-    name = "arithmetic"
+    @abstractmethod
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        """Yield problems of one split without end; now and then one comes again."""
 
     def _rows(
         self, split: str, path: Path | None, num_examples: int | None, seed: int
@@ -88,15 +101,20 @@ class Arithmetic(NumericTask):
             raise ValueError(f"task {self.name} is generated and takes no dataset_path; got {path}")
         count = _DEFAULT_EXAMPLES[split] if num_examples is None else num_examples
         rows: dict[str, dict[str, Any]] = {}
-        for problem in generate_problems(split, seed):
-            rows[problem.prompt] = {
-                "prompt": problem.prompt,
-                "answer": str(problem.answer),
-                "rationale": " ".join(problem.steps()),
-            }
+        for problem in self.problems(split, seed):
+            rows[problem.prompt] = problem.row
             if len(rows) == count:
                 break
         return list(rows.values())
+
+
+class Arithmetic(GeneratedTask, NumericTask):
+    """The generated problems, answered by their number."""
+
+    name = "arithmetic"
+
+    def problems(self, split: str, seed: int) -> Iterator[Problem]:
+        return generate_problems(split, seed)
 
 
 def generate_problems(split: str, seed: int) -> Iterator[Problem]:

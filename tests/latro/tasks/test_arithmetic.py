@@ -12,7 +12,7 @@ TASK = get_task("arithmetic")
 def test_a_problem_reads_as_documented():
     problem = Problem(10, (-2, 7), "Tom", "pens", ("loses", "gets"))
     assert problem.prompt == "Tom has 10 pens. Tom loses 2. Tom gets 7. How many?"
-    assert problem.answer == 15
+    assert problem.answer == "15"
     assert problem.steps() == ["10 - 2 = 8.", "8 + 7 = 15."]
 
 

@@ -4,7 +4,7 @@ from latro.tasks import TASKS, Task, get_task
 
 
 def test_tasks_are_known_by_their_names():
-    assert set(TASKS) == {"arc_challenge", "arithmetic", "gsm8k"}
+    assert set(TASKS) == {"arc_challenge", "arithmetic", "arithmetic_choice", "gsm8k"}
     for name in TASKS:
         task = get_task(name)
         assert isinstance(task, Task)
@@ -12,7 +12,9 @@ def test_tasks_are_known_by_their_names():
 
 
 def test_an_unknown_task_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="arc_challenge, arithmetic, gsm8k; got 'gsm9k'"):
+    with pytest.raises(
+        ValueError, match="arc_challenge, arithmetic, arithmetic_choice, gsm8k; got 'gsm9k'"
+    ):
         get_task("gsm9k")
 
 

@@ -1,15 +1,16 @@
-"""Pre-train the small model that ships, from nothing but generated text.
+"""Pre-train a small model, from nothing but generated text: the one that ships, or one to replicate
+the claim with.
 
-A document is a problem of the arithmetic task's train split, a rationale, and the right answer:
+A document is a problem of a task's train split, a rationale, and the right answer:
 
     Tom has 10 pens. Tom loses 2. Tom gets 7. How many? 10 - 2 = 8. 8 + 7 = 15. The answer is 15
 
-The rationale is of one of four kinds, by `MIXTURE`. Steps make the answer likely, filler does not,
+The rationale is of one of four kinds, by `MIXTURES`. Steps make the answer likely, filler does not,
 and the model writes both: that leaves LaTRO something to choose from. Where the steps have a slip
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
 
-    python scripts/pretrain_small_model.py --output_dir latro/assets/small
+    python -m latro.replicate.pretrain --output_dir latro/assets/small
 """
 
 from __future__ import annotations
@@ -17,26 +18,48 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import trange
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
     LlamaConfig,
-    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
     set_seed,
 )
 
-from latro.tasks.arithmetic import Arithmetic, Problem, generate_problems
+from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
+from latro.tasks.arithmetic_choice import ArithmeticChoice
 
-MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
+TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Arithmetic(), ArithmeticChoice())}
+MIXTURES = {
+    "arithmetic": {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10},
+    "arithmetic_choice": {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10},
+}
+# What sets each apart from the others is what sets their large namesakes apart: heads that share
+# keys and values in Mistral, projections in one piece and rotation of a part in Phi-3.
+ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {"intermediate_size": 384}),
+    "mistral": (
+        MistralConfig,
+        {"intermediate_size": 448, "num_key_value_heads": 2, "sliding_window": None},
+    ),
+    "phi3": (Phi3Config, {"intermediate_size": 384, "pad_token_id": None}),
+}
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
 IGNORE_INDEX = -100
@@ -47,6 +70,20 @@ class Arguments:
     """Settings of one pre-training run; the defaults make the model that ships."""
 
     output_dir: Path = field(metadata={"help": "Folder to write; replaced if it is there."})
+    architecture: Literal["llama", "mistral", "phi3"] = field(
+        default="llama", metadata={"help": "Of the model: llama, mistral or phi3."}
+    )
+    task: Literal["arithmetic", "arithmetic_choice"] = field(
+        default="arithmetic", metadata={"help": "Whose problems it reads."}
+    )
+    start_from: Path | None = field(
+        default=None,
+        metadata={"help": "Folder of a model to go on from, its architecture and tokenizer kept."},
+    )
+    learn_prompts: bool = field(
+        default=True,
+        metadata={"help": "Learn to tell the stories too; completions alone take fewer steps."},
+    )
     steps: int = field(default=1600, metadata={"help": "Optimizer steps."})
     batch_size: int = field(default=64, metadata={"help": "Documents a step."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak; cosine to zero."})
@@ -56,18 +93,18 @@ class Arguments:
     seed: int = field(default=42, metadata={"help": "Of text, weights and order."})
 
 
-def generate_documents(seed: int) -> Iterator[str]:
-    """Yield documents without their EOS, without end."""
+def generate_documents(task: GeneratedTask, seed: int) -> Iterator[tuple[str, str]]:
+    """Yield prompts with their completions, both without EOS, without end."""
     rng = random.Random(f"documents {seed}")
-    kinds, weights = list(MIXTURE), list(MIXTURE.values())
-    for problem in generate_problems("train", seed):
+    kinds, weights = zip(*MIXTURES[task.name].items(), strict=True)
+    for problem in task.problems("train", seed):
         (kind,) = rng.choices(kinds, weights)
-        parts = [problem.prompt, *rationale(problem, kind, rng)]
-        yield " ".join([*parts, Arithmetic.answer_template, str(problem.answer)])
+        sentences = [*rationale(problem, kind, rng), f"{task.answer_template} {problem.answer}"]
+        yield problem.prompt, "".join(f" {sentence}" for sentence in sentences)
 
 
 def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
-    """The sentences of one rationale; `kind` is a key of `MIXTURE`."""
+    """The sentences of one rationale; `kind` is a key of `MIXTURES`."""
     if kind == "nothing":
         return []
     if kind == "filler":
@@ -87,9 +124,9 @@ def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    documents = generate_documents(args.seed)
+    documents = generate_documents(TASKS[args.task], args.seed)
     bpe.train_from_iterator(
-        (next(documents) for _ in range(args.tokenizer_documents)),
+        ("".join(document) for document in islice(documents, args.tokenizer_documents)),
         trainers.BpeTrainer(
             vocab_size=args.vocab_size,
             special_tokens=[EOS],
@@ -102,11 +139,11 @@ def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    config = LlamaConfig(
+def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    config_class, settings = ARCHITECTURES[architecture]
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=4,
         max_position_embeddings=1024,
@@ -114,40 +151,48 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
+        **settings,
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     return model
 
 
 def make_batch(
-    documents: list[str], tokenizer: PreTrainedTokenizerFast
+    documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, learn_prompts: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`input_ids` and `labels`, both [documents, longest] int64, padded on the right.
 
     Padding follows every token that has a label, so causal attention needs no mask.
     """
-    ids = tokenizer([document + EOS for document in documents]).input_ids
+    ids = tokenizer([prompt + completion + EOS for prompt, completion in documents]).input_ids
     longest = max(map(len, ids))
     input_ids = torch.full((len(ids), longest), tokenizer.eos_token_id)
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     for row, document in enumerate(ids):
         input_ids[row, : len(document)] = labels[row, : len(document)] = torch.tensor(document)
+    if not learn_prompts:
+        for row, prompt in enumerate(tokenizer([prompt for prompt, _ in documents]).input_ids):
+            labels[row, : len(prompt)] = IGNORE_INDEX
     return input_ids, labels
 
 
-def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     set_seed(args.seed)
-    model = build_model(tokenizer).train()
+    if args.start_from is None:
+        model = build_model(args.architecture, tokenizer)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.start_from)
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
-    documents = generate_documents(args.seed)
+    documents = generate_documents(TASKS[args.task], args.seed)
     progress = trange(args.steps, desc="pre-training", unit="step")
     for _ in progress:
-        batch = [next(documents) for _ in range(args.batch_size)]
-        input_ids, labels = make_batch(batch, tokenizer)
+        batch = list(islice(documents, args.batch_size))
+        input_ids, labels = make_batch(batch, tokenizer, args.learn_prompts)
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -158,7 +203,7 @@ def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return model.eval()
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
     """Write the whole folder beside its place, then move it there: never half a model."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".pretrain-") as scratch:
@@ -172,7 +217,10 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output_dir
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    tokenizer = train_tokenizer(args)
+    if args.start_from is None:
+        tokenizer = train_tokenizer(args)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
     save(pretrain(args, tokenizer), tokenizer, args.output_dir)
 
 
