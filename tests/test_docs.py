@@ -12,7 +12,6 @@ import argparse
 import re
 import runpy
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Of programs that run in this process.
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -98,7 +100,19 @@ class Parsed(Exception):
 
 
 @pytest.fixture
-def parse(monkeypatch):
+def run(monkeypatch):
+    """`run(program, arguments)`: a module or a script, as the command does but in this process."""
+
+    def start(name: str, arguments: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        by_name = runpy.run_path if name.endswith(".py") else runpy.run_module
+        by_name(name, run_name="__main__")
+
+    return start
+
+
+@pytest.fixture
+def parse(monkeypatch, run):
     """`parse(program, arguments)`: start it, and stop it once its arguments are read."""
     read = argparse.ArgumentParser.parse_known_args
 
@@ -113,11 +127,9 @@ def parse(monkeypatch):
 
     def start(name: str, arguments: list[str]) -> None:
         monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", stop)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
         monkeypatch.chdir(ROOT)
-        run = runpy.run_path if name.endswith(".py") else runpy.run_module
         with pytest.raises(Parsed):
-            run(name, run_name="__main__")
+            run(name, arguments)
 
     return start
 
@@ -160,7 +172,6 @@ def test_links_to_files_resolve(page):
     assert not missing
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @of_pages()
 def test_commands_are_read(page, parse):
     codes = [code for code, _ in blocks(page, "bash")]
@@ -178,32 +189,18 @@ def test_a_flag_that_does_not_exist_is_found(parse, capsys):
 
 
 @of_pages("```python", "<!-- run -->")
-def test_a_page_runs(page, tmp_path, monkeypatch, offline):
+def test_a_page_runs(page, tmp_path, monkeypatch, run, offline):
     """Its commands, and then its Python, which may read what they have left."""
     write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    limits = "".join(
-        f'*" -m {module} "*) set -- "$@" {limit} ;;\n' for module, limit in LIMITS.items()
-    )
-    # What `python` is on the page.
-    function = f"""python() {{
-        case " $* " in {limits} esac
-        command {shlex.quote(sys.executable)} "$@"
-    }}
-    """
-    code = "\n".join(code for code, marked in blocks(page, "bash") if marked)
-    if code:
-        bash = shutil.which("bash") or "bash"
-        done = subprocess.run(
-            [bash, "-e", "-c", function + code],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for code in (code for code, marked in blocks(page, "bash") if marked):
+        for words in commands(code):
+            started = program(words)
+            if started is None:
+                subprocess.run(words, check=True, timeout=60)
+            else:
+                name, arguments = started
+                run(name, [*arguments, *shlex.split(LIMITS[name])])
     namespace: dict[str, object] = {"__name__": "__main__"}
     for number, (code, _) in enumerate(blocks(page, "python"), start=1):
         exec(compile(code, f"{page.name}, block {number}", "exec"), namespace)
