@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from latro.objectives import OBJECTIVES
 from latro.reporting import check_trackers
-from latro.tasks import TASKS
+from latro.tasks import FORMATS, GRADERS, TASKS
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small"
@@ -267,15 +267,40 @@ class PeftArguments:
 
 @dataclass
 class DataArguments:
-    """Which problems."""
+    """Which problems.
+
+    Raises:
+        ValueError: an answer template that is empty, or begins or ends with white space.
+    """
 
     _argument_group_name = "data"
 
-    dataset_name: str = setting("arithmetic", f"A task: {', '.join(sorted(TASKS))}.")
+    dataset_name: str = setting(
+        "arithmetic",
+        f"A task: {', '.join(sorted(TASKS))}. Or data of your own: a file ({', '.join(FORMATS)}), "
+        "a folder with a file a split, or a hub id.",
+    )
+    dataset_config: str | None = setting(None, "Of your own data on the hub, where it has several.")
     dataset_path: str | None = setting(
-        None, "A folder with the raw files; without it the data comes from the hub."
+        None, "A folder with a task's raw files; without it they come from the hub."
     )
     num_train_examples: int | None = setting(None, "Use so many training problems.")
+    answer_template: str | None = setting(
+        None, 'What an answer is stated behind; without it "The answer is".'
+    )
+    grader: str | None = setting(
+        None,
+        "How your own data is graded; without it: choice where there are choices, number where "
+        "all answers are numbers, else exact.",
+        choices=list(GRADERS),
+    )
+
+    def __post_init__(self) -> None:
+        template = self.answer_template
+        if template is not None and (not template or template != template.strip()):
+            raise ValueError(
+                f"answer_template: expected words without white space around them, got {template!r}"
+            )
 
 
 def _at_least(name: str, value: float, least: float, why: str = "") -> None:

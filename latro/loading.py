@@ -24,7 +24,7 @@ from latro.config import SMALL_MODEL, DataArguments, ModelArguments
 from latro.distribution import whole_on_load
 from latro.peft import require_peft
 from latro.prompts import prompt_text
-from latro.tasks import Task, get_task
+from latro.tasks import TASKS, Task, get_task, read_own_data
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -123,12 +123,30 @@ def _attention(dtype: str) -> str | None:
 
 
 def load_task(args: DataArguments) -> Task:
-    """The task that the arguments name.
+    """The task that the arguments name, or that of the user's own data.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is nothing of that name, a malformed row, or an argument that the one or
+            the other does not take.
     """
-    return get_task(args.dataset_name)
+    if args.dataset_name in TASKS:
+        for name in ("dataset_config", "grader"):
+            if getattr(args, name) is not None:
+                raise ValueError(
+                    f"{name}: expected with data of your own only, got {getattr(args, name)!r} "
+                    f"with the task {args.dataset_name}"
+                )
+        task = get_task(args.dataset_name)
+    else:
+        if args.dataset_path is not None:
+            raise ValueError(
+                f"dataset_path: expected with one of {', '.join(sorted(TASKS))} only, got "
+                f"{args.dataset_path!r} with {args.dataset_name!r}"
+            )
+        task = read_own_data(args.dataset_name, config=args.dataset_config, grader=args.grader)
+    if args.answer_template is not None:
+        task.answer_template = args.answer_template
+    return task
 
 
 def load_splits(

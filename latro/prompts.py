@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.rollout import AnswerJoin, Sample
@@ -25,21 +26,46 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: in the chat template's frame where the tokenizer has one.
 
-    A chat template writes its own beginning-of-sequence token, so none is added there; without a
-    template the tokenizer adds what it always adds, less an end-of-sequence token at the end.
+    With a chat template a string is one message of the user. The template is applied once, and it
+    writes its own beginning-of-sequence token, so the tokenizer adds none. Without a template a
+    string, or one message of the user, is read as it is: the tokenizer adds what it always adds,
+    less an end-of-sequence token at the end, and less a second token at the beginning where the
+    string begins with that itself.
+
+    Raises:
+        ValueError: the template refuses the messages, or there is none and they are not one of the
+            user.
     """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        try:
+            text = tokenizer.apply_chat_template(
+                [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ValueError(
+                f"the chat template of {_name(tokenizer)} refuses the messages: {error}"
+            ) from error
         return list(tokenizer.encode(text, add_special_tokens=False))
-    ids = list(tokenizer.encode(prompt))
+    if not isinstance(prompt, str) and [message["role"] for message in prompt] != ["user"]:
+        raise ValueError(
+            f"{_name(tokenizer)} has no chat template: expected a string, or one message of the "
+            f"user, as the prompt; got {len(prompt)} messages ending in {prompt[-1]['role']!r}"
+        )
+    ids = list(tokenizer.encode(prompt_text(prompt)))
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+        ids.pop(0)
     return ids
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
 def check_dataset(
@@ -61,8 +87,9 @@ def check_dataset(
         max_completion_length: the longest rationale, in tokens.
 
     Raises:
-        ValueError: a missing column, no rows, an empty prompt or answer, or a row that does not
-            fit the model with a rationale of full length; names the row.
+        ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
+            tokenizer cannot render, or a row that does not fit the model with a rationale of full
+            length; names the row.
     """
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
@@ -77,7 +104,10 @@ def check_dataset(
     ):
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(f"{name}: row {index}: expected a non-empty answer, got {answer!r}")
-        ids = encode_prompt(tokenizer, prompt)
+        try:
+            ids = encode_prompt(tokenizer, prompt)
+        except ValueError as error:
+            raise ValueError(f"{name}: row {index}: {error}") from error
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
         needed = len(ids) + max_completion_length + len(join(ids, Sample([]), answer).answer_ids)

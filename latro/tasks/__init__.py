@@ -1,4 +1,4 @@
-"""The tasks that ship: prompts, answers, grading."""
+"""The tasks that ship, and a user's own data: prompts, answers, grading."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from .arithmetic import Arithmetic
 from .arithmetic_choice import ArithmeticChoice
 from .base import Task
 from .gsm8k import GSM8K
+from .own_data import GRADERS, OwnData, read_own_data
+from .records import FORMATS
 
 TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Arithmetic, ArithmeticChoice, ARCChallenge, GSM8K)
@@ -24,4 +26,16 @@ def get_task(name: str) -> Task:
     return TASKS[name]()
 
 
-__all__ = ["GSM8K", "TASKS", "ARCChallenge", "Arithmetic", "ArithmeticChoice", "Task", "get_task"]
+__all__ = [
+    "FORMATS",
+    "GRADERS",
+    "GSM8K",
+    "TASKS",
+    "ARCChallenge",
+    "Arithmetic",
+    "ArithmeticChoice",
+    "OwnData",
+    "Task",
+    "get_task",
+    "read_own_data",
+]

@@ -12,8 +12,9 @@ from typing import Any
 
 from datasets import load_dataset
 
-from .base import Records, draw, read_jsonl, string_field
+from .base import draw, string_field
 from .choice import ChoiceTask
+from .records import Records, read_jsonl
 
 HUB_DATASET = ("allenai/ai2_arc", "ARC-Challenge")
 

@@ -1,40 +1,38 @@
 """What a task is: where its problems come from, and how a completion is graded.
 
-A dataset row has the columns `prompt` and `answer`, both strings; a task may add columns that its
-grading needs. A completion states its answer after the answer template, "The answer is 42", and
-only the last statement counts. Nothing else in the completion, and nothing in the prompt, does.
+A dataset row has the columns `prompt` (a string, or {"role", "content"} messages) and `answer` (a
+string); where a task has them, `rationale`, the worked solution, and `ground_truth`, what
+completions are graded against instead of `answer`; and what else its grading needs. A completion
+states its answer after the answer template, "The answer is 42", and only the last statement counts.
+Nothing else in the completion, and nothing in the prompt, does.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from datasets import Dataset
 
-# Each with the place it stands at, for messages.
-Records = Iterable[tuple[str, dict[str, Any]]]
-
 
 class Task(ABC):
     """A source of problems with known answers.
 
-    Class attributes:
+    Attributes:
         name: what `get_task` knows it by.
         answer_template: a rationale ends where this begins; the answer in full is
             `f"{answer_template} {answer}"`.
         splits: the names that `load` takes.
     """
 
-    name: ClassVar[str]
-    answer_template: ClassVar[str] = "The answer is"
+    name: str
+    answer_template: str = "The answer is"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
     def load(
@@ -55,7 +53,7 @@ class Task(ABC):
             seed: of that draw, and of the problems where the task generates them.
 
         Returns:
-            Dataset with the columns "prompt" and "answer" (str), and what the task adds.
+            Dataset with the columns "prompt" and "answer", and what the task adds.
 
         Raises:
             ValueError: unknown split, `num_examples` below 1, or a malformed row.
@@ -89,12 +87,16 @@ class Task(ABC):
         return self._canonical(completion[statements[-1].end() :], example)
 
     def grade(self, completion: str, example: Mapping[str, Any]) -> bool:
-        """Whether the answer that a completion states is the row's `answer`."""
+        """Whether the answer that a completion states is the right one."""
         return self.is_correct(self.extract(completion, example), example)
 
+    def truth(self, example: Mapping[str, Any]) -> str:
+        """What a row's completions are graded against: `ground_truth`, or else its `answer`."""
+        return example.get("ground_truth", example["answer"])
+
     def is_correct(self, predicted: str | None, example: Mapping[str, Any]) -> bool:
-        """Whether what `extract` returned is the answer that the row is graded against."""
-        return predicted is not None and self.same(predicted, example["answer"])
+        """Whether what `extract` returned is the right answer."""
+        return predicted is not None and self.same(predicted, self.truth(example))
 
     @property
     def description(self) -> str:
@@ -135,24 +137,6 @@ def stable_bucket(text: str, buckets: int) -> int:
     """A number in [0, buckets) that depends on nothing but the text, the same on every machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % buckets
-
-
-def read_jsonl(path: Path) -> Records:
-    """Yield ("file:line", record) for each line of a JSON-lines file, blank ones left out."""
-    if not path.is_file():
-        raise FileNotFoundError(f"dataset_path: there is no file {path}")
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-            yield where, record
 
 
 def string_field(record: Mapping[str, Any], field: str, where: str) -> str:

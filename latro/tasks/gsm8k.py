@@ -14,8 +14,9 @@ from typing import Any
 
 from datasets import load_dataset
 
-from .base import Records, draw, read_jsonl, stable_bucket, string_field
+from .base import draw, stable_bucket, string_field
 from .numeric import NumericTask, parse_number
+from .records import Records, read_jsonl
 
 HUB_DATASET = ("openai/gsm8k", "main")
 

@@ -3,10 +3,15 @@ from __future__ import annotations
 import copy
 
 import pytest
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from latro.prompts import encode_prompt
+from latro.prompts import check_dataset, encode_prompt, prompt_text
+from latro.rollout import AnswerJoin
 
+USER = {"role": "user", "content": "How many?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+REPLY = {"role": "assistant", "content": "Of what?"}
 CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
 
 
@@ -41,3 +46,74 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
     )
     assert made.encode("pens")[-1] == made.eos_token_id
     assert encode_prompt(made, "How many?") == tokenizer.encode("How many?")
+
+
+# As Llama 3 writes it: its beginning-of-sequence token, and a frame of special tokens a message.
+LLAMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_messages_go_through_the_chat_template_once(with_bos):
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    with_bos.add_special_tokens({"additional_special_tokens": marks})
+    with_bos.chat_template = LLAMA_CHAT
+    ids = encode_prompt(with_bos, [SYSTEM, USER, REPLY, {"role": "user", "content": "Pens."}])
+    spelled = "".join(
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
+        for role, content in (
+            ("system", "Be brief.<|eot_id|>"),
+            ("user", "How many?<|eot_id|>"),
+            ("assistant", "Of what?<|eot_id|>"),
+            ("user", "Pens.<|eot_id|>"),
+            ("assistant", ""),
+        )
+    )
+    assert with_bos.decode(ids) == f"<s>{spelled}"
+    assert ids.count(with_bos.bos_token_id) == 1
+    reference = with_bos.apply_chat_template(
+        [USER], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert encode_prompt(with_bos, [USER]) == encode_prompt(with_bos, "How many?") == reference
+
+
+def test_a_plain_prompt_that_opens_with_the_beginning_token_has_it_once(with_bos):
+    assert encode_prompt(with_bos, "<s>How many?") == encode_prompt(with_bos, "How many?")
+
+
+def test_without_a_template_one_message_of_the_user_is_a_string(tokenizer, with_bos):
+    for one in (tokenizer, with_bos):
+        assert encode_prompt(one, [USER]) == encode_prompt(one, "How many?")
+
+
+@pytest.mark.parametrize("prompt", [[SYSTEM, USER], [REPLY]])
+def test_without_a_template_a_conversation_is_refused(tokenizer, prompt):
+    made = copy.deepcopy(tokenizer)
+    made.name_or_path = "org/base"
+    with pytest.raises(ValueError, match=r"tokenizer org/base has no chat template: .* messages"):
+        encode_prompt(made, prompt)
+
+
+def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_bos):
+    # As Gemma's does.
+    with_bos.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    model = tiny(vocab_size=len(with_bos))
+    join = AnswerJoin(with_bos, "The answer is", [with_bos.eos_token_id])
+    dataset = Dataset.from_list([{"prompt": p, "answer": "3"} for p in ([USER], [SYSTEM, USER])])
+    check_dataset(dataset.select([0]), "train_dataset", model, with_bos, join, 8)
+    with pytest.raises(
+        ValueError, match=r"train_dataset: row 1: the chat template .*System role not supported"
+    ):
+        check_dataset(dataset, "train_dataset", model, with_bos, join, 8)
+
+
+def test_a_prompt_as_text():
+    assert prompt_text("How many?") == prompt_text([USER]) == "How many?"
+    assert prompt_text([SYSTEM, USER]) == "system: Be brief.\nuser: How many?"

@@ -1,0 +1,130 @@
+"""What a record of a user's own data may hold, and the row that becomes of it.
+
+    prompt         a string, or a list of {"role", "content"} messages, the last of the user
+    answer         a string or a number: what is trained on, behind the answer template
+    rationale      a string, or nothing: the worked solution
+    ground_truth   a string or a number: what completions are graded against, if not `answer`
+    choices        a list of texts, which are labelled A, B, ..., or {"label": [...], "text": [...]}
+
+Other columns are not read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_REQUIRED = ("prompt", "answer")
+_ROLES = ("system", "user", "assistant")
+_LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The row of a record: "prompt" and "answer", and those optional columns that it fills.
+
+    Raises:
+        ValueError: a column is missing or holds something else; begins with `where`.
+    """
+    if any(field not in record for field in _REQUIRED):
+        raise ValueError(
+            f"{where}: expected the columns prompt and answer, got {', '.join(map(str, record))}"
+        )
+    row: dict[str, Any] = {
+        "prompt": _prompt(record["prompt"], where),
+        "answer": _answer(record, "answer", where),
+    }
+    if not _absent(record.get("ground_truth")):
+        row["ground_truth"] = _answer(record, "ground_truth", where)
+    rationale = record.get("rationale")
+    if rationale is not None and not isinstance(rationale, str):
+        raise ValueError(f"{where}: expected a string at 'rationale', got {rationale!r}")
+    if rationale and rationale.strip():
+        row["rationale"] = rationale.strip()
+    if not _absent(record.get("choices")):
+        row["choices"] = _choices(record["choices"], where)
+    return row
+
+
+def _absent(value: Any) -> bool:
+    """Whether a cell is empty: None, or what CSV has for it."""
+    return value is None or value == ""
+
+
+def _prompt(prompt: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise ValueError(f"{where}: expected a non-empty string at 'prompt', got {prompt!r}")
+        return prompt
+    if not isinstance(prompt, list) or not prompt:
+        raise ValueError(
+            f"{where}: expected a string or a list of messages at 'prompt', got {prompt!r}"
+        )
+    messages = [_message(message, f"{where}: message {i}") for i, message in enumerate(prompt)]
+    if messages[-1]["role"] != "user":
+        raise ValueError(
+            f"{where}: expected the last message to be the user's, got {messages[-1]['role']!r}"
+        )
+    return messages
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{where}: expected an object with role and content, got {message!r}")
+    # Arrow gives every message the keys of all, None where a message has none.
+    keys = {key for key, value in message.items() if value is not None}
+    if keys != {"role", "content"}:
+        raise ValueError(f"{where}: expected role and content, got {sorted(map(str, keys))}")
+    if message["role"] not in _ROLES:
+        raise ValueError(
+            f"{where}: expected a role of {', '.join(_ROLES)}, got {message['role']!r}"
+        )
+    content = message["content"]
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"{where}: expected a non-empty string at 'content', got {content!r}")
+    return {"role": message["role"], "content": content}
+
+
+def _answer(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = record[field]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = str(value) if number and math.isfinite(value) else value
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")
+    return text.strip()
+
+
+def _choices(choices: Any, where: str) -> dict[str, list[str]]:
+    if isinstance(choices, str):  # a cell of CSV
+        try:
+            choices = json.loads(choices)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: expected JSON at 'choices', got {choices!r}") from error
+    if isinstance(choices, list):
+        choices = {"label": list(_LABELS[: len(choices)]), "text": choices}
+    if not isinstance(choices, dict):
+        raise ValueError(
+            f"{where}: expected a list of texts, or an object with label and text, at 'choices'; "
+            f"got {choices!r}"
+        )
+    labels, texts = _strings(choices, "label", where), _strings(choices, "text", where)
+    if len(labels) != len(texts) or not 2 <= len(texts) <= len(_LABELS):
+        raise ValueError(
+            f"{where}: expected 2 to {len(_LABELS)} choices, a label and a text each; "
+            f"got {len(labels)} labels and {len(texts)} texts"
+        )
+    distinct = {label.upper() for label in labels if re.fullmatch(r"\w", label)}
+    if len(distinct) < len(labels):
+        raise ValueError(f"{where}: expected a letter or digit of its own a label, got {labels}")
+    return {"label": labels, "text": texts}
+
+
+def _strings(choices: Mapping[str, Any], field: str, where: str) -> list[str]:
+    values = choices.get(field)
+    if not isinstance(values, list) or not all(isinstance(v, str) and v.strip() for v in values):
+        raise ValueError(
+            f"{where}: expected a list of strings as the choices' {field}, got {values!r}"
+        )
+    return values

@@ -1,0 +1,145 @@
+"""Reads files of records, each with the place it stands at, for messages.
+
+A place is "file:line", with the line that the record begins at; a Parquet file has no lines, so
+there it is "file: row 3", counted from 0 as pandas and `datasets` do.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+Records = Iterable[tuple[str, dict[str, Any]]]
+
+
+def read_records(path: Path) -> Records:
+    """Yield (place, record) for each record of a file, in the format that its name ends in.
+
+    Raises:
+        ValueError: another format than `FORMATS` has, or the file is not in it; names the place.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{path}: expected a file in {', '.join(FORMATS)}, got {path.suffix!r}")
+    try:
+        yield from FORMATS[path.suffix.lower()](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
+
+
+def read_jsonl(path: Path) -> Records:
+    """Yield (place, record) for each line of a JSON-lines file, blank ones left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is no JSON object; names it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"dataset_path: there is no file {path}")
+    # A byte-order mark, as some editors write, is no part of the first line.
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
+            yield where, _object(record, where)
+
+
+def _read_json(path: Path) -> Records:
+    """A list of objects, or an object a line."""
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        yield from _list_of_objects(text, path)
+    else:
+        yield from read_jsonl(path)
+
+
+def _list_of_objects(text: str, path: Path) -> Records:
+    # The list's elements one by one: parsed whole, it would not tell where each of them stands.
+    decode = json.JSONDecoder().raw_decode
+    at = _skip_space(text, text.index("[") + 1)
+    line, counted = 1, 0
+    while text[at : at + 1] != "]":
+        line, counted = line + text.count("\n", counted, at), at
+        where = f"{path}:{line}"
+        try:
+            record, end = decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}"
+            ) from error
+        yield where, _object(record, where)
+        end = _skip_space(text, end)
+        at = _skip_space(text, end + 1) if text[end : end + 1] == "," else end
+        if at == end and text[end : end + 1] != "]":
+            raise ValueError(f"{where}: not JSON: expected ',' or ']' after the object")
+    if text[at + 1 :].strip():
+        raise ValueError(f"{path}: not JSON: there is more behind the list")
+
+
+def _skip_space(text: str, at: int) -> int:
+    while text[at : at + 1].isspace():
+        at += 1
+    return at
+
+
+def _read_csv(path: Path) -> Records:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        rows = _csv_rows(reader, path)
+        _, names = next(rows, (0, []))
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}:1: expected a name for each column, got {names}")
+        for line, cells in rows:
+            if len(cells) != len(names):
+                raise ValueError(
+                    f"{path}:{line}: expected {len(names)} cells ({', '.join(names)}), "
+                    f"got {len(cells)}"
+                )
+            yield f"{path}:{line}", dict(zip(names, cells, strict=True))
+
+
+def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Each row that is not blank, with the line it begins at: a quoted cell may hold line ends."""
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{line}: not CSV: {error}") from error
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
+
+
+def _read_parquet(path: Path) -> Records:
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{path}: not Parquet: {error}") from error
+    for index, record in enumerate(table.to_pylist()):
+        yield f"{path}: row {index}", record
+
+
+def _object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+    return record
+
+
+FORMATS: dict[str, Callable[[Path], Records]] = {
+    ".jsonl": read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
