@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -90,17 +91,31 @@ def run_training(
             trainer.interruption.signal, trainer.state.global_step, args.output_dir
         )
     trainer.save_model()
+    best = _best_step(args, trainer.state)
     evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
-    if not evaluations or evaluations[-1]["step"] != trainer.state.global_step:
+    final = [e for e in evaluations if e["step"] == (best or trainer.state.global_step)]
+    if not final:
         trainer.evaluate()
-        evaluations.append(trainer.state.log_history[-1])
+        final = [trainer.state.log_history[-1]]
     trainer.save_state()
-    results = {"base": evaluations[0], "final": evaluations[-1]}
+    results = {"base": (evaluations or final)[0], "final": final[-1]}
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "results.json", results)
     console.print(_table(results, len(eval_dataset)))
+    if best is not None:
+        console.print(
+            f"the best by {args.metric_for_best_model} is taken, of update {best} of "
+            f"{trainer.state.global_step}"
+        )
     console.print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
     return results
+
+
+def _best_step(args: AnswerConfig, state: TrainerState) -> int | None:
+    """The update of the checkpoint that was loaded at the end as the best; None: none was."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return int(state.best_model_checkpoint.rpartition("-")[2])
 
 
 def _checkpoint(args: AnswerConfig) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from latro.objectives import OBJECTIVES
 from latro.reporting import check_trackers
@@ -16,6 +17,8 @@ from latro.tasks import FORMATS, GRADERS, TASKS
 
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small"
+# What tells a better model from a worse one by its evaluation; more is better for each.
+BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
 
 
 def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
@@ -70,8 +73,14 @@ class AnswerConfig(TrainingArguments):
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model is None and (
+            self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
+        ):
+            # The Trainer's own default is a loss on held-out rows, which nobody computes here.
+            self.metric_for_best_model = BEST_MODEL_METRICS[0]
         super().__post_init__()
         check_trackers(self.report_to)
+        self._check_best_model()
         _at_least("max_completion_length", self.max_completion_length, 1)
         _at_least("token_budget", self.token_budget, 1)
         _at_least("max_skipped_updates", self.max_skipped_updates, 0)
@@ -88,6 +97,34 @@ class AnswerConfig(TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             # Every trainable weight has a gradient in every backward.
             self.ddp_find_unused_parameters = False
+
+    def _check_best_model(self) -> None:
+        if self.metric_for_best_model is None:
+            return
+        if self.metric_for_best_model.removeprefix("eval_") not in {
+            name.removeprefix("eval_") for name in BEST_MODEL_METRICS
+        }:
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(BEST_MODEL_METRICS)}, got "
+                f"{self.metric_for_best_model!r}"
+            )
+        if self.eval_split == "test":
+            raise ValueError(
+                "metric_for_best_model: expected a choice on problems held out of training "
+                "(--eval_split validation); chosen on the test split a model's accuracy there is "
+                "no longer that of a model that has not seen it"
+            )
+        if (
+            self.load_best_model_at_end
+            and self.save_strategy == SaveStrategy.STEPS
+            and self.eval_strategy == IntervalStrategy.STEPS
+            and self.save_steps != self.eval_steps
+        ):
+            raise ValueError(
+                "load_best_model_at_end: expected a checkpoint of every model that is evaluated "
+                "(save_steps as eval_steps, or save_strategy best), got save_steps "
+                f"{self.save_steps} and eval_steps {self.eval_steps}"
+            )
 
 
 @dataclass

@@ -101,6 +101,39 @@ def test_settings_out_of_range(tmp_path, setting, message):
     assert not (tmp_path / "run").exists()
 
 
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+
+
+@pytest.mark.parametrize("name", [None, "accuracy_greedy", "eval_accuracy_sampled", "answer_logp"])
+def test_a_better_model_has_more_of_the_metric(tmp_path, name):
+    args = LatroConfig(
+        output_dir=str(tmp_path), **BEST, save_steps=2, eval_steps=2, metric_for_best_model=name
+    )
+    assert args.metric_for_best_model == (name or "eval_accuracy_greedy")
+    assert args.greater_is_better is True
+
+
+def test_without_a_best_model_there_is_no_metric_for_it(tmp_path):
+    args = LatroConfig(output_dir=str(tmp_path), eval_split="test")
+    assert args.metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_split": "test"}, r"held out of training \(--eval_split validation\)"),
+        ({"metric_for_best_model": "loss"}, "expected one of eval_accuracy_greedy, .*got 'loss'"),
+        ({"save_steps": 4}, "got save_steps 4 and eval_steps 2"),
+        ({"save_strategy": "best", "eval_split": "test"}, "held out of training"),
+    ],
+)
+def test_a_best_model_that_cannot_be_chosen(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LatroConfig(
+            output_dir=str(tmp_path), **{**BEST, "save_steps": 2, "eval_steps": 2, **settings}
+        )
+
+
 def test_help_has_groups_with_ours_first(capsys):
     with pytest.raises(SystemExit):
         parse("--help")

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from latro import evaluation
 from latro.checkpoints import damage
+from latro.evaluate import evaluate
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
 
@@ -66,6 +68,47 @@ def test_real_data(tmp_path, architecture, name):
     results = json.loads((output / "results.json").read_text())
     assert set(results) == {"base", "final"}
     AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize(("saving", "adapter"), [("steps", "false"), ("best", "true")])
+def test_the_best_checkpoint_is_what_a_run_ends_with(
+    tmp_path, monkeypatch, capsys, saving, adapter
+):
+    output = tmp_path / "run"
+    # Of the model before the training, for which there is no checkpoint, and after each update.
+    planted = iter([0.9, 0.5, 0.8, 0.6])
+
+    def evaluate_model(*args, **options):
+        metrics, records = evaluation.evaluate_model(*args, **options)
+        return metrics | {"accuracy_greedy": next(planted)}, records
+
+    monkeypatch.setattr("latro.answer_trainer.evaluate_model", evaluate_model)
+    results = train(
+        [
+            *(*SMALL, "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "1"),
+            *("--save_strategy", saving, "--save_steps", "1", "--save_total_limit", "1"),
+            *("--load_best_model_at_end", "true", "--use_peft", adapter),
+            *("--metric_for_best_model", "eval_accuracy_greedy", "--output_dir", str(output)),
+        ]
+    )
+    assert results["base"]["step"] == 0
+    assert results["final"]["step"] == 2
+    assert results["final"]["eval_accuracy_greedy"] == 0.8
+    assert "of update 2 of 3" in capsys.readouterr().out
+    assert results == json.loads((output / "results.json").read_text())
+    name = "adapter_model.safetensors" if adapter == "true" else "model.safetensors"
+    saved, best = (load_file(folder / name) for folder in (output, output / "checkpoint-2"))
+    assert all(torch.equal(saved[key], tensor) for key, tensor in best.items())
+    # The model that is there is the one that the results are of.
+    again = evaluate(
+        [
+            *("--model_name_or_path", str(output), "--eval_split", "validation"),
+            *("--num_eval_examples", "4", "--num_samples", "1", "--majority", "1"),
+            *("--max_completion_length", "8", "--output", str(tmp_path / "evaluation.json")),
+        ]
+    )
+    likelihood = again["metrics"]["answer_logp"]
+    assert results["final"]["eval_answer_logp"] == pytest.approx(likelihood, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
