@@ -24,7 +24,7 @@ from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.tasks import Task
 
-# Room for the answer after a rationale of full length: no answer of the tasks here is longer.
+# Room for the answer after a rationale of full length, where the data's own answers are shorter.
 ANSWER_TOKENS = 32
 
 
@@ -35,7 +35,8 @@ class EvaluationSettings:
     Attributes:
         num_samples: completions a problem, sampled at `temperature`; 0: greedy only.
         majority: the k of maj@k, each at most `num_samples`.
-        max_completion_length: tokens of a rationale; the answer may take 32 more.
+        max_completion_length: tokens of a rationale; the answer may take 32 more, or as many as
+            the longest of the data.
         batch_size: problems a batch and process; results do not depend on it, up to the rounding of
             the model's arithmetic.
         temperature: of sampling.
@@ -106,7 +107,9 @@ def evaluate_model(
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
-    check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
+    longest_answer = check_dataset(
+        dataset, "dataset", model, tokenizer, join, settings.max_completion_length
+    )
     separator = None
     shown = dataset
     if examples:
@@ -115,7 +118,8 @@ def evaluate_model(
         # A turn of a conversation has its own end.
         separator = SEPARATOR if isinstance(shown[0]["prompt"], str) else None
     prompts = [encode_prompt(tokenizer, prompt) for prompt in shown["prompt"]]
-    evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator)
+    max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest_answer)
+    evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
@@ -182,6 +186,8 @@ class _Evaluator:
     join: AnswerJoin
     settings: EvaluationSettings
     separator: str | None
+    max_new_tokens: int
+    """Of a completion: a rationale and its answer."""
 
     def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
         records = [
@@ -212,7 +218,7 @@ class _Evaluator:
         samples = engine.generate(
             [problem.prompt_ids for problem in problems],
             num_samples=num_samples,
-            max_new_tokens=self.settings.max_completion_length + ANSWER_TOKENS,
+            max_new_tokens=self.max_new_tokens,
             temperature=temperature,
             seeds=[seed_of(self.settings.seed, problem.index) for problem in problems],
             template=self.separator,

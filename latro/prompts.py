@@ -75,7 +75,7 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase,
     join: AnswerJoin,
     max_completion_length: int,
-) -> None:
+) -> int:
     """Reject a dataset that some row of would fail in the middle of a run.
 
     Args:
@@ -85,6 +85,9 @@ def check_dataset(
         tokenizer: the model's.
         join: makes the answer's tokens.
         max_completion_length: the longest rationale, in tokens.
+
+    Returns:
+        How many tokens the longest answer has, with its template and end.
 
     Raises:
         ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
@@ -98,6 +101,7 @@ def check_dataset(
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
+    longest = 0
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -110,10 +114,13 @@ def check_dataset(
             raise ValueError(f"{name}: row {index}: {error}") from error
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
-        needed = len(ids) + max_completion_length + len(join(ids, Sample([]), answer).answer_ids)
+        answer_tokens = len(join(ids, Sample([]), answer).answer_ids)
+        longest = max(longest, answer_tokens)
+        needed = len(ids) + max_completion_length + answer_tokens
         if limit is not None and needed > limit:
             raise ValueError(
                 f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
                 f"{max_completion_length} and its answer takes {needed} positions, but the model "
                 f"has {limit}; lower max_completion_length or drop the row"
             )
+    return longest

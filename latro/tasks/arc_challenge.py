@@ -18,7 +18,7 @@ from .records import Records, read_jsonl
 
 HUB_DATASET = ("allenai/ai2_arc", "ARC-Challenge")
 
-_INSTRUCTION = 'Reason step by step. Finish with "The answer is <label>".'
+_INSTRUCTION = 'Reason step by step. Finish with "{template} <label>".'
 _FILES = {"train": "train.jsonl", "validation": "dev.jsonl", "test": "test.jsonl"}
 _CHOICE_COUNTS = range(3, 6)
 
@@ -38,10 +38,12 @@ class ARCChallenge(ChoiceTask):
             )
         else:
             records = read_jsonl(path / _FILES[split])
-        return draw([_row(record, where) for where, record in records], num_examples, seed)
+        instruction = _INSTRUCTION.format(template=self.answer_template)
+        rows = [_row(record, where, instruction) for where, record in records]
+        return draw(rows, num_examples, seed)
 
 
-def _row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _row(record: Mapping[str, Any], where: str, instruction: str) -> dict[str, Any]:
     question = record.get("question")
     if isinstance(question, dict):  # AI2's schema
         stem = string_field(question, "stem", where)
@@ -68,7 +70,7 @@ def _row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: expected 'answerKey' among the labels {labels}, got {answer!r}")
     options = "\n".join(f"({label}) {text}" for label, text in zip(labels, texts, strict=True))
     return {
-        "prompt": f"{stem.strip()}\n{options}\n\n{_INSTRUCTION}\n",
+        "prompt": f"{stem.strip()}\n{options}\n\n{instruction}\n",
         "answer": answer,
         "choices": {"label": labels, "text": texts},
     }

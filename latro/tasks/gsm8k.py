@@ -20,7 +20,7 @@ from .records import Records, read_jsonl
 
 HUB_DATASET = ("openai/gsm8k", "main")
 
-_INSTRUCTION = 'Reason step by step. Finish with "The answer is <number>".'
+_INSTRUCTION = 'Reason step by step. Finish with "{template} <number>".'
 _ANSWER_MARK = "#### "
 _CALCULATOR_MARK = re.compile(r"<<[^<>]*>>")
 _VALIDATION_BUCKETS = 15
@@ -42,13 +42,14 @@ class GSM8K(NumericTask):
             )
         else:
             records = read_jsonl(path / f"{source}.jsonl")
+        instruction = _INSTRUCTION.format(template=self.answer_template)
         rows = []
         for where, record in records:
             question = string_field(record, "question", where).strip()
             rationale, answer = _solution(string_field(record, "answer", where), where)
             held_out = stable_bucket(question, _VALIDATION_BUCKETS) == 0
             if split == "test" or held_out == (split == "validation"):
-                prompt = f"{question}\n\n{_INSTRUCTION}\n"
+                prompt = f"{question}\n\n{instruction}\n"
                 rows.append({"prompt": prompt, "answer": answer, "rationale": rationale})
         return draw(rows, num_examples, seed)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
 
 from latro.evaluation import EvaluationSettings, answer_logp, evaluate_model
 from latro.generation import TransformersEngine
@@ -103,6 +104,25 @@ def test_batches_of_any_size_give_the_same_result(tiny, tokenizer, task):
     assert others == pytest.approx(metrics, rel=1e-5)
     texts = [[c["text"] for c in r["greedy"] + r["sampled"]] for r in records]
     assert [[c["text"] for c in r["greedy"] + r["sampled"]] for r in other_records] == texts
+
+
+@pytest.mark.parametrize(("words", "more"), [(1, 32), (100, 100)])
+def test_the_longest_answer_has_room_behind_a_rationale(
+    tiny, tokenizer, task, monkeypatch, words, more
+):
+    rooms = []
+
+    def generate(engine, prompts, *, num_samples, max_new_tokens, **options):
+        rooms.append(max_new_tokens)
+        return [[Sample([tokenizer.eos_token_id])] for _ in prompts]
+
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", generate)
+    rows = [{"prompt": "How many?", "answer": answer} for answer in ("2", " ".join(["2"] * words))]
+    settings = EvaluationSettings(num_samples=0, max_completion_length=5)
+    evaluate_model(Scorer(tiny()), tokenizer, task, Dataset.from_list(rows), settings)
+    (room,) = rooms
+    longest = tokenizer.encode(f" The answer is {rows[1]['answer']}")
+    assert room == 5 + max(32, len(longest) + 1) >= 5 + more
 
 
 class Killed(Exception):

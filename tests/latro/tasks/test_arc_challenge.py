@@ -177,3 +177,12 @@ def test_every_real_row_parses_and_its_answer_grades_itself_right(split, count):
                 assert TASK.grade(f"The answer is {statement}", row) == (label == row["answer"])
             if text not in labels:
                 assert TASK.extract(f"The answer is {text}", row) == label
+
+
+def test_prompts_ask_for_the_answer_template(tmp_path):
+    write(tmp_path, "test.jsonl", ai2_record())
+    task = get_task("arc_challenge")
+    task.answer_template = "Option:"
+    (row,) = task.load("test", dataset_path=tmp_path)
+    assert row["prompt"].endswith('Finish with "Option: <label>".\n')
+    assert task.grade("Option: B", row)

@@ -127,3 +127,11 @@ def test_every_real_row_parses_and_its_answer_grades_itself_right(splits, count)
 @needs_real_data
 def test_the_real_validation_split_is_about_a_fifteenth_of_train():
     assert len(TASK.load("validation", dataset_path=REAL_DATA)) == 465
+
+
+def test_prompts_ask_for_the_answer_template(folder):
+    task = get_task("gsm8k")
+    task.answer_template = "#### Answer:"
+    row = task.load("test", dataset_path=folder)[0]
+    assert row["prompt"].endswith('Finish with "#### Answer: <number>".\n')
+    assert task.grade(f"#### Answer: {row['answer']}", row)
