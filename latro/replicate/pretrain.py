@@ -10,6 +10,9 @@ and the model writes both: that leaves LaTRO something to choose from. Where the
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
 
+The models of the study cost a seventh of the one that ships: they do not learn to tell stories, and
+they learn to count from right steps alone, which is most of the work, before they meet the mixture.
+
     python -m latro.replicate.pretrain --output_dir latro/assets/small
 """
 
@@ -29,7 +32,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import trange
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
     LlamaConfig,
@@ -60,6 +62,19 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     ),
     "phi3": (Phi3Config, {"intermediate_size": 384, "pad_token_id": None}),
 }
+SHIPPED = ("llama", "arithmetic")
+SHIPPED_SETTINGS = {
+    "steps": 1600,
+    "right_steps": 0,
+    "batch_size": 64,
+    "learning_rate": 2e-3,
+    "learn_prompts": True,
+}
+_CHEAP = {"batch_size": 32, "learning_rate": 3e-3, "learn_prompts": False}
+STUDY_SETTINGS = {
+    "arithmetic": {"steps": 700, "right_steps": 400, **_CHEAP},
+    "arithmetic_choice": {"steps": 900, "right_steps": 600, **_CHEAP},
+}
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
 IGNORE_INDEX = -100
@@ -67,7 +82,11 @@ IGNORE_INDEX = -100
 
 @dataclass
 class Arguments:
-    """Settings of one pre-training run; the defaults make the model that ships."""
+    """Settings of one pre-training run; the defaults make the model that ships.
+
+    Where None stands, the architecture and the task decide: `SHIPPED_SETTINGS` or
+    `STUDY_SETTINGS`.
+    """
 
     output_dir: Path = field(metadata={"help": "Folder to write; replaced if it is there."})
     architecture: Literal["llama", "mistral", "phi3"] = field(
@@ -76,29 +95,36 @@ class Arguments:
     task: Literal["arithmetic", "arithmetic_choice"] = field(
         default="arithmetic", metadata={"help": "Whose problems it reads."}
     )
-    start_from: Path | None = field(
-        default=None,
-        metadata={"help": "Folder of a model to go on from, its architecture and tokenizer kept."},
+    steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
+    right_steps: int | None = field(
+        default=None, metadata={"help": "So many of them first read right steps alone."}
     )
-    learn_prompts: bool = field(
-        default=True,
-        metadata={"help": "Learn to tell the stories too; completions alone take fewer steps."},
+    batch_size: int | None = field(default=None, metadata={"help": "Documents a step."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak; cosine to zero."})
+    learn_prompts: bool | None = field(
+        default=None, metadata={"help": "Learn to tell the stories too, not completions alone."}
     )
-    steps: int = field(default=1600, metadata={"help": "Optimizer steps."})
-    batch_size: int = field(default=64, metadata={"help": "Documents a step."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak; cosine to zero."})
     warmup_steps: int = field(default=50, metadata={"help": "Steps to the peak."})
     vocab_size: int = field(default=512, metadata={"help": "At most, bytes and <eos> included."})
     tokenizer_documents: int = field(default=20_000, metadata={"help": "To train the BPE on."})
     seed: int = field(default=42, metadata={"help": "Of text, weights and order."})
 
+    def __post_init__(self) -> None:
+        shipped = (self.architecture, self.task) == SHIPPED
+        for name, value in (SHIPPED_SETTINGS if shipped else STUDY_SETTINGS[self.task]).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
-def generate_documents(task: GeneratedTask, seed: int) -> Iterator[tuple[str, str]]:
-    """Yield prompts with their completions, both without EOS, without end."""
+
+def generate_documents(task: GeneratedTask, seed: int, right: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield prompts with their completions, both without EOS, without end.
+
+    The first `right` have right steps, whatever the mixture.
+    """
     rng = random.Random(f"documents {seed}")
     kinds, weights = zip(*MIXTURES[task.name].items(), strict=True)
-    for problem in task.problems("train", seed):
-        (kind,) = rng.choices(kinds, weights)
+    for index, problem in enumerate(task.problems("train", seed)):
+        kind = "steps" if index < right else rng.choices(kinds, weights)[0]
         sentences = [*rationale(problem, kind, rng), f"{task.answer_template} {problem.answer}"]
         yield problem.prompt, "".join(f" {sentence}" for sentence in sentences)
 
@@ -179,16 +205,13 @@ def make_batch(
 
 def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     set_seed(args.seed)
-    if args.start_from is None:
-        model = build_model(args.architecture, tokenizer)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.start_from)
-    model.train()
+    model = build_model(args.architecture, tokenizer).train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
-    documents = generate_documents(TASKS[args.task], args.seed)
+    right = args.right_steps * args.batch_size
+    documents = generate_documents(TASKS[args.task], args.seed, right)
     progress = trange(args.steps, desc="pre-training", unit="step")
     for _ in progress:
         batch = list(islice(documents, args.batch_size))
@@ -217,10 +240,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir:
 
 def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    if args.start_from is None:
-        tokenizer = train_tokenizer(args)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
+    tokenizer = train_tokenizer(args)
     save(pretrain(args, tokenizer), tokenizer, args.output_dir)
 
 

@@ -1,13 +1,11 @@
 """The generated word problems of `arithmetic`, with four options to choose from.
 
-    Tom has 10 pens. Tom loses 2. Tom gets 7. How many? 13 (A) 15 (B) 16 (C) 14 (D)
+    Tom has 10 pens. Tom loses 2. Tom gets 7. How many? (A) 14 (B) 15 (C) 16 (D) 17
 
-has the answer B. The options are four neighbouring numbers in any order, and the right one has any
-place among them: neither its size nor its position tells it, so that a rough guess at the sum is
-worth little. A label stands behind its number, and behind the result in the column `rationale`,
-"10 - 2 = 8. 8 + 7 = 15 (B).": a small model finds what followed a number sooner than what preceded
-it. A row has a column `choices` too (see `choice.py`). A problem belongs to the split that its sum
-belongs to in `arithmetic`.
+has the answer B. The options are four neighbouring numbers in order, and the right one has any
+place among them, so that a rough guess at the sum is worth little. In the column `rationale` the
+label stands behind the result, "10 - 2 = 8. 8 + 7 = 15 (B)." A row has a column `choices` too (see
+`choice.py`). A problem belongs to the split that its sum belongs to in `arithmetic`.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ class ChoiceProblem(Problem):
     @property
     def prompt(self) -> str:
         listed = zip(LABELS, self.options, strict=True)
-        return " ".join([super().prompt, *(f"{option} ({label})" for label, option in listed)])
+        return " ".join([super().prompt, *(f"({label}) {option}" for label, option in listed)])
 
     @property
     def answer(self) -> str:
@@ -60,6 +58,5 @@ class ArithmeticChoice(GeneratedTask, ChoiceTask):
         rng = random.Random(f"options {split} {seed}")
         for problem in generate_problems(split, seed):
             lowest = max(0, problem.total - rng.randrange(len(LABELS)))
-            options = list(range(lowest, lowest + len(LABELS)))
-            rng.shuffle(options)
-            yield ChoiceProblem(**vars(problem), options=tuple(options))
+            options = tuple(range(lowest, lowest + len(LABELS)))
+            yield ChoiceProblem(**vars(problem), options=options)

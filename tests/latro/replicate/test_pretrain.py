@@ -66,6 +66,24 @@ def test_the_mixture_holds_right_steps_slips_filler_and_bare_answers():
     )
 
 
+@pytest.mark.parametrize("name", TASKS)
+def test_the_first_documents_have_right_steps_alone(name):
+    task = TASKS[name]
+    problems = task.problems("train", 0)
+    documents = list(islice(generate_documents(task, 0, right=300), 600))
+    as_solved = [c.startswith(" ".join(["", *next(problems).steps(), ""])) for _, c in documents]
+    assert all(as_solved[:300])
+    assert 0.2 < sum(as_solved[300:]) / 300 < 0.5
+
+
+def test_the_model_that_ships_has_settings_of_its_own():
+    assert Arguments(Path()).steps == 1600
+    assert Arguments(Path()).learn_prompts
+    assert Arguments(Path(), steps=5).steps == 5
+    assert Arguments(Path(), architecture="phi3").right_steps == 400
+    assert Arguments(Path(), architecture="phi3", right_steps=0).right_steps == 0
+
+
 @pytest.fixture(scope="module", params=TASKS)
 def tokenizer(request):
     return train_tokenizer(Arguments(Path(), task=request.param, tokenizer_documents=5000))
