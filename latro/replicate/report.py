@@ -5,12 +5,12 @@ What a person has to say about them stands in `discussion.md` beside the report,
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from latro.files import replacing
 from latro.replicate.charts import draw_ablations, draw_main, draw_majority
+from latro.replicate.markdown import items, listed, paragraphs, percent, plain, points, table
 from latro.replicate.study import (
     ABLATIONS,
     LATRO,
@@ -64,7 +64,7 @@ def _head(study: Study) -> str:
     seconds = sum(sum(record["seconds"]) for record in study.records)
     jobs = "one at a time" if study.jobs == 1 else f"{study.jobs} at a time"
     seeds = sorted({record["seed"] for record in study.part("main")})
-    text = "# The claim in small\n\n" + _paragraphs(
+    text = "# The claim in small\n\n" + paragraphs(
         """
         LaTRO (arXiv 2411.04282) against its base model and supervised fine-tuning, as in the
         paper's Table 2, with models of about a million parameters on generated problems; and what
@@ -85,9 +85,9 @@ def _head(study: Study) -> str:
     return (
         text
         + commands
-        + _paragraphs(
+        + paragraphs(
             f"""
-        Main cells have the {"seed" if len(seeds) == 1 else "seeds"} {_listed(map(str, seeds))}. A
+        Main cells have the {"seed" if len(seeds) == 1 else "seeds"} {listed(map(str, seeds))}. A
         seed decides the order of the training problems and all samples, in training and in
         evaluation; base models are pre-trained once. A figure with ± is the mean over seeds and
         their standard deviation (by n − 1), one without is of one seed. All cells of a task are
@@ -112,7 +112,7 @@ def _main_section(study: Study) -> str:
                 rows.append((architecture, task, label, *_row(records), str(len(records))))
     return f"""## The main table
 
-{_markdown(header, rows, left=3)}
+{table(header, rows, left=3)}
 
 ![greedy and {_MAJ} accuracy of every method](main.png)"""
 
@@ -120,9 +120,9 @@ def _main_section(study: Study) -> str:
 def _row(records: Sequence[Record]) -> list[str]:
     metrics = ("accuracy_greedy", _MAJ, "accuracy_sampled")
     return [
-        *(_percent(estimate(records, metric)) for metric in metrics),
-        _plain(estimate(records, "rationale_length"), 1),
-        _plain(estimate(records, "answer_logp"), 2),
+        *(percent(estimate(records, metric)) for metric in metrics),
+        plain(estimate(records, "rationale_length"), 1),
+        plain(estimate(records, "answer_logp"), 2),
     ]
 
 
@@ -140,38 +140,38 @@ def _gains_section(study: Study) -> str:
                     row.append("")
                     continue
                 difference = Difference(latro, than)
-                row.append(_points(difference))
+                row.append(points(difference))
                 if difference.above is not None:
                     outcomes[other].append(difference.above)
                     if not difference.above:
                         where = f"{architecture}, {task}, {label}, against {METHODS[other]}"
-                        notes.append(f"- {where}: {_why_not(difference)}")
+                        notes.append(f"{where}: {_why_not(difference)}")
             rows.append(row)
     counts = [
         f"{METHODS[other]} in {sum(met)} of {len(met)}" for other, met in outcomes.items() if met
     ]
     parts = [
         "## Does LaTRO gain?",
-        _paragraphs(
+        paragraphs(
             """
             Differences in points, with the root of the sum of both variances over seeds. **Bold**:
             more than two such deviations above zero.
             """
         ),
-        _markdown(header, rows, left=3),
+        table(header, rows, left=3),
     ]
     if counts:
-        text = f"LaTRO is more than two deviations above {_listed(counts)} comparisons."
-        parts.append(_paragraphs(text))
+        text = f"LaTRO is more than two deviations above {listed(counts)} comparisons."
+        parts.append(paragraphs(text))
     if notes:
-        parts += ["These are not:", "\n".join(notes)]
+        parts += ["These are not:", items(notes)]
     return "\n\n".join(parts)
 
 
 def _why_not(difference: Difference) -> str:
     """A sentence on a difference that is not two deviations above zero."""
-    of, than = _percent(difference.of), _percent(difference.than)
-    said = f"{of} against {than}, {_points(difference)} points"
+    of, than = percent(difference.of), percent(difference.than)
+    said = f"{of} against {than}, {points(difference)} points"
     room = 1 - difference.than.mean
     if difference.below:
         return f"{said}: LaTRO is the lower by more than two deviations."
@@ -194,8 +194,8 @@ def _majority_section(study: Study) -> str:
             if method == "latro":
                 answers.append(voted.mean >= greedy.mean)
                 verdict = "yes" if answers[-1] else "no"
-            figures = [_percent(estimate(records, metric)) for metric in votes]
-            rows.append((architecture, task, label, _percent(greedy), *figures, verdict))
+            figures = [percent(estimate(records, metric)) for metric in votes]
+            rows.append((architecture, task, label, percent(greedy), *figures, verdict))
     text = f"""
         maj@k is the commonest answer of the first k of {max(MAJORITY)} samples. The mean of
         LaTRO's {_MAJ} is at or above that of its greedy accuracy in {sum(answers)} of
@@ -203,9 +203,9 @@ def _majority_section(study: Study) -> str:
         """
     return f"""## Does a vote help?
 
-{_paragraphs(text)}
+{paragraphs(text)}
 
-{_markdown(header, rows, left=3)}
+{table(header, rows, left=3)}
 
 ![maj@k over k](majority.png)"""
 
@@ -213,7 +213,7 @@ def _majority_section(study: Study) -> str:
 def _ablation_section(study: Study) -> str:
     parts = [
         "## Ablations",
-        _paragraphs(
+        paragraphs(
             f"""
             LaTRO on {SHIPPED[0]}, {SHIPPED[1]}, with one setting changed at a time. The row of the
             main setting is that of the main table. `max_completion_length` limits training and
@@ -233,13 +233,13 @@ def _ablation_section(study: Study) -> str:
             seconds = Estimate.of([record["seconds"][0] for record in records])
             label = f"{value} (main)" if value == LATRO[setting] else str(value)
             rows.append(
-                (label, *_row(records), _plain(kl, 2), f"{seconds.mean:.0f}", str(len(records)))
+                (label, *_row(records), plain(kl, 2), f"{seconds.mean:.0f}", str(len(records)))
             )
         header = (
             *(f"`{setting}`", "greedy", _MAJ, "sampled", "rationale, tokens"),
             *("mean log π(y∣x⊕z)", "KL", "seconds to train", "seeds"),
         )
-        parts.append(f"### `{setting}`\n\n{_markdown(header, rows, left=1)}")
+        parts.append(f"### `{setting}`\n\n{table(header, rows, left=1)}")
         parts.append(_ablation_note(study, setting))
     return "\n\n".join(filter(None, parts))
 
@@ -259,7 +259,7 @@ def _ablation_note(study: Study, setting: str) -> str:
             compared += difference.above is not None
             if difference.above or difference.below:
                 side = "above" if difference.above else "below"
-                said.append(f"{value} is {side} in {label} ({_points(difference)} points)")
+                said.append(f"{value} is {side} in {label} ({points(difference)} points)")
     if not compared:
         return ""
     if not said:
@@ -286,13 +286,13 @@ def _tuning_section(study: Study) -> str:
     used = [f"{rate:g} for {METHODS[method]}" for method, rate in SFT_LEARNING_RATE.items()]
     text = f"""
         Chosen on the validation split, never on test: {SHIPPED[0]}, {SHIPPED[1]}, one seed. The
-        best greedy accuracy is that of {_listed(best)}; the main cells have {_listed(used)}.
+        best greedy accuracy is that of {listed(best)}; the main cells have {listed(used)}.
         """
     return f"""## The learning rate of SFT
 
-{_paragraphs(text)}
+{paragraphs(text)}
 
-{_markdown(header, rows, left=1)}"""
+{table(header, rows, left=1)}"""
 
 
 def _limits_section(study: Study) -> str:
@@ -333,10 +333,7 @@ def _limits_section(study: Study) -> str:
         ships, and hold for the others and for all ablations unchanged.
         """,
     )
-    listed = "\n".join(
-        textwrap.indent(_paragraphs(text), "  ").replace("  ", "- ", 1) for text in limits
-    )
-    return f"## What this can say, and what it cannot\n\n{listed}"
+    return f"## What this can say, and what it cannot\n\n{items(limits)}"
 
 
 def _settings_section(study: Study) -> str:
@@ -351,47 +348,3 @@ def _settings_section(study: Study) -> str:
             lines = "\n".join(f"    {command}" for command in record["commands"])
             parts.append(f"{label}, {architecture}, {task}:\n\n{lines}")
     return "\n\n".join(parts)
-
-
-def _paragraphs(*texts: str) -> str:
-    """Each text as lines of up to 98 letters, wherever its own lines break."""
-    filled = (
-        textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
-        for text in texts
-    )
-    return "\n\n".join(filled)
-
-
-def _percent(value: Estimate | None) -> str:
-    if value is None:
-        return ""
-    if value.deviation is None:
-        return f"{100 * value.mean:.1f}%"
-    return f"{100 * value.mean:.1f} ± {100 * value.deviation:.1f}%"
-
-
-def _plain(value: Estimate | None, digits: int) -> str:
-    if value is None:
-        return ""
-    if value.deviation is None:
-        return f"{value.mean:.{digits}f}"
-    return f"{value.mean:.{digits}f} ± {value.deviation:.{digits}f}"
-
-
-def _points(difference: Difference) -> str:
-    """A difference in points, bold where it is more than two deviations above zero."""
-    text = f"{100 * difference.mean:+.1f}"
-    if difference.deviation is not None:
-        text += f" ± {100 * difference.deviation:.1f}"
-    return f"**{text}**" if difference.above else text
-
-
-def _listed(items: Iterable[str]) -> str:
-    *first, last = items
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
-    """A Markdown table whose first `left` columns are aligned to the left."""
-    rule = ["---" if index < left else "--:" for index in range(len(header))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))

@@ -45,10 +45,10 @@ LATRO = MappingProxyType(
 )
 # As many updates as LaTRO, of as many sequences: eight times its prompts, each with one rationale.
 SFT = MappingProxyType({"per_device_train_batch_size": 64, "lr_scheduler_type": "linear"})
-SFT_LEARNING_RATE = MappingProxyType({"sft-answer": 5e-4, "sft-rationale": 5e-4})
+SFT_LEARNING_RATE = MappingProxyType({"sft-answer": 1e-3, "sft-rationale": 1e-3})
 """The best of `SFT_LEARNING_RATES` in the tuning cells, by greedy accuracy on validation."""
 
-SFT_LEARNING_RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+SFT_LEARNING_RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 
 ABLATIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
@@ -79,9 +79,9 @@ class Scale:
     """
 
     seeds: tuple[int, ...] = (1, 2, 3)
-    ablation_seeds: int = 2
+    ablation_seeds: int = 3
     max_steps: int = 80
-    num_eval_examples: int = 300
+    num_eval_examples: int = 200
     pretrain_steps: int | None = None
 
     def __post_init__(self) -> None:
@@ -241,7 +241,7 @@ def _with_commands(
             *("latro.evaluate", *model, "--dataset_name", cell.task, "--eval_split", split),
             *("--num_eval_examples", str(scale.num_eval_examples)),
             *("--num_samples", str(max(MAJORITY)), "--majority", *map(str, MAJORITY)),
-            *("--max_completion_length", limit, "--batch_size", "100"),
+            *("--max_completion_length", limit, "--batch_size", "50"),
             *("--seed", str(cell.seed), "--output", f"{cell.work}/evaluation.json"),
         )
     )

@@ -14,13 +14,14 @@ from latro.replicate import __main__ as command
 
 
 @pytest.mark.slow
-def test_a_small_study_to_its_report_and_on_again(tmp_path: Path):
+def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Path):
     small = "--max_steps 1 --pretrain_steps 1 --num_eval_examples 4 --jobs 2"
-    names = ["main-llama-arithmetic-base-1", "main-llama-arithmetic-latro-1"]
+    names = ["main-llama-arithmetic-sft-answer-1", "main-mistral-arithmetic_choice-latro-1"]
     argv = [*shlex.split(small), "--output_dir", str(tmp_path), "--only", *names]
     assert command.replicate(argv) == []
     document = json.loads((tmp_path / "cells.json").read_text())
-    assert [record["name"] for record in document["cells"]] == names
+    made = [record["name"] for record in document["cells"]]
+    assert made == ["base-mistral-arithmetic_choice", *names]
     shown = "python -m latro.replicate --max_steps 1 --num_eval_examples 4 --pretrain_steps 1"
     assert document["command"] == shown
     for record in document["cells"]:
@@ -28,7 +29,7 @@ def test_a_small_study_to_its_report_and_on_again(tmp_path: Path):
             assert record["problems"] == 4
             assert record["metrics"].keys() >= {"accuracy_greedy", "maj@1", "maj@8", "answer_logp"}
     report = (tmp_path / "README.md").read_text()
-    assert "| llama | arithmetic | LaTRO |" in report
+    assert "| mistral | arithmetic_choice | LaTRO |" in report
     assert str(tmp_path) not in report + json.dumps(document)
     assert {path.name for path in tmp_path.iterdir()} >= {"main.png", "majority.png"}
     assert list((tmp_path / "work").iterdir()) == []

@@ -1,0 +1,61 @@
+"""Numbers and text as Markdown."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+from latro.replicate.summary import Difference, Estimate
+
+
+def paragraphs(*texts: str) -> str:
+    """Each text as lines of up to 98 letters, wherever its own lines break."""
+    filled = (
+        textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
+        for text in texts
+    )
+    return "\n\n".join(filled)
+
+
+def items(texts: Iterable[str]) -> str:
+    """A list, each text filled as in `paragraphs`."""
+    indented = (textwrap.indent(paragraphs(text), "  ") for text in texts)
+    return "\n".join(f"-{text[1:]}" for text in indented)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
+    """A table whose first `left` columns are aligned to the left."""
+    rule = ["---" if index < left else "--:" for index in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def percent(value: Estimate | None) -> str:
+    """A share as "95.0 ± 1.0%", without ± for one seed; empty for none."""
+    if value is None:
+        return ""
+    if value.deviation is None:
+        return f"{100 * value.mean:.1f}%"
+    return f"{100 * value.mean:.1f} ± {100 * value.deviation:.1f}%"
+
+
+def plain(value: Estimate | None, digits: int) -> str:
+    """A number with so many decimals, as `percent` otherwise."""
+    if value is None:
+        return ""
+    if value.deviation is None:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} ± {value.deviation:.{digits}f}"
+
+
+def points(difference: Difference) -> str:
+    """A difference in points, bold where it is more than two deviations above zero."""
+    text = f"{100 * difference.mean:+.1f}"
+    if difference.deviation is not None:
+        text += f" ± {100 * difference.deviation:.1f}"
+    return f"**{text}**" if difference.above else text
+
+
+def listed(words: Iterable[str]) -> str:
+    """ "a, b and c"; at least one word."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
