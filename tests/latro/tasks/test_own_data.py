@@ -381,7 +381,7 @@ def test_conversations_are_trained_on_and_evaluated(tiny, tokenizer, tmp_path):
 
 def test_the_readmes_example_can_be_read(tmp_path):
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```json\n(.*?)```", readme, re.DOTALL)
+    (block,) = re.findall(r"```json title=\"my.jsonl\"\n(.*?)```", readme, re.DOTALL)
     (tmp_path / "my.jsonl").write_text(block)
     task = read_own_data(str(tmp_path / "my.jsonl"))
     assert task.grader == "number"
