@@ -18,7 +18,7 @@ from latro.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import metrics_of
 from latro.journal import Journal
-from latro.layout import plan
+from latro.layout import answer_sums, plan
 from latro.prompts import check_dataset, encode_prompt
 from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
@@ -159,8 +159,7 @@ def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) 
     for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
         (piece,) = micro.pieces
         batch = scorer.collate(piece)
-        summed = scorer(batch).logp.double().cumsum(0)
-        of_each = summed[batch.offsets[2::2] - 1] - summed[batch.offsets[1::2] - 1]
+        of_each = answer_sums(scorer(batch).logp, batch)
         values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
     scorer.model.train(was_training)
     # Micro-batches go by length; the caller's order is another.

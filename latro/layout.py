@@ -165,6 +165,12 @@ def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list
     return at(0, len(rollout.sampled_ids)) + at(rollout.answer_start, len(rollout.answer_ids))
 
 
+def answer_sums(logp: Tensor, batch: Batch) -> Tensor:
+    """log π(y|x⊕z) of each of a batch's sequences, in nats, fp64 [S], from its rows' [N + M]."""
+    until = torch.cat([logp.new_zeros(1, dtype=torch.float64), logp.double().cumsum(0)])
+    return until[batch.offsets[2::2]] - until[batch.offsets[1::2]]
+
+
 def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int) -> GroupLayout:
     """The layout of the rows of `batches` one after the other, averaged over `num_groups`."""
     return GroupLayout(

@@ -124,3 +124,28 @@ def check_dataset(
                 f"has {limit}; lower max_completion_length or drop the row"
             )
     return longest
+
+
+def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: AnswerJoin) -> None:
+    """Reject a dataset with a written rationale that is too long for the model.
+
+    Args:
+        dataset: with the columns prompt, rationale and answer, as `check_dataset` takes it.
+        name: what the messages call it.
+        model: its `max_position_embeddings` is the limit.
+        join: makes the rationale's and the answer's tokens.
+
+    Raises:
+        ValueError: such a row; names it.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    for index, row in enumerate(dataset):
+        prompt_ids = encode_prompt(join.tokenizer, row["prompt"])
+        needed = len(join.written(prompt_ids, row["rationale"], row["answer"]).input_ids)
+        if needed > limit:
+            raise ValueError(
+                f"{name}: row {index}: prompt, rationale and answer take {needed} positions, but "
+                f"the model has {limit}; drop the row"
+            )

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from latro.accumulation import Accumulation
 from latro.answer_trainer import AnswerTrainer
 from latro.config import AnswerConfig, SftConfig
-from latro.layout import Batch, Group
-from latro.prompts import check_dataset, encode_prompt
+from latro.layout import Batch, Group, answer_sums
+from latro.prompts import check_dataset, check_rationales, encode_prompt
 from latro.rollout import Rollout, Sample
 from latro.tasks import Task
 
@@ -67,9 +67,8 @@ class SftUpdate(Accumulation):
 
 def _sums(logp: Tensor, batch: Batch) -> Tensor:
     """What `SUM_NAMES` names, of a batch, fp64 [3]."""
-    until = torch.cat([logp.new_zeros(1, dtype=torch.float64), logp.double().cumsum(0)])
-    answers = until[batch.offsets[2::2]] - until[batch.offsets[1::2]]
-    return torch.stack([answers.sum(), *until.new_tensor([len(answers), len(logp)])])
+    answers = answer_sums(logp, batch)
+    return torch.stack([answers.sum(), *answers.new_tensor([len(answers), len(logp)])])
 
 
 class SftTrainer(AnswerTrainer):
@@ -145,26 +144,20 @@ class SftTrainer(AnswerTrainer):
                 f"target: {self.task.description} has no worked rationales to learn from; take "
                 "--target answer"
             )
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        for index, row in enumerate(dataset):
-            if not row["rationale"].strip():
+        for index, rationale in enumerate(dataset["rationale"]):
+            if not rationale.strip():
                 raise ValueError(
-                    f"train_dataset: row {index}: expected a rationale, got "
-                    f"{row['rationale']!r}; drop the row, or take --target answer"
+                    f"train_dataset: row {index}: expected a rationale, got {rationale!r}; drop "
+                    "the row, or take --target answer"
                 )
-            needed = len(self._target(row, args.target).input_ids)
-            if limit is not None and needed > limit:
-                raise ValueError(
-                    f"train_dataset: row {index}: prompt, rationale and answer take {needed} "
-                    f"positions, but the model has {limit}; drop the row"
-                )
+        check_rationales(dataset, "train_dataset", model, self.join)
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"examples": [self._target(row, self.args.target) for row in examples]}
+        return {"examples": [self._target(row) for row in examples]}
 
-    def _target(self, row: dict[str, Any], target: str) -> Rollout:
+    def _target(self, row: dict[str, Any]) -> Rollout:
         prompt = encode_prompt(self.join.tokenizer, row["prompt"])
-        if target == "answer":
+        if self.args.target == "answer":
             return self.join(prompt, Sample([]), row["answer"])
         return self.join.written(prompt, row["rationale"], row["answer"])
 

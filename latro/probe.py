@@ -1,0 +1,124 @@
+"""`python -m latro.probe`: how likely answers are without and with rationales, before any training.
+
+It writes a JSON file and a picture beside it; `latro.probing` tells what is measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging as transformers_logging
+
+from latro.arguments import parse_arguments
+from latro.config import DataArguments, ModelArguments, setting
+from latro.files import replacing, write_json
+from latro.loading import load_held_out, load_model, load_task
+from latro.probing import KINDS, ProbeSettings, draw, probe_model, summary
+from latro.scoring import Scorer
+
+
+@dataclass
+class ProbeArguments:
+    """How to probe, and where the result goes."""
+
+    _argument_group_name = "probe"
+
+    output: str = setting("probe.json", "The JSON file to write; the picture goes beside it.")
+    eval_split: str = setting("test", "Which problems: validation or test.")
+    num_eval_examples: int | None = setting(None, "Probe so many problems; without it, all.")
+    num_samples: int = setting(4, "Sampled rationales a problem; 0: the greedy one alone.")
+    max_completion_length: int = setting(500, "The longest rationale, in tokens.")
+    temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    batch_size: int = setting(64, "Problems a batch.")
+    seed: int = setting(42, "Decides the samples.")
+    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+
+    def __post_init__(self) -> None:
+        if Path(self.output).suffix == ".png":
+            raise ValueError(
+                f"output: expected the name of a JSON file, got {self.output!r}; the picture's "
+                "follows from it"
+            )
+
+
+def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the command line; returns what the JSON file holds.
+
+    Raises:
+        ValueError: bad settings, model or data; nothing is then written.
+    """
+    model_args, data_args, args = parse_arguments(
+        (ModelArguments, DataArguments, ProbeArguments), argv, prog="python -m latro.probe"
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    settings = ProbeSettings(
+        num_samples=args.num_samples,
+        max_completion_length=args.max_completion_length,
+        batch_size=args.batch_size,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    task = load_task(data_args)
+    dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    model, tokenizer = load_model(model_args)
+    scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
+    records = probe_model(scorer, tokenizer, task, dataset, settings)
+    result = {
+        "summary": summary(records),
+        "model": asdict(model_args),
+        "data": asdict(data_args),
+        "settings": asdict(args),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "problems": records,
+    }
+    picture = Path(args.output).with_suffix(".png")
+    with replacing(picture) as temporary:
+        draw(records).savefig(temporary, format="png", dpi=120)
+        write_json(args.output, result)
+    console = Console()
+    console.print(_table(f"{task.description}, {len(dataset)} problems", result["summary"]))
+    if "gold" not in result["summary"]:
+        console.print(f"{task.description} has no written rationales: they are left out")
+    console.print(f"written to {args.output} and {picture}")
+    return result
+
+
+def _table(title: str, kinds: Mapping[str, Mapping[str, Any]]) -> Table:
+    table = Table(title=title, caption="nats; ± one standard error over problems")
+    for column in ("rationale", "log π(y|·)", "a token", "gain", "a token", "it helps"):
+        table.add_column(column, justify="left" if column == "rationale" else "right")
+    for kind, figures in kinds.items():
+        cells = [_with_error(figures["sequence"]), f"{figures['token']['mean']:.3f}"]
+        if "helps" in figures:
+            cells += [
+                _with_error(figures["sequence_gain"]),
+                f"{figures['token_gain']['mean']:+.3f}",
+                f"{figures['helps']:.1%}",
+            ]
+        table.add_row(KINDS[kind], *cells)
+    return table
+
+
+def _with_error(figure: Mapping[str, float]) -> str:
+    return f"{figure['mean']:.2f} ± {figure['stderr']:.2f}"
+
+
+def main() -> None:
+    """The command: errors in the user's input as one line, not as a traceback."""
+    try:
+        probe()
+    except ValueError as error:
+        sys.exit(f"latro.probe: {error}")
+
+
+if __name__ == "__main__":
+    main()
