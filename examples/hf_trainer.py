@@ -3,8 +3,8 @@
     python examples/hf_trainer.py --max_steps 40
 
 Supervised fine-tuning on worked word problems with the model that ships. The model's own forward
-runs, under whatever wraps it, and only what its head does is another thing; so the subclass serves
-DDP and sharded engines too. Arguments are those of `transformers.TrainingArguments`.
+runs, inside of DDP or what else wraps it, and only its head does another thing. Arguments are those
+of `transformers.TrainingArguments`.
 """
 
 from __future__ import annotations

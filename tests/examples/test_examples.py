@@ -90,31 +90,43 @@ def test_hf_trainer_learns(tmp_path: Path) -> None:
     assert after < before
 
 
-def test_hf_trainer_steps_as_trainer_does(tmp_path: Path, model: PreTrainedModel) -> None:
-    """One step of SGD over micro-batches with different numbers of labels."""
+STEP = {"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+STEP |= {"optim": "sgd", "max_grad_norm": 0.0}
+
+
+def weights_after(
+    trainer: type[Trainer], dtype: torch.dtype, folder: Path, count: int, **options: int
+) -> Tensor:
+    """All weights after one step of SGD on `count` problems to draw from."""
     tokenizer = AutoTokenizer.from_pretrained(hf_trainer.MODEL)
     tokenizer.pad_token = tokenizer.eos_token
-    rows = hf_trainer.worked_problems(tokenizer, "train", 6)
+    model = AutoModelForCausalLM.from_pretrained(hf_trainer.MODEL, dtype=dtype)
+    trainer(
+        model,
+        TrainingArguments(str(folder), **STEP, **QUIET, **options),
+        train_dataset=hf_trainer.worked_problems(tokenizer, "train", count),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    ).train()
+    return flat(model)
 
-    def weights(trainer: type[Trainer], dtype: torch.dtype) -> Tensor:
-        args = TrainingArguments(
-            str(tmp_path),
-            **{"max_steps": 1, "learning_rate": 1.0, "lr_scheduler_type": "constant"},
-            **{"optim": "sgd", "max_grad_norm": 0.0, **QUIET},
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=3,
+
+def flat(model: PreTrainedModel) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_hf_trainer_steps_as_trainer_does(tmp_path: Path, model: PreTrainedModel) -> None:
+    """Over micro-batches with different numbers of labels."""
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    ours, plain, truth = (
+        weights_after(trainer, dtype, tmp_path, 6, **options)
+        for trainer, dtype in (
+            (hf_trainer.FusedHeadTrainer, torch.float32),
+            (Trainer, torch.float32),
+            (Trainer, torch.float64),
         )
-        mine = copy.deepcopy(model).to(dtype)
-        trainer(
-            mine, args, train_dataset=rows, data_collator=DataCollatorForSeq2Seq(tokenizer)
-        ).train()
-        return torch.cat([p.detach().flatten() for p in mine.parameters()])
-
-    ours = weights(hf_trainer.FusedHeadTrainer, torch.float32)
-    start = torch.cat([p.detach().flatten() for p in model.parameters()])
-    truth = weights(Trainer, torch.float64)
-    assert (truth - start).abs().max() > 1e-2
-    assert_as_exact(ours, weights(Trainer, torch.float32), truth)
+    )
+    assert (truth - flat(model)).abs().max() > 1e-2
+    assert_as_exact(ours, plain, truth)
 
 
 def test_hf_trainer_refuses_a_softcap(tmp_path: Path, model: PreTrainedModel) -> None:
