@@ -5,13 +5,14 @@ A document is a problem of a task's train split, a rationale, and the right answ
 
     Tom has 10 pens. Tom loses 2. Tom gets 7. How many? 10 - 2 = 8. 8 + 7 = 15. The answer is 15
 
-The rationale is of one of four kinds, by `MIXTURES`. Steps make the answer likely, filler does not,
+The rationale is of one of four kinds, by `MIXTURE`. Steps make the answer likely, filler does not,
 and the model writes both: that leaves LaTRO something to choose from. Where the steps have a slip
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
 
-The models of the study cost a seventh of the one that ships: they do not learn to tell stories, and
-they learn to count from right steps alone, which is most of the work, before they meet the mixture.
+The models of the study read a quarter of the documents of the one that ships, or less: they do not
+learn to tell stories, and they learn to count, which is most of the work, from right steps alone
+before they meet the mixture.
 
     python -m latro.replicate.pretrain --output_dir latro/assets/small
 """
@@ -31,36 +32,28 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import trange
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GenerationConfig,
     HfArgumentParser,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     get_cosine_schedule_with_warmup,
     set_seed,
 )
 
+from latro.config import setting
 from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
 from latro.tasks.arithmetic_choice import ArithmeticChoice
 
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Arithmetic(), ArithmeticChoice())}
-MIXTURES = {
-    "arithmetic": {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10},
-    "arithmetic_choice": {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10},
-}
+MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
 # What sets each apart from the others is what sets their large namesakes apart: heads that share
 # keys and values in Mistral, projections in one piece and rotation of a part in Phi-3.
-ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"intermediate_size": 384}),
-    "mistral": (
-        MistralConfig,
-        {"intermediate_size": 448, "num_key_value_heads": 2, "sliding_window": None},
-    ),
-    "phi3": (Phi3Config, {"intermediate_size": 384, "pad_token_id": None}),
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 384},
+    "mistral": {"intermediate_size": 448, "num_key_value_heads": 2, "sliding_window": None},
+    "phi3": {"intermediate_size": 384, "pad_token_id": None},
 }
 SHIPPED = ("llama", "arithmetic")
 SHIPPED_SETTINGS = {
@@ -70,10 +63,10 @@ SHIPPED_SETTINGS = {
     "learning_rate": 2e-3,
     "learn_prompts": True,
 }
-_CHEAP = {"batch_size": 32, "learning_rate": 3e-3, "learn_prompts": False}
-STUDY_SETTINGS = {
-    "arithmetic": {"steps": 700, "right_steps": 400, **_CHEAP},
-    "arithmetic_choice": {"steps": 900, "right_steps": 600, **_CHEAP},
+_CHEAP = {"batch_size": 16, "learning_rate": 3e-3, "learn_prompts": False}
+STUDY_SETTINGS: dict[str, dict[str, Any]] = {
+    "arithmetic": {"steps": 1300, "right_steps": 1000, **_CHEAP},
+    "arithmetic_choice": {"steps": 1500, "right_steps": 1150, **_CHEAP},
 }
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
@@ -84,30 +77,24 @@ IGNORE_INDEX = -100
 class Arguments:
     """Settings of one pre-training run; the defaults make the model that ships.
 
-    Where None stands, the architecture and the task decide: `SHIPPED_SETTINGS` or
+    Where None stands, the architecture and the task decide, by `SHIPPED_SETTINGS` or
     `STUDY_SETTINGS`.
     """
 
     output_dir: Path = field(metadata={"help": "Folder to write; replaced if it is there."})
-    architecture: Literal["llama", "mistral", "phi3"] = field(
-        default="llama", metadata={"help": "Of the model: llama, mistral or phi3."}
+    architecture: Literal["llama", "mistral", "phi3"] = setting("llama", "Of the model.")
+    task: Literal["arithmetic", "arithmetic_choice"] = setting(
+        "arithmetic", "Whose problems it reads."
     )
-    task: Literal["arithmetic", "arithmetic_choice"] = field(
-        default="arithmetic", metadata={"help": "Whose problems it reads."}
-    )
-    steps: int | None = field(default=None, metadata={"help": "Optimizer steps."})
-    right_steps: int | None = field(
-        default=None, metadata={"help": "So many of them first read right steps alone."}
-    )
-    batch_size: int | None = field(default=None, metadata={"help": "Documents a step."})
-    learning_rate: float | None = field(default=None, metadata={"help": "Peak; cosine to zero."})
-    learn_prompts: bool | None = field(
-        default=None, metadata={"help": "Learn to tell the stories too, not completions alone."}
-    )
-    warmup_steps: int = field(default=50, metadata={"help": "Steps to the peak."})
-    vocab_size: int = field(default=512, metadata={"help": "At most, bytes and <eos> included."})
-    tokenizer_documents: int = field(default=20_000, metadata={"help": "To train the BPE on."})
-    seed: int = field(default=42, metadata={"help": "Of text, weights and order."})
+    steps: int = setting(None, "Optimizer steps.")
+    right_steps: int = setting(None, "So many of them first read right steps alone.")
+    batch_size: int = setting(None, "Documents a step.")
+    learning_rate: float = setting(None, "Peak; cosine to zero.")
+    learn_prompts: bool = setting(None, "Learn to tell the stories too, not completions alone.")
+    warmup_steps: int = setting(50, "Steps to the peak.")
+    vocab_size: int = setting(512, "At most, bytes and <eos> included.")
+    tokenizer_documents: int = setting(20_000, "To train the BPE on.")
+    seed: int = setting(42, "Of text, weights and order.")
 
     def __post_init__(self) -> None:
         shipped = (self.architecture, self.task) == SHIPPED
@@ -122,7 +109,7 @@ def generate_documents(task: GeneratedTask, seed: int, right: int = 0) -> Iterat
     The first `right` have right steps, whatever the mixture.
     """
     rng = random.Random(f"documents {seed}")
-    kinds, weights = zip(*MIXTURES[task.name].items(), strict=True)
+    kinds, weights = zip(*MIXTURE.items(), strict=True)
     for index, problem in enumerate(task.problems("train", seed)):
         kind = "steps" if index < right else rng.choices(kinds, weights)[0]
         sentences = [*rationale(problem, kind, rng), f"{task.answer_template} {problem.answer}"]
@@ -130,7 +117,7 @@ def generate_documents(task: GeneratedTask, seed: int, right: int = 0) -> Iterat
 
 
 def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
-    """The sentences of one rationale; `kind` is a key of `MIXTURES`."""
+    """The sentences of one rationale; `kind` is a key of `MIXTURE`."""
     if kind == "nothing":
         return []
     if kind == "filler":
@@ -166,8 +153,8 @@ def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
 
 
 def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    config_class, settings = ARCHITECTURES[architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=128,
         num_hidden_layers=4,
@@ -177,7 +164,7 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         dtype="float32",
-        **settings,
+        **ARCHITECTURES[architecture],
     )
     model = AutoModelForCausalLM.from_config(config)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
@@ -239,7 +226,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
     tokenizer = train_tokenizer(args)
     save(pretrain(args, tokenizer), tokenizer, args.output_dir)
 
