@@ -48,7 +48,7 @@ class ReplicateArguments:
         Scale.num_eval_examples, "Held-out problems of each evaluation."
     )
     pretrain_steps: int | None = setting(
-        None, "Of each base model; without it as many as the model that ships has."
+        None, "Of each base model; without it as latro.replicate.pretrain has it."
     )
     report_only: bool = setting(
         False, f"Run nothing; write the report from the {CELLS_FILE} in output_dir."

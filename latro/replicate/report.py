@@ -11,13 +11,13 @@ from pathlib import Path
 from latro.files import replacing
 from latro.replicate.charts import draw_ablations, draw_main, draw_majority
 from latro.replicate.markdown import items, listed, paragraphs, percent, plain, points, table
+from latro.replicate.pretrain import SHIPPED
 from latro.replicate.study import (
     ABLATIONS,
     LATRO,
     MAJORITY,
     METHODS,
     SFT_LEARNING_RATE,
-    SHIPPED,
 )
 from latro.replicate.summary import Difference, Estimate, Record, Study, estimate
 

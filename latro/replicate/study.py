@@ -1,8 +1,9 @@
 """What the study is made of: cells, each a chain of commands, and the settings they share.
 
 The main cells are {base, SFT on answers, SFT on worked rationales, LaTRO} × architecture × task ×
-seed. An ablation changes one setting of LaTRO on the model that ships; the value that the main
-cells have is not run again. The tuning cells compare learning rates of SFT on validation problems.
+seed. An ablation changes one setting of LaTRO on the model that ships (`SHIPPED`); the value that
+the main cells have is not run again. The tuning cells compare learning rates of SFT on that model
+and validation problems.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
+
+from latro.replicate.pretrain import SHIPPED
 
 ARCHITECTURES = ("llama", "mistral", "phi3")
 TASKS = ("arithmetic", "arithmetic_choice")
@@ -23,8 +26,6 @@ METHODS = MappingProxyType(
         "latro": "LaTRO",
     }
 )
-SHIPPED = ("llama", "arithmetic")
-"""What the model that ships is; ablations and tuning run on it."""
 
 MAJORITY = (1, 2, 4, 8)
 """The k of maj@k; the largest is the number of samples a problem."""
@@ -72,7 +73,7 @@ class Scale:
         ablation_seeds: how many of the seeds each ablation has.
         max_steps: updates of each training run.
         num_eval_examples: held-out problems of each evaluation.
-        pretrain_steps: of each base model but the one that ships; None: as many as it has.
+        pretrain_steps: of each base model but the one that ships; None: as `pretrain` has it.
 
     Raises:
         ValueError: a setting out of its range.

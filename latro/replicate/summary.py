@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latro.replicate.study import ARCHITECTURES, LATRO, SHIPPED, TASKS
+from latro.replicate.pretrain import SHIPPED
+from latro.replicate.study import ARCHITECTURES, LATRO, TASKS
 
 CELLS_FILE = "cells.json"
 
