@@ -27,6 +27,9 @@ from latro.tasks import Task
 # Room for the answer after a rationale of full length, where the data's own answers are shorter.
 ANSWER_TOKENS = 32
 
+# The columns of a row that its record has.
+_SHOWN = ("prompt", "answer", "ground_truth")
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -96,10 +99,10 @@ def evaluate_model(
             is of another evaluation.
 
     Returns:
-        Metrics, and one record a problem: `index`, `prompt` and `answer` of its row, and the lists
-        of completions `greedy` and, with samples, `sampled`, each completion with `text`,
-        `predicted` (the answer it states, or None), `correct`, `finished`, `rationale_tokens` and
-        `answer_logp` (log π(y|x⊕z), nats).
+        Metrics, and one record a problem: `index`, its row's `prompt`, `answer` and, if it has one,
+        `ground_truth`, and the lists of completions `greedy` and, with samples, `sampled`, each
+        completion with `text`, `predicted` (the answer it states, or None), `correct`, `finished`,
+        `rationale_tokens` and `answer_logp` (log π(y|x⊕z), nats).
         Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
         error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
         `unfinished` (share that states no answer and does not end) and `answer_logp` (mean), each
@@ -116,9 +119,14 @@ def evaluate_model(
         shown = with_examples(dataset, examples, task.answer_template, tokenizer)
         check_dataset(shown, "dataset", model, tokenizer, join, settings.max_completion_length)
         # A turn of a conversation has its own end.
-        separator = SEPARATOR if isinstance(shown[0]["prompt"], str) else None
+        separator = None if tokenizer.chat_template else SEPARATOR
     prompts = [encode_prompt(tokenizer, prompt) for prompt in shown["prompt"]]
     max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest_answer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        # Each problem fits with its answer, but this room may be more than the longest prompt
+        # leaves. One limit for all, so that batches do not matter.
+        max_new_tokens = min(max_new_tokens, positions - max(map(len, prompts)))
     evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -189,10 +197,8 @@ class _Evaluator:
     """Of a completion: a rationale and its answer."""
 
     def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
-        records = [
-            {"index": p.index, "prompt": p.row["prompt"], "answer": p.row["answer"]}
-            for p in problems
-        ]
+        shown = [name for name in _SHOWN if problems and name in problems[0].row]
+        records = [{"index": p.index} | {name: p.row[name] for name in shown} for p in problems]
         # The last batch of several processes may have nothing for some.
         if not problems:
             return records

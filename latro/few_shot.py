@@ -46,8 +46,8 @@ def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dic
     rows = [row for row in rows if row.get("rationale")] or rows
     if num_shots > len(rows):
         raise ValueError(
-            f"num_shots: expected at most {len(rows)}, the training rows that can be shown, got "
-            f"{num_shots}"
+            f"num_shots: expected at most {len(rows)}, the training rows that can be shown and are "
+            f"not evaluated, got {num_shots}"
         )
     return random.Random(0).sample(rows, num_shots)
 
@@ -69,15 +69,13 @@ def with_examples(
     if not examples:
         return dataset
     solved = [(row["prompt"], _solution(row, answer_template)) for row in examples]
-    as_text = not tokenizer.chat_template and all(
-        isinstance(prompt, str) for prompt in [*dataset["prompt"], *(p for p, _ in solved)]
-    )
     prompts: list[Prompt]
-    if as_text:
-        shown = "".join(_joined(prompt, solution) + SEPARATOR for prompt, solution in solved)
-        prompts = [shown + prompt for prompt in dataset["prompt"]]
-    else:
+    if tokenizer.chat_template:
         prompts = [_conversation(prompt, solved) for prompt in dataset["prompt"]]
+    else:
+        texts = [_joined(prompt_text(prompt), solution) for prompt, solution in solved]
+        shown = "".join(text + SEPARATOR for text in texts)
+        prompts = [shown + prompt_text(prompt) for prompt in dataset["prompt"]]
     return dataset.remove_columns("prompt").add_column("prompt", prompts)
 
 

@@ -3,9 +3,11 @@
 Everything here is made of the records of problems, as `latro.evaluation` writes one a line, so that
 an evaluation which was interrupted and one which was not give the same bits.
 
-Intervals are of 95 %, over problems. Where a problem counts as right or wrong, by one completion or
-one vote, the interval is Wilson's; where it counts as a share, by several, it is the mean ± 1.96
-standard errors, cut to [0, 1].
+Intervals are Wilson's, of 95 %, over problems. One completion, or vote, a problem makes n outcomes
+of n problems. Several are worth more, by how their shares of right ones spread: it takes
+n_eff = p(1−p)/se² outcomes for a mean p to have the standard error se that is found over problems.
+n_eff is held between the number of problems (all that is known of a model that is always right, or
+always wrong) and that of completions.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ def intervals_of(
 ) -> dict[str, list[float]]:
     """[low, high] of each accuracy's 95 % interval; arguments as of `accuracies`."""
     num_samples = len(records[0].get("sampled", ()))
-    several = {"accuracy_greedy": False, "accuracy_sampled": num_samples > 1}
-    several |= {f"maj@{k}": num_samples // k > 1 for k in majority}
+    each = {"accuracy_greedy": 1, "accuracy_sampled": num_samples}
+    each |= {f"maj@{k}": num_samples // k for k in majority}
     return {
-        name: list(_normal_interval(shares) if several[name] else wilson_interval(shares))
+        name: list(wilson_interval(_mean(shares), effective_size(shares, each[name])))
         for name, shares in accuracies(records, majority).items()
     }
 
@@ -76,13 +78,20 @@ def majority_correct(completions: Sequence[Mapping[str, Any]]) -> bool:
     return bool(votes) and grades[votes.most_common(1)[0][0]]
 
 
-def wilson_interval(outcomes: Sequence[float]) -> tuple[float, float]:
-    """Wilson's 95 % interval of a probability from outcomes that are 0 or 1; at least one."""
-    n, p = len(outcomes), _mean(outcomes)
+def wilson_interval(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a probability, of which a share p was seen in n outcomes."""
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
     # An end that is 0 or 1 in exact arithmetic rounds to a hair beside it.
     return (0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half)
+
+
+def effective_size(shares: Sequence[float], each: int) -> float:
+    """How many independent outcomes shares of `each` outcomes a problem are worth."""
+    p, error = _mean(shares), standard_error(shares)
+    if error == 0:
+        return len(shares) * (1 if p in (0, 1) else each)
+    return min(max(p * (1 - p) / error**2, len(shares)), len(shares) * each)
 
 
 def standard_error(values: Sequence[float]) -> float:
@@ -91,11 +100,6 @@ def standard_error(values: Sequence[float]) -> float:
         return 0.0
     mean = _mean(values)
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
-
-
-def _normal_interval(shares: Sequence[float]) -> tuple[float, float]:
-    mean, half = _mean(shares), _Z * standard_error(shares)
-    return max(0.0, mean - half), min(1.0, mean + half)
 
 
 def _majority_share(completions: Sequence[Mapping[str, Any]], k: int) -> float:

@@ -131,6 +131,39 @@ def test_every_task(output, name, shots):
     assert len(output.with_suffix(".jsonl").read_text().splitlines()) == 2
 
 
+def test_own_data_with_messages_and_a_chat_template(output, tiny, tokenizer, tmp_path):
+    tiny().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    (tmp_path / "data").mkdir()
+    for split, numbers in {"train": range(9), "test": range(20, 22)}.items():
+        rows = [
+            {
+                "prompt": [
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": f"What is {n} and 1?"},
+                ],
+                "answer": str(n + 1),
+                "rationale": f"{n}+1={n + 1}.",
+            }
+            for n in numbers
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "data" / f"{split}.jsonl").write_text(text)
+    result = evaluate(
+        [
+            *("--model_name_or_path", str(tmp_path / "model"), "--num_shots", "2", *FEW),
+            *("--dataset_name", str(tmp_path / "data"), "--majority", "2", "--output", str(output)),
+        ]
+    )
+    assert result["problems"] == 2
+    assert len(result["examples"]) == 2
+    lines = output.with_suffix(".jsonl").read_text().splitlines()
+    asked = {json.loads(line)["prompt"][1]["content"] for line in lines}
+    assert asked == {"What is 20 and 1?", "What is 21 and 1?"}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [

@@ -225,6 +225,64 @@ def test_a_completion_that_the_separator_ends_is_finished(tiny, tokenizer, task,
     assert records[0]["greedy"][0]["predicted"] is None
 
 
+def test_a_chat_goes_on_past_an_empty_line(tiny, tokenizer, task, monkeypatch):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    dataset = task.load("test", num_examples=1)
+    text = f"So.\n\nThe answer is {dataset[0]['answer']}"
+    asked = {}
+
+    def planted(engine, prompts, **options):
+        asked.update(options, prompt=tokenizer.decode(prompts[0]))
+        return [[Sample([*tokenizer.encode(text), tokenizer.eos_token_id])]]
+
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", planted)
+    settings = EvaluationSettings(num_samples=0)
+    metrics, _ = evaluate_model(
+        Scorer(tiny()), tokenizer, task, dataset, settings, examples=EXAMPLES
+    )
+    assert metrics["accuracy_greedy"] == 1
+    assert asked["template"] is None
+    assert "<assistant>2+3=5. The answer is 5<user>" in asked["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "positions", "expected"),
+    [
+        ("5", 1024, lambda prompt, answer: 100 + 32),
+        # The longest answer has room where it is longer than that.
+        ("5 " * 40, 1024, lambda prompt, answer: 100 + answer),
+        # And no completion leaves the model's positions.
+        ("5", 128, lambda prompt, answer: 128 - prompt),
+    ],
+)
+def test_the_room_for_an_answer(tiny, tokenizer, task, monkeypatch, answer, positions, expected):
+    dataset = Dataset.from_list([{"prompt": "Tom has 2 pens.", "answer": answer}])
+    asked = {}
+
+    def planted(engine, prompts, **options):
+        asked.update(options, prompt=prompts[0])
+        return [[Sample([tokenizer.eos_token_id])]]
+
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", planted)
+    settings = EvaluationSettings(num_samples=0, max_completion_length=100)
+    scorer = Scorer(tiny(max_position_embeddings=positions))
+    evaluate_model(scorer, tokenizer, task, dataset, settings)
+    join = AnswerJoin(tokenizer, task.answer_template, [tokenizer.eos_token_id])
+    length = len(join(asked["prompt"], Sample([]), answer).answer_ids)
+    assert asked["max_new_tokens"] == expected(len(asked["prompt"]), length)
+
+
+def test_a_record_has_what_it_is_graded_against(tiny, tokenizer, task):
+    row = {"prompt": "Tom has 2 pens.", "answer": "2 pens", "ground_truth": "2", "more": "x"}
+    settings = EvaluationSettings(num_samples=0, max_completion_length=2)
+    _, (record,) = evaluate_model(
+        Scorer(tiny()), tokenizer, task, Dataset.from_list([row]), settings
+    )
+    assert list(record) == ["index", "prompt", "answer", "ground_truth", "greedy"]
+    assert record["ground_truth"] == "2"
+
+
 def test_examples_that_do_not_fit_the_model_are_refused(tiny, tokenizer, task):
     dataset = task.load("test", num_examples=1)
     scorer = Scorer(tiny(max_position_embeddings=48))

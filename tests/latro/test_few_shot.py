@@ -4,6 +4,7 @@ import pytest
 from datasets import Dataset
 
 from latro.few_shot import SEPARATOR, cut_at_separator, draw_examples, with_examples
+from latro.prompts import encode_prompt
 from latro.rollout import decode
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}<reply>"
@@ -67,11 +68,25 @@ def test_as_text(tokenizer):
     )
 
 
+def test_a_message_of_the_user_is_text_without_a_chat_template(tokenizer):
+    def as_message(row):
+        return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
+
+    problems = Dataset.from_list([as_message(row) for row in PROBLEMS])
+    examples = [as_message(row) for row in EXAMPLES]
+    shown = with_examples(problems, examples, "The answer is", tokenizer)["prompt"]
+    assert list(shown) == list(
+        with_examples(PROBLEMS, EXAMPLES, "The answer is", tokenizer)["prompt"]
+    )
+
+
 def test_as_turns_where_there_is_a_chat_template(chatting):
     (shown,) = with_examples(PROBLEMS, EXAMPLES, "The answer is", chatting)["prompt"]
     assert [m["role"] for m in shown] == ["user", "assistant"] * 2 + ["user"]
-    assert shown[3]["content"] == "2+2=4. The answer is 4"
-    assert shown[4]["content"] == "One and two?"
+    text = decode(chatting, encode_prompt(chatting, shown))
+    assert text.endswith(
+        "<assistant>2+2=4. The answer is 4</assistant><user>One and two?</user><reply>"
+    )
 
 
 def test_a_problems_system_message_stays_in_front(chatting):

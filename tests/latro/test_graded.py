@@ -7,6 +7,7 @@ import pytest
 
 from latro.graded import (
     accuracies,
+    effective_size,
     intervals_of,
     majority_correct,
     metrics_of,
@@ -81,7 +82,7 @@ def test_a_majority_that_states_nothing_is_wrong():
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 7), (7, 7), (3, 7), (81, 263)])
 def test_the_ends_of_wilsons_interval_are_1_96_standard_errors_away(right, n):
     # By definition: those p at which the observed share is z·√(p(1−p)/n) away.
-    low, high = wilson_interval([1] * right + [0] * (n - right))
+    low, high = wilson_interval(right / n, n)
     z = 1.959963984540054
     for end in (low, high):
         distance = abs(end - Fraction(right, n))
@@ -90,27 +91,36 @@ def test_the_ends_of_wilsons_interval_are_1_96_standard_errors_away(right, n):
     assert low < high
 
 
-def test_intervals_are_wilsons_of_single_completions_and_of_the_mean_of_several():
+@pytest.mark.parametrize(
+    ("shares", "each", "size"),
+    [
+        ([1, 0, 1, 0], 1, 4),
+        ([1, 1, 1], 1, 3),
+        # Always right, or always wrong: samples of one problem say nothing about others.
+        ([1, 1, 1], 8, 3),
+        ([0, 0], 8, 2),
+        # A problem's samples agree entirely, as good as one; or not more than independent ones.
+        ([1, 0, 1, 0], 8, 4),
+        ([0.5, 0.5, 0.5], 8, 24),
+        ([0.5, 0.625, 0.5, 0.375], 8, 32),
+        # In between it is what gives the standard error found: p(1−p)/n_eff = se².
+        ([0.25, 0.5, 1, 0.25], 8, 0.25 / standard_error([0.25, 0.5, 1, 0.25]) ** 2),
+    ],
+)
+def test_what_several_samples_a_problem_are_worth(shares, each, size):
+    assert effective_size(shares, each) == pytest.approx(size)
+
+
+def test_intervals_know_how_many_votes_a_problem_has():
     records = [record("r", "rwww"), record("w", "rrww"), record("r", "rrrr"), record("w", "wwww")]
     intervals = intervals_of(records, [2, 4])
-    assert intervals["accuracy_greedy"] == list(wilson_interval([1, 0, 1, 0]))
-    assert intervals["maj@4"] == list(wilson_interval([0, 1, 1, 0]))
-    shares = [0.25, 0.5, 1, 0]
-    half = 1.959963984540054 * standard_error(shares)
-    assert intervals["accuracy_sampled"] == pytest.approx([0.4375 - half, 0.4375 + half])
-    # Blocks of two are several votes a problem.
-    half = 1.959963984540054 * standard_error([0.5, 0.5, 1, 0])
-    assert intervals["maj@2"] == pytest.approx([0.5 - half, 0.5 + half])
-
-
-def test_an_interval_of_shares_stays_between_0_and_1():
-    records = [record("r", "rrrr"), record("r", "rrww")]
-    assert intervals_of(records, [])["accuracy_sampled"][1] == 1.0
-
-
-def test_one_sample_a_problem_is_right_or_wrong():
-    records = [record("r", "r"), record("r", "w"), record("r", "w")]
-    assert intervals_of(records, [])["accuracy_sampled"] == list(wilson_interval([1, 0, 0]))
+    assert intervals["accuracy_greedy"] == list(wilson_interval(0.5, 4))
+    assert intervals["maj@4"] == list(wilson_interval(0.5, 4))
+    shares = {"accuracy_sampled": [0.25, 0.5, 1, 0], "maj@2": [0.5, 0.5, 1, 0]}
+    for name, each in (("accuracy_sampled", 4), ("maj@2", 2)):
+        size = effective_size(shares[name], each)
+        assert 4 < size < 4 * each
+        assert intervals[name] == list(wilson_interval(sum(shares[name]) / 4, size))
 
 
 def test_the_standard_error_is_of_the_mean():
