@@ -6,6 +6,8 @@ import time
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from accelerate.utils import gather_object
@@ -17,15 +19,18 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from latro import statistics
 from latro.accumulation import Accumulation
 from latro.callbacks import MetricsFiles, Panels, ProgressBar
-from latro.config import AnswerConfig
+from latro.config import AnswerConfig, DataArguments
 from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import Finding, FiniteUpdates
 from latro.long_run import LongRunTrainer
 from latro.memory import FittingUpdate
+from latro.model_card import write_card
 from latro.peft import add_adapter, check_adapter, has_adapter
 from latro.prompts import check_dataset
 from latro.rollout import AnswerJoin, eos_token_ids
+from latro.run_facts import run_of
+from latro.samples import HeldOutSamples
 from latro.scoring import Scorer
 from latro.stopwatch import Stopwatch
 from latro.tasks import Task
@@ -56,6 +61,8 @@ class AnswerTrainer(LongRunTrainer):
     Attributes:
         scorer: of `model`.
         update: what gives the gradient; set by the class that inherits.
+        data: the arguments that the rows were loaded by, where a command loaded them: the model
+            card tells how to evaluate again.
 
     Raises:
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
@@ -67,6 +74,7 @@ class AnswerTrainer(LongRunTrainer):
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
     update: Accumulation
+    data: DataArguments | None = None
 
     def __init__(
         self,
@@ -126,6 +134,7 @@ class AnswerTrainer(LongRunTrainer):
         for shown in (ProgressCallback, PrinterCallback):
             self.remove_callback(shown)
         self.add_callback(MetricsFiles(self.panels))
+        self.add_callback(HeldOutSamples())
         if not args.disable_tqdm:
             self.add_callback(ProgressBar(args.title))
 
@@ -221,6 +230,17 @@ class AnswerTrainer(LongRunTrainer):
 
     # Evaluation.
 
+    @property
+    def evaluation_settings(self) -> EvaluationSettings:
+        """How `evaluate` does it."""
+        return EvaluationSettings(
+            max_completion_length=self.args.max_completion_length,
+            batch_size=self.args.per_device_eval_batch_size,
+            temperature=self.scorer.temperature,
+            seed=self.args.seed,
+            token_budget=self.update.token_budget,
+        )
+
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -236,23 +256,18 @@ class AnswerTrainer(LongRunTrainer):
         if dataset is None:
             raise ValueError("eval_dataset: expected a dataset, got None")
         started = time.perf_counter()
-        settings = EvaluationSettings(
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-            temperature=self.scorer.temperature,
-            seed=self.args.seed,
-            token_budget=self.update.token_budget,
-        )
         self.scorer.caller = self.model_wrapped
         with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
-            metrics, _ = evaluate_model(
+            metrics, records = evaluate_model(
                 self.scorer,
                 self.processing_class,
                 self.task,
                 dataset,
-                settings,
+                self.evaluation_settings,
                 accelerator=self.accelerator,
             )
+        if dataset is self.eval_dataset and self.is_world_process_zero():
+            HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
         metrics["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
@@ -260,6 +275,53 @@ class AnswerTrainer(LongRunTrainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    # The model card.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with a model card where it is no checkpoint."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            # Over the one that PEFT puts beside an adapter.
+            self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `latro.model_card`'s card of the run into the output folder.
+
+        Args:
+            language: of the data, for the hub.
+            license: of the model, for the hub.
+            tags: more of them, for the hub.
+            model_name: in place of the output folder's.
+            finetuned_from: a hub id, where the model's config does not tell it.
+            dataset_tags: a hub id, where the task has none.
+            tasks, dataset, dataset_args: not used; the Trainer's have them.
+        """
+        told = {
+            "language": language,
+            "licence": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "name": model_name,
+            "base_model": finetuned_from,
+            "dataset": dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags,
+        }
+        given = {name: value for name, value in told.items() if value}
+        self._write_card(Path(self.args.output_dir), **given)
+
+    def _write_card(self, folder: Path, **told: Any) -> None:
+        if self.is_world_process_zero():
+            write_card(replace(run_of(self, folder), **told), folder)
 
 
 def disable_dropout(model: nn.Module) -> None:

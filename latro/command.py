@@ -20,6 +20,7 @@ from latro.config import AnswerConfig, DataArguments, ModelArguments, PeftArgume
 from latro.files import write_json
 from latro.interruption import TrainingInterrupted
 from latro.loading import load_model, load_splits, load_task
+from latro.model_card import CARD_FILE
 from latro.peft import lora_config
 
 _SHOWN = (
@@ -78,6 +79,7 @@ def run_training(
         eval_dataset=eval_dataset,
         peft_config=peft_config,
     )
+    trainer.data = data_args
     whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
     share = "" if whole == trained else f", {trained:,} of them trained"
     console = Console(quiet=not trainer.is_world_process_zero())
@@ -101,13 +103,17 @@ def run_training(
     results = {"base": (evaluations or final)[0], "final": final[-1]}
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "results.json", results)
+    # Again, now that the last evaluation is known.
+    trainer.create_model_card()
     console.print(_table(results, len(eval_dataset)))
     if best is not None:
         console.print(
             f"the best by {args.metric_for_best_model} is taken, of update {best} of "
             f"{trainer.state.global_step}"
         )
-    console.print(f"model, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}")
+    console.print(
+        f"model, {CARD_FILE}, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}"
+    )
     return results
 
 

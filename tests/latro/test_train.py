@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from latro import evaluation
 from latro.checkpoints import damage
 from latro.evaluate import evaluate
+from latro.samples import SAMPLES_FILE
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
 
@@ -67,6 +69,11 @@ def test_real_data(tmp_path, architecture, name):
     assert (output / "progress.png").stat().st_size > 0
     results = json.loads((output / "results.json").read_text())
     assert set(results) == {"base", "final"}
+    card = ModelCard.load(output / "README.md")
+    accuracy = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    assert accuracy["greedy accuracy"] == results["final"]["eval_accuracy_greedy"]
+    (dataset,) = card.data.datasets
+    assert dataset in ("openai/gsm8k", "allenai/ai2_arc")
     AutoModelForCausalLM.from_pretrained(output)
 
 
@@ -165,6 +172,9 @@ def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tm
         assert tensor.equal(resumed[name]), name
     rewards = [[entry.get("reward") for entry in logged(p)] for p in (output, whole)]
     assert rewards[0] == rewards[1]
+    # Those of before the stop too, so that the card has a first evaluation and a last.
+    assert (output / SAMPLES_FILE).read_bytes() == (whole / SAMPLES_FILE).read_bytes()
+    assert "update 0 | update 6 |" in (output / "README.md").read_text(encoding="utf-8")
 
 
 def logged(output):

@@ -1,0 +1,74 @@
+"""The same few held-out problems through the run: `samples.jsonl`, one line an evaluation.
+
+    {"step": 0, "problems": [{"prompt": …, "answer": …, "text": …, "predicted": …, "correct": …}]}
+
+`text` is the greedy completion. The model card shows the first line beside the last.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from latro.files import replacing
+
+SAMPLES_FILE = "samples.jsonl"
+PROBLEMS = 3
+
+
+class HeldOutSamples(TrainerCallback):
+    """Writes the file.
+
+    At the start of training it is rewritten to the evaluations that the trainer's state knows: a
+    new run drops an earlier one's, and a resumed one what came after its checkpoint.
+    """
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        path = Path(str(args.output_dir)) / SAMPLES_FILE
+        if state.is_world_process_zero and path.exists():
+            evaluated = {e["step"] for e in state.log_history if any(map(_is_evaluation, e))}
+            samples = read_samples(path)
+            _write(path, {step: p for step, p in samples.items() if step in evaluated})
+
+    @staticmethod
+    def keep(output_dir: str, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Note the first problems of an evaluation; `records` are `evaluate_model`'s."""
+        problems = [
+            {name: record[name] for name in ("prompt", "answer")}
+            | {name: record["greedy"][0][name] for name in ("text", "predicted", "correct")}
+            for record in records[:PROBLEMS]
+        ]
+        path = Path(output_dir) / SAMPLES_FILE
+        _write(path, read_samples(path) | {step: problems})
+
+
+def read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
+    """The problems of each evaluation by its step, in the order of steps; {} without a file."""
+    if not path.exists():
+        return {}
+    # A file's lines end at "\n" alone; those of `splitlines` at what stands in texts too.
+    with path.open(encoding="utf-8") as lines:
+        return {entry["step"]: entry["problems"] for entry in map(json.loads, lines)}
+
+
+def _write(path: Path, samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+    lines = (
+        json.dumps({"step": step, "problems": samples[step]}, ensure_ascii=False) + "\n"
+        for step in sorted(samples)
+    )
+    with replacing(path) as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def _is_evaluation(name: str) -> bool:
+    return name.startswith("eval_")
