@@ -74,9 +74,7 @@ def test_what_the_hub_is_told_stands_in_the_front_matter(make_trainer, tmp_path)
 
 
 def test_the_best_model_s_evaluation_is_shown(make_trainer, tmp_path):
-    trainer = make_trainer(
-        load_best_model_at_end=True, save_strategy="best", eval_strategy="steps"
-    )
+    trainer = make_trainer(load_best_model_at_end=True, save_strategy="best", eval_strategy="steps")
     trainer.state.log_history = [{"step": s, "eval_accuracy_greedy": s / 10} for s in (0, 2, 4)]
     trainer.state.global_step = 4
     trainer.state.best_global_step = 2
