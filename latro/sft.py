@@ -1,7 +1,7 @@
 """`python -m latro.sft`: fine-tune a causal language model on written rationales and answers.
 
 `--target answer` trains on the answers alone. Without a model the small one that ships learns the
-generated word problems, in less than a minute on one core.
+generated word problems, in about a minute on one core.
 """
 
 from __future__ import annotations
