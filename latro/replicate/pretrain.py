@@ -5,7 +5,7 @@ A document is a problem of a task's train split, a rationale, and the right answ
 
     Tom has 10 pens. Tom loses 2. Tom gets 7. How many? 10 - 2 = 8. 8 + 7 = 15. The answer is 15
 
-The rationale is of one of four kinds, by `MIXTURE`. Steps make the answer likely, filler does not,
+The rationale is of one of four kinds, by a mixture. Steps make the answer likely, filler does not,
 and the model writes both: that leaves LaTRO something to choose from. Where the steps have a slip
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,8 @@ from latro.tasks.arithmetic_choice import ArithmeticChoice
 
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Arithmetic(), ArithmeticChoice())}
 MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
+# Having read steps first, the study's models would rather write those than not.
+STUDY_MIXTURE = {"steps": 0.25, "slip": 0.12, "filler": 0.53, "nothing": 0.10}
 # What sets each apart from the others is what sets their large namesakes apart: heads that share
 # keys and values in Mistral, projections in one piece and rotation of a part in Phi-3.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -63,10 +65,12 @@ SHIPPED_SETTINGS = {
     "learning_rate": 2e-3,
     "learn_prompts": True,
 }
-_CHEAP = {"batch_size": 16, "learning_rate": 3e-3, "learn_prompts": False}
-STUDY_SETTINGS: dict[str, dict[str, Any]] = {
-    "arithmetic": {"steps": 1300, "right_steps": 1000, **_CHEAP},
-    "arithmetic_choice": {"steps": 1500, "right_steps": 1150, **_CHEAP},
+STUDY_SETTINGS = {
+    "steps": 1800,
+    "right_steps": 900,
+    "batch_size": 16,
+    "learning_rate": 3e-3,
+    "learn_prompts": False,
 }
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
@@ -97,19 +101,28 @@ class Arguments:
     seed: int = setting(42, "Of text, weights and order.")
 
     def __post_init__(self) -> None:
-        shipped = (self.architecture, self.task) == SHIPPED
-        for name, value in (SHIPPED_SETTINGS if shipped else STUDY_SETTINGS[self.task]).items():
+        for name, value in (SHIPPED_SETTINGS if self.ships else STUDY_SETTINGS).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
 
+    @property
+    def ships(self) -> bool:
+        return (self.architecture, self.task) == SHIPPED
 
-def generate_documents(task: GeneratedTask, seed: int, right: int = 0) -> Iterator[tuple[str, str]]:
+    @property
+    def mixture(self) -> Mapping[str, float]:
+        return MIXTURE if self.ships else STUDY_MIXTURE
+
+
+def generate_documents(
+    task: GeneratedTask, seed: int, mixture: Mapping[str, float] = MIXTURE, right: int = 0
+) -> Iterator[tuple[str, str]]:
     """Yield prompts with their completions, both without EOS, without end.
 
     The first `right` have right steps, whatever the mixture.
     """
     rng = random.Random(f"documents {seed}")
-    kinds, weights = zip(*MIXTURE.items(), strict=True)
+    kinds, weights = zip(*mixture.items(), strict=True)
     for index, problem in enumerate(task.problems("train", seed)):
         kind = "steps" if index < right else rng.choices(kinds, weights)[0]
         sentences = [*rationale(problem, kind, rng), f"{task.answer_template} {problem.answer}"]
@@ -117,7 +130,7 @@ def generate_documents(task: GeneratedTask, seed: int, right: int = 0) -> Iterat
 
 
 def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
-    """The sentences of one rationale; `kind` is a key of `MIXTURE`."""
+    """The sentences of one rationale; `kind` is a key of the mixtures."""
     if kind == "nothing":
         return []
     if kind == "filler":
@@ -137,7 +150,7 @@ def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
         ]
     )
     bpe.decoder = decoders.ByteLevel()
-    documents = generate_documents(TASKS[args.task], args.seed)
+    documents = generate_documents(TASKS[args.task], args.seed, args.mixture)
     bpe.train_from_iterator(
         ("".join(document) for document in islice(documents, args.tokenizer_documents)),
         trainers.BpeTrainer(
@@ -198,7 +211,7 @@ def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     )
     schedule = get_cosine_schedule_with_warmup(optimizer, args.warmup_steps, args.steps)
     right = args.right_steps * args.batch_size
-    documents = generate_documents(TASKS[args.task], args.seed, right)
+    documents = generate_documents(TASKS[args.task], args.seed, args.mixture, right)
     progress = trange(args.steps, desc="pre-training", unit="step")
     for _ in progress:
         batch = list(islice(documents, args.batch_size))

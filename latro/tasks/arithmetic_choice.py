@@ -2,10 +2,11 @@
 
     Tom has 10 pens. Tom loses 2. Tom gets 7. How many? (A) 14 (B) 15 (C) 16 (D) 17
 
-has the answer B. The options are four neighbouring numbers in order, and the right one has any
-place among them, so that a rough guess at the sum is worth little. In the column `rationale` the
-label stands behind the result, "10 - 2 = 8. 8 + 7 = 15 (B)." A row has a column `choices` too (see
-`choice.py`). A problem belongs to the split that its sum belongs to in `arithmetic`.
+is answered by the right option in full, "The answer is 15". It is graded as an option, by label or
+by exact text, so a row has the columns `choices` and `ground_truth`, the label (see `choice.py`).
+The options are four neighbouring numbers in order, and the right one has any place among them, so
+that a rough guess at the sum is worth little. A problem belongs to the split that its sum belongs
+to in `arithmetic`.
 """
 
 from __future__ import annotations
@@ -33,24 +34,14 @@ class ChoiceProblem(Problem):
         return " ".join([super().prompt, *(f"({label}) {option}" for label, option in listed)])
 
     @property
-    def answer(self) -> str:
-        return LABELS[self.options.index(self.total)]
-
-    def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
-        """As of the sum, with the label behind the result: "8 + 7 = 15 (B)."; none after a slip."""
-        sentences = super().steps(slip)
-        if slip is None:
-            sentences[-1] = f"{sentences[-1].removesuffix('.')} ({self.answer})."
-        return sentences
-
-    @property
     def row(self) -> dict[str, Any]:
         choices = {"label": list(LABELS), "text": list(map(str, self.options))}
-        return {**super().row, "choices": choices}
+        label = LABELS[self.options.index(self.total)]
+        return {**super().row, "ground_truth": label, "choices": choices}
 
 
 class ArithmeticChoice(GeneratedTask, ChoiceTask):
-    """The generated problems, answered by the label of an option."""
+    """The generated problems, answered by one of four options."""
 
     name = "arithmetic_choice"
 

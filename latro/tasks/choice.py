@@ -1,7 +1,7 @@
 """Tasks whose answer is one of a few options: reading which, from text.
 
-A row has a column `choices` with the lists "label" and "text"; `answer` is the label of the right
-option.
+A row has a column `choices` with the lists "label" and "text". The label of the right option is
+what completions are graded against: `ground_truth`, or else `answer`.
 
 The rule. The statement behind the answer template names an option by its label ("B", "(b)",
 "option B.", "B) the whole text") or by its whole text, never by a part of it. One that names no

@@ -80,7 +80,8 @@ def test_the_model_that_ships_has_settings_of_its_own():
     assert Arguments(Path()).steps == 1600
     assert Arguments(Path()).learn_prompts
     assert Arguments(Path(), steps=5).steps == 5
-    assert Arguments(Path(), architecture="phi3").right_steps == 1000
+    assert Arguments(Path(), architecture="phi3").right_steps == 900
+    assert Arguments(Path()).mixture != Arguments(Path(), task="arithmetic_choice").mixture
     assert Arguments(Path(), architecture="phi3", right_steps=0).right_steps == 0
 
 

@@ -13,14 +13,11 @@ PROBLEM = ChoiceProblem(10, (-2, 7), "Tom", "pens", ("loses", "gets"), options=(
 def test_a_problem_reads_as_documented():
     assert PROBLEM.row == {
         "prompt": "Tom has 10 pens. Tom loses 2. Tom gets 7. How many? (A) 14 (B) 15 (C) 16 (D) 17",
-        "answer": "B",
-        "rationale": "10 - 2 = 8. 8 + 7 = 15 (B).",
+        "answer": "15",
+        "ground_truth": "B",
+        "rationale": "10 - 2 = 8. 8 + 7 = 15.",
         "choices": {"label": ["A", "B", "C", "D"], "text": ["14", "15", "16", "17"]},
     }
-
-
-def test_a_slip_has_no_label():
-    assert PROBLEM.steps(slip=(0, 1)) == ["10 - 2 = 9.", "9 + 7 = 16."]
 
 
 @pytest.mark.parametrize(
@@ -49,13 +46,13 @@ def test_the_options_are_four_neighbouring_numbers_with_the_sum_among_them():
         lowest = problem.options[0]
         assert lowest >= 0
         assert problem.options == tuple(range(lowest, lowest + 4))
-        assert problem.options["ABCD".index(problem.answer)] == problem.total
+        assert problem.options["ABCD".index(problem.row["ground_truth"])] == problem.total
 
 
 def test_the_right_option_has_any_place():
     # Below three the options cannot reach to both sides: there are no negative numbers of things.
     problems = (p for p in islice(TASK.problems("train", 0), 4000) if p.total >= 3)
-    counts = Counter(problem.answer for problem in problems)
+    counts = Counter(problem.row["ground_truth"] for problem in problems)
     assert len(counts) == len(LABELS)
     # A binomial share strays by 0.7 points.
     assert all(abs(n / counts.total() - 1 / 4) < 0.03 for n in counts.values())
