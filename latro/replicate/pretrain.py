@@ -10,9 +10,10 @@ and the model writes both: that leaves LaTRO something to choose from. Where the
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
 
-The models of the study read a quarter of the documents of the one that ships, or less: they do not
-learn to tell stories, and they learn to count, which is most of the work, from right steps alone
-before they meet the mixture.
+The models of the study read half of the documents of the one that ships, or less: they do not learn
+to tell stories, and they learn to count, which is most of the work, from right steps alone before
+they meet the mixture. A model of `arithmetic_choice` goes on from one of `arithmetic`, which counts
+already.
 
     python -m latro.replicate.pretrain --output_dir latro/assets/small
 """
@@ -34,6 +35,7 @@ from tqdm.auto import trange
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     HfArgumentParser,
     PreTrainedModel,
@@ -42,7 +44,7 @@ from transformers import (
     set_seed,
 )
 
-from latro.config import setting
+from latro.config import SMALL_MODEL, setting
 from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
 from latro.tasks.arithmetic_choice import ArithmeticChoice
 
@@ -65,12 +67,10 @@ SHIPPED_SETTINGS = {
     "learning_rate": 2e-3,
     "learn_prompts": True,
 }
-STUDY_SETTINGS = {
-    "steps": 1800,
-    "right_steps": 900,
-    "batch_size": 16,
-    "learning_rate": 3e-3,
-    "learn_prompts": False,
+_COMPLETIONS = {"batch_size": 16, "learn_prompts": False}
+STUDY_SETTINGS: dict[str, dict[str, Any]] = {
+    "arithmetic": {"steps": 3200, "right_steps": 1700, "learning_rate": 3e-3, **_COMPLETIONS},
+    "arithmetic_choice": {"steps": 700, "right_steps": 250, "learning_rate": 1e-3, **_COMPLETIONS},
 }
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
@@ -90,6 +90,9 @@ class Arguments:
     task: Literal["arithmetic", "arithmetic_choice"] = setting(
         "arithmetic", "Whose problems it reads."
     )
+    start_from: str | None = setting(
+        None, "For arithmetic_choice: a model of arithmetic; without it the llama that ships."
+    )
     steps: int = setting(None, "Optimizer steps.")
     right_steps: int = setting(None, "So many of them first read right steps alone.")
     batch_size: int = setting(None, "Documents a step.")
@@ -101,9 +104,17 @@ class Arguments:
     seed: int = setting(42, "Of text, weights and order.")
 
     def __post_init__(self) -> None:
-        for name, value in (SHIPPED_SETTINGS if self.ships else STUDY_SETTINGS).items():
+        for name, value in (SHIPPED_SETTINGS if self.ships else STUDY_SETTINGS[self.task]).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        if self.task == "arithmetic" and self.start_from is not None:
+            raise ValueError(f"start_from: expected none for arithmetic, got {self.start_from!r}")
+        if self.task == "arithmetic_choice" and self.start_from is None:
+            if self.architecture != "llama":
+                raise ValueError(
+                    f"start_from: expected a {self.architecture} of arithmetic, got none"
+                )
+            self.start_from = str(SMALL_MODEL)
 
     @property
     def ships(self) -> bool:
@@ -203,9 +214,20 @@ def make_batch(
     return input_ids, labels
 
 
-def pretrain(args: Arguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+def start(args: Arguments) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The model that is trained, and its tokenizer: new ones, or those to go on from."""
+    if args.start_from is not None:
+        tokenizer = AutoTokenizer.from_pretrained(args.start_from)
+        return AutoModelForCausalLM.from_pretrained(args.start_from), tokenizer
+    tokenizer = train_tokenizer(args)
     set_seed(args.seed)
-    model = build_model(args.architecture, tokenizer).train()
+    return build_model(args.architecture, tokenizer), tokenizer
+
+
+def pretrain(
+    args: Arguments, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
@@ -240,8 +262,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir:
 
 def main() -> None:
     (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
-    tokenizer = train_tokenizer(args)
-    save(pretrain(args, tokenizer), tokenizer, args.output_dir)
+    model, tokenizer = start(args)
+    save(pretrain(args, model, tokenizer), tokenizer, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -147,13 +147,13 @@ def cells(scale: Scale) -> list[Cell]:
     A study that is stopped early has whole tables, of fewer seeds: base models, the tuning, then
     the main cells and at last the ablations, each seed by seed. No two run the same commands.
     """
-    bases = {
-        (architecture, task): None
-        if (architecture, task) == SHIPPED
-        else _base_model(architecture, task, scale)
-        for task in TASKS
-        for architecture in ARCHITECTURES
-    }
+    bases: dict[tuple[str, str], Cell | None] = {SHIPPED: None}
+    for architecture in ARCHITECTURES:
+        for task in TASKS:
+            if (architecture, task) != SHIPPED:
+                # A model of arithmetic, the first of the tasks, is what others go on from.
+                start = bases.get((architecture, TASKS[0]))
+                bases[architecture, task] = _base_model(architecture, task, scale, start)
     everything = [base for base in bases.values() if base is not None]
     everything += _tuning(scale)
     for seed in scale.seeds:
@@ -185,8 +185,11 @@ def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
                 f"got {pattern!r}, which matches none"
             )
     matched = [c for c in everything if any(fnmatchcase(c.name, p) for p in patterns)]
-    needed = {cell.base.name for cell in matched if cell.base is not None}
-    return [c for c in everything if c in matched or c.name in needed]
+    needed = {cell.name for cell in matched}
+    for cell in reversed(everything):
+        if cell.name in needed and cell.base is not None:
+            needed.add(cell.base.name)
+    return [cell for cell in everything if cell.name in needed]
 
 
 def base_folder(architecture: str, task: str) -> str:
@@ -194,15 +197,19 @@ def base_folder(architecture: str, task: str) -> str:
     return f"base/{architecture}-{task}"
 
 
-def _base_model(architecture: str, task: str, scale: Scale) -> Cell:
+def _base_model(architecture: str, task: str, scale: Scale, start: Cell | None) -> Cell:
     folder = base_folder(architecture, task)
+    start_from: tuple[str, ...] = ()
+    if start is not None:
+        start_from = ("--start_from", base_folder(start.architecture, start.task))
     command = (
         "latro.replicate.pretrain",
         *("--architecture", architecture, "--task", task, "--output_dir", folder),
+        *start_from,
         *(() if scale.pretrain_steps is None else ("--steps", str(scale.pretrain_steps))),
     )
     name = f"base-{architecture}-{task}"
-    return Cell(name, "base model", architecture, task, commands=(command,))
+    return Cell(name, "base model", architecture, task, commands=(command,), base=start)
 
 
 def _tuning(scale: Scale) -> Iterator[Cell]:

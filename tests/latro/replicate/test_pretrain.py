@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from latro.config import SMALL_MODEL
 from latro.replicate.pretrain import (
     ARCHITECTURES,
     IGNORE_INDEX,
@@ -80,9 +81,32 @@ def test_the_model_that_ships_has_settings_of_its_own():
     assert Arguments(Path()).steps == 1600
     assert Arguments(Path()).learn_prompts
     assert Arguments(Path(), steps=5).steps == 5
-    assert Arguments(Path(), architecture="phi3").right_steps == 900
+    assert Arguments(Path(), architecture="phi3").right_steps == 1700
     assert Arguments(Path()).mixture != Arguments(Path(), task="arithmetic_choice").mixture
     assert Arguments(Path(), architecture="phi3", right_steps=0).right_steps == 0
+
+
+def test_a_model_of_choice_goes_on_from_one_of_arithmetic(tmp_path, monkeypatch):
+    choice = ("--task", "arithmetic_choice", "--learning_rate", "0")
+    weights = run(monkeypatch, tmp_path / "llama", *choice)
+    for name, weight in AutoModelForCausalLM.from_pretrained(SMALL_MODEL).named_parameters():
+        torch.testing.assert_close(weights[name], weight.detach(), rtol=0, atol=0)
+    run(monkeypatch, tmp_path / "phi3", "--architecture", "phi3")
+    start_from = ("--architecture", "phi3", "--start_from", str(tmp_path / "phi3"))
+    run(monkeypatch, tmp_path / "choice", *choice, *start_from)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "choice").config.model_type == "phi3"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"architecture": "phi3", "task": "arithmetic_choice"},
+        {"task": "arithmetic", "start_from": "models/small"},
+    ],
+)
+def test_what_to_start_from_is_asked_for_or_refused(given):
+    with pytest.raises(ValueError, match="start_from: expected"):
+        Arguments(Path(), **given)
 
 
 @pytest.fixture(scope="module", params=TASKS)

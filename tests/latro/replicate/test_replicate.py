@@ -21,7 +21,8 @@ def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Pat
     assert command.replicate(argv) == []
     document = json.loads((tmp_path / "cells.json").read_text())
     made = [record["name"] for record in document["cells"]]
-    assert made == ["base-mistral-arithmetic_choice", *names]
+    bases = ["base-mistral-arithmetic", "base-mistral-arithmetic_choice"]
+    assert made == [*bases, *names]
     shown = "python -m latro.replicate --max_steps 1 --num_eval_examples 4 --pretrain_steps 1"
     assert document["command"] == shown
     for record in document["cells"]:

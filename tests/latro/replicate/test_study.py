@@ -69,13 +69,15 @@ def test_only_the_model_that_ships_is_not_pretrained():
     assert of.keys() == {(a, t) for a in ARCHITECTURES for t in TASKS} - {("llama", "arithmetic")}
     phi = of["phi3", "arithmetic_choice"]
     assert phi.chain == [
+        "python -m latro.replicate.pretrain --architecture phi3 --task arithmetic "
+        "--output_dir base/phi3-arithmetic --steps 7",
         "python -m latro.replicate.pretrain --architecture phi3 --task arithmetic_choice "
-        "--output_dir base/phi3-arithmetic_choice --steps 7"
+        "--output_dir base/phi3-arithmetic_choice --start_from base/phi3-arithmetic --steps 7",
     ]
     for cell in everything:
         if (cell.architecture, cell.task) == ("phi3", "arithmetic_choice") and cell != phi:
-            assert cell.chain[0] == phi.chain[0]
-            assert "--model_name_or_path base/phi3-arithmetic_choice" in cell.chain[1]
+            assert cell.chain[:2] == phi.chain
+            assert "--model_name_or_path base/phi3-arithmetic_choice" in cell.chain[2]
 
 
 def test_the_trained_model_is_the_one_that_is_evaluated():
