@@ -124,11 +124,12 @@ def test_ablations(records, record, tmp_path):
 
 def test_the_best_learning_rate_is_named(records, record, tmp_path):
     tuning = [
-        record("tuning-sft-answer-learning_rate=0.001-1", accuracy_greedy=0.3),
-        record("tuning-sft-answer-learning_rate=0.0005-1", accuracy_greedy=0.2),
+        record("tuning-sft-answer-learning_rate=0.0005-1", accuracy_greedy=0.2, maj_8=0.9),
+        record("tuning-sft-answer-learning_rate=0.001-1", accuracy_greedy=0.3, maj_8=0.4),
+        record("tuning-sft-answer-learning_rate=0.002-1", accuracy_greedy=0.3, maj_8=0.3),
     ]
     text = " ".join(write([*records, *tuning], tmp_path).split())
-    assert "The best greedy accuracy is that of 0.001 for SFT, answers;" in text
+    assert "where it ties, is that of 0.001 for SFT, answers; the main cells have" in text
     assert "| SFT, answers | 0.0005 | 20.0% |" in text
 
 
