@@ -50,8 +50,12 @@ from latro.tasks.arithmetic_choice import ArithmeticChoice
 
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Arithmetic(), ArithmeticChoice())}
 MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
-# Having read steps first, the study's models would rather write those than not.
-STUDY_MIXTURE = {"steps": 0.25, "slip": 0.12, "filler": 0.53, "nothing": 0.10}
+# Having read steps first, the study's models would rather write those than not. A guess among four
+# options is worth more than steps that often slip, and then LaTRO drops all rationales.
+STUDY_MIXTURES = {
+    "arithmetic": {"steps": 0.25, "slip": 0.12, "filler": 0.53, "nothing": 0.10},
+    "arithmetic_choice": {"steps": 0.35, "slip": 0.03, "filler": 0.52, "nothing": 0.10},
+}
 # What sets each apart from the others is what sets their large namesakes apart: heads that share
 # keys and values in Mistral, projections in one piece and rotation of a part in Phi-3.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -70,7 +74,7 @@ SHIPPED_SETTINGS = {
 _COMPLETIONS = {"batch_size": 16, "learn_prompts": False}
 STUDY_SETTINGS: dict[str, dict[str, Any]] = {
     "arithmetic": {"steps": 3200, "right_steps": 1700, "learning_rate": 3e-3, **_COMPLETIONS},
-    "arithmetic_choice": {"steps": 700, "right_steps": 250, "learning_rate": 1e-3, **_COMPLETIONS},
+    "arithmetic_choice": {"steps": 1100, "right_steps": 300, "learning_rate": 2e-3, **_COMPLETIONS},
 }
 FILLER = ("This is not hard.", "I will count them.", "We add and take away.")
 EOS = "<eos>"
@@ -122,7 +126,7 @@ class Arguments:
 
     @property
     def mixture(self) -> Mapping[str, float]:
-        return MIXTURE if self.ships else STUDY_MIXTURE
+        return MIXTURE if self.ships else STUDY_MIXTURES[self.task]
 
 
 def generate_documents(

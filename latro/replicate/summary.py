@@ -102,11 +102,15 @@ class Study:
         path = folder / CELLS_FILE
         if not path.exists():
             raise ValueError(f"output_dir: expected a study's {CELLS_FILE} in it, got {folder}")
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return cls.of(json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
+    def of(cls, document: Mapping[str, Any]) -> Study:
+        """The study that `as_json` gave."""
         return cls(document["command"], document["jobs"], tuple(document["cells"]))
 
     def as_json(self) -> dict[str, Any]:
-        """What `read` reads."""
+        """What `of` takes."""
         return {"command": self.command, "jobs": self.jobs, "cells": list(self.records)}
 
     def part(self, name: str) -> list[Record]:
