@@ -198,8 +198,8 @@ def _majority_section(study: Study) -> str:
             rows.append((architecture, task, label, percent(greedy), *figures, verdict))
     text = f"""
         maj@k is the accuracy of the commonest answer of k samples, a mean over the disjoint blocks
-        of k out of {max(MAJORITY)}. The mean of LaTRO's {_MAJ} is at or above that of its greedy accuracy in {sum(answers)} of
-        {len(answers)} models and tasks.
+        of k out of {max(MAJORITY)}. The mean of LaTRO's {_MAJ} is at or above that of its greedy
+        accuracy in {sum(answers)} of {len(answers)} models and tasks.
         """
     return f"""## Does a vote help?
 
