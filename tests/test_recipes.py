@@ -175,14 +175,18 @@ def raw_files(tmp_path):
         for n in range(60)
     ]
     choices = [{"label": label, "text": f"{n} pens"} for n, label in enumerate("ABCD")]
-    questions = [
-        {"question": {"stem": f"Case {n}: which?", "choices": choices}, "answerKey": "ABCD"[n % 4]}
-        for n in range(8)
-    ]
-    files = {
-        "gsm8k": {"train": problems, "test": problems[:8]},
-        "arc_challenge": dict.fromkeys(("train", "dev", "test"), questions),
+    # No problem is trained on and held out at once.
+    questions = {
+        split: [
+            {
+                "question": {"stem": f"Case {n} of {split}: which?", "choices": choices},
+                "answerKey": "ABCD"[n % 4],
+            }
+            for n in range(8)
+        ]
+        for split in ("train", "dev", "test")
     }
+    files = {"gsm8k": {"train": problems, "test": problems[:8]}, "arc_challenge": questions}
     for task, splits in files.items():
         (tmp_path / task).mkdir()
         for split, records in splits.items():

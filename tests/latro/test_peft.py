@@ -359,7 +359,7 @@ def evaluation(model, tmp_path):
             *("--model_name_or_path", str(model), "--dataset_name", "arithmetic"),
             *("--num_eval_examples", "4", "--eval_split", "validation", "--num_samples", "2"),
             *("--majority", "2", "--max_completion_length", "8"),
-            *("--output", str(tmp_path / "evaluation.json")),
+            *("--output", str(tmp_path / f"{model.name}.json")),
         ]
     )["metrics"]
 
