@@ -23,7 +23,7 @@ from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, setting
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.few_shot import draw_examples
-from latro.files import write_json
+from latro.files import check_output, write_json
 from latro.graded import intervals_of
 from latro.journal import Journal, crc32, weights_crc32
 from latro.loading import load_held_out, load_model, load_task, load_train
@@ -73,6 +73,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, EvaluateArguments), argv, prog="python -m latro.evaluate"
     )
+    check_output(args.output, data_args.dataset_name)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = EvaluationSettings(

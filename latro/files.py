@@ -39,3 +39,13 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
+    """Refuse to write a result over the file that it is made from.
+
+    Raises:
+        ValueError: `output` and `source` are one file.
+    """
+    if os.path.exists(source) and os.path.realpath(output) == os.path.realpath(source):
+        raise ValueError(f"output: {output} is the data itself; name another file")

@@ -28,7 +28,7 @@ class Journal:
     Args:
         path: of the lines, a `.jsonl`.
         identity: what they are made of, as sections of JSON values by name.
-        overwrite: start anew, whatever is there.
+        overwrite: start anew, whichever evaluation's lines are there.
     """
 
     def __init__(
@@ -50,10 +50,16 @@ class Journal:
             batch_size: problems that are written together.
 
         Raises:
-            ValueError: the lines are of another evaluation, or damaged before their last.
+            ValueError: the lines are of another evaluation, or damaged before their last; or the
+                file is of none, which `overwrite` does not touch either.
         """
         # As it is read back: tuples are lists there, and keys are strings.
         identity = json.loads(json.dumps({**self.identity, "prompts": {"crc32": crc32(prompts)}}))
+        if self.path.exists() and not self.settings_path.exists():
+            raise ValueError(
+                f"output: {self.path} is there without {self.settings_path.name}, which would say "
+                "that an evaluation wrote it; name another file"
+            )
         if self.overwrite or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # The lines go first: none of them may stand beside settings that are not theirs.
@@ -80,14 +86,7 @@ class Journal:
             os.fsync(file.fileno())
 
     def _check(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
-        way_out = "name another file, or pass --overwrite true to start anew"
-        try:
-            there = json.loads(self.settings_path.read_bytes())
-        except FileNotFoundError:
-            raise ValueError(
-                f"output: {self.path} is there without {self.settings_path.name}, which says what "
-                f"its lines are of; {way_out}"
-            ) from None
+        there = json.loads(self.settings_path.read_bytes())
         if there == identity:
             return
         names = sorted(
@@ -105,7 +104,8 @@ class Journal:
             if there.get(section, {}).get(name) != identity.get(section, {}).get(name)
         ]
         raise ValueError(
-            f"output: {self.path} is of another evaluation: {'; '.join(different)}; {way_out}"
+            f"output: {self.path} is of another evaluation: {'; '.join(different)}; name another "
+            "file, or pass --overwrite true to start anew"
         )
 
     def _record(self, line: bytes, index: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, setting
-from latro.files import replacing, write_json
+from latro.files import check_output, replacing, write_json
 from latro.loading import load_held_out, load_model, load_task
 from latro.probing import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.scoring import Scorer
@@ -58,6 +58,7 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, ProbeArguments), argv, prog="python -m latro.probe"
     )
+    check_output(args.output, data_args.dataset_name)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = ProbeSettings(

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from latro.files import replacing, write_json
+from latro.files import check_output, replacing, write_json
 
 
 def test_a_file_appears_whole_with_ordinary_permissions(tmp_path):
@@ -36,3 +37,13 @@ def test_nan_is_no_json(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"a": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_is_not_written_over_its_source(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"output: .*my.json is the data itself"):
+        check_output(tmp_path / "my.json", "my.json")
+    check_output("other.json", "my.json")
+    # The name of a task, which is no file.
+    check_output("gsm8k", "gsm8k")

@@ -55,10 +55,14 @@ def test_other_settings_are_refused_by_name(path, lines):
     assert path.read_bytes() == before
 
 
-def test_lines_without_their_settings_are_refused(path, lines):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_no_evaluation_wrote_is_left_alone(path, lines, overwrite):
+    """It may be the data."""
     (path.parent / "evaluation.settings.json").unlink()
+    before = path.read_bytes()
     with pytest.raises(ValueError, match=r"without evaluation.settings.json"):
-        Journal(path, IDENTITY).open(PROMPTS, 2)
+        Journal(path, IDENTITY, overwrite).open(PROMPTS, 2)
+    assert path.read_bytes() == before
 
 
 def test_overwriting_starts_anew(path, lines):
