@@ -17,6 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
+
+from latro.replicate.markdown import percent
+from latro.replicate.study import METHODS
+from latro.replicate.summary import CELLS_FILE, Study, estimate
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -203,12 +209,37 @@ def step(result: dict[str, Any]) -> str:
     )
 
 
+def replicate(result: dict[str, Any]) -> str:
+    """Greedy accuracy of the study's methods, a row a model and task, and LaTRO's majority."""
+    study = Study.of(result)
+    run = {record["method"] for record in study.part("main")}
+    methods = {method: title for method, title in METHODS.items() if method in run}
+    rows = []
+    for architecture, task in study.pairs():
+        greedy = [
+            percent(estimate(study.main(architecture, task, method), "accuracy_greedy"))
+            for method in methods
+        ]
+        of_eight = percent(estimate(study.main(architecture, task, "latro"), "maj@8"))
+        rows.append([f"{architecture}, {task}", *greedy, of_eight])
+    header = ["greedy accuracy, mean ± deviation", *methods.values(), "LaTRO, maj@8"]
+    seeds = {record["seed"] for record in study.part("main")}
+    problems = study.part("main")[0]["problems"]
+    where = study.records[0]["environment"]
+    return (
+        markdown(header, rows)
+        + f"\n\n{len(seeds)} seeds, {problems} test problems; `{study.command}` on "
+        f"{where['device']}, one thread a process, torch {where['torch']}."
+    )
+
+
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "default-run": (RESULTS / "default_run.json", default_run),
     "peers": (RESULTS / "head" / "study_head.json", peers),
     "ops": (RESULTS / "ops" / "ops.json", ops),
     "step": (RESULTS / "step" / "step.json", step),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
+    "replicate": (RESULTS / "replicate" / CELLS_FILE, replicate),
 }
 
 
