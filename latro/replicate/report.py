@@ -229,7 +229,8 @@ def _ablation_section(study: Study) -> str:
         rows = []
         for value in (value for value in ABLATIONS[setting] if value in of):
             records = of[value]
-            kl = estimate(records, "kl", "training")
+            # Without β there is no reference to measure it against.
+            kl = estimate([r for r in records if r["settings"]["beta"]], "kl", "training")
             seconds = Estimate.of([record["seconds"][0] for record in records])
             label = f"{value} (main)" if value == LATRO[setting] else str(value)
             rows.append(
