@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from latro.replicate.markdown import percent
+from latro.replicate.markdown import percent, table
 from latro.replicate.study import METHODS
 from latro.replicate.summary import CELLS_FILE, Study, estimate
 
@@ -245,8 +245,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; the first column is text, the others are numbers."""
-    lines = [header, ["---", *("--:" for _ in header[1:])], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return table(header, rows, left=1)
 
 
 def fill(text: str, tables: Mapping[str, str], page: str) -> str:
@@ -255,8 +254,8 @@ def fill(text: str, tables: Mapping[str, str], page: str) -> str:
     Raises:
         ValueError: a table's markers are missing.
     """
-    for name, table in tables.items():
-        block = f"<!-- begin {name} -->\n{table}\n<!-- end {name} -->"
+    for name, lines in tables.items():
+        block = f"<!-- begin {name} -->\n{lines}\n<!-- end {name} -->"
         pattern = rf"<!-- begin {name} -->\n.*?<!-- end {name} -->"
         text, count = re.subn(pattern, lambda _, b=block: b, text, flags=re.DOTALL)
         if count != 1:
@@ -275,10 +274,10 @@ def render(text: str, page: Path) -> str:
     for name in re.findall(r"<!-- (?:begin|end) (.+) -->", text):
         if name not in TABLES:
             raise ValueError(f"{page.name}: expected a table of {', '.join(TABLES)}, got {name!r}")
-        result, table = TABLES[name]
+        result, make = TABLES[name]
         # Links are written as from the repository's root.
         prefix = "](" if here == os.curdir else f"]({here}/"
-        tables[name] = table(json.loads(result.read_text())).replace("](", prefix)
+        tables[name] = make(json.loads(result.read_text())).replace("](", prefix)
     return fill(text, tables, page.name)
 
 

@@ -10,10 +10,9 @@ and the model writes both: that leaves LaTRO something to choose from. Where the
 the answer is still right, so that a slip costs little likelihood; without these documents a single
 slip costs more than guessing, and reasoning does not pay.
 
-The models of the study read half of the documents of the one that ships, or less: they do not learn
-to tell stories, and they learn to count, which is most of the work, from right steps alone before
-they meet the mixture. A model of `arithmetic_choice` goes on from one of `arithmetic`, which counts
-already.
+The models of the study read fewer documents than the one that ships: they do not learn to tell
+stories, and they learn to count, which is most of the work, from right steps alone before they meet
+the mixture. A model of `arithmetic_choice` goes on from one of `arithmetic`, which counts already.
 
     python -m latro.replicate.pretrain --output_dir latro/assets/small
 """
