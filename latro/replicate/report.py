@@ -311,10 +311,11 @@ def _limits_section(study: Study) -> str:
         billions holds such a mixture for a task is what the paper claims, and is not tested here.
         """,
         """
-        The mixture decides. With a third of the steps wrong, as arithmetic has it, a Mistral of the
-        four options found that a guess pays more, and LaTRO dropped its rationales altogether; the
-        documents of arithmetic_choice have few wrong steps since. So a gain here says that LaTRO
-        finds rationales that are there and reliable enough, and nothing of models without any.
+        The mixture decides. With a wrong step in every third rationale that has steps, as in
+        arithmetic, a Mistral of the four options found that a guess pays more, and LaTRO dropped
+        its rationales altogether; the documents of arithmetic_choice rarely have one since. So a
+        gain here says that LaTRO finds rationales that are there and reliable enough, and nothing
+        of models without any.
         """,
         """
         The worked rationales that SFT learns from are flawless and in the form that pre-training
