@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+)
 
 from latro import statistics
 from latro.accumulation import Accumulation
@@ -73,6 +78,7 @@ class AnswerTrainer(LongRunTrainer):
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
+    control: TrainerControl
     update: Accumulation
     data: DataArguments | None = None
 
@@ -157,9 +163,9 @@ class AnswerTrainer(LongRunTrainer):
 
     @abstractmethod
     def _backpropagate(
-        self, examples: Sequence[dict[str, Any]], num_items: Tensor | int | None
+        self, examples: Sequence[Any], num_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a batch of rows; the loss, detached, and sums by `sum_names`."""
+        """Add the gradient of a collated batch; the loss, detached, and sums by `sum_names`."""
 
     def training_step(
         self,
@@ -331,7 +337,7 @@ def disable_dropout(model: nn.Module) -> None:
             module.p = 0.0
         # Attention passes its rate to the kernel by value.
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -226,13 +226,14 @@ def _fused(
     softcap: float | None,
 ) -> Tensor:
     """All segments in one call of flash-attn's or torch's kernel."""
-    flash, other = _flash_attention(), _torch_attention()
-    if flash is not None:
+    if flash := _flash_attention():
         # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
         kernel = functools.partial(
             flash, softmax_scale=scaling, causal=True, softcap=softcap or 0.0
         )
     else:
+        other = _torch_attention()
+        assert other is not None
         kernel = functools.partial(other, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
     # [1, heads, T, size] to [T, heads, size].
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -278,7 +279,7 @@ def _own(name: str, module: nn.Module) -> Callable:
 
     def with_own_name(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         # It reads from the config which of the flash kernels it is to load.
-        config = module.config
+        config: Any = module.config
         given = config._attn_implementation
         config._attn_implementation = name
         try:

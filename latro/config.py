@@ -73,7 +73,7 @@ class AnswerConfig(TrainingArguments):
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
-        if self.metric_for_best_model is None and (
+        if self.metric_for_best_model is None and (  # type: ignore[has-type]
             self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
         ):
             # The Trainer's own default is a loss on held-out rows, which nobody computes here.
@@ -94,7 +94,7 @@ class AnswerConfig(TrainingArguments):
             )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             # Every trainable weight has a gradient in every backward.
             self.ddp_find_unused_parameters = False
 

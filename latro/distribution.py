@@ -139,9 +139,10 @@ def _tail(model: PreTrainedModel) -> list[nn.Module]:
     tied = head.weight is embedding.weight
     blocks = {m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent}
     inside = {m for block in blocks for m in block.modules()}
+    modules: Iterator[nn.Module] = model.modules()
     return [
         m
-        for m in model.modules()
+        for m in modules
         if isinstance(m, FSDPModule) and m not in inside and (m is not embedding or tied)
     ]
 

@@ -168,7 +168,7 @@ class TemplateStop(StoppingCriteria):
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
-    ) -> torch.BoolTensor:
+    ) -> Tensor:
         start = max(self.prompt_length, input_ids.shape[1] - self.window)
         tails = input_ids[:, start:].tolist()
         open_rows = [row for row, done in enumerate(self.done) if not done]

@@ -274,7 +274,7 @@ def _is_long(rollout: Rollout, boundary: int | None) -> bool:
     return boundary is not None and len(rollout.input_ids) > boundary
 
 
-def _split(group: Group, token_budget: int, *, packed: bool) -> list[Group]:
+def _split(group: Group, token_budget: int, *, packed: bool) -> Sequence[Group]:
     """Parts of a group, each within the budget or a single sequence."""
     parts: list[list[Rollout]] = []
     for rollout in group:

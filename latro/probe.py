@@ -73,7 +73,7 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
     records = probe_model(scorer, tokenizer, task, dataset, settings)
-    result = {
+    result: dict[str, Any] = {
         "summary": summary(records),
         "model": asdict(model_args),
         "data": asdict(data_args),

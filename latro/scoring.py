@@ -213,7 +213,7 @@ class Scorer:
 
         def forward(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
             weight, bias = head_parameters(head)
-            settings = {
+            settings: dict[str, Any] = {
                 "temperature": self.temperature / self.logit_scale,
                 "softcap": self.softcap,
                 "backend": self.backend,

@@ -66,11 +66,13 @@ def check_target(target: Tensor, rows_of: str, N: int) -> None:
         raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
 
 
-def check_target_values(target: Tensor, V: int) -> None:
+def check_target_values(target: Tensor, V: int | Tensor) -> None:
     """Values in 0..V − 1; on a GPU, whose values cannot be read without a wait, by the device."""
     bad = (target < 0) | (target >= V)
     if target.device.type != "cpu":
-        torch._assert_async(~bad.any(), f"target: expected values in 0..{V - 1}")
+        # A V that lies on the device is not read for its message either.
+        last = "V - 1" if isinstance(V, Tensor) else V - 1
+        torch._assert_async(~bad.any(), f"target: expected values in 0..{last}")
     elif bool(bad.any()):
         row = int(bad.nonzero()[0])
         raise ValueError(

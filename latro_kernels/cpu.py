@@ -74,12 +74,16 @@ def _columns_of(kept: Tensor, N: int) -> int:
     return kept.numel() // N if N else 0
 
 
-def _operands(head: Head) -> tuple[object, ...]:
+def _operands(head: Head) -> tuple[Tensor | int | None, ...]:
     """The first arguments of both calls, up to the bias."""
     hidden, weight = head.hidden, head.weight
     return (
-        *(hidden, *hidden.stride(), weight, *weight.stride()),
-        *(native.dtype_code(hidden.dtype), multiplies_bf16(hidden)),
+        hidden,
+        *hidden.stride(),
+        weight,
+        *weight.stride(),
+        native.dtype_code(hidden.dtype),
+        multiplies_bf16(hidden),
         None if head.bias is None else head.bias.float().contiguous(),
     )
 

@@ -8,7 +8,8 @@ registers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,8 +90,14 @@ class State:
 
     def rows(self, block: slice) -> State:
         """The state of some rows, to be changed in place."""
-        own = (self.peak, self.total, self.picked, self.weighted, self.pull)
-        return State(*(None if t is None else t[block] for t in own), self.kept, self.block_peak)
+        return replace(
+            self,
+            peak=self.peak[block],
+            total=self.total[block],
+            picked=self.picked[block],
+            weighted=None if self.weighted is None else self.weighted[block],
+            pull=None if self.pull is None else self.pull[block],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +127,8 @@ class RowGrad:
         return cls(nothing, None, peak, nothing, nothing - 1, None)
 
     def rows(self, block: slice | Tensor) -> RowGrad:
-        return RowGrad(**{k: None if t is None else t[block] for k, t in vars(self).items()})
+        own: dict[str, Any] = {k: None if t is None else t[block] for k, t in vars(self).items()}
+        return RowGrad(**own)
 
     def active(self) -> Tensor:
         """bool [N]: the rows that have an upstream gradient."""
@@ -163,7 +171,9 @@ def make_state(
         return head.hidden.new_empty(shape, dtype=torch.float32)
 
     return State(
-        *(empty(N) for _ in range(3)),
+        peak=empty(N),
+        total=empty(N),
+        picked=empty(N),
         weighted=empty(N) if wanted.weighted else None,
         pull=empty(N, H) if wanted.pull else None,
         kept=empty(N * kept_columns(N, V, wanted.memory_budget, kept_grain)),

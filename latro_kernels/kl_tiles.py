@@ -121,11 +121,11 @@ class RowGrad:
     peak: Tensor
     log_total: Tensor
 
-    def rows(self, block: slice) -> RowGrad:
+    def rows(self, block: slice | Tensor) -> RowGrad:
         return RowGrad(**_part(self, block))
 
 
-def _part(rows: RowState | RowGrad, block: slice) -> dict[str, Any]:
+def _part(rows: RowState | RowGrad, block: slice | Tensor) -> dict[str, Any]:
     return {name: t[block] for name, t in vars(rows).items()}
 
 
@@ -188,7 +188,7 @@ def _slice_of_q(heads: Heads, columns: slice, weight_p: Tensor) -> tuple[Tensor,
 
 
 def _products(
-    heads: Heads, rows: slice, weight_p: Tensor, weight_q: Tensor
+    heads: Heads, rows: slice | Tensor, weight_p: Tensor, weight_q: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Of a block of rows and a slice of both weights, in fp32.
 

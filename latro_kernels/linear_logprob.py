@@ -301,15 +301,12 @@ def _check(
     backend: object,
 ) -> None:
     """Types, shapes, devices and numbers."""
-    for name, value, dimensions in (
-        ("hidden", hidden, 2),
-        ("weight", weight, 2),
-        ("target", target, 1),
-        ("bias", bias, 1),
-    ):
-        if name != "bias" or value is not None:
-            check_tensor(name, value, dimensions)
-            check_device(name, value, "hidden", hidden)
+    tensors = [("hidden", hidden, 2), ("weight", weight, 2), ("target", target, 1)]
+    if bias is not None:
+        tensors.append(("bias", bias, 1))
+    for name, value, dimensions in tensors:
+        check_tensor(name, value, dimensions)
+        check_device(name, value, "hidden", hidden)
     (N, H), V = hidden.shape, weight.shape[0]
     if V == 0 or H == 0 or weight.shape[1] != H:
         raise ValueError(

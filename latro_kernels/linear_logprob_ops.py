@@ -93,7 +93,8 @@ def _backward(
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
     *rows, kept, block_peak, grad_filter, needs = arguments
-    grad = RowGrad(*(None if t is None else t.contiguous() for t in rows))
+    contiguous: list[Any] = [None if t is None else t.contiguous() for t in rows]
+    grad = RowGrad(*contiguous)
     with torch.autocast(hidden.device.type, enabled=False):
         driver = _driver(head, filtered=block_peak is not None)
         gradients = driver.backward(head, grad, kept, block_peak, grad_filter, tuple(needs))

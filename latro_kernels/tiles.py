@@ -82,6 +82,7 @@ def _pull(
     unit = RowGrad.of_exponentials(peak)
     kernels = _kernels(head.backend)
     e = kernels.grad(head, tile, bias, head.target[rows], unit, columns.start)
+    assert state.pull is not None
     pull = state.pull[rows]
     first = columns.start == 0
     if not first:
@@ -101,6 +102,7 @@ def backward(
     kernels, buffer = _kernels(head.backend), _tile_buffer(head)
 
     def make(tile: Tile) -> Gradient:
+        assert isinstance(tile.rows, slice)  # all rows are swept, in their order
         products = _products(head, tile.rows, tile.columns, kept, buffer)
         if _is_kept(head, tile.columns, kept):
             # The gradient may take the tile's place, and a second backward wants it again.

@@ -53,7 +53,7 @@ def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
         for begin in range(0, N, FROZEN_TILE_ROWS):
             rows = slice(begin, min(begin + FROZEN_TILE_ROWS, N))
             block = replace(head, hidden=head.hidden[rows], target=head.target[rows])
-            _forward_with_pull(block, state.rows(rows), config)
+            _forward_with_pull(block, state.rows(rows), state.pull[rows], config)
         return state
     ((columns, weight, bias),) = slices(head, V)
     tile = Tile(slice(0, N), columns, head.hidden.to(operand_dtype(head)), weight, bias)
@@ -62,7 +62,7 @@ def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
     return state
 
 
-def _forward_with_pull(head: Head, state: State, config: Config) -> None:
+def _forward_with_pull(head: Head, state: State, pull: Tensor, config: Config) -> None:
     (M, H), width = head.hidden.shape, min(TILE_COLUMNS, len(head.weight))
     x = head.hidden.to(operand_dtype(head))
     numbers = torch.empty(M, width, device=x.device)
@@ -76,8 +76,8 @@ def _forward_with_pull(head: Head, state: State, config: Config) -> None:
         if columns.start > 0:
             moved = torch.where(state.peak == before, 1, torch.exp(before - state.peak))
             with torch.cuda.device_of(x):
-                rescale_kernel[(M,)](state.pull, moved, H, BLOCK_H=_RESCALE_COLUMNS)
-        add_product(state.pull, e, weight, first=columns.start == 0)
+                rescale_kernel[(M,)](pull, moved, H, BLOCK_H=_RESCALE_COLUMNS)
+        add_product(pull, e, weight, first=columns.start == 0)
 
 
 def empty_state(head: Head, wanted: Wanted) -> State:
