@@ -153,7 +153,7 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
 
 
 def measure(op: Op, device: torch.device, reps: int, copy_bytes: int) -> list[dict[str, object]]:
-    """Rows of the table: seconds, bytes a second, and the error."""
+    """Rows of the table: seconds, bytes per second, and the error."""
     # Before a backward writes over the logits.
     error = {
         way: relative_error(_value(laps["forward"]()), op.truth) for way, laps in op.ways.items()

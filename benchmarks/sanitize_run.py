@@ -255,7 +255,7 @@ def _kl_plain(
 
 
 def group_cases(backend: str, device: torch.device) -> Iterator[Case]:
-    """Ragged groups: segments of none, one and many rows; few sequences a group, and many."""
+    """Ragged groups: segments of none, one and many rows; few sequences per group, and many."""
     lengths = {2: [0, 1, 5, 2, 40000, 7, 33, 1], 64: [31, 2] * 62 + [0, 3, 257, 1]}
     for K, kl, rule in itertools.product(lengths, KL_FORMS, UNFINISHED_RULES):
         offsets = torch.tensor([0, *lengths[K]]).cumsum(0)

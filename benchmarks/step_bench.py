@@ -18,8 +18,8 @@ repetition. Sections:
 - largest: one batch of 1, 2, 4, … prompts, until the memory does not hold it (GPU only).
 
 Counted in an update of P-token prompts, R rationale tokens, their end included, and A answer
-tokens: ours takes R + A rows a sequence through the head, and P + Σ (R − 1 + A − 1) tokens a group
-through each trunk, since neither the end of the rationale nor that of the answer is read.
+tokens: ours takes R + A rows per sequence through the head, and P + Σ (R − 1 + A − 1) tokens per
+group through each trunk, since neither the end of the rationale nor that of the answer is read.
 
 Written to --out after each section: step.json, step.png and step_scaling.png.
 """

@@ -16,7 +16,7 @@ from benchmarks import report
 from benchmarks.step_measure import Held, Row
 
 AXES = {
-    "K": "K, rationales a prompt",
+    "K": "K, rationales per prompt",
     "P": "P, prompt tokens",
     "R": "R, mean rationale tokens",
     "V": "V, vocabulary",

@@ -94,7 +94,7 @@ def sample(
 
 
 def train(steps: int, prompts: int, K: int, beta: float, seed: int) -> tuple[float, float]:
-    """Train, a line an update; the accuracy on held-out problems before and after."""
+    """Train, one line per update; the accuracy on held-out problems before and after."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.pad_token = tokenizer.eos_token
@@ -151,8 +151,8 @@ def accuracy(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=20, help="updates")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts an update")
-    parser.add_argument("--K", type=int, default=8, help="rationales a prompt")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts per update")
+    parser.add_argument("--K", type=int, default=8, help="rationales per prompt")
     parser.add_argument("--beta", type=float, default=0.05, help="weight of the KL")
     parser.add_argument("--seed", type=int, default=0)
     train(**vars(parser.parse_args()))

@@ -72,7 +72,7 @@ class FusedHead:
                     temperature=self.temperature,
                     return_entropy=True,
                 )
-                # Back to a row a sequence, with 0 where nothing is scored.
+                # Back to one row per sequence, with 0 where nothing is scored.
                 whole = hidden.new_zeros(2, *target.shape, dtype=torch.float32)
                 return whole.masked_scatter(scored, torch.stack(both))
 

@@ -43,7 +43,7 @@ class AnswerConfig(TrainingArguments):
     title: ClassVar[str]
 
     # The parents' fields with a default of ours.
-    per_device_eval_batch_size: int = setting(64, "Prompts a device and evaluation batch.")
+    per_device_eval_batch_size: int = setting(64, "Prompts per device and evaluation batch.")
     logging_steps: float = setting(1, "Log every so many updates.")
     remove_unused_columns: bool | None = setting(
         False, "Not used: the prompt and answer columns are no arguments of the model."
@@ -89,7 +89,7 @@ class AnswerConfig(TrainingArguments):
             raise ValueError("remove_unused_columns: expected False, got True")
         if self.n_gpu > 1:
             raise ValueError(
-                f"{self.n_gpu} GPUs in one process: expected one process a GPU; start with "
+                f"{self.n_gpu} GPUs in one process: expected one process per GPU; start with "
                 "`accelerate launch -m` or `torchrun -m`, or set CUDA_VISIBLE_DEVICES"
             )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
@@ -144,7 +144,7 @@ class LatroConfig(AnswerConfig):
     # The parents' fields with a default of ours.
     output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(5e-7, "The initial learning rate.")
-    per_device_train_batch_size: int = setting(3, "Prompts a device and step.")
+    per_device_train_batch_size: int = setting(3, "Prompts per device and step.")
 
     num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
     temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
@@ -246,7 +246,7 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str | None = setting(
-        None, "A hub id or a model directory; without it the small model that ships is trained."
+        None, "A hub id or a model directory; without it the small model that ships."
     )
     model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
     dtype: str = setting(

@@ -37,19 +37,19 @@ class EvaluateArguments:
     _argument_group_name = "evaluation"
 
     output: str = setting(
-        "evaluation.json", "The JSON file to write; a line a problem goes beside it, into .jsonl."
+        "evaluation.json", "The JSON file to write; beside it goes .jsonl, one line per problem."
     )
     overwrite: bool = setting(False, "Start anew where the output has lines already.")
     eval_split: str = setting("test", "Which problems: validation or test.")
     num_eval_examples: int | None = setting(None, "Evaluate on so many; without it, on all.")
     num_shots: int = setting(0, "Problems of the training split shown worked before each problem.")
-    num_samples: int = setting(8, "Sampled completions a problem; 0: greedy only.")
+    num_samples: int = setting(8, "Sampled completions per problem; 0: greedy only.")
     majority: list[int] = field(
         default_factory=lambda: [8], metadata={"help": "The k of maj@k, each at most num_samples."}
     )
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Of the sampled completions.")
-    batch_size: int = setting(64, "Problems a batch; results do not depend on it.")
+    batch_size: int = setting(64, "Problems per batch; results do not depend on it.")
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
@@ -135,7 +135,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         if examples:
             title += f", {len(examples)}-shot"
         Console().print(_table(title, metrics, intervals))
-        Console().print(f"written to {args.output}, and a line a problem to {lines}")
+        Console().print(f"written to {args.output}, and one line per problem to {lines}")
     return result
 
 

@@ -36,12 +36,12 @@ class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
-        num_samples: completions a problem, sampled at `temperature`; 0: greedy only.
+        num_samples: completions per problem, sampled at `temperature`; 0: greedy only.
         majority: the k of maj@k, each at most `num_samples`.
         max_completion_length: tokens of a rationale; the answer may take 32 more, or as many as
             the longest of the data.
-        batch_size: problems a batch and process; results do not depend on it, up to the rounding of
-            the model's arithmetic.
+        batch_size: problems per batch and process; results do not depend on it, up to the rounding
+            of the model's arithmetic.
         temperature: of sampling.
         seed: decides the samples.
         token_budget: padded tokens of one scoring batch.
@@ -99,10 +99,10 @@ def evaluate_model(
             is of another evaluation.
 
     Returns:
-        Metrics, and one record a problem: `index`, its row's `prompt`, `answer` and, if it has one,
-        `ground_truth`, and the lists of completions `greedy` and, with samples, `sampled`, each
-        completion with `text`, `predicted` (the answer it states, or None), `correct`, `finished`,
-        `rationale_tokens` and `answer_logp` (log π(y|x⊕z), nats).
+        Metrics, and one record per problem: `index`, its row's `prompt`, `answer` and, if it has
+        one, `ground_truth`, and the lists of completions `greedy` and, with samples, `sampled`,
+        each completion with `text`, `predicted` (the answer it states, or None), `correct`,
+        `finished`, `rationale_tokens` and `answer_logp` (log π(y|x⊕z), nats).
         Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
         error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
         `unfinished` (share that states no answer and does not end) and `answer_logp` (mean), each

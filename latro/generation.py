@@ -1,4 +1,4 @@
-"""Rollouts with transformers' own `generate`: K completions a prompt from one shared prefill."""
+"""Rollouts with transformers' own `generate`: K completions per prompt from one shared prefill."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class SeededSampling(LogitsProcessor):
     token, as other ways take, costs more than the rest of a decoding step's head.
 
     Args:
-        seeds: one a prompt.
+        seeds: one per prompt.
         num_samples: consecutive rows of one prompt.
         temperature: T, more than 0.
         device: where the logits are.

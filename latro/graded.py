@@ -1,10 +1,10 @@
 """What graded completions say: accuracies with intervals, majority votes, lengths.
 
-Everything here is made of the records of problems, as `latro.evaluation` writes one a line, so that
-an evaluation which was interrupted and one which was not give the same bits.
+Everything here is made of the records of problems, as `latro.evaluation` writes one per line, so
+that an evaluation which was interrupted and one which was not give the same bits.
 
-Intervals are Wilson's, of 95 %, over problems. One completion, or vote, a problem makes n outcomes
-of n problems. Several are worth more, by how their shares of right ones spread: it takes
+Intervals are Wilson's, of 95 %, over problems. One completion, or vote, per problem makes n
+outcomes of n problems. Several are worth more, by how their shares of right ones spread: it takes
 n_eff = p(1−p)/se² outcomes for a mean p to have the standard error se that is found over problems.
 n_eff is held between the number of problems (all that is known of a model that is always right, or
 always wrong) and that of completions.

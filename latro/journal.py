@@ -1,6 +1,6 @@
 """The lines of an evaluation under way, from which one that was killed goes on.
 
-`evaluation.jsonl` has a line a problem, in the order of the dataset, and nothing else.
+`evaluation.jsonl` has one line per problem, in the order of the dataset, and nothing else.
 `evaluation.settings.json` beside it says what they are of: the model with a checksum of its
 weights, the data with checksums of rows and prompts, the settings. Where all of that is the same,
 an evaluation goes on behind the lines that are there, at the start of a batch, and so ends with the

@@ -1,4 +1,4 @@
-"""LaTRO and its relatives: from per-row log-probs to one constant coefficient a row.
+"""LaTRO and its relatives: from per-row log-probs to one constant coefficient per row.
 
 Every objective here is a policy gradient on rationales and a weighted likelihood gradient on
 answers, so that all of them are the loss Σ_rows coefficient·logp and differ in two numbers a

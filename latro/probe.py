@@ -32,12 +32,14 @@ class ProbeArguments:
     _argument_group_name = "probe"
 
     output: str = setting("probe.json", "The JSON file to write; the picture goes beside it.")
-    eval_split: str = setting("test", "Which problems: validation or test.")
+    eval_split: str = setting(
+        "validation", "Which problems: validation, since it is before training, or test."
+    )
     num_eval_examples: int | None = setting(None, "Probe so many problems; without it, all.")
-    num_samples: int = setting(4, "Sampled rationales a problem; 0: the greedy one alone.")
+    num_samples: int = setting(4, "Sampled rationales per problem; 0: the greedy one alone.")
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
-    batch_size: int = setting(64, "Problems a batch.")
+    batch_size: int = setting(64, "Problems per batch.")
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 

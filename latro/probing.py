@@ -47,9 +47,9 @@ class ProbeSettings:
     """How to probe.
 
     Attributes:
-        num_samples: sampled rationales a problem; 0: the greedy one alone.
+        num_samples: sampled rationales per problem; 0: the greedy one alone.
         max_completion_length: the longest rationale of the model's own, in tokens.
-        batch_size: problems a batch.
+        batch_size: problems per batch.
         temperature: of sampling.
         seed: decides the samples.
         token_budget: tokens of one scoring batch.
@@ -89,7 +89,7 @@ def probe_model(
         ValueError: the dataset lacks a column, or a row of it does not fit the model.
 
     Returns:
-        One record a problem: `index`, `prompt` and `answer`, and for each of `KINDS` a list of
+        One record per problem: `index`, `prompt` and `answer`, and for each of `KINDS` a list of
         {`rationale`: its text, `answer_logp`: log π(y|·) in nats, `answer_tokens`: tokens of y}.
     """
     model = scorer.model

@@ -55,7 +55,7 @@ class RolloutEngine(Protocol):
             num_samples: completions of one prompt.
             max_new_tokens: the length limit.
             temperature: 0 takes the likeliest token.
-            seeds: one a prompt; from 0 to 2⁶³ − 1.
+            seeds: one per prompt; from 0 to 2⁶³ − 1.
             template: a completion also ends with the token that completes this text.
         """
         ...

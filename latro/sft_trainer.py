@@ -91,7 +91,7 @@ class SftTrainer(AnswerTrainer):
 
     sum_names = SUM_NAMES
     panels = (
-        ("loss, nats a token", ("loss",)),
+        ("loss, nats per token", ("loss",)),
         ("held-out accuracy", ("eval_accuracy_greedy", "eval_accuracy_sampled")),
         ("held-out rationale length, tokens", ("eval_rationale_length",)),
         ("mean log π of the answer, nats", ("answer_logp", "eval_answer_logp")),

@@ -10,7 +10,7 @@ With kl="k3" or "exact" the KL stands in the loss, and not in the reward.
 
 One policy forward over x⊕z⊕y gives both log-probs, since attention is causal; one reference
 forward gives log π_0, or the hidden states that an exact KL needs; the objective, LaTRO or a
-relative of it (`latro.objectives`), turns them into one coefficient a row; one backward follows
+relative of it (`latro.objectives`), turns them into one coefficient per row; one backward follows
 (`latro.update`). The optimiser, schedule, precision, accumulation, checkpoints, callbacks and
 reporting are the Trainer's.
 """

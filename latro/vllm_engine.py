@@ -123,12 +123,13 @@ class VllmEngine:
             ConnectionError: the server went away, failed or took longer than `timeout`.
         """
         if len(seeds) != len(prompts):
-            raise ValueError(f"seeds: expected {len(prompts)}, one a prompt, got {len(seeds)}")
+            raise ValueError(f"seeds: expected {len(prompts)}, one per prompt, got {len(seeds)}")
         longest = max(map(len, prompts), default=0) + max_new_tokens
         if longest > self._max_length:
             raise ValueError(
-                f"vllm_url: {self.url} takes {self._max_length} tokens a sequence and the longest "
-                f"prompt with its rationale has {longest}; serve with --max-model-len {longest}"
+                f"vllm_url: {self.url} takes {self._max_length} tokens per sequence and the "
+                f"longest prompt with its rationale has {longest}; serve with "
+                f"--max-model-len {longest}"
             )
         self._check_version()
 

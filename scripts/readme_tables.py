@@ -29,7 +29,7 @@ PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
 
 
 def default_run(result: dict[str, Any]) -> str:
-    """Accuracy before and after the default run, a row a seed."""
+    """Accuracy before and after the default run, one row per seed."""
     base = result["runs"][0]["base"]
     rows = [
         [

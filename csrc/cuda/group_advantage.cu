@@ -68,7 +68,7 @@ struct Problem {
   float* kl;
   float* advantage;
   float* coefficient;
-  double* rewards;  // one a sequence; from phase 3 on its advantage
+  double* rewards;  // one per sequence; from phase 3 on its advantage
   Tile* tiles;
   int64_t N, G, K, num_tiles;
   double scale;

@@ -89,11 +89,11 @@ def _head(study: Study) -> str:
             f"""
         Main cells have the {"seed" if len(seeds) == 1 else "seeds"} {listed(map(str, seeds))}. A
         seed decides the order of the training problems and all samples, in training and in
-        evaluation; base models are pre-trained once. A figure with ± is the mean over seeds and
-        their standard deviation (by n − 1), one without is of one seed. All cells of a task are
+        evaluation; base models are pre-trained once. A figure with ± is the mean and the standard
+        deviation (by n − 1) over seeds; one without is of one seed. All cells of a task are
         evaluated on the same {study.part("main")[0]["problems"]} problems of its test split. SFT
-        makes as many updates as LaTRO, of as many sequences: LaTRO's are K rationales a prompt,
-        SFT's each another prompt. The model of the last update counts, for all methods.
+        makes as many updates as LaTRO, of as many sequences: LaTRO's are K rationales per prompt,
+        SFT's are of one prompt each. The model of the last update counts, for all methods.
         """,
         )
     )
@@ -217,7 +217,7 @@ def _ablation_section(study: Study) -> str:
             f"""
             LaTRO on {SHIPPED[0]}, {SHIPPED[1]}, with one setting changed at a time. The row of the
             main setting is that of the main table. `max_completion_length` limits training and
-            evaluation. The KL is the mean of the last updates, in nats a rationale.
+            evaluation. The KL is the mean of the last updates, in nats per rationale.
             """
         ),
         f"![greedy and {_MAJ} accuracy over each setting](ablations.png)",
@@ -308,14 +308,15 @@ def _limits_section(study: Study) -> str:
         The models have a million parameters and know nothing but these problems; the paper's have
         3 to 8 billion and have read the world. The pre-training text was mixed so that some
         rationales help and some do not, which gives LaTRO something to find. That a model of
-        billions holds such a mixture for a task is what the paper claims, and is not tested here.
+        billions of parameters holds such a mixture for a task is what the paper claims, and is
+        not tested here.
         """,
         """
         The mixture decides. With a wrong step in every third rationale that has steps, as in
-        arithmetic, a Mistral of the four options found that a guess pays more, and LaTRO dropped
-        its rationales altogether; the documents of arithmetic_choice rarely have one since. So a
-        gain here says that LaTRO finds rationales that are there and reliable enough, and nothing
-        of models without any.
+        arithmetic, the Mistral model with four options learnt that a guess pays more, and dropped
+        its rationales altogether; the documents of arithmetic_choice have had few wrong steps
+        since. So a gain here says that LaTRO finds rationales that are there and reliable enough,
+        and nothing about models without any.
         """,
         """
         The worked rationales that SFT learns from are flawless and in the form that pre-training
@@ -325,7 +326,7 @@ def _limits_section(study: Study) -> str:
         """
         What can be read off: whether a reward made of the model's own likelihood raises accuracy,
         the order of methods on the same problems, and the direction in which a setting moves them.
-        Sizes of gains, best settings and times cannot be carried over to models of billions.
+        Sizes of gains, best settings and times do not carry over to models of billions.
         """,
         f"""
         {seeds} {"seed gives no deviation" if seeds == 1 else "seeds give a rough deviation"}: two
@@ -338,8 +339,9 @@ def _limits_section(study: Study) -> str:
         accuracy by a standard error of up to {error:.1f} points.
         """,
         """
-        Learning rates, LaTRO's and SFT's, were chosen on validation problems for the model that
-        ships, and hold for the others and for all ablations unchanged.
+        SFT's learning rates were chosen on validation problems, for the model that ships, in the
+        cells above; LaTRO's is that of `python -m latro.train` on the same model, and was not tuned
+        in this study. Both serve for the other models and for all ablations unchanged.
         """,
     )
     return f"## What this can say, and what it cannot\n\n{items(limits)}"

@@ -28,7 +28,7 @@ METHODS = MappingProxyType(
 )
 
 MAJORITY = (1, 2, 4, 8)
-"""The k of maj@k; the largest is the number of samples a problem."""
+"""The k of maj@k; the largest is the number of samples per problem."""
 
 LATRO = MappingProxyType(
     {

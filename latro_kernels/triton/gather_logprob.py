@@ -1,4 +1,4 @@
-"""gather_logprob in Triton: one pass over the logits each way, one program a row.
+"""gather_logprob in Triton: one pass over the logits each way, one program per row.
 
 The formulas stand in `latro_kernels.gather_logprob`. A program reads a block of its row before it
 writes the block's gradient, so that the gradient may take the logits' place.

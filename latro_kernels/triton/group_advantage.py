@@ -1,4 +1,4 @@
-"""group_advantage in Triton: one launch, one program a group.
+"""group_advantage in Triton: one launch, one program per group.
 
 The formulas stand in `latro_kernels.group_advantage`. The K rewards of a group stay in registers,
 in fp64: they may be large and close together, and the work is a few reads per row either way.
@@ -140,7 +140,7 @@ def launch(
     Args:
         tensors: logp, ref_logp, row_kl, offsets, finished, then the fields of `GroupAdvantage`.
         G: groups.
-        K: sequences a group.
+        K: sequences per group.
         scale: 1 / (prompts·K) of the whole update.
         beta: as in `group_advantage`.
         answer_weight: as in `group_advantage`.

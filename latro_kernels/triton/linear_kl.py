@@ -1,4 +1,4 @@
-"""linear_kl in Triton: the two folds over the tiles of both heads, one program a row.
+"""linear_kl in Triton: the two folds over the tiles of both heads, one program per row.
 
 The formulas stand in `latro_kernels.linear_kl`, the loops around the folds in
 `latro_kernels.kl_tiles`.

@@ -1,4 +1,4 @@
-"""linear_logprob in Triton: the two folds over a tile of logits, one program a row.
+"""linear_logprob in Triton: the two folds over a tile of logits, one program per row.
 
 The formulas stand in `latro_kernels.linear_logprob`, the loops around the folds in
 `latro_kernels.tiles`.

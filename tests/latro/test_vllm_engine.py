@@ -179,7 +179,7 @@ def test_prompt_too_long_for_the_server(fake: FakeVllm, engine_of: Any) -> None:
 
 
 def test_seeds_one_a_prompt(fake: FakeVllm, engine_of: Any) -> None:
-    with pytest.raises(ValueError, match=r"seeds: expected 2, one a prompt, got 1"):
+    with pytest.raises(ValueError, match=r"seeds: expected 2, one per prompt, got 1"):
         engine_of(fake.url).generate(
             [[1], [2]], num_samples=1, max_new_tokens=1, temperature=1.0, seeds=[1]
         )
