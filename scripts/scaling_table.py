@@ -4,7 +4,7 @@
     python -m scripts.scaling_table --check    # exit 1 where it differs
 
 Nothing here is measured. Sizes of models are those of their published configs; of devices, their
-data sheets'; what share of a peak a program reaches is an assumption, and stands in `NODE`.
+data sheets'; what share of a peak a program reaches is an assumption, made in `NODE`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Model:
         """Bytes that one block keeps of a token for its backward, in bf16.
 
         Two norms keep their input and its size in fp32, and their result before and after the
-        weight; attention its three inputs, its output and, in fp32, a sum a head; the MLP four
+        weight; attention its three inputs, its output and, in fp32, a sum per head; the MLP four
         vectors of its width.
         """
         norms = 2 * (FP32 * (self.hidden + 1) + 2 * BF16 * self.hidden)
@@ -96,7 +96,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Node:
-    """GPUs of a node; bandwidths are in bytes a second and one direction."""
+    """GPUs of a node; bandwidths are in bytes per second and direction."""
 
     gpus: int
     flops: float
@@ -169,7 +169,10 @@ def decode_bytes(model: Model, work: Work) -> float:
 
 
 def state_bytes(engine: str, processes: int) -> dict[str, float]:
-    """Bytes a parameter that one process holds through training, in mixed precision."""
+    """Bytes per parameter that one process holds throughout training, in mixed precision.
+
+    `whole_weights` come on top for a time.
+    """
     if engine == "DDP":
         # Its buckets are a second copy of the gradients.
         return {"weights": FP32, "gradients": 2 * FP32, "Adam": 2 * FP32, "reference": FP32}
@@ -180,8 +183,17 @@ def state_bytes(engine: str, processes: int) -> dict[str, float]:
     return {name: size / processes for name, size in held.items()}
 
 
+def whole_weights(model: Model) -> int:
+    """Bytes of all weights in bf16, in every process.
+
+    DDP: autocast's copies of the trained weights, in forward, backward and rollout. A sharding
+    engine: what it gathers for a rollout.
+    """
+    return BF16 * model.parameters
+
+
 def exchanged_bytes(model: Model, engine: str, processes: int, micro_batches: int) -> float:
-    """That one process receives an update.
+    """That one process receives per update.
 
     DDP reduces fp32 gradients once. A sharding engine gathers bf16 weights for policy forward,
     backward and reference, and scatters bf16 gradients, in every micro-batch, and gathers once more
@@ -262,16 +274,15 @@ def memory_table() -> str:
             *((engine, count) for engine in ("FSDP2", "ZeRO-3") for count in (8, 32)),
         ):
             held = {k: v * model.parameters for k, v in state_bytes(engine, processes).items()}
-            gathered = 0 if engine == "DDP" else BF16 * model.parameters
-            cells = [*held.values(), sum(held.values()), gathered]
+            cells = [*held.values(), sum(held.values()), whole_weights(model)]
             rows.append(
                 [
                     f"{model.name}, {engine}, W = {processes}",
                     *(f"{1e-9 * cell:.1f}" for cell in cells),
                 ]
             )
-    header = ["GB a process", "weights", "gradients", "Adam", "reference", "together"]
-    return markdown([*header, "gathered for a rollout"], rows)
+    header = ["GB per process", "weights", "gradients", "Adam", "reference", "together"]
+    return markdown([*header, "and for a time, whole weights in bf16"], rows)
 
 
 def activations_table() -> str:
@@ -303,10 +314,10 @@ def example_table() -> str:
     rows = []
     base = _rate(WORK, 1)
     for label, work, nodes in (
-        ("1 × 8, 3 prompts a GPU", WORK, 1),
-        ("4 × 8, 3 prompts a GPU", WORK, 4),
-        ("4 × 8, 1 prompt a GPU", replace(WORK, G=1), 4),
-        ("4 × 8, 12 prompts a GPU", replace(WORK, G=12), 4),
+        ("1 × 8, 3 prompts per GPU", WORK, 1),
+        ("4 × 8, 3 prompts per GPU", WORK, 4),
+        ("4 × 8, 1 prompt per GPU", replace(WORK, G=1), 4),
+        ("4 × 8, 12 prompts per GPU", replace(WORK, G=12), 4),
     ):
         times = update_times(LLAMA_8B, work, NODE, nodes, BUDGET)
         parts = (times.rollout, times.compute, times.exchange, times.whole)
@@ -320,13 +331,13 @@ def example_table() -> str:
                 f"{rate / base / nodes:.0%}",
             ]
         )
-    header = ["", "prompts an update", "rollout, s", "compute, s", "exchange, s", "update, s"]
-    table = markdown([*header, "prompts a second", "of one GPU, to 1 × 8"], rows)
+    header = ["", "prompts per update", "rollout, s", "compute, s", "exchange, s", "update, s"]
+    table = markdown([*header, "prompts per second", "per GPU, relative to 1 × 8"], rows)
     return (
         f"{table}\n\nWith {NODE.flops / 1e12:.0f} TFLOP/s, of which {NODE.utilisation:.0%} are "
         f"reached, {NODE.memory / 1e12} TB/s, of which decoding reaches "
         f"{NODE.bandwidth_share:.0%}, links of {NODE.link / 1e9:.0f} GB/s and network cards of "
-        f"{NODE.network / 1e9:.0f} GB/s a GPU, each in one direction; "
+        f"{NODE.network / 1e9:.0f} GB/s per GPU, each in one direction; "
         f"a token budget of {BUDGET:,}, gradient checkpointing, FSDP2."
     )
 

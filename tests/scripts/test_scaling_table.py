@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -135,6 +136,29 @@ def test_bytes_that_a_block_keeps_of_a_token():
 
     more_layers = [kept(4, tokens) - kept(2, tokens) for tokens in (32, 64)]
     assert (more_layers[1] - more_layers[0]) / 32 / 2 == TINY.block_activations
+
+
+class BytesOfCopies(TorchDispatchMode):
+    """Adds up the bytes of what trained weights are cast to."""
+
+    total = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if operation is aten._to_copy.default and args[0].requires_grad and args[0].is_leaf:
+            self.total += out.nbytes
+        return out
+
+
+def test_bytes_of_autocasts_copies():
+    model = replace(TINY, tied=True)
+    policy = build(model)
+    with BytesOfCopies() as copies, torch.autocast("cpu", torch.bfloat16):
+        # The second forward takes the first one's copies.
+        for _ in range(2):
+            policy(torch.arange(9)[None])
+    norms = sum(p.numel() for p in policy.parameters() if p.dim() == 1)
+    assert copies.total == scaling_table.whole_weights(model) - scaling_table.BF16 * norms
 
 
 def test_bytes_of_a_tokens_cache():
