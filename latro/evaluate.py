@@ -44,8 +44,8 @@ class EvaluateArguments:
     num_eval_examples: int | None = setting(None, "Evaluate on so many; without it, on all.")
     num_shots: int = setting(0, "Problems of the training split shown worked before each problem.")
     num_samples: int = setting(8, "Sampled completions per problem; 0: greedy only.")
-    majority: list[int] = field(
-        default_factory=lambda: [8], metadata={"help": "The k of maj@k, each at most num_samples."}
+    majority: list[int] | None = field(
+        default=None, metadata={"help": "The k of maj@k; without it, num_samples."}
     )
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Of the sampled completions.")
@@ -54,11 +54,8 @@ class EvaluateArguments:
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
-        if Path(self.output).suffix == ".jsonl":
-            raise ValueError(
-                "output: expected the name of the JSON file, beside which the .jsonl goes; got "
-                f"{self.output!r}"
-            )
+        if self.majority is None:
+            self.majority = [self.num_samples] if self.num_samples else []
         if self.num_shots < 0:
             raise ValueError(f"num_shots: expected 0 or more, got {self.num_shots}")
 
@@ -78,7 +75,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     transformers_logging.disable_progress_bar()
     settings = EvaluationSettings(
         num_samples=args.num_samples,
-        majority=tuple(k for k in args.majority if args.num_samples),
+        majority=tuple(args.majority),
         max_completion_length=args.max_completion_length,
         batch_size=args.batch_size,
         temperature=args.temperature,
@@ -155,7 +152,7 @@ def main() -> None:
     """The command: errors in the user's input as one line, not as a traceback."""
     try:
         evaluate()
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         sys.exit(f"latro.evaluate: {error}")
     PartialState().destroy_process_group()
 

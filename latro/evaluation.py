@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -58,10 +59,10 @@ class EvaluationSettings:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0:
-            raise ValueError(f"num_samples: expected 0 or more, got {self.num_samples}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: expected at least 1, got {self.batch_size}")
+        for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_temperature(self.temperature)
         for k in self.majority:
             if not 1 <= k <= self.num_samples:
                 raise ValueError(
@@ -124,9 +125,13 @@ def evaluate_model(
     max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest_answer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
-        # Each problem fits with its answer, but this room may be more than the longest prompt
-        # leaves. One limit for all, so that batches do not matter.
-        max_new_tokens = min(max_new_tokens, positions - max(map(len, prompts)))
+        # Each problem fits with a rationale and its answer, which is scored behind whatever was
+        # sampled. One limit for all, so that batches do not matter.
+        longest = max(
+            len(prompt) + len(join(prompt, Sample([]), answer).answer_ids)
+            for prompt, answer in zip(prompts, dataset["answer"], strict=True)
+        )
+        max_new_tokens = min(max_new_tokens, positions - longest)
     evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
@@ -155,6 +160,15 @@ def evaluate_model(
             bar.set_postfix(_accuracies(records), refresh=False)
             bar.update(len(batch))
     return metrics_of(records, settings.majority), records
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError for one that nothing can be sampled at."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature: expected a number above 0, got {temperature}; greedy completions are "
+            "made in any case"
+        )
 
 
 @torch.no_grad()
@@ -252,7 +266,8 @@ class _Evaluator:
             "text": text,
             "predicted": predicted,
             "correct": self.task.is_correct(predicted, row),
-            "finished": rollout.finished,
+            # Grading reads the words that open an answer in any case, a rollout to the letter.
+            "finished": rollout.finished or predicted is not None,
             "rationale_tokens": len(rollout.rationale_ids),
             "answer_logp": logp,
         }

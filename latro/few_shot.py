@@ -47,7 +47,8 @@ def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dic
     if num_shots > len(rows):
         raise ValueError(
             f"num_shots: expected at most {len(rows)}, the training rows that can be shown and are "
-            f"not evaluated, got {num_shots}"
+            f"not evaluated, got {num_shots}; of a single file the test split is every row: take "
+            "eval_split=validation, or a folder with train and test"
         )
     return random.Random(0).sample(rows, num_shots)
 

@@ -42,10 +42,23 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
-    """Refuse to write a result over the file that it is made from.
+    """Check, before any work is done, that a result can be written, and over no data.
+
+    Args:
+        output: a JSON file; what goes beside it has its name, with another suffix.
+        source: what the result is made from, a file or the name of a data set.
 
     Raises:
-        ValueError: `output` and `source` are one file.
+        ValueError: `output` has another suffix than .json, is a folder or lies where no file can be
+            written, or is `source`.
     """
+    output = Path(output)
+    if output.suffix != ".json":
+        raise ValueError(f"output: expected a file name that ends in .json, got {str(output)!r}")
+    if output.is_dir():
+        raise ValueError(f"output: expected a file, got the folder {output}")
+    folder = next(p for p in output.absolute().parents if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"output: expected a place that can be written to, got {output}")
     if os.path.exists(source) and os.path.realpath(output) == os.path.realpath(source):
         raise ValueError(f"output: {output} is the data itself; name another file")

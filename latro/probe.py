@@ -43,13 +43,6 @@ class ProbeArguments:
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
-    def __post_init__(self) -> None:
-        if Path(self.output).suffix == ".png":
-            raise ValueError(
-                f"output: expected the name of a JSON file, got {self.output!r}; the picture's "
-                "follows from it"
-            )
-
 
 def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command line; returns what the JSON file holds.
@@ -119,7 +112,7 @@ def main() -> None:
     """The command: errors in the user's input as one line, not as a traceback."""
     try:
         probe()
-    except ValueError as error:
+    except (ValueError, ConnectionError) as error:
         sys.exit(f"latro.probe: {error}")
 
 

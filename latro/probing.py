@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latro.evaluation import answer_logp
+from latro.evaluation import answer_logp, check_temperature
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import standard_error
 from latro.prompts import check_dataset, check_rationales, encode_prompt
@@ -66,6 +66,7 @@ class ProbeSettings:
         for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_temperature(self.temperature)
 
 
 def probe_model(

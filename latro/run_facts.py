@@ -137,7 +137,7 @@ def _held_out(trainer: AnswerTrainer) -> HeldOut | None:
         max_completion_length=settings.max_completion_length,
         temperature=settings.temperature,
         num_samples=settings.num_samples,
-        command=_command(trainer.args, trainer.data or _data_of(trainer.task), settings),
+        command=_command(trainer, trainer.data or _data_of(trainer.task), settings),
     )
 
 
@@ -146,12 +146,15 @@ def _data_of(task: Task) -> DataArguments | None:
 
 
 def _command(
-    args: AnswerConfig, data: DataArguments | None, settings: EvaluationSettings
+    trainer: AnswerTrainer, data: DataArguments | None, settings: EvaluationSettings
 ) -> str | None:
     if data is None:
         return None
+    args = trainer.args
+    # Where it is pushed the Trainer completes the id, which the arguments may not have at all.
+    pushed = trainer.hub_model_id if args.push_to_hub else None
     options: dict[str, Any] = {
-        "model_name_or_path": args.hub_model_id if args.push_to_hub else args.output_dir,
+        "model_name_or_path": pushed or args.output_dir,
         "dataset_name": data.dataset_name,
         **_changed(data),
         "eval_split": args.eval_split,

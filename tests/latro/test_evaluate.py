@@ -10,7 +10,7 @@ import pandas
 import pytest
 from datasets import load_dataset
 
-from latro.evaluate import evaluate, main
+from latro.evaluate import EvaluateArguments, evaluate, main
 from latro.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -180,12 +180,20 @@ def test_a_bad_call_writes_nothing(output, argv, message):
     assert not output.parent.exists()
 
 
-def test_the_output_is_not_the_lines_own_name():
-    with pytest.raises(ValueError, match="output: expected the name of the JSON file"):
-        evaluate(["--output", "evaluation.jsonl"])
+def test_a_vote_is_of_all_samples_unless_it_is_said():
+    assert EvaluateArguments(num_samples=4).majority == [4]
+    assert EvaluateArguments(num_samples=0).majority == []
+    assert EvaluateArguments(num_samples=4, majority=[2]).majority == [2]
 
 
-def test_an_error_is_one_line(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["latro.evaluate", "--eval_split", "tset"])
-    with pytest.raises(SystemExit, match=r"^latro\.evaluate: split"):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ValueError("split: bad"), "split: bad"), (ConnectionError("offline"), "offline")],
+)
+def test_an_error_is_one_line(monkeypatch, error, message):
+    def failing():
+        raise error
+
+    monkeypatch.setattr("latro.evaluate.evaluate", failing)
+    with pytest.raises(SystemExit, match=rf"^latro\.evaluate: {message}$"):
         main()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from datasets import Dataset
@@ -252,8 +253,8 @@ def test_a_chat_goes_on_past_an_empty_line(tiny, tokenizer, task, monkeypatch):
         ("5", 1024, lambda prompt, answer: 100 + 32),
         # The longest answer has room where it is longer than that.
         ("5 " * 40, 1024, lambda prompt, answer: 100 + answer),
-        # And no completion leaves the model's positions.
-        ("5", 128, lambda prompt, answer: 128 - prompt),
+        # And no completion with the answer behind it leaves the model's positions.
+        ("5", 128, lambda prompt, answer: 128 - prompt - answer),
     ],
 )
 def test_the_room_for_an_answer(tiny, tokenizer, task, monkeypatch, answer, positions, expected):
@@ -303,7 +304,10 @@ def test_answer_logp_is_the_sum_over_answer_rows(tiny, rollouts):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_samples": -1}, "num_samples: expected 0 or more"),
+        ({"num_samples": -1}, "num_samples: expected at least 0, got -1"),
+        ({"max_completion_length": 0}, "max_completion_length: expected at least 1, got 0"),
+        ({"temperature": 0}, "temperature: expected a number above 0, got 0; greedy"),
+        ({"temperature": math.nan}, "temperature: expected a number above 0, got nan"),
         ({"num_samples": 2, "majority": (4,)}, "k from 1 to num_samples = 2, got 4"),
         ({"majority": (0,)}, "got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),

@@ -46,4 +46,20 @@ def test_a_result_is_not_written_over_its_source(tmp_path, monkeypatch):
         check_output(tmp_path / "my.json", "my.json")
     check_output("other.json", "my.json")
     # The name of a task, which is no file.
-    check_output("gsm8k", "gsm8k")
+    check_output("gsm8k.json", "gsm8k")
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    for output, message in (
+        # Files beside it would be res-3.jsonl, as those of res-3.6.
+        ("res-3.5", "expected a file name that ends in .json"),
+        ("lines.jsonl", "expected a file name that ends in .json"),
+        ("folder.json", "expected a file, got the folder"),
+        ("file/a.json", "expected a place that can be written to"),
+    ):
+        with pytest.raises(ValueError, match=f"output: {message}"):
+            check_output(tmp_path / output, "gsm8k")
+    check_output(tmp_path / "new" / "folder" / "a.json", "gsm8k")
+    assert not (tmp_path / "new").exists()

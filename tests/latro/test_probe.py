@@ -142,7 +142,8 @@ def test_a_task_without_rationales_says_so(tiny, tokenizer, tmp_path, capsys, sm
         (("--num_samples", "-1"), "num_samples: expected at least 0, got -1"),
         (("--batch_size", "0"), "batch_size: expected at least 1"),
         (("--max_completion_length", "100000"), "lower max_completion_length"),
-        (("--output", "probe.png"), "output: expected the name of a JSON file"),
+        (("--output", "probe.png"), "output: expected a file name that ends in .json"),
+        (("--temperature", "0"), "temperature: expected a number above 0, got 0"),
         (("--eval_split", "tset"), "tset"),
     ],
 )

@@ -48,6 +48,10 @@ def test_the_saved_model_is_told_of_with_its_first_and_last_evaluation(make_trai
     assert command.startswith(f"python -m latro.evaluate --model_name_or_path {folder} ")
     assert " --dataset_name gsm8k --dataset_path 'my data' --eval_split validation " in command
     assert "num_train_examples" not in command
+    # The Trainer completes the id of what it pushes.
+    trainer.args.push_to_hub, trainer.hub_model_id = True, "me/run"
+    command = run_of(trainer, folder).held_out.command
+    assert command.startswith("python -m latro.evaluate --model_name_or_path me/run ")
 
 
 def test_a_run_without_evaluations_has_a_card(make_trainer, tmp_path):
