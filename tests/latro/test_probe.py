@@ -131,6 +131,7 @@ def test_a_task_without_rationales_says_so(tiny, tokenizer, tmp_path, capsys, sm
     result = small(
         *("--model_name_or_path", str(tmp_path / "model"), "--num_samples", "0"),
         *("--dataset_name", "arc_challenge", "--dataset_path", str(tmp_path)),
+        *("--eval_split", "test"),
     )
     assert list(result["summary"]) == ["none", "greedy"]
     assert "arc_challenge has no written rationales: they are left out" in capsys.readouterr().out
