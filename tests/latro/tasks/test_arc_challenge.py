@@ -7,6 +7,9 @@ import pytest
 from latro.tasks import get_task
 
 REAL_DATA = Path(__file__).parents[4] / "shared" / "data" / "arc_challenge"
+needs_real_data = pytest.mark.skipif(
+    not REAL_DATA.is_dir(), reason="the ARC files are not at ../shared/data/arc_challenge"
+)
 TASK = get_task("arc_challenge")
 
 TEXTS = ["the wind", "the wind and rain", "A rock", "Because of salt. And sand."]
@@ -45,6 +48,26 @@ def write(folder, name, *records):
         ("B: The wind and rain", "B"),
         ("B because it is wet", "B"),
         ("B, which is wet", "B"),
+        ("<B>", "B"),
+        ("“B”", "B"),
+        ("B!", "B"),
+        ("B?", "B"),
+        ("{B}", "B"),
+        ("B is right", "B"),
+        ("**B** is the correct option.", "B"),
+        ("B - it is wet", "B"),
+        ("B – it is wet", "B"),
+        ("B—it is wet", "B"),
+        ("B (which is wet)", "B"),
+        ("B. A higher wind dries it up.", "B"),
+        ("B. I know it.", "B"),
+        ("B. C is a stone.", "B"),
+        ("B: A higher wind", "B"),
+        ("B, I know it", "B"),
+        ("B because a wind dries it up", "B"),
+        ("B, the wind and rain, because it fits.", "B"),
+        ("D, Because of salt. And sand, or so.", "D"),
+        ("“the wind”", "A"),
         ("B\n\nQuestion: What of C?", "B"),
         ("the wind", "A"),
         ("The wind and rain.", "B"),
@@ -66,6 +89,18 @@ def test_an_option_is_named_by_label_or_whole_text(statement, label):
         "E",
         "A or B",
         "(A) or (B)",
+        "(a) or (b)",
+        "a, b",
+        "B (or C)",
+        "B - C",
+        "B: A and C",
+        "B? No, C.",
+        "B because C is wrong",
+        "B is right, C too",
+        "B is a letter",
+        "B. The wind. It blows.",
+        "B. C.",
+        "B, the wind and rain or the wind",
         "A/B",
         "A, B",
         "either A or B",
@@ -104,7 +139,30 @@ def test_two_options_with_one_text_are_not_told_apart_by_it():
 def test_a_label_that_is_another_options_text_is_the_label():
     row = example(["C", "NO", "O", "CO"], answer="C")
     assert TASK.extract("The answer is C.", row) == "C"
+    assert TASK.extract("The answer is C. A good reason is given.", row) == "C"
     assert TASK.extract("The answer is 3", example(["3", "4", "5", "6"], "1234")) == "3"
+
+
+@pytest.mark.parametrize(
+    ("texts", "statement", "label"),
+    [
+        (["yes", "no"], "A, I know it.", "A"),
+        (["yes", "no"], "A, no, I mean it", None),
+        (["5", "15", "25"], "B: 15 apples", "B"),
+        (["5", "15", "25"], "B (15)", "B"),
+        (["5", "15", "25"], "B - 15 m", "B"),
+        (["5", "15", "25"], "B (25)", None),
+        (["ice", "fog"], "B because it is nice", "B"),
+        (["ice", "fog"], "B because it is no ice", None),
+        (["1 m", "1 m per s"], "B, 1 m per s, as asked", "B"),
+        (["1 m", "1 m per s"], "A, 1 m per s, as asked", None),
+        (["café", "tea"], "cafe\u0301", "A"),
+        (["x", "!"], "", None),
+    ],
+)
+def test_texts_are_looked_for_as_words_and_not_inside_the_option_named(texts, statement, label):
+    row = example(texts, "ABC"[: len(texts)])
+    assert TASK.extract(f"The answer is {statement}", row) == label
 
 
 def test_digits_are_labels_and_measures_are_not():
@@ -163,9 +221,7 @@ def test_a_malformed_row_is_named_by_file_and_line(tmp_path, bad, message):
     assert message in str(error.value)
 
 
-@pytest.mark.skipif(
-    not REAL_DATA.is_dir(), reason="the ARC files are not at ../shared/data/arc_challenge"
-)
+@needs_real_data
 @pytest.mark.parametrize(("split", "count"), [("train", 1119), ("validation", 299), ("test", 1172)])
 def test_every_real_row_parses_and_its_answer_grades_itself_right(split, count):
     rows = TASK.load(split, dataset_path=REAL_DATA)
@@ -177,6 +233,56 @@ def test_every_real_row_parses_and_its_answer_grades_itself_right(split, count):
                 assert TASK.grade(f"The answer is {statement}", row) == (label == row["answer"])
             if text not in labels:
                 assert TASK.extract(f"The answer is {text}", row) == label
+
+
+@pytest.fixture(scope="module")
+def real_rows():
+    return TASK.load("test", dataset_path=REAL_DATA).to_list()
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "{label}. A good reason is given.",
+        "{label}. I think so.",
+        "{label}! {text}",
+        "{label}, {text}, because it fits.",
+        "{label} because it fits.",
+        "{label}, since I know it.",
+        "{label} ({text})",
+        "{label} - {text}",
+        "({label}) {text} I know.",
+        "{label} is right",
+        "<{label}>",
+        "“{label}”",
+    ],
+)
+def test_every_real_answer_is_read_from_what_models_write(real_rows, statement):
+    assert len(real_rows) == 1172
+    for row in real_rows:
+        label = row["answer"]
+        text = row["choices"]["text"][row["choices"]["label"].index(label)]
+        assert TASK.grade(f"The answer is {statement.format(label=label, text=text)}", row)
+
+
+@needs_real_data
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "{a} or {b}",
+        "{a}, {b}",
+        "({a}) and ({b})",
+        "{a}? No, {b}.",
+        "{a} because {b} is wrong",
+        "{a}, {b} or I do not know",
+    ],
+)
+def test_two_real_options_are_no_answer(real_rows, statement):
+    for row in real_rows:
+        a, b, *_ = row["choices"]["label"]
+        stated = statement.format(a=a, b=b)
+        assert TASK.extract(f"The answer is {stated}", row) is None
 
 
 def test_prompts_ask_for_the_answer_template(tmp_path):
