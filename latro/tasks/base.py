@@ -75,7 +75,8 @@ class Task(ABC):
         Two completions with the same answer give equal strings, so these can be voted on.
 
         Args:
-            completion: what the model wrote after the prompt, special tokens left out.
+            completion: what the model wrote after the prompt, without the token that ended it.
+                Other special tokens count as text, so "Paris<|im_end|>" is not "Paris".
             example: the dataset row that it answers.
 
         Returns:
@@ -148,5 +149,6 @@ def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
 
 
 def _template_pattern(template: str) -> re.Pattern[str]:
-    # Sentences also begin "So the answer is"; "The answer isn't" states none.
-    return re.compile(re.escape(template) + r"(?![\w'’])", re.IGNORECASE)
+    # Sentences also begin "So the answer is"; "The answer isn't" states none, but "Answer:5" does.
+    end = r"(?![\w'’])" if re.search(r"\w\Z", template) else ""
+    return re.compile(re.escape(template) + end, re.IGNORECASE)
