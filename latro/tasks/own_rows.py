@@ -12,9 +12,9 @@ Other columns are not read.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 _REQUIRED = ("prompt", "answer")
@@ -45,6 +45,13 @@ def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         row["rationale"] = rationale.strip()
     if not _absent(record.get("choices")):
         row["choices"] = _choices(record["choices"], where)
+    for field, value in row.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a pair, "\\ud83d"
+            raise ValueError(
+                f"{where}: expected Unicode text at {field!r}, got a lone surrogate in {value!r}"
+            ) from error
     return row
 
 
@@ -89,8 +96,12 @@ def _message(message: Any, where: str) -> dict[str, str]:
 
 def _answer(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record[field]
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    text = str(value) if number and math.isfinite(value) else value
+    if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+        number = Decimal(str(value))
+        # The answer is trained on, so 0.00001 is not to read "1e-05".
+        text = format(number, "f") if number.is_finite() else ""
+    else:
+        text = value
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")
     return text.strip()
@@ -100,7 +111,7 @@ def _choices(choices: Any, where: str) -> dict[str, list[str]]:
     if isinstance(choices, str):  # a cell of CSV
         try:
             choices = json.loads(choices)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # JSONDecodeError, or a number of too many digits
             raise ValueError(f"{where}: expected JSON at 'choices', got {choices!r}") from error
     if isinstance(choices, list):
         choices = {"label": list(_LABELS[: len(choices)]), "text": choices}

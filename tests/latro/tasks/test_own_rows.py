@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from decimal import Decimal
+
 import pytest
 
 from latro.tasks.own_rows import own_row
@@ -30,13 +32,30 @@ def test_messages_from_a_table_carry_the_keys_of_all():
     assert row(prompt=[USER | {"name": None}])["prompt"] == [USER]
 
 
-@pytest.mark.parametrize(("given", "text"), [(42, "42"), (0.5, "0.5"), (-1, "-1"), (" 4 ", "4")])
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (42, "42"),
+        (0.5, "0.5"),
+        (3.0, "3.0"),
+        (-1, "-1"),
+        (" 4 ", "4"),
+        (0.00001, "0.00001"),
+        (1e16, "10000000000000000"),
+        (-2.5e-7, "-0.00000025"),
+        (10**400, "1" + "0" * 400),
+        (Decimal("1.50"), "1.50"),
+        (Decimal("1E+3"), "1000"),
+    ],
+)
 def test_a_number_is_an_answer(given, text):
     assert row(answer=given)["answer"] == text
     assert row(ground_truth=given)["ground_truth"] == text
 
 
-@pytest.mark.parametrize("given", [None, True, "", "  ", float("nan"), float("inf"), ["3"], {}])
+@pytest.mark.parametrize(
+    "given", [None, True, "", "  ", float("nan"), float("inf"), Decimal("nan"), ["3"], {}]
+)
 def test_what_is_no_answer_is_refused(given):
     with pytest.raises(
         ValueError, match=r"my\.jsonl:17: expected a non-empty string at 'answer', got "
@@ -68,6 +87,12 @@ def test_choices_may_bring_their_labels_or_come_from_a_cell():
         ({"prompt": [USER | {"name": "Tom"}]}, r"got \['content', 'name', 'role'\]"),
         ({"rationale": 3}, "expected a string at 'rationale', got 3"),
         ({"ground_truth": False}, "non-empty string at 'ground_truth', got False"),
+        ({"prompt": "q \ud83d x"}, r"expected Unicode text at 'prompt', .* in 'q \\ud83d x'"),
+        ({"prompt": [{"role": "user", "content": "\ud83d"}]}, "expected Unicode text at 'prompt'"),
+        ({"answer": "\ud83d"}, "expected Unicode text at 'answer'"),
+        ({"rationale": "\ud83d"}, "expected Unicode text at 'rationale'"),
+        ({"choices": ["a", "\ud83d"]}, "expected Unicode text at 'choices'"),
+        ({"choices": f"[{'9' * 5000}]"}, r"expected JSON at 'choices'"),
         ({"choices": "red"}, "expected JSON at 'choices', got 'red'"),
         ({"choices": 3}, "expected a list of texts, or an object .* got 3"),
         ({"choices": ["red"]}, "2 to 26 choices, .* got 1 labels and 1 texts"),
