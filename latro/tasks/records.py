@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,14 @@ def read_records(path: Path) -> Records:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a file in {', '.join(FORMATS)}, got {path.suffix!r}")
+    yield from FORMATS[path.suffix.lower()](path)
+
+
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[None]:
+    """Name the file where its bytes are no UTF-8."""
     try:
-        yield from FORMATS[path.suffix.lower()](path)
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: expected text in UTF-8: {error}") from error
 
@@ -37,12 +44,12 @@ def read_jsonl(path: Path) -> Records:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object; names it.
+        ValueError: a line is no JSON object, or the file is not in UTF-8; names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"dataset_path: there is no file {path}")
     # A byte-order mark, as some editors write, is no part of the first line.
-    with path.open(encoding="utf-8-sig") as lines:
+    with _in_utf8(path), path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -51,12 +58,15 @@ def read_jsonl(path: Path) -> Records:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
+            except ValueError as error:  # a number of more digits than Python reads
+                raise ValueError(f"{where}: {error}") from error
             yield where, _object(record, where)
 
 
 def _read_json(path: Path) -> Records:
     """A list of objects, or an object a line."""
-    text = path.read_text(encoding="utf-8-sig")
+    with _in_utf8(path):
+        text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         yield from _list_of_objects(text, path)
     else:
@@ -77,6 +87,8 @@ def _list_of_objects(text: str, path: Path) -> Records:
             raise ValueError(
                 f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}"
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
         yield where, _object(record, where)
         end = _skip_space(text, end)
         at = _skip_space(text, end + 1) if text[end : end + 1] == "," else end
@@ -93,7 +105,7 @@ def _skip_space(text: str, at: int) -> int:
 
 
 def _read_csv(path: Path) -> Records:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _in_utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         rows = _csv_rows(reader, path)
         _, names = next(rows, (0, []))

@@ -6,7 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from latro.tasks.records import FORMATS, read_records
+from latro.tasks.records import FORMATS, read_jsonl, read_records
 
 ROWS = [{"prompt": "a\nb", "answer": "1"}, {"prompt": 'say "c, d"', "answer": "2"}]
 
@@ -64,6 +64,8 @@ def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
     [
         ("r.jsonl", '{"a": 1}\n{"a": 1,}', r"r\.jsonl:2: not JSON: .*, column"),
         ("r.jsonl", '{"a": 1}\n[1]', r"r\.jsonl:2: expected a JSON object, got list"),
+        ("r.jsonl", '{"a": 1}\n{"a": ' + "9" * 5000 + "}", r"r\.jsonl:2: .*limit \(4300 digits\)"),
+        ("r.json", '[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", r"r\.json:2: .*limit \(4300 digits\)"),
         ("r.json", '[{"a": 1},\n{"a": }]', r"r\.json:2: not JSON: Expecting value, column 7"),
         ("r.json", '[{"a": 1},\n\n"b"]', r"r\.json:3: expected a JSON object, got str"),
         ("r.json", '[{"a": 1}\n{"a": 2}]', r"r\.json:1: .*expected ',' or '\]' after the object"),
@@ -91,3 +93,6 @@ def test_another_encoding_is_named_with_the_file(tmp_path, suffix):
     path.write_bytes('prompt,answer\n"é",1\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=rf"rows\{suffix}: expected text in UTF-8"):
         list(read_records(path))
+    if suffix == ".jsonl":
+        with pytest.raises(ValueError, match=r"rows\.jsonl: expected text in UTF-8"):
+            list(read_jsonl(path))
