@@ -2,8 +2,8 @@
 
 `own_rows` says what a record holds. The splits:
 
-- A folder or a hub data set has the splits that it names. A prompt of "validation" or "test" is
-  dropped from "train", with a warning.
+- A folder or a hub data set has the splits that it names; "dev", "val" and "valid" are other names
+  of "validation". A prompt of "validation" or "test" is dropped from "train", with a warning.
 - Without a "validation" of its own, that is cut from "train": a tenth, by a hash of the prompt, so
   that a row stays where it is whatever rows join it later.
 - A single file is cut in the same way, and its "test" is the whole file: training refuses that as
@@ -11,8 +11,9 @@
 
 A completion's statement, what follows the last answer template, is graded
 
-- "exact": as a string. The whole statement, its first line or its first sentence is the answer,
-  white space, case, and quotes, asterisks and closing marks around it aside;
+- "exact": as a string. The statement, or what begins it up to the end of a line or sentence, is the
+  answer, white space, case, and quotes, asterisks and closing marks around it aside. A wrong one
+  is cut to as many lines or sentences as the right one has;
 - "number": by value, as in GSM8K (`numeric`);
 - "choice": by the option it names, as in ARC (`choice`); needs a column `choices`.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from datasets.exceptions import DatasetsError
 
 from latro.prompts import prompt_text
 
-from .base import Task, draw, first_sentence, stable_bucket
+from .base import Task, draw, stable_bucket
 from .choice import ChoiceTask
 from .numeric import NumericTask, parse_number
 from .own_rows import own_row
@@ -38,12 +40,18 @@ from .records import FORMATS, Records, read_records
 
 GRADERS = ("exact", "number", "choice")
 
-_SPLITS = ("train", "validation", "test")
+_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "dev", "val", "valid"),
+    "test": ("test",),
+}
 _VALIDATION_BUCKETS = 10
 _WHOLE_FILE = "all"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # An answer that is a number and nothing else; the grader itself reads one among words too.
-_BARE_NUMBER = re.compile(r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/]+\s?%?")
+_BARE_NUMBER = re.compile(r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/]+(?:[eE][-+]?\d+)?\s?%?")
+# With the closing quotes and asterisks, and the white space before what comes next.
+_SENTENCE_END = re.compile(r"[.!?]+[*_\"'`”’]*(?:\s+|$)|\n\s*")
 
 _logger = logging.getLogger(__name__)
 
@@ -84,12 +92,14 @@ class _Exact(OwnData):
 
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
         whole = statement.strip(" \t\r\n:")
-        sentence = first_sentence(statement)
-        # The answer may itself have sentences and lines.
-        for reading in (whole, whole.partition("\n")[0]):
-            if _plain(reading) == _plain(self.truth(example)):
-                return _plain(reading)
-        return _plain(sentence) or None
+        ends = _sentence_ends(whole)
+        # The answer may itself have sentences and lines: "Dr. Smith" ends two.
+        truth = self.truth(example).strip()
+        right = _plain(truth)
+        if any(_plain(whole[:end]) == right for end in ends):
+            return right
+        length = min(len(_sentence_ends(truth)), len(ends))
+        return _plain(whole[: ends[length - 1]]) or None
 
 
 class _Number(OwnData, NumericTask):
@@ -154,8 +164,9 @@ def _sources(name: str, config: str | None) -> dict[str, Records]:
 
 def _folder_sources(folder: Path) -> dict[str, Records]:
     sources: dict[str, Records] = {}
-    for split in _SPLITS:
-        files = [file for suffix in FORMATS if (file := folder / f"{split}{suffix}").is_file()]
+    for split, names in _NAMES.items():
+        paths = [folder / f"{name}{suffix}" for name in names for suffix in FORMATS]
+        files = [path for path in paths if path.is_file()]
         if len(files) > 1:
             raise ValueError(
                 f"dataset_name: expected one file of {split!r} in {folder}, got "
@@ -179,13 +190,19 @@ def _hub_sources(name: str, config: str | None) -> dict[str, Records]:
             f"dataset_name: cannot load {name!r} from the hub, and there is no such file or "
             f"folder: {error}"
         ) from error
-    sources: dict[str, Records] = {
-        split: _hub_records(splits, name, split) for split in _SPLITS if split in splits
-    }
+    sources: dict[str, Records] = {}
+    for split, names in _NAMES.items():
+        there = [own for own in names if own in splits]
+        if len(there) > 1:
+            raise ValueError(
+                f"dataset_name: expected one split of {split!r} in {name}, got "
+                f"{' and '.join(there)}"
+            )
+        if there:
+            sources[split] = _hub_records(splits, name, there[0])
     if not sources:
         raise ValueError(
-            f"dataset_name: expected a split {', '.join(_SPLITS)} in {name}, got "
-            f"{', '.join(splits)}"
+            f"dataset_name: expected a split {', '.join(_NAMES)} in {name}, got {', '.join(splits)}"
         )
     return sources
 
@@ -285,4 +302,11 @@ def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[st
 def _plain(text: str) -> str:
     """For comparing: white space, case, and marks around the text aside."""
     collapsed = " ".join(text.split())
-    return (collapsed.strip(" .!*\"'`") or collapsed).casefold()
+    caseless = (collapsed.strip(" .!*\"'`“”‘’") or collapsed).casefold()
+    return unicodedata.normalize("NFC", caseless)
+
+
+def _sentence_ends(text: str) -> list[int]:
+    """Where each line or sentence of the text ends; the last is its length."""
+    inner = (found.end() for found in _SENTENCE_END.finditer(text))
+    return [*(end for end in inner if end < len(text)), len(text)]

@@ -101,6 +101,30 @@ def test_a_folder_has_the_splits_of_its_files(tmp_path):
     assert [len(task.load(split)) for split in task.splits] == [3, 2, 4]
 
 
+@pytest.mark.parametrize("held_out", ["dev", "val", "valid"])
+def test_a_validation_split_may_have_its_other_names(tmp_path, monkeypatch, held_out):
+    splits = {"train": rows(30), held_out: rows(2, 30)}
+    expected = [f"What is {n}?" for n in (30, 31)]
+    assert prompts(read_own_data(folder_of(tmp_path, **splits)), "validation") == expected
+    hub = DatasetDict({name: Dataset.from_list(own) for name, own in splits.items()})
+    monkeypatch.setattr("latro.tasks.own_data.load_dataset", lambda *args: hub)
+    assert prompts(read_own_data("org/name"), "validation") == expected
+
+
+def test_two_validation_splits_are_refused(tmp_path, monkeypatch):
+    splits = {"train": rows(3), "dev": rows(2, 10), "validation": rows(2, 20)}
+    with pytest.raises(
+        ValueError, match=r"one file of 'validation' .*validation\.jsonl and dev\.j"
+    ):
+        read_own_data(folder_of(tmp_path, **splits))
+    hub = DatasetDict({name: Dataset.from_list(own) for name, own in splits.items()})
+    monkeypatch.setattr("latro.tasks.own_data.load_dataset", lambda *args: hub)
+    with pytest.raises(
+        ValueError, match="one split of 'validation' in org/name, got validation and"
+    ):
+        read_own_data("org/name")
+
+
 def test_a_missing_validation_is_cut_from_train(tmp_path):
     task = read_own_data(folder_of(tmp_path, train=rows(100), test=rows(4, 100)))
     whole = read_own_data(file_of(tmp_path, rows(100)))
@@ -228,6 +252,12 @@ def graded(folder, record, statement, grader=None):
         ("$1,200.50", "number"),
         ("-3/4", "number"),
         ("5 %", "number"),
+        (0.00001, "number"),
+        (1e16, "number"),
+        ("1e-05", "number"),
+        ("-2.5E+3", "number"),
+        ("1e-05 m", "exact"),
+        (10**400, "exact"),
         ("42 pens", "exact"),
         ("Room 5", "exact"),
         ("1-2", "exact"),
@@ -257,6 +287,16 @@ def test_it_follows_from_all_rows_and_from_the_ground_truth(tmp_path):
         ("Paris", " Paris\nand that is all", True),
         ("Paris", " Paris, France", False),
         ("Paris", " London", False),
+        ("Paris", ' "Paris." It is in France.', True),
+        ("Paris", " Paris! Or", True),
+        ("Paris", " Paris Texas. Or", False),
+        ("Dr. Smith", " Dr. Smith. Done.", True),
+        ("Dr. Smith", " dr. Smith.\n\nDone.", True),
+        ("Dr. Smith", " Dr. Jones. Done.", False),
+        ("Dr. Smith", " Dr. Smithers. Done.", False),
+        ("Dr. Smith", " Dr.", False),
+        ("caf\u00e9", " Cafe\u0301.", True),
+        ("cafe\u0301", " CAF\u00c9. Or", True),
         ("Paris", "", False),
         ("New  York", " New York", True),
         ("Dr. No", " Dr. No.", True),
@@ -276,6 +316,19 @@ def test_equal_statements_vote_together(tmp_path):
     row = task.load("test")[0]
     said = ("London", "*london*.", "London. Or", "London\nOr")
     assert {task.extract(f"The answer is {s}", row) for s in said} == {"london"}
+
+
+def test_a_wrong_answer_has_as_many_sentences_as_the_right_one(tmp_path):
+    task = read_own_data(file_of(tmp_path, [{"prompt": "x", "answer": "Dr. Smith"}]))
+    row = task.load("test")[0]
+    said = ("Dr. Jones", "Dr. Jones. Done.", "Dr. Brown. Done.", "Jones\nDone.\nOr", "")
+    assert [task.extract(f"The answer is {s}", row) for s in said] == [
+        "dr. jones",
+        "dr. jones",
+        "dr. brown",
+        "jones done",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
