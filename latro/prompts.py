@@ -13,6 +13,8 @@ from latro.rollout import AnswerJoin, Sample
 # A text, or a conversation: {"role", "content"} messages.
 Prompt = str | Sequence[Mapping[str, str]]
 
+_SHOWN = 60  # characters of a prompt in a message
+
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one string, to show, to compare and to look up by; a model reads another form.
@@ -92,7 +94,7 @@ def check_dataset(
     Raises:
         ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
             tokenizer cannot render, or a row that does not fit the model with a rationale of full
-            length; names the row.
+            length; names the row and how its prompt begins.
     """
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
@@ -107,11 +109,14 @@ def check_dataset(
         zip(dataset["prompt"], dataset["answer"], strict=True)
     ):
         if not isinstance(answer, str) or not answer.strip():
-            raise ValueError(f"{name}: row {index}: expected a non-empty answer, got {answer!r}")
+            raise ValueError(
+                f"{name}: row {index}: expected a non-empty answer, got {answer!r}; "
+                f"{_beginning(prompt)}"
+            )
         try:
             ids = encode_prompt(tokenizer, prompt)
         except ValueError as error:
-            raise ValueError(f"{name}: row {index}: {error}") from error
+            raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
         answer_tokens = len(join(ids, Sample([]), answer).answer_ids)
@@ -121,7 +126,7 @@ def check_dataset(
             raise ValueError(
                 f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
                 f"{max_completion_length} and its answer takes {needed} positions, but the model "
-                f"has {limit}; lower max_completion_length or drop the row"
+                f"has {limit}; lower max_completion_length or drop the row; {_beginning(prompt)}"
             )
     return longest
 
@@ -136,7 +141,7 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
         join: makes the rationale's and the answer's tokens.
 
     Raises:
-        ValueError: such a row; names it.
+        ValueError: such a row; names it and how its prompt begins.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
@@ -147,5 +152,11 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
         if needed > limit:
             raise ValueError(
                 f"{name}: row {index}: prompt, rationale and answer take {needed} positions, but "
-                f"the model has {limit}; drop the row"
+                f"the model has {limit}; drop the row; {_beginning(row['prompt'])}"
             )
+
+
+def _beginning(prompt: Prompt) -> str:
+    """For messages: in a split that a hash cut, a row's index is not its line in the file."""
+    text = " ".join(prompt_text(prompt).split())
+    return f"its prompt begins {text[:_SHOWN]!r}"

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
-from latro.prompts import check_dataset, encode_prompt, prompt_text
+from latro.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
 from latro.rollout import AnswerJoin
 
 USER = {"role": "user", "content": "How many?"}
@@ -112,6 +112,24 @@ def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_
         ValueError, match=r"train_dataset: row 1: the chat template .*System role not supported"
     ):
         check_dataset(dataset, "train_dataset", model, with_bos, join, 8)
+
+
+LONG = "Tom has many pens. " * 9
+
+
+@pytest.mark.parametrize("prompt", [LONG, [{"role": "user", "content": LONG}]])
+def test_a_row_that_does_not_fit_is_named_by_how_its_prompt_begins(tiny, tokenizer, prompt):
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+    model = tiny(max_position_embeddings=64)
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "3", "rationale": "So. " * 60}])
+    begins = f"its prompt begins '{LONG[:60]}'$"
+    with pytest.raises(ValueError, match=rf"data: row 0: a prompt of .* drop the row; {begins}"):
+        check_dataset(rows, "data", model, tokenizer, join, 64)
+    with pytest.raises(ValueError, match=rf"data: row 0: prompt, .* drop the row; {begins}"):
+        check_rationales(rows, "data", model, join)
+    empty = Dataset.from_list([{"prompt": prompt, "answer": " "}])
+    with pytest.raises(ValueError, match=rf"row 0: expected a non-empty answer, .*; {begins}"):
+        check_dataset(empty, "data", model, tokenizer, join, 64)
 
 
 def test_a_prompt_as_text():
