@@ -8,13 +8,30 @@ import difflib
 import inspect
 import os
 import sys
+import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from latro.config import ASSETS, AnswerConfig
+
+
+class _FileParser(HfArgumentParser):
+    """Raises ValueError for bad input, where the command line's ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _AsWritten(yaml.SafeLoader):
+    """Reads scalars as the text that they are, but null."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def parse_arguments(
@@ -26,11 +43,13 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
 
+    The YAML file takes the names and values of the command line, and lists, mappings and null.
     Without `--model_name_or_path` the small model that ships is meant, and the settings made for
     it (`small_settings`, a file in `latro/assets`) stand in for the defaults.
 
     Raises:
-        ValueError: the YAML file is missing, malformed or names an unknown argument.
+        ValueError: an unknown argument, or a YAML file that is missing, malformed or has a value
+            that its argument does not take.
     """
     # argparse's own usage would be four screens of brackets.
     usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
@@ -39,12 +58,12 @@ def parse_arguments(
     _group_help(parser, classes)
     argv = list(sys.argv[1:] if argv is None else argv)
     given, _ = _preparse(argv)
-    settings = _read_yaml(given.config) if given.config else {}
-    if given.model_name_or_path is None and "model_name_or_path" not in settings:
+    settings = _parse_yaml(classes, _read_yaml(given.config), given.config) if given.config else {}
+    if given.model_name_or_path is None and settings.get("model_name_or_path") is None:
+        path = ASSETS / small_settings
         known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-        small = _read_yaml(ASSETS / small_settings)
-        settings = {k: v for k, v in small.items() if k in known} | settings
-    _reject_unknown(settings, classes, given.config)
+        small = {k: v for k, v in _read_yaml(path).items() if k in known}
+        settings = _parse_yaml(classes, small, path) | settings
     parser.set_defaults(**settings)
     *parsed, _ = parser.parse_args_into_dataclasses(argv)
     return tuple(parsed)
@@ -58,25 +77,53 @@ def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file's arguments: text as it is written, so that `no` is no false; mappings as YAML."""
     try:
         with open(path, encoding="utf-8") as file:
-            settings = yaml.safe_load(file)
+            text = file.read()
+        written = yaml.load(text, _AsWritten)
+        typed = yaml.safe_load(text)
     except FileNotFoundError:
         raise ValueError(f"--config: no such file: {path}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"--config: {path} is not YAML: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"--config: {path}: expected lines of `name: value`, got {settings!r}")
+    if not isinstance(written, dict):
+        raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")
+    return {k: typed.get(k, v) if isinstance(v, dict) else v for k, v in written.items()}
+
+
+def _parse_yaml(
+    classes: Sequence[type], arguments: dict[str, Any], path: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Values by the names of their fields; text is read as on the command line."""
+    parser = _FileParser(classes, add_help=False, allow_abbrev=False)
+    # What takes no value is --no_NAME.
+    options = {o: a for o, a in parser._option_string_actions.items() if a.nargs != 0}
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    settings = {}
+    for name, value in arguments.items():
+        option = options.get(f"--{name}")
+        if option is None:
+            near = difflib.get_close_matches(name, [o.removeprefix("--") for o in options], n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
+        if isinstance(value, str):
+            try:
+                parsed, _ = parser.parse_known_args([f"--{name}={value}"])
+            except ValueError as error:
+                raise ValueError(f"--config: {path}: {error}") from error
+            settings[option.dest] = getattr(parsed, option.dest)
+        elif type(value) in _kinds(hints[option.dest]):
+            settings[option.dest] = value
+        else:
+            raise ValueError(f"--config: {path}: argument {name} does not take {value!r}")
     return settings
 
 
-def _reject_unknown(settings: dict[str, Any], classes: Sequence[type], path: str | None) -> None:
-    known = [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
-    for name in settings:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
+def _kinds(hint: Any) -> set[type]:
+    """The classes of values that an annotation admits."""
+    union = get_origin(hint) in (Union, types.UnionType)
+    return {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
 
 
 def _group_help(parser: HfArgumentParser, classes: Sequence[type]) -> None:

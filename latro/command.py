@@ -41,6 +41,8 @@ def run_training(
 ) -> dict[str, dict[str, float]]:
     """Run a command line; returns the metrics before ("base") and after ("final").
 
+    There is no "base" where `eval_on_start` is false.
+
     Args:
         trainer_class: takes a model, settings, a dataset, a tokenizer and a task, as
             `AnswerTrainer` does.
@@ -68,8 +70,9 @@ def run_training(
     )
     peft_config = lora_config(peft_args, model_args.model_revision)
     model, tokenizer = load_model(model_args)
-    # A run that goes on has its first evaluation behind it.
-    args.eval_on_start = resume is None
+    if args.eval_on_start is None:
+        # A run that goes on has its first evaluation behind it.
+        args.eval_on_start = resume is None
     trainer = trainer_class(
         model,
         args,
@@ -100,7 +103,9 @@ def run_training(
         trainer.evaluate()
         final = [trainer.state.log_history[-1]]
     trainer.save_state()
-    results = {"base": (evaluations or final)[0], "final": final[-1]}
+    base = [e for e in evaluations if e["step"] == 0]
+    results = {"base": base[0]} if base else {}
+    results["final"] = final[-1]
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "results.json", results)
     # Again, now that the last evaluation is known.
@@ -147,10 +152,10 @@ def _checkpoint(args: AnswerConfig) -> str | None:
 
 def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
     table = Table(title=f"{problems} held-out problems")
-    for column in ("", "base", "final"):
+    for column in ("", *results):
         table.add_column(column, justify="right" if column else "left")
     for title, key, form in _SHOWN:
-        table.add_row(title, *(form.format(results[when][key]) for when in ("base", "final")))
+        table.add_row(title, *(form.format(metrics[key]) for metrics in results.values()))
     return table
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from latro.objectives import OBJECTIVES
+from latro.refused import check_refused
 from latro.reporting import check_trackers
 from latro.tasks import FORMATS, GRADERS, TASKS
 
@@ -19,6 +20,8 @@ ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small"
 # What tells a better model from a worse one by its evaluation; more is better for each.
 BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
+# Steps by the metric of an evaluation, and takes it for a loss unless it is told.
+_SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
@@ -48,6 +51,12 @@ class AnswerConfig(TrainingArguments):
     remove_unused_columns: bool | None = setting(
         False, "Not used: the prompt and answer columns are no arguments of the model."
     )
+    eval_on_start: bool | None = setting(  # type: ignore[assignment]
+        None,
+        "Evaluate before the first update; without it a command does, unless it resumes.",
+        nargs="?",
+        const=True,
+    )
     dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
     # The parent's takes one name on the command line.
     report_to: list[str] = field(  # type: ignore[assignment]
@@ -73,12 +82,19 @@ class AnswerConfig(TrainingArguments):
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
+        check_refused(self)
+        by_metric = self.lr_scheduler_type in _SCHEDULERS_BY_METRIC
         if self.metric_for_best_model is None and (  # type: ignore[has-type]
-            self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
+            self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST or by_metric
         ):
             # The Trainer's own default is a loss on held-out rows, which nobody computes here.
             self.metric_for_best_model = BEST_MODEL_METRICS[0]
         super().__post_init__()
+        if by_metric:
+            # A part of a negative metric would make a threshold that a worse model passes.
+            told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}
+            given: Any = self.lr_scheduler_kwargs  # type: ignore[has-type]
+            self.lr_scheduler_kwargs = told | (given or {})
         check_trackers(self.report_to)
         self._check_best_model()
         _at_least("max_completion_length", self.max_completion_length, 1)

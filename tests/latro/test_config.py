@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.arguments import parse_arguments
@@ -52,10 +53,46 @@ def test_command_line_over_yaml_over_defaults(tmp_path):
     assert (args.num_generations, args.beta, args.learning_rate) == (8, 0.5, 1e-6)
 
 
+def parse_yaml(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return parse("--config", str(path))
+
+
+def test_yaml_is_read_as_the_command_line_is(tmp_path):
+    model, _, args = parse_yaml(
+        tmp_path,
+        "model-name-or-path: m\nrloo_k: 4\nresponse_length: 7\nsave_strategy: no\n"
+        "eval_strategy: no\nresume_from_checkpoint: true\nuse_cpu: yes\nnum_eval_examples: null\n"
+        "model_revision: 1.0\nlr_scheduler_kwargs: {deep: {min_lr: 0.5, on: yes}}\n"
+        "report_to: []\noptim_target_modules: [no, 1]\n",
+    )
+    assert (model.model_name_or_path, model.model_revision) == ("m", "1.0")
+    assert (args.num_generations, args.max_completion_length) == (4, 7)
+    assert (args.save_strategy, args.eval_strategy) == ("no", "no")
+    assert (args.resume_from_checkpoint, args.use_cpu) == ("true", True)
+    assert args.num_eval_examples is None
+    assert args.lr_scheduler_kwargs == {"deep": {"min_lr": 0.5, True: True}}
+    assert (args.report_to, args.optim_target_modules) == ([], ["no", "1"])
+
+
+def test_an_alias_in_yaml_wins_over_the_small_models_settings(tmp_path):
+    assert parse()[2].num_generations == 8
+    assert parse_yaml(tmp_path, "rloo_k: 5")[2].num_generations == 5
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("num_generation: 8", "unknown argument 'num_generation'; did you mean num_generations?"),
+        ("save_strategy: never", "argument --save_strategy.*: invalid choice: 'never'"),
+        ("dtype: half", "argument --dtype: invalid choice: 'half'"),
+        ("grader: x", "argument --grader: invalid choice: 'x'"),
+        ("learning_rate: fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("learning_rate: null", "argument learning_rate does not take None"),
+        ("beta: {a: 1}", "argument beta does not take {'a': 1}"),
+        ("no_dataloader_in_order: true", "unknown argument 'no_dataloader_in_order'"),
+        ("help: true", "unknown argument 'help'"),
         ("- a\n- b", "expected lines of `name: value`"),
         ("a: [", "is not YAML"),
     ],
@@ -63,13 +100,19 @@ def test_command_line_over_yaml_over_defaults(tmp_path):
 def test_bad_yaml(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+    with pytest.raises(ValueError, match=f"run.yaml.*{message}".replace("?", r"\?")):
         parse("--config", str(path))
 
 
 def test_missing_yaml(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         parse("--config", str(tmp_path / "none.yaml"))
+
+
+def test_an_evaluation_at_the_start_is_asked_for_or_refused():
+    assert parse()[2].eval_on_start is None
+    assert parse("--eval_on_start")[2].eval_on_start is True
+    assert parse("--eval_on_start", "false")[2].eval_on_start is False
 
 
 def test_unknown_argument():
@@ -93,6 +136,21 @@ def test_unknown_argument():
         ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
         ({"backend": "tpu"}, "backend: expected one of auto"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"torch_compile": True}, "torch_compile: expected it left out .what would be compiled"),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode: expected it left out"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: .* noise would be in scoring alone"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .*got 0.1"),
+        ({"torch_empty_cache_steps": 4}, "torch_empty_cache_steps"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"fp16_full_eval": True}, "fp16_full_eval"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
+        ({"optim": "adalomo"}, "optim: .*inside of a backward"),
+        ({"optim": OptimizerNames.LOMO}, "optim: .*inside of a backward"),
+        ({"optim": "galore_adamw_layerwise"}, "optim: .*inside of a backward"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics"),
     ],
 )
 def test_settings_out_of_range(tmp_path, setting, message):
@@ -111,6 +169,36 @@ def test_a_better_model_has_more_of_the_metric(tmp_path, name):
     )
     assert args.metric_for_best_model == (name or "eval_accuracy_greedy")
     assert args.greater_is_better is True
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_by_the_metric_is_told_that_more_is_better(tmp_path, name):
+    settings = {"output_dir": str(tmp_path), "lr_scheduler_type": name, "eval_strategy": "steps"}
+    args = LatroConfig(**settings)
+    assert args.metric_for_best_model == "eval_accuracy_greedy"
+    assert args.lr_scheduler_kwargs == {"mode": "max", "threshold_mode": "abs"}
+    args = LatroConfig(**settings, lr_scheduler_kwargs='{"mode": "min", "patience": 3}')
+    assert args.lr_scheduler_kwargs == {"mode": "min", "threshold_mode": "abs", "patience": 3}
+
+
+def test_a_plateau_of_accuracy_lowers_the_learning_rate(make_trainer, monkeypatch):
+    planted = iter([0.1, 0.2, 0.2, 0.2])
+    monkeypatch.setattr(
+        "latro.answer_trainer.evaluate_model",
+        lambda *args, **options: ({"accuracy_greedy": next(planted)}, []),
+    )
+    trainer = make_trainer(
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.5,
+        max_completion_length=2,
+    )
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert rates == [0.5, 0.5, 0.5, 0.25]
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.125
 
 
 def test_without_a_best_model_there_is_no_metric_for_it(tmp_path):

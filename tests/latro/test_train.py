@@ -77,6 +77,25 @@ def test_real_data(tmp_path, architecture, name):
     AutoModelForCausalLM.from_pretrained(output)
 
 
+def test_a_run_that_does_not_evaluate_at_the_start_has_no_base(model_dir, tmp_path, capsys):
+    settings = tmp_path / "run.yaml"
+    settings.write_text("eval_on_start: no\nsave_strategy: no\n")
+    output = tmp_path / "run"
+    results = train(
+        [
+            *("--model_name_or_path", str(model_dir), *SMALL, "--max_steps", "1"),
+            *("--config", str(settings), "--output_dir", str(output)),
+        ]
+    )
+    assert list(results) == ["final"]
+    assert results["final"]["step"] == 1
+    assert results == json.loads((output / "results.json").read_text())
+    assert "base" not in capsys.readouterr().out
+    settings.write_text("resume_from_checkpoint: true\n")
+    with pytest.raises(ValueError, match="resume_from_checkpoint: no whole checkpoint in"):
+        train([*SMALL, "--config", str(settings), "--output_dir", str(output)])
+
+
 @pytest.mark.parametrize(("saving", "adapter"), [("steps", "false"), ("best", "true")])
 def test_the_best_checkpoint_is_what_a_run_ends_with(
     tmp_path, monkeypatch, capsys, saving, adapter
