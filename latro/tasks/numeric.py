@@ -4,8 +4,8 @@ The rule. Of the sentence that the answer template begins, what follows the last
 all of it where there is none. It must name one number, however often; "12 or 13" names two and is
 no answer. Thousands are grouped by commas in threes or not at all. Currency, percent and units are
 dropped ("$18", "5%" and "18 dollars" are 18, 5 and 18), "3/4" is a fraction, "2.5e3" is 2500, and a
-Unicode minus is a minus, as is an en dash right before a number and not behind one. Values are
-compared as fractions, so 1200 is 1,200.00 and 0.1 is exactly 1/10.
+Unicode minus is a minus, as is an en dash that comes first, or right before a number and not
+behind one. Values are compared as fractions, so 1200 is 1,200.00 and 0.1 is exactly 1/10.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NUMBER = re.compile(
     rf"(?P<magnitude>(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}})?)"
     r"(?:/(?P<denominator>[0-9]+))?(?!\w*[0-9]|[.,/][0-9])"
 )
-_EN_DASH_AS_MINUS = re.compile(r"(?<!\d)(?<!\d\s)\u2013(?=[$€£¥]?[.0-9])")
+_EN_DASH_AS_MINUS = re.compile(r"^\s*\u2013|(?<!\d)(?<!\d\s)\u2013(?=[$€£¥]?[.0-9])")
 _MINUS_SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\ufe63": "-"})
 # Past this a string of digits is degenerate sampling, and int() refuses a few thousand of them.
 _MAX_DIGITS = 100
@@ -46,7 +46,8 @@ class NumericTask(Task):
 
 def parse_number(text: str) -> Fraction | None:
     """The one number that `text` names by the rule above, or None."""
-    stated = _EN_DASH_AS_MINUS.sub("-", text).translate(_MINUS_SIGNS).rpartition("=")[2]
+    stated = text.rpartition("=")[2].translate(_MINUS_SIGNS)
+    stated = _EN_DASH_AS_MINUS.sub("-", stated)
     values = {_value(match) for match in _NUMBER.finditer(stated)}
     return values.pop() if len(values) == 1 else None
 
