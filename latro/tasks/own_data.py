@@ -92,14 +92,13 @@ class _Exact(OwnData):
 
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
         whole = statement.strip(" \t\r\n:")
-        ends = _sentence_ends(whole)
-        # The answer may itself have sentences and lines: "Dr. Smith" ends two.
         truth = self.truth(example).strip()
+        # The answer may itself have sentences and lines: "Dr. Smith" ends two.
+        ends = _sentence_ends(whole)[: len(_sentence_ends(truth))]
         right = _plain(truth)
-        if any(_plain(whole[:end]) == right for end in ends):
+        if any(_plain(whole[:end]) == right for end in (*ends, len(whole))):
             return right
-        length = min(len(_sentence_ends(truth)), len(ends))
-        return _plain(whole[: ends[length - 1]]) or None
+        return _plain(whole[: ends[-1]]) or None
 
 
 class _Number(OwnData, NumericTask):
