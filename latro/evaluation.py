@@ -261,7 +261,11 @@ class _Evaluator:
     def _record(
         self, row: Mapping[str, Any], text: str, rollout: Rollout, logp: float
     ) -> dict[str, Any]:
-        predicted = self.task.extract(text, row)
+        stated = text
+        # A chat model may close its turn with a token that is none of its end tokens.
+        for token in self.tokenizer.all_special_tokens:
+            stated = stated.replace(token, "")
+        predicted = self.task.extract(stated, row)
         return {
             "text": text,
             "predicted": predicted,

@@ -229,7 +229,7 @@ def replicate(result: dict[str, Any]) -> str:
     return (
         markdown(header, rows)
         + f"\n\n{len(seeds)} seeds, {problems} test problems; `{study.command}` on "
-        f"{where['device']}, one thread a process, torch {where['torch']}."
+        f"{where['device']}, one thread per process, torch {where['torch']}."
     )
 
 

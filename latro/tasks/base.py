@@ -75,8 +75,8 @@ class Task(ABC):
         Two completions with the same answer give equal strings, so these can be voted on.
 
         Args:
-            completion: what the model wrote after the prompt, without the token that ended it.
-                Other special tokens count as text, so "Paris<|im_end|>" is not "Paris".
+            completion: what the model wrote after the prompt, without special tokens: they would
+                count as text, and "Paris<|im_end|>" is not "Paris".
             example: the dataset row that it answers.
 
         Returns:

@@ -12,6 +12,7 @@ from latro.journal import Journal
 from latro.prompts import encode_prompt
 from latro.rollout import AnswerJoin, Sample
 from latro.scoring import Scorer
+from latro.tasks import read_own_data
 
 
 @pytest.fixture
@@ -209,6 +210,25 @@ def test_what_is_invented_after_the_answer_does_not_count(tiny, tokenizer, task,
     metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
     assert metrics["accuracy_greedy"] == 0
     assert asked["template"] is None
+
+
+def test_a_special_token_behind_the_answer_is_no_part_of_it(tiny, tokenizer, monkeypatch, tmp_path):
+    lines = tmp_path / "pens.jsonl"
+    lines.write_text(json.dumps({"prompt": "Who has 2 pens?", "answer": "Tom"}) + "\n")
+    end = tokenizer.eos_token_id
+    ids = tokenizer.encode(" So. The answer is Tom")
+
+    def planted(engine, prompts, **options):
+        return [[Sample([*ids, end, end])]]
+
+    monkeypatch.setattr("latro.evaluation.TransformersEngine.generate", planted)
+    own = read_own_data(str(lines))
+    _, records = evaluate_model(
+        Scorer(tiny()), tokenizer, own, own.load("test"), EvaluationSettings(num_samples=0)
+    )
+    (completion,) = records[0]["greedy"]
+    assert completion["text"] == f" So. The answer is Tom{tokenizer.eos_token}"
+    assert completion["correct"]
 
 
 def test_a_completion_that_the_separator_ends_is_finished(tiny, tokenizer, task, monkeypatch):
