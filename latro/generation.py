@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -37,11 +38,23 @@ class TransformersEngine:
     Args:
         model: a causal language model; put into eval mode while it generates.
         tokenizer: decodes the text that a template is looked for in.
+
+    Raises:
+        ValueError: the model does not keep what it has read in a cache of transformers, and so may
+            not know padding from tokens.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        # Of the class: engines put a forward of their own in the place of the instance's.
+        reads = inspect.signature(type(without_wrapper(model)).forward).parameters
+        self._prefills = "past_key_values" in reads
+        if not without_wrapper(model)._supports_default_dynamic_cache():
+            raise ValueError(
+                "model: expected one that generates with a cache of transformers, got "
+                f"{type(without_wrapper(model)).__name__}, whose cache is its own"
+            )
 
     @torch.no_grad()
     def generate(
@@ -81,12 +94,16 @@ class TransformersEngine:
         for owner in owners:
             owner.generation_config = plain
         try:
-            cache = _prefill(model, ids, mask)
-            cache.batch_repeat_interleave(num_samples)
+            shared: dict[str, DynamicCache] = {}
+            if self._prefills:
+                cache = _prefill(model, ids, mask)
+                # Layers of linear attention can be reordered, and not repeated.
+                cache.reorder_cache(torch.arange(len(ids)).repeat_interleave(num_samples))
+                shared = {"past_key_values": cache}
             output = model.generate(
                 input_ids=ids.repeat_interleave(num_samples, dim=0),
                 attention_mask=mask.repeat_interleave(num_samples, dim=0),
-                past_key_values=cache,
+                **shared,
                 logits_processor=LogitsProcessorList(sampling),
                 stopping_criteria=StoppingCriteriaList([stop]),
                 # Where weights are sharded they are gathered for the whole call, so that no step

@@ -6,6 +6,7 @@ from transformers import GenerationConfig
 
 from latro.generation import TemplateStop, TransformersEngine, seed_of
 from latro.rollout import Sample
+from tests.latro.other_models import other_model
 
 TEMPLATE = "The answer is"
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How"]
@@ -21,6 +22,18 @@ def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenize
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+    assert_greedy_is_that_of_the_model_alone(model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["lfm2", "qwen3_5_text", "qwen3_next", "jamba", "bamba", "falcon_h1", "mamba", "mamba2"],
+)
+def test_layers_that_keep_a_state_give_what_the_model_alone_would_generate(tokenizer, architecture):
+    assert_greedy_is_that_of_the_model_alone(other_model(architecture, tokenizer), tokenizer)
+
+
+def assert_greedy_is_that_of_the_model_alone(model, tokenizer):
     prompts = [tokenizer.encode(p) for p in PROMPTS]
     shared = TransformersEngine(model, tokenizer).generate(
         prompts, num_samples=3, max_new_tokens=16, temperature=0, seeds=[0, 0, 0]
@@ -28,9 +41,17 @@ def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenize
     plain = GenerationConfig(
         do_sample=False, max_new_tokens=16, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
     )
-    for prompt, samples in zip(prompts, shared, strict=True):
-        alone = model.generate(torch.tensor([prompt]), generation_config=plain)
-        assert samples == [Sample(alone[0, len(prompt) :].tolist())] * 3
+    alone = [
+        model.generate(torch.tensor([p]), generation_config=plain)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    assert shared == [[Sample(ids)] * 3 for ids in alone]
+    assert len(set(map(tuple, alone))) == len(prompts)
+
+
+def test_a_model_that_does_not_know_padding_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="a cache of transformers, got RwkvForCausalLM"):
+        TransformersEngine(other_model("rwkv", tokenizer), tokenizer)
 
 
 def test_a_prompts_samples_depend_on_its_seed_alone(tiny, tokenizer):

@@ -1,0 +1,58 @@
+"""Tiny models whose layers are not all attention, or whose attention is not transformers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{"linear_num_value_heads": 2, "linear_num_key_heads": 2},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+}
+_SSM = {
+    **{"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    **{"mamba_expand": 2, "mamba_chunk_size": 8, "mamba_d_conv": 4},
+}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_next": _LINEAR
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"shared_expert_intermediate_size": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    | {"num_experts": 2, "mamba_d_state": 8},
+    "bamba": {"attn_layer_indices": [1], **_SSM},
+    "falcon_h1": {"mamba_d_ssm": 64, **_SSM},
+    "mamba": {"state_size": 8, "time_step_rank": 2},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+    "llama4_text": {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
+    "stablelm": {},
+    "nemotron": {},
+    "rwkv": {"attention_hidden_size": 32},
+}
+
+
+def other_model(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Two layers in fp32, of weights so large that every token counts."""
+    sizes = {
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+        **{"head_dim": 8, "max_position_embeddings": 1024, "bos_token_id": None},
+        **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None},
+    }
+    config = AutoConfig.for_model(architecture, **(sizes | _OPTIONS[architecture]))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
