@@ -9,8 +9,9 @@ expect: gradients are exchanged and sharded weights gathered as for any other fo
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -92,6 +93,11 @@ class Scorer:
                 f"model: expected a causal language model with a linear head, got "
                 f"{type(model).__name__}"
             )
+        if self._trunk is self.causal:
+            raise ValueError(
+                f"model: expected a causal language model that is a trunk and a head, got "
+                f"{type(model).__name__}, which names no trunk"
+            )
         config = model.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
@@ -109,8 +115,9 @@ class Scorer:
             self.boundary = rope.get("original_max_position_embeddings") or getattr(
                 config, "original_max_position_embeddings", None
             )
-        self._verify_logits()
-        self.packed = allow_shared_prefix(self.causal) and self._packs_rightly()
+        with _without_tf32():
+            self._verify_logits()
+            self.packed = allow_shared_prefix(self.causal) and self._packs_rightly()
         if not self.packed:
             logger.warning(
                 "%s cannot attend to a prefix that sequences share; each goes through it with its "
@@ -160,8 +167,7 @@ class Scorer:
                 "attention_mask": placeholder_mask(batch.input_ids.device),
                 "shared_prefix": batch.shared_prefix,
             }
-        trunk = self.causal.base_model
-        return trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
+        return self._trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
 
     def check_comparable(self, other: Scorer) -> None:
         """Check that the KL to another model has a meaning.
@@ -184,6 +190,13 @@ class Scorer:
     def vocab_size(self) -> int:
         """V, as the head has it."""
         return self.causal.get_output_embeddings().weight.shape[0]
+
+    @property
+    def _trunk(self) -> nn.Module:
+        """The model without its head; the model itself where it cannot be told."""
+        named = self.causal.base_model
+        # Llama4's text model has another name for its trunk than it says.
+        return named if named is not self.causal else getattr(self.causal, "model", self.causal)
 
     # What runs in the place of forwards.
 
@@ -257,7 +270,7 @@ class Scorer:
                 f"in {self.model.dtype}"
             )
         own = own.log_softmax(-1)
-        hidden = self.causal.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = torch.stack(
             [self._at_head(hidden, torch.full_like(ids[0], t))[0] for t in ids[0].tolist()],
             dim=1,
@@ -291,8 +304,11 @@ class Scorer:
                 self._hidden(collate(groups, self.model.device, packed=packed)).float()
                 for packed in (True, False)
             )
-        except (NotImplementedError, TypeError):
-            # A layer that knows no such thing, or a model that takes no such keyword.
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError):
+            # A layer that knows no such thing, or that reads the mask; or a model that takes no
+            # such keyword.
             return False
         finally:
             self.model.train(was_training)
@@ -301,6 +317,18 @@ class Scorer:
         eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
         allowed = eps**0.5 * padded.abs().max()
         return bool((packed - padded).abs().max() <= allowed)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    """TF32 has 10 of fp32's 23 bits, which a comparison would take for a wrong formula."""
+    matmul: Any = torch.backends.cuda.matmul
+    given = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = given
 
 
 def _as_forward(module: nn.Module, function: Callable[..., T], call: Callable[[], T]) -> T:

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from latro.layout import collate
 from latro.scoring import Scorer
 from scripts.make_tiny_model import ARCHITECTURES
+from tests.latro.other_models import other_model
 
 CPU = torch.device("cpu")
 
@@ -45,6 +47,38 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
     for packed in (True, False):
         scores = scorer(collate(groups, CPU, packed=packed))
         torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["stablelm", "nemotron", "mamba", "llama4_text", "qwen3_next"]
+)
+def test_what_cannot_be_packed_is_scored_padded(tokenizer, rollouts, caplog, architecture):
+    model = other_model(architecture, tokenizer)
+    groups = rollouts(2, 4)
+    expected = full_logits_logp(model, [r for group in groups for r in group], 1.0)
+    scorer = Scorer(model)
+    assert not scorer.packed
+    assert "own copy of the prompt, padded" in caplog.text
+    logp = scorer(scorer.collate(groups)).logp
+    torch.testing.assert_close(logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_running_out_of_memory_does_not_count_as_being_unable_to_pack(tiny, monkeypatch):
+    def attend(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("latro.attention._by_segment", attend)
+    with pytest.raises(torch.OutOfMemoryError):
+        Scorer(tiny())
+
+
+def test_a_model_whose_trunk_is_not_found_is_refused(monkeypatch):
+    # As code of a model's own may have it.
+    monkeypatch.setattr(GPT2LMHeadModel, "base_model_prefix", "misspelt")
+    monkeypatch.setattr(GPT2LMHeadModel, "get_output_embeddings", lambda self: self.lm_head)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="a trunk and a head, got GPT2LMHeadModel, which names no"):
+        Scorer(model)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -107,6 +141,23 @@ def test_a_model_with_logits_of_its_own_making_is_refused(tiny):
     model.register_forward_hook(doubled)
     with pytest.raises(ValueError, match="does not compute its logits as"):
         Scorer(model)
+
+
+def test_the_checks_of_a_model_are_not_of_tf32(tiny):
+    """TF32 rounds by more than a check of an fp32 model allows."""
+    matmul = torch.backends.cuda.matmul
+    model = tiny()
+    seen = []
+    model.model.register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+    given = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        Scorer(model)
+        assert set(seen) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(given)
 
 
 def test_nan_weights_are_named(tiny):
