@@ -51,9 +51,10 @@ def backward(
     M = N if rows is None else len(rows)
     # What no row contributes to is 0; the rest is written whole.
     make = torch.empty if M else torch.zeros
-    dx = None if not needs[0] else (make if M == N else torch.zeros)(N, H)
+    make_dx = make if M == N else torch.zeros
+    dx = make_dx(N, H, dtype=torch.float32) if needs[0] else None
     dw = make(V, H, dtype=head.weight.dtype) if needs[1] else None
-    db = make(V) if needs[2] else None
+    db = make(V, dtype=torch.float32) if needs[2] else None
     if M:
         native.call(
             "latro_cpu_linear_logprob_backward",

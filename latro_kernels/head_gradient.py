@@ -104,7 +104,7 @@ def sweep(
     # What no row contributes to is 0; the rest is written whole.
     make_dx = torch.empty if rows is None else torch.zeros
     make_rest = torch.empty if M else torch.zeros
-    dx = make_dx(head.hidden.shape, device=device) if needs[0] else None
+    dx = make_dx(head.hidden.shape, dtype=torch.float32, device=device) if needs[0] else None
     dw = make_rest(head.weight.shape, dtype=dtype, device=device) if needs[1] else None
     db = make_rest(len(head.weight), dtype=dtype, device=device) if needs[2] else None
     # A slice of dw is summed over the blocks of rows in fp32; one block has nothing to sum.
@@ -112,8 +112,10 @@ def sweep(
     for columns, weight, bias in slices(head, shape[1] if M else len(head.weight)):
         slice_dw = None
         if dw is not None:
-            slice_dw = dw[columns] if in_place else torch.empty(weight.shape, device=device)
-        slice_db = torch.zeros(len(weight), device=device)
+            slice_dw = dw[columns]
+            if not in_place:
+                slice_dw = torch.empty(weight.shape, dtype=torch.float32, device=device)
+        slice_db = torch.zeros(len(weight), dtype=torch.float32, device=device)
         for begin in range(0, M, shape[0]):
             block: slice | Tensor = slice(begin, min(begin + shape[0], M))
             if rows is not None:

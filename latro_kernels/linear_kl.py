@@ -150,7 +150,7 @@ def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]
 
 def _cpu_forward(heads: Heads) -> tuple[Tensor, ...]:
     N, V = len(heads.p.hidden), len(heads.p.weight)
-    outputs = tuple(torch.empty(N) for _ in range(4))
+    outputs = tuple(torch.empty(N, dtype=torch.float32) for _ in range(4))
     native.call(
         "latro_cpu_linear_kl_forward",
         *(*_cpu_operands(heads), *outputs, N, V, heads.softcap, heads.temperature),
@@ -166,9 +166,9 @@ def _cpu_backward(
     # Rows without an upstream gradient are left out.
     rows = (grad.grad_kl != 0).nonzero().flatten()
     M = len(rows)
-    dx = torch.zeros(N, H) if needs[0] else None
+    dx = torch.zeros(N, H, dtype=torch.float32) if needs[0] else None
     dw = torch.zeros(V, H, dtype=dtype) if needs[1] else None
-    db = torch.zeros(V) if needs[2] else None
+    db = torch.zeros(V, dtype=torch.float32) if needs[2] else None
     if M:
         native.call(
             "latro_cpu_linear_kl_backward",

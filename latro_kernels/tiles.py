@@ -117,7 +117,7 @@ def backward(
 
 def _tile_buffer(head: Head) -> Tensor:
     rows, columns = tile_shape(head)
-    return torch.empty(rows * columns, device=head.hidden.device)
+    return torch.empty(rows * columns, dtype=torch.float32, device=head.hidden.device)
 
 
 def _products(head: Head, rows: slice, columns: slice, kept: Tensor, buffer: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
 def _forward_with_pull(head: Head, state: State, pull: Tensor, config: Config) -> None:
     (M, H), width = head.hidden.shape, min(TILE_COLUMNS, len(head.weight))
     x = head.hidden.to(operand_dtype(head))
-    numbers = torch.empty(M, width, device=x.device)
+    numbers = torch.empty(M, width, dtype=torch.float32, device=x.device)
     for columns, weight, bias in slices(head, width):
         tile = Tile(slice(0, M), columns, x, weight, bias)
         before = state.peak.clone()
@@ -128,7 +128,8 @@ def _fold(head: Head, tile: Tile, state: State, kept: Tensor | None, config: Con
     begin, end = tile.columns.start, tile.columns.stop
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
-    parts = torch.empty(3 if state.weighted is None else 4, splits, M, device=tile.hidden.device)
+    part_shape = (3 if state.weighted is None else 4, splits, M)
+    parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
     operands, by_descriptor = _operands(tile, config)
     kept_end = begin if kept is None else begin + kept.shape[1]
     with torch.cuda.device_of(tile.hidden):
