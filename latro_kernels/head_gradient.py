@@ -143,7 +143,7 @@ def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | Non
     V = len(head.weight)
     for begin in range(0, V, width):
         columns = slice(begin, min(begin + width, V))
-        bias = None if head.bias is None else head.bias[columns].float()
+        bias = None if head.bias is None else head.bias[columns].float().contiguous()
         yield columns, head.weight[columns].to(operand_dtype(head)), bias
 
 

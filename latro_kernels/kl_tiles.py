@@ -184,7 +184,7 @@ def _slice_of_q(heads: Heads, columns: slice, weight_p: Tensor) -> tuple[Tensor,
     """q's weight, as operand, and its bias in fp32."""
     q = heads.q
     weight = weight_p if heads.share_weight else q.weight[columns].to(weight_p.dtype)
-    return weight, None if q.bias is None else q.bias[columns].float()
+    return weight, None if q.bias is None else q.bias[columns].float().contiguous()
 
 
 def _products(

@@ -184,14 +184,17 @@ def test_no_rows(backend: str, small_tiles: None) -> None:
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_inputs(dtype: torch.dtype, backend: str, gate: Gate, small_tiles: None) -> None:
-    plain = problem((20, 130, 300), dtype)
+    # On the device first: a copy to it would close the gaps.
+    plain = problem((20, 130, 300), dtype, bias=True).to(device_of(backend))
     strided = replace(
         plain,
         hidden_p=torch.stack([plain.hidden_p, plain.hidden_p], 1)[:, 1],
         weight_p=plain.weight_p.t().contiguous().t(),
         hidden_q=plain.hidden_q.repeat_interleave(2, 1)[:, ::2],
         weight_q=plain.weight_q.repeat_interleave(2, 1)[:, ::2],
-    ).to(device_of(backend))
+        bias_p=plain.bias_p.repeat_interleave(2)[::2],
+        bias_q=plain.bias_q[:1].expand(300),
+    )
     assert not strided.weight_p.is_contiguous()
     check(strided, backend, gate)
     check(strided.share_weight(), backend, gate)

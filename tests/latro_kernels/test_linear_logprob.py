@@ -122,18 +122,24 @@ def test_no_rows(backend: str, small_tiles: None) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strided_inputs(dtype: torch.dtype, backend: str, gate: Gate, small_tiles: None) -> None:
-    plain = problem((20, 130, 300), dtype)
+    # On the device first: a copy to it would close the gaps.
+    plain = problem((20, 130, 300), dtype, bias=True).to(device_of(backend))
     wide = torch.stack([plain.hidden, plain.hidden], 1)
     strided = replace(
         plain,
         hidden=wide[:, 1],
         weight=plain.weight.t().contiguous().t(),
         target=torch.stack([plain.target, plain.target], 1)[:, 0],
-    ).to(device_of(backend))
+        bias=plain.bias.repeat_interleave(2)[::2],
+    )
     assert not strided.weight.is_contiguous()
     check(strided, backend, gate)
-    every_second = replace(plain, weight=plain.weight.repeat_interleave(2, 1)[:, ::2])
-    check(every_second.to(device_of(backend)), backend, gate)
+    every_second = replace(
+        plain,
+        weight=plain.weight.repeat_interleave(2, 1)[:, ::2],
+        bias=plain.bias[:1].expand(300),
+    )
+    check(every_second, backend, gate)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,6 +54,15 @@ def test_a_small_kl_keeps_its_digits(small_tiles: None, monkeypatch: pytest.Monk
     given = problem((6, 64, 397), apart=1e-4)
     true = truth(given)["kl"]
     assert ((fused("triton")(given) - true).abs() / true).max() < 2**-6
+
+
+def test_biases_of_any_step(
+    gate: Callable[[str, Tensor, Tensor, Tensor], None], small_tiles: None
+) -> None:
+    given = problem((5, 9, 200), bias=True)
+    bias_p, bias_q = given.bias_p.repeat_interleave(2)[::2], given.bias_q[:1].expand(200)
+    for name, *results in solve_all(replace(given, bias_p=bias_p, bias_q=bias_q), "triton"):
+        gate(name, *results)
 
 
 def test_logits_of_minus_infinity(small_tiles: None) -> None:
