@@ -124,6 +124,8 @@ class RowGrad:
     def of_exponentials(cls, peak: Tensor) -> RowGrad:
         """With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target."""
         nothing = torch.zeros_like(peak)
+        # A row that is -inf so far has no peak to subtract.
+        peak = torch.where(peak == -torch.inf, 0, peak)
         return cls(nothing, None, peak, nothing, nothing - 1, None)
 
     def rows(self, block: slice | Tensor) -> RowGrad:
@@ -165,7 +167,7 @@ def make_state(
 ) -> State:
     """Room for what a forward makes: products of whole `kept_grain` columns, as `kept_columns` has
     it, and peaks of blocks of `peak_columns`; None where the backend has no such peaks."""
-    (N, H), V = head.hidden.shape, len(head.weight)
+    (N, H), V = head.hidden.shape, head.weight.shape[0]
 
     def empty(*shape: int) -> Tensor:
         return head.hidden.new_empty(shape, dtype=torch.float32)

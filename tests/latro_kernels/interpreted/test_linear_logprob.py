@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels.triton import linear_logprob as kernels
+from latro_kernels.triton import store_free
 from tests.latro_kernels.logprob_cases import fused, problem, solve, solve_all, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -60,6 +62,48 @@ def test_no_bit_depends_on_the_budget(budget: int, small_tiles: None) -> None:
     some_kept = solve(fused("triton", True, memory_budget=budget), given)
     for name, value in all_again.items():
         assert torch.equal(value, some_kept[name]), name
+
+
+@pytest.mark.parametrize("more", [{}, {"grad_filter": 1e-20}], ids=str)
+def test_bias_of_any_step(
+    more: dict[str, Any],
+    gate: Callable[[str, Tensor, Tensor, Tensor], None],
+    small_tiles: None,
+) -> None:
+    given = problem((5, 9, 200), bias=True)
+    for bias in (given.bias.repeat_interleave(2)[::2], given.bias[:1].expand(200)):
+        for name, *results in solve_all(replace(given, bias=bias), "triton", **more):
+            gate(name, *results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("more", [{}, {"frozen": True}], ids=str)
+def test_first_slices_of_minus_infinity(
+    more: dict[str, Any],
+    dtype: torch.dtype,
+    gate: Callable[[str, Tensor, Tensor, Tensor], None],
+    small_tiles: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_free, "TILE_COLUMNS", 64)
+    given = problem((5, 9, 300), dtype, bias=True)
+    given.bias[:200] = -torch.inf
+    given = replace(given, target=200 + given.target % 100)
+    for name, *results in solve_all(given, "triton", **more):
+        gate(name, *results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype, small_tiles: None) -> None:
+    """As a rank may have it: its pull counts for nothing, which it does not as NaN."""
+    given = problem((5, 9, 100), dtype, bias=True)
+    settings = (1.0, 0.0, "triton", False, True, False, 0)
+    peak, _, _, _, pull, *_ = torch.ops.latro_kernels.linear_logprob(
+        *(given.hidden, given.weight, given.target, torch.full_like(given.bias, -torch.inf)),
+        *settings,
+    )
+    assert (peak == -torch.inf).all()
+    assert not pull.any()
 
 
 def test_logits_of_minus_infinity(small_tiles: None) -> None:
