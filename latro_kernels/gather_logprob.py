@@ -220,7 +220,7 @@ def _call(symbol: str, logits: Tensor, *arguments: Tensor | int | float | None) 
 
 
 def _row_numbers(logits: Tensor) -> Tensor:
-    return logits.new_empty(len(logits), dtype=torch.float32)
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 class _GatherLogprob(torch.autograd.Function):

@@ -110,7 +110,7 @@ def _forward(
 
 @torch.library.register_fake("latro_kernels::linear_kl")
 def _(hidden_p: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return tuple(hidden_p.new_empty(len(hidden_p), dtype=torch.float32) for _ in range(4))
+    return tuple(hidden_p.new_empty(hidden_p.shape[0], dtype=torch.float32) for _ in range(4))
 
 
 @torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))

@@ -109,15 +109,12 @@ class _LinearLogprob(torch.autograd.Function):
         target: Tensor,
         options: _Options,
     ) -> tuple[Tensor, Tensor | None]:
-        V: int | Tensor = len(weight)
         if options.group is not None:
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
             target = target - first
-        else:
-            ops.check_target(target, V)
         peak, total, picked, weighted, pull, kept, block_peak = ops.forward(
-            *(hidden, weight, target, bias, *options.head),
+            *(hidden, weight, target, bias, *options.head, options.group is None),
             *(options.with_entropy, options.frozen, options.grad_filter > 0),
             options.memory_budget,
         )
@@ -208,9 +205,9 @@ def linear_logprob(
         logits = torch.nn.functional.linear(hidden, weight, bias).float() / temperature
         logp = torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
 
-    in memory that grows with N, not with N·V. Products are made in the dtype of `hidden` and summed
-    in fp32; everything after them is fp32. Under autocast, hidden, weight and bias are cast as
-    `linear` casts them. There is no double backward.
+    with no tensor of N·V but the products that `memory_budget` has room for. Products are made in
+    the dtype of `hidden` and summed in fp32; everything after them is fp32. Under autocast, hidden,
+    weight and bias are cast as `linear` casts them. There is no double backward.
 
     Where neither weight nor bias requires a gradient, the forward makes the gradient of hidden as
     well, in an fp32 tensor [N, H] that stands for the products' second making; the entropy's
@@ -224,6 +221,8 @@ def linear_logprob(
 
     Memory beyond inputs, outputs and gradients is `memory_budget`, numbers per row, a tile whose
     size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its gradient.
+    Where Triton folds products in registers, in bf16, fp16 and with `grad_filter`, the forward has
+    for its own time three numbers, with the entropy four, per row and four blocks of columns.
 
     Args:
         hidden: [N, H] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.

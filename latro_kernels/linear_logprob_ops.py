@@ -25,7 +25,8 @@ _ROWS_AT_ONCE = 1024
 torch.library.define(
     "latro_kernels::linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, str backend, bool weighted, bool pull, bool block_peak, int memory_budget) -> "
+    "float softcap, str backend, bool is_whole, bool weighted, bool pull, bool block_peak, "
+    "int memory_budget) -> "
     "(Tensor peak, Tensor total, Tensor picked, Tensor weighted, Tensor pull, Tensor kept, "
     "Tensor block_peak)",
 )
@@ -40,7 +41,6 @@ torch.library.define(
     "latro_kernels::linear_logprob_frozen_backward",
     "(Tensor weight, Tensor target, Tensor pull, Tensor of_pull, Tensor of_target) -> Tensor dx",
 )
-torch.library.define("latro_kernels::check_target", "(Tensor target, int V) -> ()")
 
 
 @torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
@@ -52,8 +52,13 @@ def _forward(
     temperature: float,
     softcap: float,
     backend: str,
+    is_whole: bool,
     *wanted: Any,
 ) -> tuple[Tensor, ...]:
+    # Here, for torch.compile drops an op that only checks. Of a part of the vocabulary the caller
+    # has checked the targets: those of the other parts are none here.
+    if is_whole:
+        check_target_values(target, weight.shape[0])
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
@@ -71,6 +76,7 @@ def _(
     temperature: float,
     softcap: float,
     backend: str,
+    is_whole: bool,
     *wanted: Any,
 ) -> tuple[Tensor, ...]:
     backend = default_backend(hidden.device) if backend == "auto" else backend
@@ -131,14 +137,6 @@ def _(weight: Tensor, target: Tensor, pull: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(pull)
 
 
-torch.library.impl("latro_kernels::check_target", ("cpu", "cuda"))(check_target_values)
-
-
-@torch.library.register_fake("latro_kernels::check_target")
-def _(target: Tensor, V: int) -> None:
-    return None
-
-
 def _driver(head: Head, *, filtered: bool) -> ModuleType:
     """What runs: products that never leave registers where Triton makes them fast, or skips some.
 
@@ -161,4 +159,3 @@ def _outputs(state: State) -> tuple[Tensor, ...]:
 forward = torch.ops.latro_kernels.linear_logprob
 backward = torch.ops.latro_kernels.linear_logprob_backward
 frozen_backward = torch.ops.latro_kernels.linear_logprob_frozen_backward
-check_target = torch.ops.latro_kernels.check_target

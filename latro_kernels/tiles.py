@@ -3,8 +3,8 @@
 A tile is the products hidden[rows] · weight[columns]ᵀ of a block of rows and a slice of the
 vocabulary. The forward folds each tile into a few numbers per row and drops it, or keeps it where
 the memory budget has room. The backward takes the kept tile, or makes it again, turns it into the
-gradient dz with respect to the products, and `head_gradient` makes gradients of that. No tensor of
-N × V exists, and none of V × H in another dtype than the weight's.
+gradient dz with respect to the products, and `head_gradient` makes gradients of that. But for what
+is kept no tensor of N × V exists, and none of V × H in another dtype than the weight's.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def tile_shape(head: Head) -> tuple[int, int]:
         tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
     else:
         tile_bytes = _INTERPRETED_TILE_BYTES
-    rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
+    rows = max(1, min(head.hidden.shape[0], MAX_TILE_ROWS))
     # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
-    return rows, min(len(head.weight), max(64, tile_bytes // (rows * 4) // 64 * 64))
+    return rows, min(head.weight.shape[0], max(64, tile_bytes // (rows * 4) // 64 * 64))
 
 
 def forward(head: Head, wanted: Wanted) -> State:

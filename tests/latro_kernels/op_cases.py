@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from latro_kernels import (
     GroupLayout,
@@ -136,3 +137,19 @@ def assert_default_dtype_does_not_matter(
     for ours, as_before in zip(got, expected, strict=True):
         assert ours.dtype == as_before.dtype
         assert torch.equal(ours, as_before)
+
+
+def assert_compiles_once_for_any_rows(case: Case, backend: str) -> None:
+    """One graph for the first number of rows, one for every other, with the results of eager."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(*inputs: Tensor) -> Tensor:
+        return case.loss(backend, *inputs)
+
+    graph = torch.compile(loss, fullgraph=True, backend=counter)
+    compiled = replace(case, loss=lambda _, *inputs: graph(*inputs))
+    for N in range(6, 30, 2):
+        inputs = case.inputs(N, torch.float32)
+        results = compiled.solve(backend, inputs)
+    torch.testing.assert_close(results, case.solve(backend, inputs))
+    assert counter.frame_count == 2

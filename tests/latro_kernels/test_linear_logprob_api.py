@@ -20,7 +20,7 @@ OPS = torch.ops.latro_kernels
 def test_opcheck(dtype: torch.dtype, with_entropy: bool, frozen: bool) -> None:
     given = problem((9, 8, 31), dtype, bias=True, entropy=True)
     inputs = (given.hidden, given.weight, given.target, given.bias, 0.7, 3.0, "auto")
-    arguments = (*inputs, with_entropy, frozen, not frozen, 0 if frozen else 2**20)
+    arguments = (*inputs, True, with_entropy, frozen, not frozen, 0 if frozen else 2**20)
     torch.library.opcheck(OPS.linear_logprob.default, arguments)
     peak, total, picked, _, pull, kept, block_peak = OPS.linear_logprob(*arguments)
     logp = picked - peak - total.log()
