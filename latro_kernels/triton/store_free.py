@@ -204,7 +204,10 @@ def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
     """Hidden states and weight for the kernels, by descriptor where chip and steps allow it."""
     both = (tile.hidden, tile.weight)
     if not tuning.has_descriptors(tile.hidden.device) or not all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
+        t.stride(1) == 1
+        and t.stride(0) >= t.shape[1]  # rows that overlap, as expanded ones do, have no descriptor
+        and t.stride(0) * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
         for t in both
     ):
         return both, False

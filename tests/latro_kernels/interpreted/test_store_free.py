@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from latro_kernels.head_gradient import Tile
 from latro_kernels.triton import store_free, tuning
 from tests.latro_kernels.logprob_cases import (
     assert_filter_keeps_its_bound,
@@ -152,6 +153,15 @@ def test_operands_by_descriptor(more: dict[str, Any], monkeypatch: pytest.Monkey
     for name, value in expected.items():
         if value is not None:
             assert torch.equal(got[name], value), name
+
+
+def test_rows_that_overlap_have_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "has_descriptors", lambda device: True)
+    config = tuning.config(torch.device("cpu"), torch.bfloat16, 16, 8)
+    row, weight = (torch.zeros(n, 16, dtype=torch.bfloat16) for n in (1, 8))
+    for hidden, described in ((row.repeat(4, 1), True), (row.expand(4, 16), False)):
+        tile = Tile(slice(0, 4), slice(0, 8), hidden, weight, None)
+        assert store_free._operands(tile, config)[1] is described
 
 
 @pytest.mark.parametrize("more", [{}, {"frozen": True}], ids=str)
