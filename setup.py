@@ -5,7 +5,8 @@ one build serves every Python and torch. Settings, read when the package is buil
 
     CXX                  the C++ compiler (default: c++)
     LATRO_MARCH          the -march of the CPU library (default: native; x86-64-v3 for a wheel)
-    LATRO_CUDA_ARCHS     the CUDA architectures (default: 80;90;100), the last also as PTX
+    LATRO_CUDA_ARCHS     the CUDA architectures, the last also as PTX (default: of 80;90;100 those
+                         that nvcc knows)
     CUDACXX              nvcc, where it is not on the PATH; empty: build no _cuda.so
 """
 
@@ -24,6 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
+CUDA_ARCHS = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
@@ -52,8 +54,23 @@ def cpu_flags() -> str:
     )
 
 
-def cuda_flags() -> str:
-    archs = os.environ.get("LATRO_CUDA_ARCHS", "80;90;100").split(";")
+def cuda_archs(nvcc: str) -> list[str]:
+    setting = os.environ.get("LATRO_CUDA_ARCHS")
+    if setting is not None:
+        return setting.split(";")
+    # 100 is known from CUDA 12.8 on.
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True)
+    known = [a for a in CUDA_ARCHS if f"compute_{a}" in listed.stdout.split()]
+    left_out = ", ".join(f"sm_{a}" for a in CUDA_ARCHS if a not in known)
+    if not known:
+        raise SystemExit(f"{nvcc} knows none of {left_out}; set LATRO_CUDA_ARCHS")
+    if left_out:
+        print(f"latro-kernels: {nvcc} does not know {left_out}; left out", file=sys.stderr)
+    return known
+
+
+def cuda_flags(nvcc: str) -> str:
+    archs = cuda_archs(nvcc)
     targets = [f"-gencode arch=compute_{a},code=sm_{a}" for a in archs]
     targets.append(f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     # The static runtime: the library then loads, and can say that there is no GPU, anywhere.
@@ -81,7 +98,7 @@ def ninja_file(cuda: str | None, out: Path) -> str:
     if cuda:
         lines += [
             "rule nvcc",
-            f"  command = {cuda} {cuda_flags()} -I{CSRC} -MD -MF $out.d -c $in -o $out",
+            f"  command = {cuda} {cuda_flags(cuda)} -I{CSRC} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvlink",
