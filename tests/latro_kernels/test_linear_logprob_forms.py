@@ -148,6 +148,19 @@ def test_same_bits_on_any_number_of_threads(
             assert torch.equal(first, run[name]), name
 
 
+@pytest.mark.parametrize("backend", ["cpu", *GPU])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frozen_head_with_first_columns_of_minus_infinity(
+    dtype: torch.dtype, backend: str, gate: Gate, small_tiles: None
+) -> None:
+    """Of several tiles, and of the first slice where Triton holds no tile in memory."""
+    given = problem((20, 16, 9000), dtype, bias=True)
+    given.bias[:8500] = -torch.inf
+    given = replace(given, target=8500 + given.target % 500).to(device_of(backend))
+    for name, *results in solve_all(given, backend, frozen=True):
+        gate(name, *results)
+
+
 def test_frozen_head_makes_no_logits_again() -> None:
     """The backward does not look at the weight beyond the targets' rows."""
     given = problem((20, 16, 300))
