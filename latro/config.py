@@ -271,7 +271,9 @@ class ModelArguments:
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     attn_implementation: str | None = setting(
-        None, "transformers' name; without it flash_attention_2 where it runs, else its default."
+        None,
+        "transformers' name; without it flash_attention_2 where flash-attn is installed and dtype "
+        "is given as bfloat16 or float16, else its default.",
     )
     trust_remote_code: bool = setting(False, "Run model code that comes with a hub model.")
 
