@@ -110,6 +110,9 @@ def run_training(
         write_json(Path(args.output_dir) / "results.json", results)
     # Again, now that the last evaluation is known.
     trainer.create_model_card()
+    if args.push_to_hub:
+        # Once more, over what `save_model` pushed: the card and the results are there only now.
+        trainer.push_to_hub()
     console.print(_table(results, len(eval_dataset)))
     if best is not None:
         console.print(

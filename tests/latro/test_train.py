@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from latro import evaluation
 from latro.checkpoints import damage
@@ -94,6 +94,27 @@ def test_a_run_that_does_not_evaluate_at_the_start_has_no_base(model_dir, tmp_pa
     settings.write_text("resume_from_checkpoint: true\n")
     with pytest.raises(ValueError, match="resume_from_checkpoint: no whole checkpoint in"):
         train([*SMALL, "--config", str(settings), "--output_dir", str(output)])
+
+
+@pytest.mark.parametrize("adapter", ["false", "true"])
+def test_what_is_pushed_last_is_what_a_run_leaves(model_dir, tmp_path, monkeypatch, adapter):
+    output = tmp_path / "run"
+    pushed = []
+
+    def files():
+        return {p.name: p.read_bytes() for p in output.iterdir() if p.is_file()}
+
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **options: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda self, **options: pushed.append(files()))
+    train(
+        [
+            *("--model_name_or_path", str(model_dir), *SMALL, "--max_steps", "1"),
+            *("--use_peft", adapter, "--save_strategy", "no", "--push_to_hub", "true"),
+            *("--output_dir", str(output)),
+        ]
+    )
+    assert "results.json" in pushed[-1]
+    assert pushed[-1] == files()
 
 
 @pytest.mark.parametrize(("saving", "adapter"), [("steps", "false"), ("best", "true")])
