@@ -26,6 +26,7 @@ from latro.accumulation import Accumulation
 from latro.callbacks import MetricsFiles, Panels, ProgressBar
 from latro.config import AnswerConfig, DataArguments
 from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
+from latro.dropout import disable_dropout
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import Finding, FiniteUpdates
 from latro.long_run import LongRunTrainer
@@ -70,7 +71,8 @@ class AnswerTrainer(LongRunTrainer):
             card tells how to evaluate again.
 
     Raises:
-        ValueError: a row that cannot be trained on, or a model that cannot be scored.
+        ValueError: a row that cannot be trained on, or a model that cannot be scored, or draws random
+            numbers in training with its dropout at 0.
     """
 
     sum_names: ClassVar[tuple[str, ...]]
@@ -100,7 +102,6 @@ class AnswerTrainer(LongRunTrainer):
             # The Trainer would seed only after the adapter's weights are drawn.
             set_seed(args.seed)
             model = add_adapter(model, peft_config)
-        disable_dropout(model)
         self.task = task
         self.join = AnswerJoin(
             processing_class, task.answer_template, eos_token_ids(model, processing_class)
@@ -128,6 +129,7 @@ class AnswerTrainer(LongRunTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
+        disable_dropout(model)
         keep_output_dtype(self.accelerator)
         keep_fp32_weights(model, self.accelerator)
         self._stopwatch = Stopwatch(self.args.device)
@@ -328,16 +330,6 @@ class AnswerTrainer(LongRunTrainer):
     def _write_card(self, folder: Path, **told: Any) -> None:
         if self.is_world_process_zero():
             write_card(replace(run_of(self, folder), **told), folder)
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0, attention's included."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        # Attention passes its rate to the kernel by value.
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
-from latro.answer_trainer import AnswerTrainer, disable_dropout
+from latro.answer_trainer import AnswerTrainer
 from latro.callbacks import CompletionsTable
 from latro.config import AnswerConfig, LatroConfig
 from latro.distribution import gathered, is_sharded, prepare_reference
@@ -142,7 +142,6 @@ class LatroTrainer(AnswerTrainer):
             if has_adapter(self.model):
                 return AdapterOff(self.scorer)
             ref_model = copy.deepcopy(self.model)
-        disable_dropout(ref_model)
         ref_model.requires_grad_(False).eval().to(self.args.device)
         ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
         if self.args.kl == "exact":
