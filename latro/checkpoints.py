@@ -34,11 +34,12 @@ def last_whole_checkpoint(output_dir: str) -> str:
     """The newest checkpoint folder without damage; each newer one is named in a warning, and why.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or that one cannot be resumed from.
     """
     for folder in _newest_first(Path(output_dir)):
         fault = damage(folder)
         if fault is None:
+            check_optimizer_state(str(folder))
             return str(folder)
         _logger.warning("%s is damaged and left out: %s", folder, fault)
     raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}")
@@ -48,7 +49,7 @@ def check_checkpoint(folder: str) -> None:
     """Refuse a checkpoint folder that cannot be resumed from as it was saved.
 
     Raises:
-        ValueError: it is no checkpoint, or damaged; the message names the file.
+        ValueError: it is no checkpoint, damaged (the message names the file), or of weights alone.
     """
     if not (Path(folder) / "trainer_state.json").is_file():
         raise ValueError(
@@ -60,6 +61,26 @@ def check_checkpoint(folder: str) -> None:
         raise ValueError(
             f"resume_from_checkpoint: {folder} is damaged: {fault}. With true instead of a folder "
             "the newest whole checkpoint is taken"
+        )
+    check_optimizer_state(folder)
+
+
+def check_optimizer_state(folder: str) -> None:
+    """Refuse a checkpoint without the state of optimiser and schedule.
+
+    The Trainer would begin both anew, and say nothing.
+
+    Raises:
+        ValueError: there is none, neither a Trainer's nor FSDP's nor DeepSpeed's.
+    """
+    place = Path(folder)
+    # FSDP has `optimizer.bin` or a folder `optimizer_0`; DeepSpeed keeps all in `global_step<N>`.
+    whole = any(place.glob("optimizer*")) and (place / "scheduler.pt").is_file()
+    if not whole and not any(place.glob("global_step*")):
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} lacks the state of optimiser or schedule, as with "
+            "save_only_model; a run cannot go on from it. To train its weights further in a run of "
+            "its own, name it as the model"
         )
 
 

@@ -30,9 +30,10 @@ class Interruption(TrainerCallback):
     Schedulers send SIGTERM some time before they kill; Ctrl-C is SIGINT. At the first of either the
     update goes on to its end, a checkpoint follows, and training stops without a further
     evaluation: a scheduler's patience must outlast one update, an evaluation under way, and the
-    saving. A second Ctrl-C is Python's KeyboardInterrupt at once; a second SIGTERM changes nothing,
-    since schedulers send several. A signal that the parent had the process ignore stays ignored.
-    With several processes a signal at one of them stops all at the same update.
+    saving. After the last update it is left to the trainer to save (`after_training`). A second
+    Ctrl-C is Python's KeyboardInterrupt at once; a second SIGTERM changes nothing, since schedulers
+    send several. A signal that the parent had the process ignore stays ignored. With several
+    processes a signal at one of them stops all at the same update.
 
     Python takes signals in the main thread only: trained in another, a run has no handlers.
     """
@@ -67,8 +68,18 @@ class Interruption(TrainerCallback):
             # None: a handler that Python did not install and cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._received and self.signal is None and error is None:
-            # It came after the last update, and there is nothing to stop: it does what it would.
+            # It came when all was done, and there is nothing to stop: it does what it would.
             signal.raise_signal(self._received)
+
+    def after_training(self, args: TrainingArguments) -> bool:
+        """Whether a signal came after the last update had ended; it is `signal` then.
+
+        Evaluation and saving follow that update. All processes must ask together.
+        """
+        if self.signal is None:
+            self.signal = self._highest_received(args) or None
+            return self.signal is not None
+        return False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -81,6 +92,14 @@ class Interruption(TrainerCallback):
             os.write(2, f"\n{name}: saving after this update\n".encode())
         self._received = number
 
+    def _highest_received(self, args: TrainingArguments) -> int:
+        if args.world_size == 1:
+            return self._received
+        # All ranks must leave the loop at the same update, or those left would wait for ever.
+        highest = torch.tensor(self._received, device=args.device)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        return int(highest)
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -88,12 +107,7 @@ class Interruption(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        number = self._received
-        if args.world_size > 1:
-            # All ranks must leave the loop at the same update, or those left would wait for ever.
-            highest = torch.tensor(number, device=args.device)
-            distributed.all_reduce(highest, distributed.ReduceOp.MAX)
-            number = int(highest)
+        number = self._highest_received(args)
         if number:
             self.signal = number
             control.should_save = True

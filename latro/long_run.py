@@ -12,7 +12,14 @@ from transformers import Trainer
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from latro.checkpoints import PARTIAL, last_whole_checkpoint, publish, remove_partial, rotate
+from latro.checkpoints import (
+    PARTIAL,
+    check_optimizer_state,
+    last_whole_checkpoint,
+    publish,
+    remove_partial,
+    rotate,
+)
 from latro.interruption import Interruption
 
 
@@ -26,6 +33,7 @@ class LongRunTrainer(Trainer):
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         self.interruption = Interruption()
         self._partial: Path | None = None
+        self._saved_step: int | None = None
         super().__init__(callbacks=[*(callbacks or []), self.interruption], **kwargs)
 
     def train(
@@ -39,14 +47,25 @@ class LongRunTrainer(Trainer):
         A folder is taken as it is: `latro.checkpoints.check_checkpoint` tells whether it is whole.
 
         Raises:
-            ValueError: there is no whole checkpoint.
+            ValueError: there is no whole checkpoint, or it has no state of the optimiser.
         """
         if self.args.should_save:
             remove_partial(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        elif resume_from_checkpoint:
+            check_optimizer_state(resume_from_checkpoint)
+        self._saved_step = None
         with self.interruption:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+            if self.interruption.after_training(self.args) and not self._is_saved():
+                self._save_checkpoint(self.model_wrapped, trial)
+        return output
+
+    def _is_saved(self) -> bool:
+        # Where the best checkpoint is loaded at the end, that one is there, and the model is no
+        # more what the optimiser's state belongs to.
+        return self.args.load_best_model_at_end or self._saved_step == self.state.global_step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -87,6 +106,7 @@ class LongRunTrainer(Trainer):
         if self.is_local_process_zero() and folder.exists():
             self._finish_checkpoint(folder, run_dir)
         self.accelerator.wait_for_everyone()
+        self._saved_step = self.state.global_step
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(place))
 

@@ -27,6 +27,7 @@ def checkpoint(tmp_path):
         (folder / "optimizer_0").mkdir(parents=True)
         save_file({"weight": torch.randn(8, 8), "bias": torch.randn(8)}, folder / "a.safetensors")
         torch.save({"step": step}, folder / "optimizer.pt")
+        torch.save({"step": step}, folder / "scheduler.pt")
         (folder / "optimizer_0" / "__0_0.distcp").write_bytes(bytes(range(256)))
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         if manifest:
@@ -100,6 +101,31 @@ def test_without_a_manifest_the_headers_tell(checkpoint, content):
     assert damage(folder) == "trainer_state.json: missing"
     with pytest.raises(ValueError, match=r"has no trainer_state\.json"):
         check_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "scheduler"])
+def test_one_of_weights_alone_is_refused(checkpoint, tmp_path, lost):
+    older, newer = checkpoint(1), checkpoint(2, manifest=False)
+    shutil.rmtree(newer / "optimizer_0")
+    (newer / f"{lost}.pt").unlink()
+    write_manifest(newer)
+    assert damage(newer) is None
+    for resume in (lambda: check_checkpoint(str(newer)), lambda: last_whole_checkpoint(tmp_path)):
+        with pytest.raises(ValueError, match=r"checkpoint-2 lacks the state of .* save_only"):
+            resume()
+    check_checkpoint(str(older))
+
+
+@pytest.mark.parametrize("engine", [("optimizer.bin", "scheduler.pt"), ("global_step3/x.pt",)])
+def test_the_engines_states_are_known(checkpoint, engine):
+    folder = checkpoint(3, manifest=False)
+    shutil.rmtree(folder / "optimizer_0")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (folder / name).unlink()
+    for name in engine:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    check_checkpoint(str(folder))
 
 
 def test_published_it_takes_the_place_of_one_of_the_same_step(checkpoint, tmp_path):

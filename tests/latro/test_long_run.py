@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
@@ -128,6 +129,50 @@ def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-2"]
     assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """Sends this process SIGTERM at an event after the last update."""
+
+    def __init__(self, event):
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_train_end"])
+def test_a_signal_after_the_last_update_leaves_a_checkpoint_too(make_trainer, tmp_path, event):
+    settings = {"save_strategy": "no", "eval_strategy": "epoch", "max_steps": 4}
+    trainer = make_trainer([SignalAtTheEnd(event)], **settings)
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert names(tmp_path / "run") == ["checkpoint-4"]
+    assert damage(tmp_path / "run" / "checkpoint-4") is None
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert resumed.interruption.signal is None
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_saved_is_not_saved_again(make_trainer, tmp_path):
+    trainer = make_trainer([SignalAtTheEnd("on_train_end")], save_strategy="steps", save_steps=2)
+    save_rng_state = trainer._save_rng_state
+    saved = []
+    trainer._save_rng_state = lambda folder: saved.append(folder) or save_rng_state(folder)
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert len(saved) == 2
+
+
+def test_weights_alone_are_not_resumed_from(make_trainer, tmp_path):
+    make_trainer(max_steps=2, save_only_model=True).train()
+    for resume in (True, str(tmp_path / "run" / "checkpoint-1")):
+        with pytest.raises(ValueError, match="lacks the state of optimiser or schedule"):
+            make_trainer(max_steps=2).train(resume_from_checkpoint=resume)
 
 
 def test_an_error_leaves_the_handlers_as_they_were(make_trainer):
