@@ -53,7 +53,7 @@ class Accumulation(ABC):
 
         Args:
             groups: sequences of each prompt.
-            count: what the loss of the whole update is divided by.
+            count: what the loss of the whole update is divided by, over all processes.
 
         Returns:
             The loss, [], and sums for the log, fp64 [number of them], both on the device.
@@ -101,6 +101,9 @@ class Accumulation(ABC):
                 yield
 
     def _backward(self, loss: Tensor) -> Tensor:
+        # Processes average their gradients, and the Trainer their losses. These are shares of one
+        # loss, of which both have to be the sum.
+        loss = loss * self.accelerator.num_processes
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         # The loss is averaged over accumulation steps already.
         self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))

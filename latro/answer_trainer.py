@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from transformers.trainer_callback import (
     TrainerCallback,
     TrainerControl,
 )
+from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
 from latro.accumulation import Accumulation
@@ -71,8 +73,8 @@ class AnswerTrainer(LongRunTrainer):
             card tells how to evaluate again.
 
     Raises:
-        ValueError: a row that cannot be trained on, or a model that cannot be scored, or draws random
-            numbers in training with its dropout at 0.
+        ValueError: a row that cannot be trained on, or a model that cannot be scored, or is another
+            in training than in evaluation.
     """
 
     sum_names: ClassVar[tuple[str, ...]]
@@ -164,20 +166,49 @@ class AnswerTrainer(LongRunTrainer):
         self._fitting_update = FittingUpdate(update)
 
     @abstractmethod
+    def _num_items(self, examples: Sequence[Any]) -> int:
+        """How many of what the loss is a mean of a collated batch has."""
+
+    @abstractmethod
     def _backpropagate(
-        self, examples: Sequence[Any], num_items: Tensor | int | None
+        self, examples: Sequence[Any], num_items: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a collated batch; the loss, detached, and sums by `sum_names`."""
+        """Add the gradient of a collated batch; the loss, detached, and sums by `sum_names`.
+
+        `num_items`: of the whole update, over all processes; None: it has this batch alone.
+        """
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Each training begins here, also one that `auto_find_batch_size` begins again.
+        self._begin_training()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin_training(self) -> None:
+        """Forget what a training before, which an error may have ended anywhere, left behind."""
+        self._fitting_update.reset()
+        self._finite_updates.reset()
+        self._stopwatch.read()
+        self._sums.clear()
+        self._flos = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """As the Trainer's; items are what the loss is a mean of, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = sum(self._num_items(batch["examples"]) for batch in batches)
+        return batches, sum(gather_object([own]))
 
     def training_step(
         self,
         model: nn.Module,
         inputs: dict[str, Any],
-        num_items_in_batch: Tensor | int | None = None,
+        num_items_in_batch: int | None = None,
     ) -> Tensor:
         """Backpropagate one batch of rows; returns the detached loss."""
         started = time.perf_counter()
         model.train()
+        self._set_optimizer_mode("train")
         self.scorer.caller = model
         self.scorer.sharded = is_sharded(self.accelerator)
         loss, sums = self._backpropagate(inputs["examples"], num_items_in_batch)
@@ -194,6 +225,12 @@ class AnswerTrainer(LongRunTrainer):
             self._sums[name] += seconds
         self._end_step(finding)
         return loss
+
+    def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
+        # Schedule-free optimisers have the weights of each in turn in the model's place.
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
 
     def _end_step(self, finding: Finding) -> None:
         """Called when a step is done; for classes that inherit."""
@@ -264,6 +301,7 @@ class AnswerTrainer(LongRunTrainer):
         if dataset is None:
             raise ValueError("eval_dataset: expected a dataset, got None")
         started = time.perf_counter()
+        self._set_optimizer_mode("eval")
         self.scorer.caller = self.model_wrapped
         with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
             metrics, records = evaluate_model(
@@ -288,6 +326,8 @@ class AnswerTrainer(LongRunTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's, with a model card where it is no checkpoint."""
+        if not _internal_call:
+            self._set_optimizer_mode("eval")
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             # Over the one that PEFT puts beside an adapter.

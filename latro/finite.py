@@ -3,7 +3,8 @@
 One bad batch, or one overflow, would make every weight NaN for good. So before the optimiser steps,
 the update's statistics and the norm of its whole gradient are looked at, and if any is NaN or
 infinite the gradients are dropped: optimisers pass over parameters without one, and their state
-stays as it was. The count of updates and the learning-rate schedule go on.
+stays as it was. The count of updates goes on, and the learning-rate schedule with it; but under
+fp16 the schedule waits, as the Trainer has it for every update that the loss scale skips.
 
 What one process finds holds for all. The norm is taken of what this process holds of the gradient,
 in a pass over it, and not from the Trainer's clipping: so it comes with the statistics, in the one
@@ -52,6 +53,11 @@ class FiniteUpdates:
         self.accelerator = accelerator
         self._in_a_row = 0
         self._faults: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget what updates before had, and an update that an error ended half-way."""
+        self._in_a_row = 0
+        self._faults = None
 
     def __call__(self, model: nn.Module, loss: Tensor, sums: Tensor, update: int) -> Finding:
         """Wait for the device, and drop the gradients if the update is not finite.

@@ -56,6 +56,10 @@ class FittingUpdate:
             if result is None or self.update.accelerator.sync_gradients:
                 self._steps.clear()
 
+    def reset(self) -> None:
+        """Forget the steps of an update that an error elsewhere ended."""
+        self._steps.clear()
+
     def _run(self, steps: Sequence[tuple[Sequence[Group], int]]) -> tuple[Tensor, Tensor] | None:
         """The last step's loss and statistics; None: memory ran out in the middle of one."""
         try:

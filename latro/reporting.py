@@ -137,6 +137,11 @@ class SequenceReports(TrainerCallback):
         self._update: list[Outcome] = []
         self._seen = _Seen()
 
+    def reset(self) -> None:
+        """Forget what was seen, and an update that an error ended half-way."""
+        self._update = []
+        self._seen = _Seen()
+
     def add(self, outcomes: Sequence[Outcome], *, last: bool, skipped: bool) -> None:
         """Take in an accumulation step.
 

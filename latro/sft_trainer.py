@@ -11,11 +11,10 @@ that each weighs the same however an update is cut up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -161,21 +160,13 @@ class SftTrainer(AnswerTrainer):
             return self.join(prompt, Sample([]), row["answer"])
         return self.join.written(prompt, row["rationale"], row["answer"])
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | int | None]:
-        """As the Trainer's; the items that it counts are target tokens, over all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        rollouts = [rollout for batch in batches for rollout in batch["examples"]]
-        own = sum(len(r.sampled_ids) + len(r.answer_ids) for r in rollouts)
-        return batches, sum(gather_object([own]))
+    def _num_items(self, examples: Sequence[Rollout]) -> int:
+        return sum(len(r.sampled_ids) + len(r.answer_ids) for r in examples)
 
     def _backpropagate(
-        self, examples: Sequence[Rollout], num_items: Tensor | int | None
+        self, examples: Sequence[Rollout], num_items: int | None
     ) -> tuple[Tensor, Tensor]:
-        # Processes average their gradients, and the Trainer their losses: of sums over T it has to
-        # be the sum.
-        count = num_items / self.accelerator.num_processes
+        count = self._num_items(examples) if num_items is None else num_items
         return self._fitting_update([[rollout] for rollout in examples], count)
 
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:

@@ -24,10 +24,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
 from latro.answer_trainer import AnswerTrainer
@@ -142,6 +142,7 @@ class LatroTrainer(AnswerTrainer):
             if has_adapter(self.model):
                 return AdapterOff(self.scorer)
             ref_model = copy.deepcopy(self.model)
+        self._give_dtypes(ref_model)
         ref_model.requires_grad_(False).eval().to(self.args.device)
         ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
         if self.args.kl == "exact":
@@ -150,6 +151,20 @@ class LatroTrainer(AnswerTrainer):
         self.scorer.packed &= ref_scorer.packed
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
+
+    def _give_dtypes(self, ref_model: PreTrainedModel) -> None:
+        """Make fp32 of the half precision weights that the policy has in fp32.
+
+        Under mixed precision the policy's were made so. A layer that autocast leaves alone would
+        round the reference's in another way, and the KL would begin above 0.
+        """
+        if self.accelerator.mixed_precision == "no":
+            return
+        policy = dict(self.model.named_parameters())
+        for name, parameter in ref_model.named_parameters():
+            half = parameter.dtype in (torch.bfloat16, torch.float16)
+            if half and name in policy and policy[name].dtype == torch.float32:
+                parameter.data = parameter.data.float()
 
     @property
     def ref_scorer(self) -> Scorer | AdapterOff | None:
@@ -171,11 +186,13 @@ class LatroTrainer(AnswerTrainer):
 
     # The update.
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `LongRunTrainer.train`."""
-        # A checkpoint may be loaded now.
+    def _begin_training(self) -> None:
+        super()._begin_training()
+        # A checkpoint may have been loaded.
         self._engine_is_stale = True
-        return super().train(*args, **kwargs)
+        self._micro_step = 0
+        if self.reports is not None:
+            self.reports.reset()
 
     def _end_step(self, finding: Finding) -> None:
         last = self.accelerator.sync_gradients
@@ -184,12 +201,15 @@ class LatroTrainer(AnswerTrainer):
         if self.reports is not None:
             self.reports.add(self.update.outcomes, last=last, skipped=finding.skipped)
 
+    def _num_items(self, examples: Sequence[dict[str, Any]]) -> int:
+        return len(examples)
+
     def _backpropagate(
-        self, examples: Sequence[dict[str, Any]], num_items: Tensor | int | None
+        self, examples: Sequence[dict[str, Any]], num_items: int | None
     ) -> tuple[Tensor, Tensor]:
         with self._stopwatch.lap("time_rollout"):
             self._groups = self.rollout(examples)
-        num_groups = len(self._groups) * self.current_gradient_accumulation_steps
+        num_groups = len(self._groups) if num_items is None else num_items
         return self._fitting_update(self._with_plain(self._groups, examples), num_groups)
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:

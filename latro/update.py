@@ -73,7 +73,7 @@ class Update(Accumulation):
         Args:
             groups: K rollouts of each prompt, at least one prompt; one more, plain, where the
                 objective is one of `PLAIN_OBJECTIVES`.
-            num_groups: prompts of the whole update in this process; the loss is their mean.
+            num_groups: prompts of the whole update, over all processes; the loss is their mean.
 
         Returns:
             The loss, [], and the sums that `latro.statistics.NAMES` names, fp64.

@@ -43,7 +43,6 @@ def test_gradients_are_those_of_the_smaller_budget(make_trainer, tiny, rollouts,
         model = tiny(seed=1)
         trainer = make_trainer(model, tiny(seed=2), beta=0.3, kl=kl, **settings)
         trainer.rollout = lambda examples: groups
-        trainer.current_gradient_accumulation_steps = 1
         if limit is not None:
             run_out(trainer, where, limit)
         loss = trainer.training_step(model, {"examples": []})

@@ -77,7 +77,6 @@ def test_gradients_equal_autograd_through_the_formula(
     )
     groups = rollouts(3, 4)
     trainer.rollout = lambda examples: groups
-    trainer.current_gradient_accumulation_steps = 1
     loss = trainer.training_step(model, {"examples": []})
     expected = formula_loss(reference, ref_model, groups, **settings)
     expected.backward()
@@ -161,7 +160,6 @@ def test_gradients_equal_autograd_through_every_objective(
         for group, answer in zip(groups, answers, strict=True)
     ]
     trainer.rollout = lambda examples: groups
-    trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(model, {"examples": [{"answer": answer} for answer in answers]})
     rows = whole_logit_rows(reference, ref_model, groups, plain, kl)
     loss = surrogate(objective, rows, ObjectiveSettings(rlpr_min_std=0.0, **settings))
@@ -210,7 +208,6 @@ def test_exact_kl_is_in_the_loss(make_trainer, tiny, rollouts, token_budget):
             model, tiny(seed=2), kl="exact", beta=beta, token_budget=token_budget
         )
         trainer.rollout = lambda examples: groups
-        trainer.current_gradient_accumulation_steps = 1
         loss = trainer.training_step(model, {"examples": []})
         return loss.item(), trainer._sums["kl"] / 12
 
@@ -224,13 +221,18 @@ def test_exact_kl_wants_a_reference_that_can_be_compared(make_trainer, tiny):
         make_trainer(tiny("cohere", logit_scale=0.5), tiny("cohere", logit_scale=0.25), kl="exact")
 
 
-def test_accumulated_micro_steps_equal_one_large_batch(make_trainer, tiny, rollouts):
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_accumulated_micro_steps_equal_one_large_batch(
+    make_trainer, tiny, rollouts, dataset, batch_size
+):
     groups = rollouts(4, 4)
 
     def trained(batch_size, accumulation):
         model = tiny()
         trainer = make_trainer(
             model,
+            # Of four rows a batch of three leaves one of one.
+            train_dataset=dataset.select(range(4)),
             max_steps=1,
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
@@ -239,9 +241,11 @@ def test_accumulated_micro_steps_equal_one_large_batch(make_trainer, tiny, rollo
         waiting = list(groups)
         trainer.rollout = lambda examples: [waiting.pop(0) for _ in examples]
         trainer.train()
-        return model
+        (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        return model, loss
 
-    large, accumulated = trained(4, 1), trained(2, 2)
+    (large, loss), (accumulated, same_loss) = trained(4, 1), trained(batch_size, 2)
+    assert same_loss == pytest.approx(loss, rel=1e-5)
     for a, b in zip(large.parameters(), accumulated.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -344,6 +348,19 @@ def test_a_model_saved_in_bf16_is_trained_in_fp32(make_trainer, tiny, kl):
     assert 0 < moved.max() < 1e-6
 
 
+def test_a_reference_saved_in_bf16_is_the_policy_at_the_start(make_trainer, tiny):
+    reference = tiny().bfloat16()
+    trainer = make_trainer(tiny().bfloat16(), reference, max_steps=1, bf16=True, use_cpu=True)
+    trainer.train()
+    assert [e["kl"] for e in trainer.state.log_history if "kl" in e] == [0.0]
+
+
+def test_a_reference_in_bf16_stays_so_without_mixed_precision(make_trainer, tiny):
+    reference = tiny().bfloat16()
+    make_trainer(tiny(), reference, use_cpu=True)
+    assert all(p.dtype == torch.bfloat16 for p in reference.parameters())
+
+
 def test_weights_trained_in_bf16_alone_are_warned_of(make_trainer, tiny, caplog):
     model = tiny().bfloat16()
     make_trainer(model, use_cpu=True)
@@ -395,3 +412,68 @@ def test_evaluation_without_a_dataset(make_trainer):
     trainer.eval_dataset = None
     with pytest.raises(ValueError, match="eval_dataset: expected a dataset"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize("fault", ["rollout", "gradient"])
+def test_an_error_leaves_nothing_to_the_next_training(make_trainer, tiny, tmp_path, fault):
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "max_skipped_updates": 0}
+    undisturbed = make_trainer(**settings, report_to="tensorboard")
+    undisturbed.train()
+    model = tiny()
+    trainer = make_trainer(model, **settings, report_to="tensorboard")
+    initial = copy.deepcopy(model.state_dict())
+    rollout = trainer.rollout
+    if fault == "rollout":
+
+        def fail(examples):
+            if trainer._micro_step == 1:
+                raise ConnectionError
+            return rollout(examples)
+
+        trainer.rollout = fail
+    else:
+        hook = model.lm_head.weight.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises((ConnectionError, FloatingPointError)):
+        trainer.train()
+    trainer.rollout = rollout
+    if fault == "gradient":
+        hook.remove()
+    model.load_state_dict(initial)
+    trainer.optimizer = None
+    trainer.train()
+    for a, b in zip(model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ours, theirs = ([e for e in t.state.log_history if "loss" in e] for t in (trainer, undisturbed))
+    for name in ("loss", "reward", "kl", "rationale_length", "skipped_updates", "trunk_tokens"):
+        assert [e[name] for e in ours] == [e[name] for e in theirs], name
+
+
+class TwoFaced(torch.optim.SGD):
+    """An optimiser with other weights in evaluation, as schedule-free ones are."""
+
+    face = "neither"
+
+    def train(self):
+        self.face = "train"
+
+    def eval(self):
+        self.face = "eval"
+
+
+def test_an_optimizer_shows_the_weights_of_each_mode(make_trainer, monkeypatch):
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1)
+    optimizer = trainer.optimizer = TwoFaced(trainer.model.parameters(), lr=1e-3)
+    seen = []
+
+    def evaluate_model(*args, **kwargs):
+        seen.append(optimizer.face)
+        return {}, []
+
+    monkeypatch.setattr("latro.answer_trainer.evaluate_model", evaluate_model)
+    rollout = trainer.rollout
+    trainer.rollout = lambda examples: seen.append(optimizer.face) or rollout(examples)
+    trainer.train()
+    assert seen == ["train", "eval"] * 2
+    optimizer.train()
+    trainer.save_model()
+    assert optimizer.face == "eval"
