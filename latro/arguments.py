@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import os
+import re
 import sys
 import types
 from collections.abc import Sequence
@@ -32,6 +33,17 @@ class _AsWritten(yaml.SafeLoader):
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+
+class _WithExponents(yaml.SafeLoader):
+    """Reads 1e-6 as a number, which YAML 1.1 has as 1.0e-6 alone."""
+
+
+_WithExponents.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def parse_arguments(
@@ -82,7 +94,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         written = yaml.load(text, _AsWritten)
-        typed = yaml.safe_load(text)
+        typed = yaml.load(text, _WithExponents)
     except FileNotFoundError:
         raise ValueError(f"--config: no such file: {path}") from None
     except yaml.YAMLError as error:

@@ -64,7 +64,7 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
         tmp_path,
         "model-name-or-path: m\nrloo_k: 4\nresponse_length: 7\nsave_strategy: no\n"
         "eval_strategy: no\nresume_from_checkpoint: true\nuse_cpu: yes\nnum_eval_examples: null\n"
-        "model_revision: 1.0\nlr_scheduler_kwargs: {deep: {min_lr: 0.5, on: yes}}\n"
+        "model_revision: 1.0\nlr_scheduler_kwargs: {min_lr: 1e-7, deep: {on: yes}}\n"
         "report_to: []\noptim_target_modules: [no, 1]\n",
     )
     assert (model.model_name_or_path, model.model_revision) == ("m", "1.0")
@@ -72,7 +72,7 @@ def test_yaml_is_read_as_the_command_line_is(tmp_path):
     assert (args.save_strategy, args.eval_strategy) == ("no", "no")
     assert (args.resume_from_checkpoint, args.use_cpu) == ("true", True)
     assert args.num_eval_examples is None
-    assert args.lr_scheduler_kwargs == {"deep": {"min_lr": 0.5, True: True}}
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-7, "deep": {True: True}}
     assert (args.report_to, args.optim_target_modules) == ([], ["no", "1"])
 
 
