@@ -217,7 +217,9 @@ class LatroTrainer(AnswerTrainer):
         prompts = [encode_prompt(self.processing_class, e["prompt"]) for e in examples]
         self._refresh_engine()
         here = isinstance(self.engine, TransformersEngine)
-        with gathered(self.scorer, self.accelerator) if here else nullcontext():
+        whole = gathered(self.scorer, self.accelerator) if here else nullcontext()
+        # Around all steps: within, fp32 weights are cast once, and not once in each.
+        with self.accelerator.autocast(), whole:
             samples = self.engine.generate(
                 prompts,
                 num_samples=self.args.num_generations,

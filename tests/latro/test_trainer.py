@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latro.layout import collate
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
@@ -332,6 +333,24 @@ def test_mixed_precision_is_the_trainers(make_trainer, kl):
     (entry,) = [e for e in trainer.state.log_history if "kl" in e]
     assert entry["kl"] == 0.0
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
+def test_a_rollout_casts_fp32_weights_once(make_trainer, tiny):
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if function is torch.ops.aten._to_copy.default and result.dtype == torch.bfloat16:
+                self.count += result.shape == head.shape
+            return result
+
+    trainer = make_trainer(tiny(tie_word_embeddings=False), bf16=True, use_cpu=True)
+    head = trainer.model.get_output_embeddings().weight
+    with Casts() as casts:
+        (group, _) = trainer.rollout(trainer.train_dataset.select(range(2)))
+    assert max(len(rollout.sampled_ids) for rollout in group) > 2
+    assert casts.count == 1
 
 
 @pytest.mark.parametrize("kl", ["reward", "exact"])
