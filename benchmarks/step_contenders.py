@@ -128,7 +128,6 @@ class Ours(Contender):
             Arithmetic(),
             ref_model=self.ref_model,
         )
-        self._trainer.current_gradient_accumulation_steps = 1
         self._inputs = {"examples": rows}
         self._token_budget = config.token_budget
 

@@ -75,7 +75,6 @@ def make_trainer(tokenizer, task, dataset, tmp_path):
 
 def gradient_of(trainer, groups):
     trainer.rollout = lambda examples: groups
-    trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(trainer.model, {"examples": []})
     return {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
 

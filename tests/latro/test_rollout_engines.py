@@ -94,7 +94,6 @@ def test_gradients_are_the_formula_with_truncated_ratios(
     )
     trainer.args.importance_cap = cap
     trainer.rollout = lambda examples: groups
-    trainer.current_gradient_accumulation_steps = 1
     trainer.training_step(model, {"examples": []})
 
     loss, ratios = torch.zeros((), dtype=torch.float64), []
