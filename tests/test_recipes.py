@@ -132,7 +132,6 @@ def test_latro_reads_a_run(path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name, value in given.items():
         parsed = next(getattr(a, name) for a in (model, data, args) if hasattr(a, name))
-        assert isinstance(parsed, type(value)), name
         assert parsed == value, name
 
 
