@@ -90,7 +90,7 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def _table(title: str, kinds: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title=title, caption="nats; ± one standard error over problems")
-    for column in ("rationale", "log π(y|·)", "a token", "gain", "a token", "it helps"):
+    for column in ("rationale", "log π(y|·)", "per token", "gain", "per token", "it helps"):
         table.add_column(column, justify="left" if column == "rationale" else "right")
     for kind, figures in kinds.items():
         cells = [_with_error(figures["sequence"]), f"{figures['token']['mean']:.3f}"]
