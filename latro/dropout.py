@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from latro.peft import without_wrapper
+from latro.scoring import trunk_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,14 +35,15 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
     To be called before an engine takes the model over. Mode and random state stay as they are.
 
     Raises:
-        ValueError: with all that it computes something else in training than in evaluation.
+        ValueError: with all that it computes something else in training than in evaluation; or it
+            names no trunk.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NUM_TOKENS
     ids = torch.arange(1, min(limit, _NUM_TOKENS) + 1, device=model.device)[None]
     ids %= model.get_input_embeddings().weight.shape[0]
 
     def hidden() -> Tensor:
-        trunk = without_wrapper(model).base_model
+        trunk = trunk_of(without_wrapper(model))
         return trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
 
     with _mode_and_random_state_kept(model):

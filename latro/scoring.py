@@ -93,11 +93,7 @@ class Scorer:
                 f"model: expected a causal language model with a linear head, got "
                 f"{type(model).__name__}"
             )
-        if self._trunk is self.causal:
-            raise ValueError(
-                f"model: expected a causal language model that is a trunk and a head, got "
-                f"{type(model).__name__}, which names no trunk"
-            )
+        trunk_of(self.causal)
         config = model.config.get_text_config()
         self.softcap = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits, Granite divides them.
@@ -167,7 +163,8 @@ class Scorer:
                 "attention_mask": placeholder_mask(batch.input_ids.device),
                 "shared_prefix": batch.shared_prefix,
             }
-        return self._trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
+        trunk = trunk_of(self.causal)
+        return trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
 
     def check_comparable(self, other: Scorer) -> None:
         """Check that the KL to another model has a meaning.
@@ -190,13 +187,6 @@ class Scorer:
     def vocab_size(self) -> int:
         """V, as the head has it."""
         return self.causal.get_output_embeddings().weight.shape[0]
-
-    @property
-    def _trunk(self) -> nn.Module:
-        """The model without its head; the model itself where it cannot be told."""
-        named = self.causal.base_model
-        # Llama4's text model has another name for its trunk than it says.
-        return named if named is not self.causal else getattr(self.causal, "model", self.causal)
 
     # What runs in the place of forwards.
 
@@ -270,7 +260,7 @@ class Scorer:
                 f"in {self.model.dtype}"
             )
         own = own.log_softmax(-1)
-        hidden = self._trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+        hidden = trunk_of(self.causal)(input_ids=ids, use_cache=False).last_hidden_state[0]
         ours = torch.stack(
             [self._at_head(hidden, torch.full_like(ids[0], t))[0] for t in ids[0].tolist()],
             dim=1,
@@ -317,6 +307,23 @@ class Scorer:
         eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
         allowed = eps**0.5 * padded.abs().max()
         return bool((packed - padded).abs().max() <= allowed)
+
+
+def trunk_of(causal: PreTrainedModel) -> nn.Module:
+    """A causal language model without its head.
+
+    Raises:
+        ValueError: the model does not name it.
+    """
+    named = causal.base_model
+    # Llama4's text model has another name for its trunk than it says.
+    trunk = named if named is not causal else getattr(causal, "model", None)
+    if trunk is None:
+        raise ValueError(
+            f"model: expected a causal language model that is a trunk and a head, got "
+            f"{type(causal).__name__}, which names no trunk"
+        )
+    return trunk
 
 
 @contextlib.contextmanager

@@ -54,6 +54,13 @@ def make_model(
         raise ValueError(
             f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}"
         )
+    return two_layers(architecture, tokenizer, seed=seed, **({"head_dim": 8} | options))
+
+
+def two_layers(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **options: Any
+) -> PreTrainedModel:
+    """`make_model` of any architecture: some want more options, and some take no `head_dim`."""
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -61,7 +68,6 @@ def make_model(
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 8,
         "max_position_embeddings": 1024,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scripts.make_tiny_model import two_layers
 
 _LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
@@ -42,15 +39,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 
 def other_model(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """Two layers in fp32, of weights so large that every token counts."""
-    sizes = {
-        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64},
-        **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
-        **{"head_dim": 8, "max_position_embeddings": 1024, "bos_token_id": None},
-        **{"eos_token_id": tokenizer.eos_token_id, "pad_token_id": None},
-    }
-    config = AutoConfig.for_model(architecture, **(sizes | _OPTIONS[architecture]))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = two_layers(architecture, tokenizer, **({"head_dim": 8} | _OPTIONS[architecture])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from latro.dropout import disable_dropout
+from scripts.make_tiny_model import two_layers
+from tests.latro.other_models import other_model
 
 RATE = 0.1
 MODELS = {
@@ -30,20 +31,8 @@ def with_dropout(tokenizer):
     """`with_dropout(architecture)`: a tiny model in training mode, with rates above 0."""
 
     def make(architecture, **options):
-        sizes = {
-            "vocab_size": len(tokenizer),
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 512,
-            "bos_token_id": tokenizer.eos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": 0,
-        }
-        config = AutoConfig.for_model(architecture, **(sizes | options))
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+        options = {"pad_token_id": 0} | options
+        return two_layers(architecture, tokenizer, **options).train()
 
     return make
 
@@ -93,6 +82,12 @@ class Noisy(nn.Module):
     def forward(self, x):
         y = self.inner(x)
         return y + self.scale * torch.randn_like(y) if self.training else y
+
+
+def test_a_trunk_by_another_name_is_found(tokenizer):
+    model = other_model("llama4_text", tokenizer).train()
+    disable_dropout(model)
+    assert not draws(model)
 
 
 def test_other_noise_is_refused(tiny):
