@@ -111,27 +111,25 @@ def evaluate_model(
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
-    longest_answer = check_dataset(
+    longest = check_dataset(
         dataset, "dataset", model, tokenizer, join, settings.max_completion_length
     )
     separator = None
     shown = dataset
     if examples:
         shown = with_examples(dataset, examples, task.answer_template, tokenizer)
-        check_dataset(shown, "dataset", model, tokenizer, join, settings.max_completion_length)
+        longest = check_dataset(
+            shown, "dataset", model, tokenizer, join, settings.max_completion_length
+        )
         # A turn of a conversation has its own end.
         separator = None if tokenizer.chat_template else SEPARATOR
     prompts = [encode_prompt(tokenizer, prompt) for prompt in shown["prompt"]]
-    max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest_answer)
+    max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
         # Each problem fits with a rationale and its answer, which is scored behind whatever was
         # sampled. One limit for all, so that batches do not matter.
-        longest = max(
-            len(prompt) + len(join(prompt, Sample([]), answer).answer_ids)
-            for prompt, answer in zip(prompts, dataset["answer"], strict=True)
-        )
-        max_new_tokens = min(max_new_tokens, positions - longest)
+        max_new_tokens = min(max_new_tokens, positions - longest.prompt_and_answer)
     evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from datasets import Dataset
 from jinja2 import TemplateError
@@ -70,6 +71,13 @@ def _name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
+class Longest(NamedTuple):
+    """The most tokens that any row of a dataset has; answers with template and end."""
+
+    answer: int
+    prompt_and_answer: int
+
+
 def check_dataset(
     dataset: Dataset,
     name: str,
@@ -77,7 +85,7 @@ def check_dataset(
     tokenizer: PreTrainedTokenizerBase,
     join: AnswerJoin,
     max_completion_length: int,
-) -> int:
+) -> Longest:
     """Reject a dataset that some row of would fail in the middle of a run.
 
     Args:
@@ -89,7 +97,7 @@ def check_dataset(
         max_completion_length: the longest rationale, in tokens.
 
     Returns:
-        How many tokens the longest answer has, with its template and end.
+        Its longest lengths.
 
     Raises:
         ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
@@ -103,7 +111,7 @@ def check_dataset(
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
-    longest = 0
+    longest = Longest(0, 0)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -120,7 +128,10 @@ def check_dataset(
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
         answer_tokens = len(join(ids, Sample([]), answer).answer_ids)
-        longest = max(longest, answer_tokens)
+        longest = Longest(
+            max(longest.answer, answer_tokens),
+            max(longest.prompt_and_answer, len(ids) + answer_tokens),
+        )
         needed = len(ids) + max_completion_length + answer_tokens
         if limit is not None and needed > limit:
             raise ValueError(
