@@ -71,6 +71,23 @@ def keep_fp32_weights(model: nn.Module, accelerator: Accelerator) -> None:
         parameter.data = parameter.data.float()
 
 
+def follow_fp32_weights(
+    ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator
+) -> None:
+    """Make fp32 of the reference's half precision weights that the policy has in fp32.
+
+    Under mixed precision `keep_fp32_weights` made the policy's so. A layer that autocast leaves
+    alone would round the reference's in another way, and the KL would begin above 0.
+    """
+    if accelerator.mixed_precision == "no":
+        return
+    of_policy = dict(policy.named_parameters())
+    for name, parameter in ref_model.named_parameters():
+        half = parameter.dtype in _HALF
+        if half and name in of_policy and of_policy[name].dtype == torch.float32:
+            parameter.data = parameter.data.float()
+
+
 @contextlib.contextmanager
 def whole_on_load() -> Iterator[None]:
     """Within, transformers loads whole models under ZeRO-3 too, to be sharded by the Trainer.

@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -33,7 +32,12 @@ from latro import statistics
 from latro.answer_trainer import AnswerTrainer
 from latro.callbacks import CompletionsTable
 from latro.config import AnswerConfig, LatroConfig
-from latro.distribution import gathered, is_sharded, prepare_reference
+from latro.distribution import (
+    follow_fp32_weights,
+    gathered,
+    is_sharded,
+    prepare_reference,
+)
 from latro.finite import Finding
 from latro.generation import TransformersEngine, seed_of
 from latro.objectives import PLAIN_OBJECTIVES
@@ -142,7 +146,7 @@ class LatroTrainer(AnswerTrainer):
             if has_adapter(self.model):
                 return AdapterOff(self.scorer)
             ref_model = copy.deepcopy(self.model)
-        self._give_dtypes(ref_model)
+        follow_fp32_weights(ref_model, self.model, self.accelerator)
         ref_model.requires_grad_(False).eval().to(self.args.device)
         ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
         if self.args.kl == "exact":
@@ -151,20 +155,6 @@ class LatroTrainer(AnswerTrainer):
         self.scorer.packed &= ref_scorer.packed
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
-
-    def _give_dtypes(self, ref_model: PreTrainedModel) -> None:
-        """Make fp32 of the half precision weights that the policy has in fp32.
-
-        Under mixed precision the policy's were made so. A layer that autocast leaves alone would
-        round the reference's in another way, and the KL would begin above 0.
-        """
-        if self.accelerator.mixed_precision == "no":
-            return
-        policy = dict(self.model.named_parameters())
-        for name, parameter in ref_model.named_parameters():
-            half = parameter.dtype in (torch.bfloat16, torch.float16)
-            if half and name in policy and policy[name].dtype == torch.float32:
-                parameter.data = parameter.data.float()
 
     @property
     def ref_scorer(self) -> Scorer | AdapterOff | None:
