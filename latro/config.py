@@ -97,9 +97,9 @@ class AnswerConfig(TrainingArguments):
             self.lr_scheduler_kwargs = told | (given or {})
         check_trackers(self.report_to)
         self._check_best_model()
-        _at_least("max_completion_length", self.max_completion_length, 1)
-        _at_least("token_budget", self.token_budget, 1)
-        _at_least("max_skipped_updates", self.max_skipped_updates, 0)
+        at_least("max_completion_length", self.max_completion_length, 1)
+        at_least("token_budget", self.token_budget, 1)
+        at_least("max_skipped_updates", self.max_skipped_updates, 0)
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True")
@@ -210,10 +210,10 @@ class LatroConfig(AnswerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
-        _at_least("beta", self.beta, 0)
-        _at_least("answer_weight", self.answer_weight, 0)
-        _at_least("rlpr_min_std", self.rlpr_min_std, 0)
+        at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
+        at_least("beta", self.beta, 0)
+        at_least("answer_weight", self.answer_weight, 0)
+        at_least("rlpr_min_std", self.rlpr_min_std, 0)
         if not self.temperature > 0:
             raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
         _one_of("objective", self.objective, tuple(OBJECTIVES))
@@ -312,7 +312,7 @@ class PeftArguments:
             for f in dataclasses.fields(self):
                 if getattr(self, f.name) != f.default:
                     raise ValueError(f"{f.name}: expected --use_peft true with it")
-        _at_least("lora_r", self.lora_r, 1)
+        at_least("lora_r", self.lora_r, 1)
         if self.lora_dropout:
             raise ValueError(
                 "lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), "
@@ -358,7 +358,8 @@ class DataArguments:
             )
 
 
-def _at_least(name: str, value: float, least: float, why: str = "") -> None:
+def at_least(name: str, value: float, least: float, why: str = "") -> None:
+    """Raises ValueError for a setting below `least`, or NaN."""
     if not value >= least:
         raise ValueError(
             f"{name}: expected at least {least}{f' ({why})' if why else ''}, got {value}"

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from latro.config import at_least
 from latro.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import metrics_of
@@ -60,8 +61,7 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), least)
         check_temperature(self.temperature)
         for k in self.majority:
             if not 1 <= k <= self.num_samples:

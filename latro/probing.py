@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from latro.config import at_least
 from latro.evaluation import answer_logp, check_temperature
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import standard_error
@@ -64,8 +65,7 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), least)
         check_temperature(self.temperature)
 
 
