@@ -20,6 +20,8 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
+from latro.answer_template import template_pattern
+
 
 class Task(ABC):
     """A source of problems with known answers.
@@ -82,7 +84,7 @@ class Task(ABC):
         Returns:
             The canonical answer; None where none is stated or the statement is ambiguous.
         """
-        statements = list(_template_pattern(self.answer_template).finditer(completion))
+        statements = list(template_pattern(self.answer_template).finditer(completion))
         if not statements:
             return None
         return self._canonical(completion[statements[-1].end() :], example)
@@ -146,9 +148,3 @@ def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")
     return value
-
-
-def _template_pattern(template: str) -> re.Pattern[str]:
-    # Sentences also begin "So the answer is"; "The answer isn't" states none, but "Answer:5" does.
-    end = r"(?![\w'’])" if re.search(r"\w\Z", template) else ""
-    return re.compile(re.escape(template) + end, re.IGNORECASE)
