@@ -8,8 +8,8 @@ Sequence s has its rationale rows first and its answer rows after them:
 
 with P the prompt's length. The two may share a position: the hidden state after the last word of a
 rationale predicts the token that ended it and, in another row, the first token of the answer.
-Plain answers (`Rollout.plain`) go through the trunk with their group; their rows stand after those
-of all sequences.
+Plain answers (`Rollout.plain`) go through the trunk with their group. They have head rows for the
+answer's own tokens alone, which stand after the rows of all sequences.
 
 A batch is packed, every prompt once with its K branches after it (`latro.attention`), which is
 P + Σ (branch lengths) positions a group; or, for models that cannot, padded, each sequence a row of
@@ -51,6 +51,8 @@ class Batch:
     """int64 [N + M], the token that each row predicts."""
     offsets: Tensor
     """int64 [2·S + 1], as in `GroupLayout`."""
+    own_answer: Tensor
+    """bool [N], the rows of the answers' own tokens: without those of template and end."""
     finished: Tensor
     """bool [S]."""
     engine_logp: Tensor | None
@@ -83,21 +85,35 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
     sequences = [r for r, _ in placed if not r.plain]
     plain = [r for r, _ in placed if r.plain]
     counts = [n for r in sequences for n in (len(r.sampled_ids), len(r.answer_ids))]
-    plain_counts = [len(r.answer_ids) for r in plain]
+    plain_counts = [len(r.own_rows) for r in plain]
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         shared_prefix=shared_prefix,
         positions=torch.tensor([p for _, rows in placed for p in rows], device=device),
-        target=torch.tensor(
-            [token for r, _ in placed for token in r.sampled_ids + r.answer_ids], device=device
-        ),
+        target=torch.tensor([token for r, _ in placed for token in _targets(r)], device=device),
         offsets=torch.tensor(list(accumulate(counts, initial=0)), device=device),
+        own_answer=torch.tensor(
+            [own for r in sequences for own in _own_answer(r)], dtype=torch.bool, device=device
+        ),
         finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
         plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
         num_rows=sum(counts),
         engine_logp=_engine_logp(sequences, device),
     )
+
+
+def _targets(rollout: Rollout) -> list[int]:
+    """The token of each head row."""
+    if rollout.plain:
+        return [rollout.answer_ids[j] for j in rollout.own_rows]
+    return rollout.sampled_ids + rollout.answer_ids
+
+
+def _own_answer(rollout: Rollout) -> list[bool]:
+    """Whether each head row of a sequence is one of the answer's own tokens."""
+    rows = [False] * len(rollout.sampled_ids)
+    return rows + [j in rollout.own_rows for j in range(len(rollout.answer_ids))]
 
 
 def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor | None:
@@ -158,11 +174,13 @@ def _pack(
 def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:
     """Where the head rows of a sequence stand, given its prompt's last and its branch's first."""
 
-    def at(first: int, count: int) -> list[int]:
-        # What stands i tokens into the branch predicts from the token before it.
-        return [branch_start + i - 1 if i else prompt_end for i in range(first, first + count)]
+    def at(place: int) -> int:
+        # What stands this many tokens into the branch predicts from the token before it.
+        return branch_start + place - 1 if place else prompt_end
 
-    return at(0, len(rollout.sampled_ids)) + at(rollout.answer_start, len(rollout.answer_ids))
+    rationale = [] if rollout.plain else [at(i) for i in range(len(rollout.sampled_ids))]
+    answer = rollout.own_rows if rollout.plain else range(len(rollout.answer_ids))
+    return rationale + [at(rollout.answer_start + j) for j in answer]
 
 
 def answer_sums(logp: Tensor, batch: Batch) -> Tensor:

@@ -14,7 +14,8 @@ c = 1/(num_groups·K) and λ = answer_weight:
     rlpr       (R_k − mean_j R_j) / std_j R_j, R_k = clip(p_k − p_0, 0, 1)  0
     sft        0                                                            λ
 
-where p is the mean probability of the answer's tokens, p_k after x⊕z_k and p_0 after x alone.
+where p is the mean probability of the answer's own tokens, without those of template and end, p_k
+after x⊕z_k and p_0 after x alone.
 
 The KL to π_0 is the same term in all of them, in the forms of `latro_kernels.group_advantage`. With
 kl="reward" its policy gradient is −β·(kl_k − mean_{j≠k} kl_j), added to A_k: whatever the scale of
@@ -51,8 +52,10 @@ class Rows:
             not 0 and kl is "reward" or "k3".
         row_kl: [N] like logp: KL(π ‖ π_0) of a row's distribution; answer rows may hold anything.
             Needed where β is not 0 and kl is "exact".
-        plain_logp: [P] like logp: log π of each answer token after the prompt alone, one answer a
-            group. Needed by rlpr.
+        own_answer: bool [N]: the rows of the answers' own tokens, which are not the answer
+            template's and not the end token. Needed by rlpr.
+        plain_logp: [P] like logp: log π of each of the answer's own tokens after the prompt alone,
+            one answer a group. Needed by rlpr.
         plain_offsets: int64 [G + 1], ascending from 0 to P: rows plain_offsets[g]:plain_offsets[g +
             1] are group g's.
 
@@ -64,6 +67,7 @@ class Rows:
     layout: GroupLayout
     ref_logp: Tensor | None = None
     row_kl: Tensor | None = None
+    own_answer: Tensor | None = None
     plain_logp: Tensor | None = None
     plain_offsets: Tensor | None = None
 
@@ -74,6 +78,7 @@ class Rows:
         for name, value, shape in (
             ("ref_logp", self.ref_logp, self.logp.shape),
             ("row_kl", self.row_kl, self.logp.shape),
+            ("own_answer", self.own_answer, self.logp.shape),
             ("plain_offsets", self.plain_offsets, (groups + 1,)),
         ):
             if value is not None and value.shape != shape:
@@ -153,10 +158,10 @@ class _Groups:
         """[G, 1], m, how many sequences count."""
         return self.member.sum(1, keepdim=True).double()
 
-    def answer_means(self, rows: Tensor) -> Tensor:
-        """The mean of values [N] over each answer."""
-        lengths = self.layout.offsets.diff()[1::2].view_as(self.answer_logp)
-        _, sums = self._sums(rows)
+    def answer_means(self, rows: Tensor, own_answer: Tensor) -> Tensor:
+        """The mean of values [N] over each answer's own tokens, a bool [N]."""
+        _, sums = self._sums(torch.where(own_answer, rows, 0))
+        _, lengths = self._sums(own_answer.double())
         return sums / lengths.clamp(min=1)
 
     def floored(self, reward: Tensor) -> Tensor:
@@ -280,31 +285,39 @@ def jepo(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
 
 
 def rlpr(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """RLPR: the mean probability of the answer's tokens, less what it is without a rationale.
+    """RLPR: the mean probability of the answer's own tokens, less what it is without a rationale.
 
         R_k = clip(mean_t p(y_t|x⊕z_k) − mean_t p(y_t|x), 0, 1)
         ∇J  = 1/(NK) Σ_{n,k} (R_k − mean_j R_j)/std_j R_j · ∇log π(z_k|x)
 
-    with std over m − 1, so that p(y|x) matters through the clip alone. "RLPR: Extrapolating RLVR to
-    General Domains without Verifiers", arXiv 2506.18254: its advantages are GRPO's, normalised by
-    the group's spread, and it has no likelihood gradient on the given answer, so answer rows have
-    coefficient 0 and λ no meaning.
+    where t runs over the tokens that hold a character of the known answer, and not over those of
+    the answer template or the end token, which are the same in all answers and nearly certain. The
+    two means may run over different numbers of tokens, where an answer tokenizes otherwise in
+    another context. With std over m − 1, so that p(y|x) matters through the clip alone. "RLPR:
+    Extrapolating RLVR to General Domains without Verifiers", arXiv 2506.18254: its advantages are
+    GRPO's, normalised by the group's spread, and it has no likelihood gradient on the given answer,
+    so answer rows have coefficient 0 and λ no meaning.
 
     A group whose std is at most `rlpr_min_std` is dropped: all its rows have coefficient 0, its
     share of the KL too, and the mean over num_groups still counts it. The paper moves the threshold
     along a running mean of past stds; here it is constant. The paper's ratio clipping does nothing
-    at one update a batch, and p(y|x) is the current policy's.
+    at one update a batch, and p(y|x) is the current policy's. The published code takes the mean of
+    the loss over all tokens of a batch, so that a token weighs less the more tokens there are; here
+    a sequence's gradient is that of its whole log π(z|x), and the mean is over sequences, as in the
+    other objectives.
 
     Raises:
-        ValueError: no plain_logp.
+        ValueError: no own_answer, or no plain_logp.
     """
+    if rows.own_answer is None:
+        raise ValueError("own_answer: expected a tensor for rlpr, got None")
     if rows.plain_logp is None or rows.plain_offsets is None:
         raise ValueError("plain_logp: expected a tensor for rlpr, got None")
     groups = _Groups(rows, settings)
     plain = rows.plain_logp.detach().double().exp()
     lengths = rows.plain_offsets.diff().clamp(min=1)
     without = (_segment_sums(plain, rows.plain_offsets) / lengths)[:, None]
-    gain = groups.answer_means(groups.logp.exp()) - without
+    gain = groups.answer_means(groups.logp.exp(), rows.own_answer) - without
     reward = groups.floored(gain.clamp(0, 1))
     m = groups.count
     deviation = groups.leave_one_out(reward) * (m - 1) / m.clamp(min=1)

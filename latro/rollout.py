@@ -88,6 +88,12 @@ class Rollout:
     plain: bool = False
     """The answer joined to the prompt without a rationale: scored beside the sequences of its
     group, and none of them."""
+    own_start: int = 0
+    """Where in `answer_ids` the answer's own tokens begin, those that hold a character of the
+    answer itself; the template's tokens stand before them."""
+    own_end: int | None = None
+    """Where in `answer_ids` the answer's own tokens end; the end token stands after them. None:
+    where y ends."""
 
     @property
     def branch_ids(self) -> list[int]:
@@ -103,6 +109,11 @@ class Rollout:
     def rationale_ids(self) -> list[int]:
         """z without the token or tokens that ended it."""
         return self.sampled_ids[: self.answer_start]
+
+    @property
+    def own_rows(self) -> range:
+        """The indices in `answer_ids` of the answer's own tokens."""
+        return range(len(self.answer_ids))[self.own_start : self.own_end]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -155,12 +166,26 @@ class AnswerJoin:
             spelled = decode(self.tokenizer, sampled_ids[start:])
             rest = "" if spelled[-1].isspace() else " "
             answer_ids = sampled_ids[start:] + self._ids_after(self.template, rest + answer)
-            return self._rollout(prompt_ids, sampled_ids, answer_ids, start, True, sample.logp)
+            return self._rollout(
+                prompt_ids,
+                replace(sample, ids=sampled_ids),
+                answer=answer,
+                answer_ids=answer_ids,
+                answer_start=start,
+                finished=True,
+            )
 
         finished = bool(sampled_ids) and sampled_ids[-1] in self.eos_token_ids
         start = len(sampled_ids) - finished
         answer_ids = self._ids_behind(prompt_ids + sampled_ids[:start], f"{self.template} {answer}")
-        return self._rollout(prompt_ids, sampled_ids, answer_ids, start, finished, sample.logp)
+        return self._rollout(
+            prompt_ids,
+            sample,
+            answer=answer,
+            answer_ids=answer_ids,
+            answer_start=start,
+            finished=finished,
+        )
 
     def written(self, prompt_ids: list[int], rationale: str, answer: str) -> Rollout:
         """The rollout of a rationale that somebody wrote; no token of it ends it.
@@ -174,20 +199,42 @@ class AnswerJoin:
     def _rollout(
         self,
         prompt_ids: list[int],
-        sampled_ids: list[int],
+        sample: Sample,
+        *,
+        answer: str,
         answer_ids: list[int],
         answer_start: int,
         finished: bool,
-        logp: list[float] | None,
     ) -> Rollout:
+        """The rollout of a sample that ends with its rationale; `answer_ids` have no end yet."""
         return Rollout(
             prompt_ids,
-            sampled_ids,
+            sample.ids,
             answer_ids + self.end_ids,
             answer_start,
             finished,
-            None if logp is None else logp[: len(sampled_ids)],
+            None if sample.logp is None else sample.logp[: len(sample.ids)],
+            own_start=self._own_start(answer_ids, answer),
+            own_end=len(answer_ids),
         )
+
+    def _own_start(self, ids: list[int], answer: str) -> int:
+        """Return the index of the first of `ids` that holds a character of `answer`, their end.
+
+        A token that spells the end of the template together with the beginning of the answer is the
+        answer's; a token that is nothing but the space between them is not.
+        """
+        # As the tokenizer spells it, which may normalise characters.
+        spelled = decode(self.tokenizer, self._ids_after(self.template, f" {answer}")).lstrip()
+        # By bisection: whatever stands before them, ids that spell the answer to its end still do.
+        first, last = 0, len(ids)
+        while first < last:
+            middle = (first + last + 1) // 2
+            if decode(self.tokenizer, ids[middle:]).endswith(spelled):
+                first = middle
+            else:
+                last = middle - 1
+        return first
 
     def _find_template(self, ids: list[int]) -> tuple[int, int] | None:
         """The tokens [start, end) that spell the first template, or None."""

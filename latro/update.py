@@ -161,7 +161,12 @@ class Update(Accumulation):
         )
         if self.args.objective in PLAIN_OBJECTIVES:
             plain = torch.cat([s.logp[b.num_rows :] for s, b in scored])
-            rows = replace(rows, plain_logp=plain, plain_offsets=plain_offsets(batches))
+            rows = replace(
+                rows,
+                own_answer=torch.cat([b.own_answer for b in batches]),
+                plain_logp=plain,
+                plain_offsets=plain_offsets(batches),
+            )
         advantage = self.objective(rows, self.settings)
         engine_logp = _of_sequences([batch.engine_logp for batch in batches], batches)
         if engine_logp is not None:

@@ -24,7 +24,8 @@ def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
             answer = slice(offsets[2 * s + 1], offsets[2 * s + 2])
             z.append(rows.logp[rationale].sum())
             y.append(rows.logp[answer].sum())
-            p.append(rows.logp[answer].detach().exp().mean().item())
+            own = rows.logp[answer][rows.own_answer[answer]]
+            p.append(own.detach().exp().mean().item())
             if kl == "exact":
                 divergence.append(rows.row_kl[rationale].sum())
             else:

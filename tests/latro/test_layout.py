@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from latro.layout import collate, group_layout, plain_offsets, plan
-from latro.rollout import Rollout
+from latro.rollout import Rollout, decode
 
 CPU = torch.device("cpu")
 
@@ -21,6 +21,8 @@ def made(prompt: int, sampled: int, answer: int) -> Rollout:
         answer_ids=[next(ids) for _ in range(answer)],
         answer_start=sampled,
         finished=sampled % 2 == 0,
+        own_start=answer // 3,
+        own_end=answer - answer // 4,
     )
 
 
@@ -82,19 +84,32 @@ def test_plain_answers_stand_after_all_sequences(packed):
     assert torch.equal(batch.offsets, alone.offsets)
     assert torch.equal(batch.finished, alone.finished)
     assert torch.equal(batch.target[: batch.num_rows], alone.target)
-    assert batch.plain_offsets.tolist() == [0, 4, 7]
+    assert torch.equal(batch.own_answer, alone.own_answer)
+    assert batch.plain_offsets.tolist() == [0, 2, 4]
     assert alone.plain_offsets.tolist() == [0]
     plain = [b for _, b, _ in groups]
-    assert batch.target[batch.num_rows :].tolist() == plain[0].answer_ids + plain[1].answer_ids
-    # All but an answer's first row stand on the token before.
+    assert [r.own_rows for r in plain] == [range(1, 3), range(1, 3)]
+    own = [r.answer_ids[1:3] for r in plain]
+    assert batch.target[batch.num_rows :].tolist() == own[0] + own[1]
+    # Each row stands on the token before.
     read = batch.input_ids.flatten()[batch.positions[batch.num_rows :]].tolist()
-    before = [[r.prompt_ids[-1], *r.answer_ids[:-1]] for r in plain]
+    before = [r.answer_ids[:2] for r in plain]
     assert read == before[0] + before[1]
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_the_rows_of_the_answers_own_tokens(rollouts, tokenizer, packed):
+    groups = rollouts(2, 8)
+    batch = collate(groups, CPU, packed=packed)
+    text = decode(tokenizer, batch.target[batch.own_answer].tolist())
+    statements = decode(tokenizer, [t for group in groups for r in group for t in r.answer_ids])
+    statements = statements.replace("The answer is", "").replace(tokenizer.eos_token, "")
+    assert text.split() == statements.split()
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_a_plain_answer_may_be_a_piece_of_its_own(packed):
-    a, b, plain = grouped(4, [(3, 2), (2, 4), (0, 3)])
+    a, b, plain = grouped(4, [(3, 2), (2, 4), (0, 5)])
     parts = [[a], [b], [replace(plain, plain=True)]]
     pieces = [collate([part], CPU, packed=packed) for part in parts]
     layout = group_layout(pieces, 2, 1)

@@ -34,11 +34,18 @@ def make_rows(G: int, K: int, kl: str = "reward", seed: int = 0, scale: float = 
         seed=seed,
     )
     plain = [draw.randint(1, 6) for _ in range(G)]
+    own_answer = []
+    for rationale, answer in zip(lengths[::2], lengths[1::2], strict=True):
+        template = draw.randint(0, answer - 1)
+        own = draw.randint(1, answer - template)
+        own_answer += [False] * (rationale + template) + [True] * own
+        own_answer += [False] * (answer - template - own)
     return Rows(
         batch.logp * scale,
         batch.layout,
         None if kl == "exact" else batch.ref_logp * scale,
         batch.row_kl if kl == "exact" else None,
+        torch.tensor(own_answer),
         torch.tensor([-1.2 - draw.random() for _ in range(sum(plain))]),
         torch.tensor([0, *plain]).cumsum(0),
     )
@@ -49,7 +56,9 @@ def rows_of(answer_logps: list[float], K: int, rationale_logp: float = -1.0) -> 
     logp = torch.tensor([value for ell in answer_logps for value in (rationale_logp, ell)])
     layout = GroupLayout(torch.arange(logp.numel() + 1), K)
     G = len(answer_logps) // K
-    return Rows(logp, layout, logp - 0.5, None, torch.full((G,), -3.0), torch.arange(G + 1))
+    own_answer = torch.tensor([False, True]).repeat(len(answer_logps))
+    plain = torch.full((G,), -3.0), torch.arange(G + 1)
+    return Rows(logp, layout, logp - 0.5, None, own_answer, *plain)
 
 
 def cast(rows: Rows, dtype: torch.dtype) -> Rows:
@@ -203,7 +212,9 @@ def test_equal_sequences_have_no_advantage(name, K):
     one = -torch.rand(9, generator=torch.Generator().manual_seed(K))
     layout = GroupLayout(torch.tensor([0, *[5, 4] * K]).cumsum(0), K)
     logp = one.repeat(K)
-    rows = Rows(logp, layout, logp - 0.1, None, torch.tensor([-3.0]), torch.tensor([0, 1]))
+    own_answer = torch.tensor([False] * 6 + [True] * 2 + [False]).repeat(K)
+    plain = torch.tensor([-3.0]), torch.tensor([0, 1])
+    rows = Rows(logp, layout, logp - 0.1, None, own_answer, *plain)
     for rule in ("floor", "exclude"):
         settings = ObjectiveSettings(unfinished=rule, rlpr_min_std=0.0)
         out = OBJECTIVES[name](rows, settings)
@@ -286,6 +297,20 @@ def test_rlpr_drops_flat_groups_whole():
     assert (kept.coefficient[:6:2] != 0).all()
 
 
+def test_rlpr_reads_the_answers_own_tokens_alone():
+    """The template's rows and the end token's may hold anything, and their number is nothing."""
+    own, other = math.log(0.3), math.log(0.999)
+    # A rationale of 1 row, and answers of template 3, own 2, end 1 and of template 1, own 1, end 1.
+    logp = [-1.0, other, other, other, math.log(0.1), math.log(0.5), other]
+    logp += [-1.0, -9.0, own + 0.2, -9.0]
+    mask = [False] * 4 + [True] * 2 + [False] * 3 + [True, False]
+    layout = GroupLayout(torch.tensor([0, 1, 7, 8, 11]), 2)
+    plain = torch.tensor([math.log(0.05), math.log(0.15)]), torch.tensor([0, 2])
+    rows = Rows(torch.tensor(logp), layout, None, None, torch.tensor(mask), *plain)
+    out = OBJECTIVES["rlpr"](rows, ObjectiveSettings(beta=0.0))
+    torch.testing.assert_close(out.reward, torch.tensor([0.2, 0.3 * math.exp(0.2) - 0.1]))
+
+
 def test_rlpr_is_clipped_where_the_rationale_does_harm():
     rows = replace(rows_of([-5.0, -4.0, -0.1], 3), plain_logp=torch.tensor([-1.0]))
     out = OBJECTIVES["rlpr"](rows, ObjectiveSettings(beta=0.0))
@@ -300,6 +325,10 @@ def test_bad_input():
             OBJECTIVES[name](replace(rows, ref_logp=None), ObjectiveSettings())
         with pytest.raises(ValueError, match="ref_logp: expected None with kl='exact'"):
             OBJECTIVES[name](rows, ObjectiveSettings(kl="exact"))
+    with pytest.raises(ValueError, match="own_answer: expected a tensor for rlpr, got None"):
+        OBJECTIVES["rlpr"](replace(rows, own_answer=None), ObjectiveSettings())
+    with pytest.raises(ValueError, match="own_answer: expected shape"):
+        replace(rows, own_answer=rows.own_answer[1:])
     with pytest.raises(ValueError, match="plain_logp: expected a tensor for rlpr, got None"):
         OBJECTIVES["rlpr"](replace(rows, plain_logp=None, plain_offsets=None), ObjectiveSettings())
     with pytest.raises(ValueError, match="plain_logp, plain_offsets: expected both or neither"):
@@ -316,7 +345,8 @@ def test_bad_input():
 def test_no_groups(name):
     layout = GroupLayout(torch.zeros(1, dtype=torch.int64), 2)
     empty = torch.empty(0)
-    rows = Rows(empty, layout, empty, None, empty, torch.zeros(1, dtype=torch.int64))
+    plain = empty, torch.zeros(1, dtype=torch.int64)
+    rows = Rows(empty, layout, empty, None, empty.bool(), *plain)
     out = OBJECTIVES[name](rows, ObjectiveSettings())
     assert out.coefficient.shape == out.advantage.shape == (0,)
 
@@ -334,6 +364,7 @@ def test_on_a_gpu_without_waiting_for_it(name):
         layout,
         rows.ref_logp.cuda(),
         None,
+        rows.own_answer.cuda(),
         rows.plain_logp.cuda(),
         rows.plain_offsets.cuda(),
     )

@@ -3,6 +3,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from latro.rollout import AnswerJoin, Sample, decode, eos_token_ids
 
@@ -82,3 +84,75 @@ def test_any_rationale_reads_on_in_its_answer(tokenizer_text, text, answer):
 @pytest.fixture(scope="session")
 def tokenizer_text(tokenizer):
     return tokenizer, AnswerJoin(tokenizer, TEMPLATE, [tokenizer.eos_token_id])
+
+
+def spelt(join, prompt, sampled, answer):
+    """The text of the answer's own tokens, and how many they are."""
+    tokenizer = join.tokenizer
+    rollout = join(tokenizer.encode(prompt), Sample(tokenizer.encode(sampled)), answer)
+    ids = [rollout.answer_ids[j] for j in rollout.own_rows]
+    assert rollout.own_end == len(rollout.answer_ids) - len(join.end_ids)
+    return decode(tokenizer, ids), len(ids)
+
+
+@pytest.mark.parametrize("sampled", ["", " 2+3=5.", " 2+3=5. The answer is", " so:\n"])
+@pytest.mark.parametrize("answer", ["5", "1234567", "is 5", "The answer is 5", "été", "5 5"])
+def test_the_answers_own_tokens(join, sampled, answer):
+    """Neither the template's nor the end token, whatever ended the rationale."""
+    text, _ = spelt(join, "How many?", sampled, answer)
+    # The space before it belongs to the answer where one token holds both.
+    assert text.removeprefix(" ") == answer
+    rollout = join.written(join.tokenizer.encode("How many?"), sampled, answer)
+    own = [rollout.answer_ids[j] for j in rollout.own_rows]
+    assert decode(join.tokenizer, own) == text
+
+
+def trained(pre_tokenizer, decoder, normalizer=None):
+    """A BPE tokenizer of a few statements of answers."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    tokenizer.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<s>"],
+        initial_alphabet=[*pre_tokenizers.ByteLevel.alphabet(), "▁"],
+        show_progress=False,
+    )
+    texts = [f"How many? The answer is {a}{b}." for a in (4, 5, 6) for b in range(10)] * 3
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>")
+
+
+def test_a_space_of_its_own_is_not_the_answers():
+    """As Llama 2 and Mistral spell digits: a space, then each digit."""
+    pieces = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True)])
+    tokenizer = trained(pieces, decoders.Metaspace())
+    join = AnswerJoin(tokenizer, TEMPLATE, [])
+    assert tokenizer.convert_ids_to_tokens(join._ids_after(TEMPLATE, " 47")) == ["▁", "4", "7"]
+    assert spelt(join, "How many?", " so.", "47") == ("47", 2)
+    assert spelt(join, "How many?", " so. The answer is", "47") == ("47", 2)
+
+
+def test_a_token_over_the_border_is_the_answers():
+    """Where tokens run over words, as in SuperBPE."""
+    whole = pre_tokenizers.Split(Regex("(?<=[?]) "), "isolated")
+    pieces = pre_tokenizers.Sequence([whole, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer = trained(pieces, decoders.ByteLevel())
+    join = AnswerJoin(tokenizer, TEMPLATE, [])
+    text, count = spelt(join, "How many?", " so", "47.")
+    assert text.endswith("is 47.")
+    assert len(text) > len(" 47.")
+    tokens = [decode(tokenizer, [i]) for i in join([5], Sample([]), "47.").answer_ids]
+    assert text == "".join(tokens[-1 - count : -1])
+    assert not "".join(tokens[-count:-1]).endswith("47.")
+
+
+def test_an_answer_that_the_tokenizer_normalises():
+    pieces = pre_tokenizers.ByteLevel(False)
+    tokenizer = trained(
+        pieces,
+        decoders.ByteLevel(),
+        normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]),
+    )
+    join = AnswerJoin(tokenizer, "the answer is", [])
+    assert spelt(join, "How many?", " so.", "X² + ½") == ("x2 + 1⁄2", 10)

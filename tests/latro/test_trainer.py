@@ -106,7 +106,7 @@ def likely(tiny, rollouts):
 
 def whole_logit_rows(model, ref_model, groups, plain, kl):
     """Every row of the groups and of the plain answers, through whole logits one by one."""
-    logp, ref_logp, row_kl, lengths = [], [], [], [0]
+    logp, ref_logp, row_kl, own_answer, lengths = [], [], [], [], [0]
     for rollout in (rollout for group in groups for rollout in group):
         z, y, log_p = sequence_logps(model, rollout)
         with torch.no_grad():
@@ -115,13 +115,14 @@ def whole_logit_rows(model, ref_model, groups, plain, kl):
         ref_logp += [ref_z, ref_y]
         row_kl += [(log_p.exp() * (log_p - log_q)).sum(-1), torch.full_like(y, torch.nan)]
         lengths += [len(z), len(y)]
+        own_answer += [False] * len(z) + [j in rollout.own_rows for j in range(len(y))]
     finished = torch.tensor([r.finished for group in groups for r in group])
     with torch.no_grad():
         plain_logp = [
             model(input_ids=torch.tensor([[*r.prompt_ids, *r.answer_ids]]))
             .logits[0, len(r.prompt_ids) - 1 : -1]
             .log_softmax(-1)
-            .gather(1, torch.tensor(r.answer_ids)[:, None])[:, 0]
+            .gather(1, torch.tensor(r.answer_ids)[:, None])[r.own_rows, 0]
             for r in plain
         ]
     return Rows(
@@ -129,6 +130,7 @@ def whole_logit_rows(model, ref_model, groups, plain, kl):
         GroupLayout(torch.tensor(lengths).cumsum(0), len(groups[0]), finished, len(groups)),
         None if kl == "exact" else torch.cat(ref_logp),
         torch.cat(row_kl) if kl == "exact" else None,
+        torch.tensor(own_answer),
         torch.cat(plain_logp),
         torch.tensor([0, *map(len, plain_logp)]).cumsum(0),
     )
@@ -155,7 +157,8 @@ def test_gradients_equal_autograd_through_every_objective(
         **settings,
     )
     groups = rollouts(3, 8)
-    answers = ["5", "17", "23"]
+    # Answers that the model has learnt, so that some rationales do harm.
+    answers = ["55", "67", "40"]
     plain = [
         trainer.join(group[0].prompt_ids, Sample([]), answer)
         for group, answer in zip(groups, answers, strict=True)
