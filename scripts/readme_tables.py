@@ -25,7 +25,7 @@ from latro.replicate.summary import CELLS_FILE, Study, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "results.md")
 
 
 def default_run(result: dict[str, Any]) -> str:
