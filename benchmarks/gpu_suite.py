@@ -41,12 +41,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import gpu_goals, logprob_report, report
+from benchmarks import gpu_goals, report
 from benchmarks.stages import ROOT, Outcome, Stage, run_all
 
 _PROVIDERS = "latro-triton,latro-cuda,unfused,torch-chunked,trl,liger,liger-flce,cce"
@@ -237,14 +236,14 @@ def conclusion(where: Mapping[str, object], results: Mapping[str, Any]) -> dict[
 
 def show(outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:
     """Print the table of stages and that of goals."""
-    console = logprob_report.wide_console()
+    console = report.console()
     table = Table(title="Stages", title_justify="left")
     table.add_column("stage", no_wrap=True)
     table.add_column("status", no_wrap=True)
     table.add_column("seconds", justify="right")
     table.add_column("figure, or why not")
     for of in outcomes:
-        table.add_row(of.stage, of.status, f"{of.seconds:.0f}", escape(of.said))
+        table.add_row(of.stage, of.status, f"{of.seconds:.0f}", of.said)
     console.print(table)
     console.print(gpu_goals.table(gpu_goals.goals(results)))
 

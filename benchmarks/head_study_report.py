@@ -200,16 +200,15 @@ def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Ch
 
 def show(results: Results) -> None:
     """Print all tables, and what is aimed at last."""
-    console = logprob_report.wide_console()
+    console = report.console()
     for group in results.groups:
         where = group.environment
         console.print(
             f"\n{group.section}, {group.name} {group.dtype}: {where['device']}, "
             f"{where['threads']} threads, torch {where['torch']}, {where['date']}",
-            highlight=False,
         )
         for note in group.notes:
-            console.print(note, markup=False, highlight=False)
+            console.print(note)
         title = f"{group.section}, "
         console.print(
             _scaling_table(group)
@@ -227,7 +226,7 @@ def show(results: Results) -> None:
             numbers = f"{check.measured:.3g}", f"{check.target:.3g}"
             table.add_row(check.where, check.what, *numbers, "yes" if check.met else "no")
         console.print(table)
-    console.print(f"written: {results.out}/study_head.*", highlight=False)
+    console.print(f"written: {results.out}/study_head.*")
 
 
 def _scaling_table(group: Group) -> Table:

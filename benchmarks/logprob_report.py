@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks import report
 from benchmarks.problem import Shape
 from benchmarks.timing import Summary
 
@@ -133,21 +133,15 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values())
 
 
-def wide_console() -> Console:
-    """A console on stdout: a table cut to the width of a pipe would lose its numbers."""
-    console = Console()
-    return console if console.is_terminal else Console(width=170)
-
-
 def show(
     rows: Sequence[Row], absent: Sequence[str], where: Mapping[str, object], out: Path
 ) -> None:
     """Print who cannot run and why, where this ran, and the tables last."""
-    console = wide_console()
+    console = report.console()
     for line in absent:
-        console.print(f"cannot run: {line}", markup=False, highlight=False)
-    console.print(", ".join(f"{key} {value}" for key, value in where.items()), highlight=False)
-    console.print(f"written: {out}/logprob.csv, logprob.json, logprob.png", highlight=False)
+        console.print(f"cannot run: {line}")
+    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
+    console.print(f"written: {out}/logprob.csv, logprob.json, logprob.png")
     for group in grouped(rows):
         console.print(table(group))
 

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
@@ -221,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, object]] = []
     for op in tqdm(ops(sizes, args.device), desc="ops", total=5):
         rows += measure(op, args.device, args.reps, copy_bytes)
-    Console(width=120).print(table(rows))
+    report.console(width=120).print(table(rows))
     result = {"sizes": asdict(sizes), "rows": rows}
     result["environment"] = report.environment(args.device, ())
     report.write_json(args.out / "ops.json", result)

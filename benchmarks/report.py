@@ -9,9 +9,24 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from latro_kernels import environment
 
-__all__ = ["environment", "write_bytes", "write_csv", "write_json"]
+__all__ = ["console", "environment", "write_bytes", "write_csv", "write_json"]
+
+_PIPE_WIDTH = 170
+
+
+def console(width: int | None = None) -> Console:
+    """A console on stdout that takes no text for markup, which an error's message may look like.
+
+    Without a width it has the terminal's: a table cut to a pipe's would lose its numbers.
+    """
+    made = Console(width=width, markup=False, emoji=False, highlight=False)
+    if width is None and not made.is_terminal:
+        return console(_PIPE_WIDTH)
+    return made
 
 
 def write_bytes(path: Path, data: bytes) -> None:

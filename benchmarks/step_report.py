@@ -9,7 +9,6 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import report
@@ -54,9 +53,9 @@ class Result:
 
     def show(self) -> None:
         """Print the tables."""
-        console = Console(width=140)
+        console = report.console(width=140)
         for reason in self.cannot_run:
-            console.print(f"cannot run: {reason}", highlight=False)
+            console.print(f"cannot run: {reason}")
         if self.rows:
             console.print(_rows_table(self.rows))
         if self.scaling:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from latro.files import replacing
 from latro.reporting import Report
+from latro.terminal import Terminal
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
@@ -171,8 +171,8 @@ class ProgressBar(TrainerCallback):
 class CompletionsTable:
     """Prints the rationales of one prompt whenever the run logs."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console()
+    def __init__(self, console: Terminal | None = None) -> None:
+        self.console = console or Terminal()
 
     def __call__(self, step: int, report: Report) -> None:
         """Print a report's samples, if it has any."""
@@ -184,7 +184,7 @@ class CompletionsTable:
         table.add_column("reward", justify="right")
         table.add_column("advantage", justify="right")
         for sample in report.samples:
-            # repr: line ends and special tokens are to be seen; brackets are no markup here.
-            rationale = repr(sample.rationale).replace("[", r"\[")
-            table.add_row(rationale, f"{sample.reward:.2f}", f"{sample.advantage:+.2f}")
+            # repr: line ends are to be seen.
+            cells = (repr(sample.rationale), f"{sample.reward:.2f}", f"{sample.advantage:+.2f}")
+            table.add_row(*cells)
         self.console.print(table)

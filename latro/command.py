@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -22,6 +21,7 @@ from latro.interruption import TrainingInterrupted
 from latro.loading import load_model, load_splits, load_task
 from latro.model_card import CARD_FILE
 from latro.peft import lora_config
+from latro.terminal import Terminal, one_line
 
 _SHOWN = (
     ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
@@ -85,7 +85,7 @@ def run_training(
     trainer.data = data_args
     whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
     share = "" if whole == trained else f", {trained:,} of them trained"
-    console = Console(quiet=not trainer.is_world_process_zero())
+    console = Terminal(quiet=not trainer.is_world_process_zero())
     console.print(
         f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
         f"{task.description}, {trainer.targets}, into {args.output_dir}"
@@ -172,7 +172,7 @@ def exit_with(prog: str, train: Callable[[], object]) -> None:
     try:
         train()
     except (ValueError, FloatingPointError, ConnectionError) as error:
-        sys.exit(f"{prog}: {error}")
+        sys.exit(one_line(f"{prog}: {error}"))
     except TrainingInterrupted as interrupted:
-        print(f"{prog}: {interrupted}", file=sys.stderr)
+        print(one_line(f"{prog}: {interrupted}"), file=sys.stderr)
         sys.exit(128 + interrupted.signal)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +27,7 @@ from latro.graded import intervals_of
 from latro.journal import Journal, crc32, weights_crc32
 from latro.loading import load_held_out, load_model, load_task, load_train
 from latro.scoring import Scorer
+from latro.terminal import Terminal, one_line
 
 
 @dataclass
@@ -131,8 +131,9 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         title = f"{task.description}, {len(dataset)} problems"
         if examples:
             title += f", {len(examples)}-shot"
-        Console().print(_table(title, metrics, intervals))
-        Console().print(f"written to {args.output}, and one line per problem to {lines}")
+        terminal = Terminal()
+        terminal.print(_table(title, metrics, intervals))
+        terminal.print(f"written to {args.output}, and one line per problem to {lines}")
     return result
 
 
@@ -153,7 +154,7 @@ def main() -> None:
     try:
         evaluate()
     except (ValueError, ConnectionError) as error:
-        sys.exit(f"latro.evaluate: {error}")
+        sys.exit(one_line(f"latro.evaluate: {error}"))
     PartialState().destroy_process_group()
 
 

@@ -86,9 +86,14 @@ class Journal:
             os.fsync(file.fileno())
 
     def _check(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
-        there = json.loads(self.settings_path.read_bytes())
+        try:
+            there = json.loads(self.settings_path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"output: {self.settings_path}: not JSON: {error}") from error
         if there == identity:
             return
+        if not isinstance(there, dict) or not all(isinstance(s, dict) for s in there.values()):
+            raise ValueError(f"output: {self.settings_path}: expected what an evaluation wrote")
         names = sorted(
             {
                 (section, name)
@@ -111,7 +116,7 @@ class Journal:
     def _record(self, line: bytes, index: int) -> dict[str, Any]:
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"output: {self.path}:{index + 1}: not JSON: {error}") from error
         if not isinstance(record, dict) or record.get("index") != index:
             raise ValueError(f"output: {self.path}:{index + 1}: expected problem {index}")

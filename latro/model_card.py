@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from latro.files import replacing
 from latro.prompts import prompt_text
+from latro.terminal import shown
 
 CARD_FILE = "README.md"
 LONGEST_TEXT = 2000
@@ -190,7 +191,7 @@ def _front_matter(run: Run) -> ModelCardData:
         pipeline_tag="text-generation",
         tags=["latro", *run.tags],
         # The name of the results, and an entry of its own where there are none.
-        model_name=run.name if results else None,
+        model_name=shown(run.name) if results else None,
         eval_results=results,
     )
 
@@ -201,9 +202,9 @@ def _eval_results(run: Run) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=run.dataset or run.task,
-            dataset_name=run.task,
-            dataset_split=run.held_out.split,
+            dataset_type=shown(run.dataset or run.task),
+            dataset_name=shown(run.task),
+            dataset_split=shown(run.held_out.split),
             metric_type="accuracy",
             metric_name=title,
             metric_value=round(run.after[key], 4),
@@ -215,13 +216,14 @@ def _eval_results(run: Run) -> list[EvalResult] | None:
 
 def _summary(run: Run) -> str:
     method = METHODS[run.method]
-    base = run.base
     if run.base_model:
-        base = f"[{run.base_model}](https://huggingface.co/{run.base_model})"
-    what = f"{run.adapter} on {base}" if run.adapter else base
+        base = f"[{_text(run.base_model)}](https://huggingface.co/{run.base_model})"
+    else:
+        base = _text(run.base)
+    what = f"{_text(run.adapter)} on {base}" if run.adapter else base
     return (
-        f"# {run.name}\n\n{method.title} on {run.prompts:,} prompts of {run.task}, starting from "
-        f"{what}; {run.update:,} updates. {method.sentence}"
+        f"# {_text(run.name)}\n\n{method.title} on {run.prompts:,} prompts of {_text(run.task)}, "
+        f"starting from {what}; {run.update:,} updates. {method.sentence}"
     )
 
 
@@ -273,11 +275,11 @@ def _evaluation(run: Run) -> str | None:
         return None
     samples = f"; {held_out.num_samples} sampled at temperature {held_out.temperature:g}"
     text = (
-        f"## Evaluation\n\n{held_out.problems:,} problems of the split `{held_out.split}`, "
+        f"## Evaluation\n\n{held_out.problems:,} problems of the split {_code(held_out.split)}, "
         "each prompted as in training, without examples: one greedy completion"
         f"{samples if held_out.num_samples else ''}, rationales of at most "
         f"{held_out.max_completion_length:,} tokens. The answer that a completion states last is "
-        f"compared with the known one by `{held_out.grader}`."
+        f"compared with the known one by {_code(held_out.grader)}."
     )
     if held_out.command:
         text += f" The same again:\n\n{_fenced(held_out.command)}"
@@ -287,7 +289,7 @@ def _evaluation(run: Run) -> str | None:
 def _settings(run: Run) -> str | None:
     rows = [
         (
-            f"`{s.name}`",
+            _code(s.name),
             _code(_value(s.value)),
             "" if s.value == s.default else _code(_value(s.default)),
         )
@@ -303,7 +305,7 @@ def _versions(run: Run) -> str:
             found.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    found += [f"Python {platform.python_version()}", run.device]
+    found += [f"Python {platform.python_version()}", _text(run.device)]
     return f"## Versions\n\n{', '.join(found)}."
 
 
@@ -328,7 +330,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))
 
 
+def _text(text: str) -> str:
+    """In a line: a backslash before what would be markup."""
+    return re.sub(r"[\\`*_\[\]<>#|&$~]", r"\\\g<0>", " ".join(shown(text).split()))
+
+
 def _fenced(text: str, language: str = "text") -> str:
+    text = shown(text)
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]}\n… ({len(text) - LONGEST_TEXT:,} characters more)"
     fence = "`" * max(3, _longest_ticks(text) + 1)
@@ -337,7 +345,7 @@ def _fenced(text: str, language: str = "text") -> str:
 
 def _code(text: str) -> str:
     """In a line, also of a table."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = " ".join(shown(text).split()).replace("|", "\\|")
     ticks = "`" * (_longest_ticks(text) + 1)
     space = " " if text[:1] == "`" or text[-1:] == "`" else ""
     return f"{ticks}{space}{text}{space}{ticks}" if text else ""

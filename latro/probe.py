@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -23,6 +22,7 @@ from latro.files import check_output, replacing, write_json
 from latro.loading import load_held_out, load_model, load_task
 from latro.probing import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.scoring import Scorer
+from latro.terminal import Terminal, one_line
 
 
 @dataclass
@@ -80,7 +80,7 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     with replacing(picture) as temporary:
         draw(records).savefig(temporary, format="png", dpi=120)
         write_json(args.output, result)
-    console = Console()
+    console = Terminal()
     console.print(_table(f"{task.description}, {len(dataset)} problems", result["summary"]))
     if "gold" not in result["summary"]:
         console.print(f"{task.description} has no written rationales: they are left out")
@@ -113,7 +113,7 @@ def main() -> None:
     try:
         probe()
     except (ValueError, ConnectionError) as error:
-        sys.exit(f"latro.probe: {error}")
+        sys.exit(one_line(f"latro.probe: {error}"))
 
 
 if __name__ == "__main__":

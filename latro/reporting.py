@@ -35,6 +35,7 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from latro.rollout import Rollout, decode
+from latro.terminal import shown
 
 _PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -289,5 +290,6 @@ def _markdown_table(samples: Sequence[Sample]) -> str:
 def _literal(text: str) -> str:
     """Text as it is, in a cell of Markdown: no mark-up in it, line ends shown."""
     return "".join(
-        "<br>" if c == "\n" else c if c.isalnum() or c == " " else f"&#{ord(c)};" for c in text
+        "<br>" if c == "\n" else c if c.isalnum() or c == " " else f"&#{ord(c)};"
+        for c in shown(text)
     )

@@ -53,12 +53,26 @@ class HeldOutSamples(TrainerCallback):
 
 
 def read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """The problems of each evaluation by its step, in the order of steps; {} without a file."""
+    """The problems of each evaluation by its step, in the order of steps; {} without a file.
+
+    Raises:
+        ValueError: the file is damaged, or not one of these; names the line.
+    """
     if not path.exists():
         return {}
+    samples = {}
     # A file's lines end at "\n" alone; those of `splitlines` at what stands in texts too.
-    with path.open(encoding="utf-8") as lines:
-        return {entry["step"]: entry["problems"] for entry in map(json.loads, lines)}
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                entry = json.loads(line)
+                samples[int(entry["step"])] = list(entry["problems"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ValueError(
+                    f"output_dir: {path}:{number}: expected an object with step and problems, as "
+                    f"a run leaves them: {error!r}; move the file away"
+                ) from error
+    return samples
 
 
 def _write(path: Path, samples: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
 from transformers import HfArgumentParser
 
 from latro.config import setting
@@ -23,6 +22,7 @@ from latro.replicate.cells import Failure, finished, run_cells
 from latro.replicate.report import REPORT_FILE, write_report
 from latro.replicate.study import Scale, cells, select
 from latro.replicate.summary import CELLS_FILE, Study
+from latro.terminal import Terminal, one_line
 
 
 @dataclass
@@ -81,7 +81,7 @@ class ReplicateArguments:
         return shlex.join(words)
 
 
-def replicate(argv: Sequence[str] | None = None, console: Console | None = None) -> list[Failure]:
+def replicate(argv: Sequence[str] | None = None, console: Terminal | None = None) -> list[Failure]:
     """Run the command line; returns the cells that failed.
 
     Raises:
@@ -91,7 +91,7 @@ def replicate(argv: Sequence[str] | None = None, console: Console | None = None)
         [ReplicateArguments], prog="python -m latro.replicate", allow_abbrev=False
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    console = console or Console()
+    console = console or Terminal()
     folder = Path(args.output_dir).resolve()
     if args.report_only:
         write_report(Study.read(folder), folder)
@@ -128,7 +128,7 @@ def main() -> None:
     try:
         failures = replicate()
     except ValueError as error:
-        sys.exit(f"latro.replicate: {error}")
+        sys.exit(one_line(f"latro.replicate: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if failures else 0)

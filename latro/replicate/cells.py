@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from latro.callbacks import METRICS_FILE
 from latro.files import write_json
 from latro.replicate.study import Cell, base_folder
+from latro.terminal import Terminal
 from latro_kernels import environment
 
 _POLL_SECONDS = 0.1
@@ -63,7 +63,7 @@ def run_cells(
     folder: Path,
     *,
     jobs: int,
-    console: Console,
+    console: Terminal,
     on_finish: Callable[[], object],
 ) -> list[Failure]:
     """Run the cells that are not finished, in their order, `jobs` at a time.
@@ -87,11 +87,11 @@ def run_cells(
     failures: list[Failure] = []
     running: list[_Run] = []
     progress = Progress(
-        TextColumn("cells"),
+        TextColumn("cells", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         console=console,
     )
     with progress:
@@ -114,11 +114,11 @@ def run_cells(
                     progress.advance(bar)
                     if isinstance(outcome, Failure):
                         failures.append(outcome)
-                        console.print(f"[red]{outcome.name}: {outcome.reason}[/red]")
-                        console.print(outcome.log_tail, markup=False, highlight=False)
+                        console.print(f"{outcome.name}: {outcome.reason}", style="red")
+                        console.print(outcome.log_tail)
                     else:
                         done.add(run.cell.name)
-                        console.print(_line(outcome), highlight=False)
+                        console.print(_line(outcome))
                         on_finish()
         finally:
             for run in running:

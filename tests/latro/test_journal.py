@@ -55,6 +55,16 @@ def test_other_settings_are_refused_by_name(path, lines):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("settings", [b"", b"{", b"[]", b'{"model": 1}', b"\xff", b"[" * 100_000])
+def test_damaged_settings_are_named(path, lines, settings):
+    place = path.with_suffix(".settings.json")
+    place.write_bytes(settings)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=rf"output: {place}: "):
+        Journal(path, IDENTITY).open(PROMPTS, 2)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_that_no_evaluation_wrote_is_left_alone(path, lines, overwrite):
     """It may be the data."""

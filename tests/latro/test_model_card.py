@@ -3,11 +3,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import markdown
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from latro.model_card import LONGEST_TEXT, METHODS, HeldOut, Run, Setting, model_card, write_card
+from latro.terminal import shown
 
 BEFORE = {
     "step": 0,
@@ -111,6 +113,37 @@ def test_texts_do_not_break_out_of_the_card():
     outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?^\1$", "", text)
     assert "Not a heading" not in outside
     assert "\n# " in outside
+
+
+HOSTILE = "a: \"b\" 'c' [x](y) <script> | `d` _e_ $f$ # \x1b[2J\n---\nkey: value \udc80"
+
+
+def test_names_do_not_break_out_of_the_card(tmp_path):
+    run = replace(
+        RUN,
+        name=HOSTILE,
+        task=HOSTILE,
+        base=HOSTILE,
+        base_model=None,
+        dataset=None,
+        device=HOSTILE,
+        settings=[Setting("beta", HOSTILE, None)],
+        held_out=replace(RUN.held_out, split=HOSTILE, command=HOSTILE),
+        samples_after=[problem(HOSTILE, prompt=HOSTILE, answer=HOSTILE)],
+    )
+    write_card(run, tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    (result, _) = card.data.eval_results
+    assert card.data.model_name == shown(HOSTILE)
+    assert (result.dataset_name, result.dataset_split) == (shown(HOSTILE),) * 2
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model-index"}
+    assert "\x1b" not in card.content
+    # What markup there is, outside of code, is ours.
+    page = markdown.markdown(card.text, extensions=["fenced_code", "tables"])
+    prose = re.sub(r"<code.*?</code>", "", page, flags=re.S)
+    assert not re.search(r"<(?!/?(h\d|p|table|t[rhd]|thead|tbody|img|pre)\b)", prose)
+    assert prose.count("&lt;script&gt;") == 4
+    assert len({line.count("<td") for line in re.findall(r"<tr>(.*?)</tr>", page, re.S)[1:2]}) == 1
 
 
 def test_long_texts_are_cut():

@@ -3,13 +3,14 @@ from __future__ import annotations
 import html
 import io
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from rich.console import Console
+from datasets import Dataset
 from transformers import TrainerControl, TrainerState
 
 from latro import LatroConfig
@@ -21,9 +22,11 @@ from latro.reporting import (
     SequenceReports,
     Trackio,
     WeightsAndBiases,
+    _markdown_table,
     check_trackers,
 )
 from latro.rollout import decode
+from latro.terminal import Terminal, shown
 
 SAMPLE = Sample("How | many?", " 2+3=[5]\n<eos>", " The answer is `5`", -1.5, 0.25)
 
@@ -105,7 +108,7 @@ def test_an_evaluation_s_log_waits_for_that_of_the_updates(reports, rollouts):
 
 
 def test_the_terminal_shows_completions_to_the_letter():
-    console = Console(file=io.StringIO(), width=120)
+    console = Terminal(file=io.StringIO(), width=120)
     table = CompletionsTable(console)
     table(3, Report([0.25], [4], []))
     assert console.file.getvalue() == ""
@@ -115,6 +118,25 @@ def test_the_terminal_shows_completions_to_the_letter():
     assert "How | many?" in shown
     assert "-1.50" in shown
     assert "+0.25" in shown
+
+
+@pytest.mark.parametrize("place", ["prompt", "rationale", "answer"])
+@pytest.mark.parametrize("text", ["[INST] a [/INST]", "[bold]", "[/]", ":smile:", "\x1b[2J", "a|b"])
+def test_no_text_is_markup(place, text):
+    sample = replace(SAMPLE, **{place: text})
+    console = Terminal(file=io.StringIO(), width=120)
+    CompletionsTable(console)(3, Report([0.25], [4], [sample]))
+    assert repr(text) in console.file.getvalue()
+    row = _markdown_table([sample]).splitlines()[2]
+    assert row.count("|") == 6
+    assert "\x1b" not in html.unescape(row)
+    assert html.escape(shown(text)) in html.escape(html.unescape(row))
+
+
+def test_a_run_logs_completions_of_prompts_that_look_like_markup(make_trainer, capsys):
+    data = Dataset.from_list([{"prompt": "[INST] How many? [/INST]", "answer": "5"}] * 4)
+    make_trainer(train_dataset=data, log_completions=True, max_steps=1).train()
+    assert "[INST] How many? [/INST]" in capsys.readouterr().out
 
 
 def test_without_trackers_nothing_is_kept(make_trainer):

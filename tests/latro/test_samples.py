@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 from transformers import TrainerControl, TrainerState
 
 from latro.samples import PROBLEMS, SAMPLES_FILE, HeldOutSamples, read_samples
@@ -46,3 +47,11 @@ def test_training_starts_with_what_its_state_knows(tmp_path):
     state.log_history = []
     HeldOutSamples().on_train_begin(args, state, TrainerControl())
     assert read_samples(tmp_path / SAMPLES_FILE) == {}
+
+
+@pytest.mark.parametrize("line", [b'{"step": 4, "prob', b"[1]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_damaged_file_is_named(tmp_path, line):
+    path = tmp_path / SAMPLES_FILE
+    path.write_bytes(b'{"step": 0, "problems": []}\n' + line)
+    with pytest.raises(ValueError, match=rf"output_dir: {path}:2: expected an object"):
+        read_samples(path)

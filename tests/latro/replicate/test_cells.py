@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from latro.replicate.cells import Failure, finished, run_cells
 from latro.replicate.study import Cell
+from latro.terminal import Terminal
 
 # `python -m quick DO…` in a cell's place: each word does something.
 QUICK = """
@@ -56,7 +56,7 @@ def run(folder: Path) -> Callable[..., tuple[list[Failure], str]]:
     """`run(cells, jobs=1)`: the failures, and what was printed."""
 
     def call(cells: list[Cell], jobs: int = 1) -> tuple[list[Failure], str]:
-        console = Console(file=io.StringIO(), width=200)
+        console = Terminal(file=io.StringIO(), width=200)
         failures = run_cells(cells, folder, jobs=jobs, console=console, on_finish=lambda: None)
         return failures, console.file.getvalue()
 
@@ -165,7 +165,7 @@ def test_an_interruption_ends_the_processes_and_keeps_what_is_finished(folder):
         raise KeyboardInterrupt
 
     cells = [cell("a", "sleep", "evaluate"), cell("c", "evaluate"), cell("d", "evaluate")]
-    console = Console(file=io.StringIO())
+    console = Terminal(file=io.StringIO())
     with pytest.raises(KeyboardInterrupt):
         run_cells(cells, folder, jobs=2, console=console, on_finish=interrupted)
     with pytest.raises(ProcessLookupError):

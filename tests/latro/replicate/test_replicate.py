@@ -8,9 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from latro.replicate import __main__ as command
+from latro.terminal import Terminal
 
 
 @pytest.mark.slow
@@ -45,7 +45,7 @@ def test_the_report_alone_comes_from_the_collected_cells(record, tmp_path):
     cells = [record("main-llama-arithmetic-latro-1")]
     document = {"command": "python -m latro.replicate", "jobs": 2, "cells": cells}
     (tmp_path / "cells.json").write_text(json.dumps(document))
-    console = Console(file=io.StringIO(), width=200)
+    console = Terminal(file=io.StringIO(), width=200)
     arguments = ["--report_only", "true", "--output_dir", str(tmp_path)]
     assert command.replicate(arguments, console) == []
     assert "| llama | arithmetic | LaTRO |" in (tmp_path / "README.md").read_text()
