@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from latro.generation import caches_in
 from latro.rollout import AnswerJoin, Rollout, Sample
 
 TEMPLATE = "The answer is"
@@ -164,10 +165,10 @@ def stops_by_chance(model: PreTrainedModel, setting: Setting, end: int) -> Itera
     low, high = setting.rationale
 
     def bend(module: nn.Module, args: object, output: CausalLMOutputWithPast) -> None:
-        cache = output.get("past_key_values")
-        if cache is None:
-            return
-        length = cache.get_seq_length() - setting.P + 1
+        caches = [*caches_in(output).values()]
+        if not caches:
+            return  # TRL scores in the same breath, without a cache
+        length = caches[0].get_seq_length() - setting.P + 1
         logits = output.logits[:, -1]
         logits[:, end] = -math.inf
         if low <= length < high:

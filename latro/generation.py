@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
+    Cache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,6 +18,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.utils import ModelOutput
 
 from latro.peft import without_wrapper
 from latro.rollout import Sample, decode_batch, eos_token_ids
@@ -41,15 +41,12 @@ class TransformersEngine:
 
     Raises:
         ValueError: the model does not keep what it has read in a cache of transformers, and so may
-            not know padding from tokens.
+            not know padding from tokens, and its samples could not share what reads their prompt.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        # Of the class: engines put a forward of their own in the place of the instance's.
-        reads = inspect.signature(type(without_wrapper(model)).forward).parameters
-        self._prefills = "past_key_values" in reads
         if not without_wrapper(model)._supports_default_dynamic_cache():
             raise ValueError(
                 "model: expected one that generates with a cache of transformers, got "
@@ -75,7 +72,6 @@ class TransformersEngine:
         # The padding is masked, so its id is never seen by a real token and any id will do.
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-        stop = TemplateStop(self.tokenizer, width, len(prompts) * num_samples, eos, template)
         sampling = [SeededSampling(seeds, num_samples, temperature, device)] if temperature else []
 
         was_training = model.training
@@ -94,12 +90,14 @@ class TransformersEngine:
         for owner in owners:
             owner.generation_config = plain
         try:
-            shared: dict[str, DynamicCache] = {}
-            if self._prefills:
-                cache = _prefill(model, ids, mask)
+            shared = _prefill(model, ids, mask) if width > 1 else {}
+            for cache in shared.values():
                 # Layers of linear attention can be reordered, and not repeated.
                 cache.reorder_cache(torch.arange(len(ids)).repeat_interleave(num_samples))
-                shared = {"past_key_values": cache}
+                if not _knows_its_length(cache):
+                    ids, mask = ids[:, -1:], mask[:, -1:]
+            start = ids.shape[1]
+            stop = TemplateStop(self.tokenizer, start, len(prompts) * num_samples, eos, template)
             output = model.generate(
                 input_ids=ids.repeat_interleave(num_samples, dim=0),
                 attention_mask=mask.repeat_interleave(num_samples, dim=0),
@@ -115,7 +113,7 @@ class TransformersEngine:
                 owner.generation_config = own_config
             model.train(was_training)
 
-        rows = output[:, width:].tolist()
+        rows = output[:, start:].tolist()
         samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
         return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
@@ -202,18 +200,45 @@ class TemplateStop(StoppingCriteria):
         return torch.tensor(self.done, device=input_ids.device)
 
 
-def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> DynamicCache:
-    """The keys and values of every prompt token but the last, which generation reads itself."""
-    cache = DynamicCache(config=model.config)
-    if ids.shape[1] > 1:
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        # The whole model and not its trunk alone: sharding engines want to be called at the root.
-        model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[:, :-1],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+def caches_in(output: ModelOutput) -> dict[str, Cache]:
+    """The caches that a model's output holds, by their names in this version of transformers."""
+    return {name: value for name, value in output.items() if isinstance(value, Cache)}
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Cache]:
+    """The cache of every prompt token but the last, which generation reads itself, by its name.
+
+    The model makes the cache and names it: generation hands it back to the model's forward by the
+    same name, which differs between versions of transformers.
+
+    Raises:
+        ValueError: the model returns no cache, so that K samples would read their prompt K times.
+    """
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    # The whole model and not its trunk alone: sharding engines want to be called at the root.
+    output = model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        return_dict=True,
+    )
+    kept = caches_in(output)
+    if len(kept) != 1:
+        raise ValueError(
+            "model: expected one that returns a cache of transformers, which the samples of a "
+            f"prompt can share, got {type(without_wrapper(model)).__name__}, which returns "
+            f"{', '.join(output)}"
         )
-    return cache
+    return kept
+
+
+def _knows_its_length(cache: Cache) -> bool:
+    """Whether `generate` can tell how many tokens a cache holds, so that it leaves those out."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        # Each of its layers keeps a state of one size, however much it has read.
+        return False
+    return True

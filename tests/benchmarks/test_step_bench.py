@@ -94,6 +94,18 @@ def test_ours_reads_each_prompt_once_and_heads_take_rationale_and_answer_rows(tm
         assert one.rows == setting.G * sum(R + setting.A for R in setting.lengths)
 
 
+@pytest.mark.parametrize("setting", [QUICK, replace(QUICK, G=1, K=5, P=7)])
+def test_our_step_reads_each_prompt_once_for_all_of_its_rationales(tmp_path, setting):
+    ours = Ours(StepProblem(setting, DEVICE), tmp_path)
+    with ours.counted() as passes:
+        ours.step()
+    sampling = [p.tokens for p in passes[:-2]]
+    G, K = setting.G, setting.K
+    longest = max(length for group in ours.lengths for length in group)
+    # The prompts but for their last tokens; then a token of each sequence for each that is drawn.
+    assert sampling == [G * (setting.P - 1)] + [G * K] * longest
+
+
 @pytest.mark.parametrize(("name", "batch"), [(Published.name, 8), (PublishedRecipe.name, 4)])
 def test_the_published_update_reads_padding_and_takes_it_through_the_head(tmp_path, name, batch):
     passes = passes_of(name, tmp_path, StepProblem(QUICK, DEVICE))

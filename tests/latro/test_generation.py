@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from transformers import GenerationConfig
 
 from latro.generation import TemplateStop, TransformersEngine, seed_of
 from latro.rollout import Sample
+from scripts.make_tiny_model import ARCHITECTURES
 from tests.latro.other_models import other_model
 
 TEMPLATE = "The answer is"
+STATEFUL = ["lfm2", "qwen3_5_text", "qwen3_next", "jamba", "bamba", "falcon_h1", "mamba", "mamba2"]
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How"]
 
 
@@ -25,12 +29,65 @@ def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenize
     assert_greedy_is_that_of_the_model_alone(model, tokenizer)
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["lfm2", "qwen3_5_text", "qwen3_next", "jamba", "bamba", "falcon_h1", "mamba", "mamba2"],
-)
+@pytest.mark.parametrize("architecture", STATEFUL)
 def test_layers_that_keep_a_state_give_what_the_model_alone_would_generate(tokenizer, architecture):
     assert_greedy_is_that_of_the_model_alone(other_model(architecture, tokenizer), tokenizer)
+
+
+@contextmanager
+def counted_tokens(model):
+    """Within it, the list returned grows by the tokens of every forward through the trunk."""
+    counts = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: counts.append(args[0].numel())
+    )
+    yield counts
+    hook.remove()
+
+
+def assert_prompts_are_read_once(model, tokenizer):
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    G, K, P = len(prompts), 5, max(map(len, prompts))
+    engine = TransformersEngine(model, tokenizer)
+    with counted_tokens(model) as counts:
+        engine.generate(prompts, num_samples=K, max_new_tokens=1, temperature=1, seeds=[0, 1, 2])
+    # All of the prompt but its last token, and that once for each sample, whose first it draws.
+    assert counts == [G * (P - 1), G * K]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_goes_through_the_trunk_once_for_all_of_its_samples(tiny, tokenizer, architecture):
+    assert_prompts_are_read_once(tiny(architecture), tokenizer)
+
+
+@pytest.mark.parametrize("architecture", STATEFUL)
+def test_layers_that_keep_a_state_read_a_prompt_once_too(tokenizer, architecture):
+    assert_prompts_are_read_once(other_model(architecture, tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen3"])
+def test_a_prompt_goes_once_through_a_trunk_with_adapters_too(tiny, tokenizer, architecture):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    assert_prompts_are_read_once(peft.get_peft_model(tiny(architecture), lora), tokenizer)
+
+
+def test_a_prompt_of_one_token_has_nothing_to_share(tiny, tokenizer):
+    model = tiny()
+    with counted_tokens(model) as counts:
+        (samples,) = TransformersEngine(model, tokenizer).generate(
+            [[5]], num_samples=3, max_new_tokens=1, temperature=1, seeds=[0]
+        )
+    assert counts == [3] == [len(samples)]
+
+
+def test_a_model_that_returns_no_cache_is_refused(tiny, tokenizer):
+    model = tiny()
+    model.register_forward_hook(lambda _, args, output: type(output)(logits=output.logits))
+    with pytest.raises(ValueError, match=r"returns a cache .* got LlamaForCausalLM, which returns"):
+        TransformersEngine(model, tokenizer).generate(
+            [[5, 6]], num_samples=3, max_new_tokens=1, temperature=1, seeds=[0]
+        )
 
 
 def assert_greedy_is_that_of_the_model_alone(model, tokenizer):

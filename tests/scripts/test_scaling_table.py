@@ -9,10 +9,11 @@ import torch
 from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from latro import LatroConfig, LatroTrainer
 from latro.config import SMALL_MODEL
+from latro.generation import caches_in
 from latro.layout import Size, plan
 from latro.rollout import Rollout
 from latro.tasks import get_task
@@ -163,7 +164,6 @@ def test_bytes_of_autocasts_copies():
 
 def test_bytes_of_a_tokens_cache():
     model = build(TINY).to(torch.bfloat16)
-    cache = DynamicCache(config=model.config)
-    model(torch.arange(9)[None], past_key_values=cache)
+    (cache,) = caches_in(model(torch.arange(9)[None], use_cache=True)).values()
     held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     assert held == 9 * TINY.cache_bytes
