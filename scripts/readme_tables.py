@@ -19,9 +19,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from latro.replicate.markdown import percent, table
-from latro.replicate.study import METHODS
-from latro.replicate.summary import CELLS_FILE, Study, estimate
+from studies.replicate.markdown import percent, table
+from studies.replicate.study import METHODS
+from studies.replicate.summary import CELLS_FILE, Study, estimate
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from threading import Thread
@@ -46,17 +45,6 @@ class Sums(Task):
 
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
         return statement.strip() or None
-
-
-@pytest.fixture
-def ordinary_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as a program finds them, though a job in the background ignores SIGINT."""
-    given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in given.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import latro
-from latro.replicate.pretrain import TASKS, Arguments, generate_documents
 from latro.tasks import get_task
+from studies.replicate.pretrain import TASKS, Arguments, generate_documents
 
 ASSETS = Path(latro.__file__).parent / "assets"
 SMALL = ASSETS / "small"

@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from latro.replicate.pretrain import SHIPPED
+from studies.replicate.pretrain import SHIPPED
 
 ARCHITECTURES = ("llama", "mistral", "phi3")
 TASKS = ("arithmetic", "arithmetic_choice")
@@ -203,7 +203,7 @@ def _base_model(architecture: str, task: str, scale: Scale, start: Cell | None) 
     if start is not None:
         start_from = ("--start_from", base_folder(start.architecture, start.task))
     command = (
-        "latro.replicate.pretrain",
+        "studies.replicate.pretrain",
         *("--architecture", architecture, "--task", task, "--output_dir", folder),
         *start_from,
         *(() if scale.pretrain_steps is None else ("--steps", str(scale.pretrain_steps))),

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from latro.replicate.cells import Failure, finished, run_cells
-from latro.replicate.study import Cell
 from latro.terminal import Terminal
+from studies.replicate.cells import Failure, finished, run_cells
+from studies.replicate.study import Cell
 
 # `python -m quick DO…` in a cell's place: each word does something.
 QUICK = """

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from latro.replicate.pretrain import SHIPPED
-from latro.replicate.study import ARCHITECTURES, LATRO, TASKS
+from studies.replicate.pretrain import SHIPPED
+from studies.replicate.study import ARCHITECTURES, LATRO, TASKS
 
 CELLS_FILE = "cells.json"
 
@@ -70,7 +70,7 @@ class Study:
     Args:
         command: the shell command.
         jobs: cells at a time.
-        records: of all finished cells; see `latro.replicate.cells`.
+        records: of all finished cells; see `studies.replicate.cells`.
 
     Raises:
         ValueError: cells that differ in their seeds alone have different settings.

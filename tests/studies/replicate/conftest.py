@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from latro.replicate.study import Cell, Scale, cells
+from studies.replicate.study import Cell, Scale, cells
 
 _METRICS = {
     "accuracy_greedy": 0.5,

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro.config import SMALL_MODEL
-from latro.replicate.pretrain import (
+from studies.replicate.pretrain import (
     ARCHITECTURES,
     IGNORE_INDEX,
     TASKS,

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from latro.files import replacing
-from latro.replicate.study import ABLATIONS, LATRO, MAJORITY, METHODS
-from latro.replicate.summary import Record, Study, estimate
+from studies.replicate.study import ABLATIONS, LATRO, MAJORITY, METHODS
+from studies.replicate.summary import Record, Study, estimate
 
 _HEADLINES = (("greedy", "accuracy_greedy"), (f"maj@{max(MAJORITY)}", f"maj@{max(MAJORITY)}"))
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from latro.replicate.summary import Difference, Estimate, Study, estimate
+from studies.replicate.summary import Difference, Estimate, Study, estimate
 
 
 def test_an_estimate_is_the_mean_and_the_deviation_by_n_minus_one():
@@ -35,7 +35,7 @@ def test_one_seed_decides_nothing():
 
 
 def test_a_study_is_read_as_it_was_written(record, tmp_path):
-    study = Study("python -m latro.replicate", 2, (record("main-llama-arithmetic-latro-1"),))
+    study = Study("python -m studies.replicate", 2, (record("main-llama-arithmetic-latro-1"),))
     (tmp_path / "cells.json").write_text(json.dumps(study.as_json()))
     assert Study.read(tmp_path) == study
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latro.config import ASSETS
-from latro.replicate.study import (
+from studies.replicate.study import (
     ABLATIONS,
     ARCHITECTURES,
     LATRO,
@@ -69,9 +69,9 @@ def test_only_the_model_that_ships_is_not_pretrained():
     assert of.keys() == {(a, t) for a in ARCHITECTURES for t in TASKS} - {("llama", "arithmetic")}
     phi = of["phi3", "arithmetic_choice"]
     assert phi.chain == [
-        "python -m latro.replicate.pretrain --architecture phi3 --task arithmetic "
+        "python -m studies.replicate.pretrain --architecture phi3 --task arithmetic "
         "--output_dir base/phi3-arithmetic --steps 7",
-        "python -m latro.replicate.pretrain --architecture phi3 --task arithmetic_choice "
+        "python -m studies.replicate.pretrain --architecture phi3 --task arithmetic_choice "
         "--output_dir base/phi3-arithmetic_choice --start_from base/phi3-arithmetic --steps 7",
     ]
     for cell in everything:

@@ -24,9 +24,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from latro.callbacks import METRICS_FILE
 from latro.files import write_json
-from latro.replicate.study import Cell, base_folder
 from latro.terminal import Terminal
 from latro_kernels import environment
+from studies.replicate.study import Cell, base_folder
 
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 20

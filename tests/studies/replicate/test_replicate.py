@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from latro.replicate import __main__ as command
 from latro.terminal import Terminal
+from studies.replicate import __main__ as command
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Pat
     made = [record["name"] for record in document["cells"]]
     bases = ["base-mistral-arithmetic", "base-mistral-arithmetic_choice"]
     assert made == [*bases, *names]
-    shown = "python -m latro.replicate --max_steps 1 --num_eval_examples 4 --pretrain_steps 1"
+    shown = "python -m studies.replicate --max_steps 1 --num_eval_examples 4 --pretrain_steps 1"
     assert document["command"] == shown
     for record in document["cells"]:
         if record["part"] == "main":
@@ -43,7 +43,7 @@ def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Pat
 
 def test_the_report_alone_comes_from_the_collected_cells(record, tmp_path):
     cells = [record("main-llama-arithmetic-latro-1")]
-    document = {"command": "python -m latro.replicate", "jobs": 2, "cells": cells}
+    document = {"command": "python -m studies.replicate", "jobs": 2, "cells": cells}
     (tmp_path / "cells.json").write_text(json.dumps(document))
     console = Terminal(file=io.StringIO(), width=200)
     arguments = ["--report_only", "true", "--output_dir", str(tmp_path)]
@@ -57,7 +57,7 @@ def test_the_report_alone_comes_from_the_collected_cells(record, tmp_path):
 def test_the_shown_command_has_what_decides_the_numbers():
     arguments = command.ReplicateArguments(seeds=[4, 5], only=["main-*"], jobs=7)
     arguments.output_dir = "elsewhere"
-    assert arguments.command == "python -m latro.replicate --seeds 4 5"
+    assert arguments.command == "python -m studies.replicate --seeds 4 5"
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_bad_arguments_are_one_line_and_leave_nothing(argv, message, tmp_path, m
     folder = tmp_path / "study"
     words = [*shlex.split(argv), "--output_dir", str(folder)]
     monkeypatch.setattr("sys.argv", ["replicate", *words])
-    with pytest.raises(SystemExit, match=f"latro.replicate: .*{message}"):
+    with pytest.raises(SystemExit, match=f"studies.replicate: .*{message}"):
         command.main()
     assert not folder.exists()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from latro.replicate.report import write_report
-from latro.replicate.summary import Study
+from studies.replicate.report import write_report
+from studies.replicate.summary import Study
 
 MAIN = "main-llama-arithmetic"
 
@@ -29,7 +29,7 @@ def records(record):
 
 
 def write(records, folder: Path) -> str:
-    write_report(Study("python -m latro.replicate", 2, tuple(records)), folder)
+    write_report(Study("python -m studies.replicate", 2, tuple(records)), folder)
     return (folder / "README.md").read_text()
 
 

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latro.files import replacing
-from latro.replicate.charts import draw_ablations, draw_main, draw_majority
-from latro.replicate.markdown import items, listed, paragraphs, percent, plain, points, table
-from latro.replicate.pretrain import SHIPPED
-from latro.replicate.study import (
+from studies.replicate.charts import draw_ablations, draw_main, draw_majority
+from studies.replicate.markdown import items, listed, paragraphs, percent, plain, points, table
+from studies.replicate.pretrain import SHIPPED
+from studies.replicate.study import (
     ABLATIONS,
     LATRO,
     MAJORITY,
     METHODS,
     SFT_LEARNING_RATE,
 )
-from latro.replicate.summary import Difference, Estimate, Record, Study, estimate
+from studies.replicate.summary import Difference, Estimate, Record, Study, estimate
 
 REPORT_FILE = "README.md"
 DISCUSSION_FILE = "discussion.md"
@@ -79,7 +79,7 @@ def _head(study: Study) -> str:
     commands = f"""
 
     {study.command}
-    python -m latro.replicate --report_only true --output_dir benchmarks/results/replicate
+    python -m studies.replicate --report_only true --output_dir benchmarks/results/replicate
 
 """
     return (

@@ -1,4 +1,4 @@
-"""`python -m latro.replicate`: the paper's main table and ablations, with models that a CPU trains.
+"""`python -m studies.replicate`: the paper's main table and ablations in models that a CPU trains.
 
 It can be stopped at any time; the same command goes on with the cells that are not finished.
 """
@@ -18,11 +18,11 @@ from transformers import HfArgumentParser
 
 from latro.config import setting
 from latro.files import write_json
-from latro.replicate.cells import Failure, finished, run_cells
-from latro.replicate.report import REPORT_FILE, write_report
-from latro.replicate.study import Scale, cells, select
-from latro.replicate.summary import CELLS_FILE, Study
 from latro.terminal import Terminal, one_line
+from studies.replicate.cells import Failure, finished, run_cells
+from studies.replicate.report import REPORT_FILE, write_report
+from studies.replicate.study import Scale, cells, select
+from studies.replicate.summary import CELLS_FILE, Study
 
 
 @dataclass
@@ -48,7 +48,7 @@ class ReplicateArguments:
         Scale.num_eval_examples, "Held-out problems of each evaluation."
     )
     pretrain_steps: int | None = setting(
-        None, "Of each base model; without it as latro.replicate.pretrain has it."
+        None, "Of each base model; without it as studies.replicate.pretrain has it."
     )
     report_only: bool = setting(
         False, f"Run nothing; write the report from the {CELLS_FILE} in output_dir."
@@ -71,7 +71,7 @@ class ReplicateArguments:
     @property
     def command(self) -> str:
         """The shell command of the whole study: what decides the numbers, where not the default."""
-        words = ["python", "-m", "latro.replicate"]
+        words = ["python", "-m", "studies.replicate"]
         usual = ReplicateArguments()
         for name in (f.name for f in fields(Scale)):
             value = getattr(self, name)
@@ -88,7 +88,7 @@ def replicate(argv: Sequence[str] | None = None, console: Terminal | None = None
         ValueError: bad settings; nothing has been run.
     """
     parser = HfArgumentParser(
-        [ReplicateArguments], prog="python -m latro.replicate", allow_abbrev=False
+        [ReplicateArguments], prog="python -m studies.replicate", allow_abbrev=False
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
     console = console or Terminal()
@@ -128,7 +128,7 @@ def main() -> None:
     try:
         failures = replicate()
     except ValueError as error:
-        sys.exit(one_line(f"latro.replicate: {error}"))
+        sys.exit(one_line(f"studies.replicate: {error}"))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if failures else 0)

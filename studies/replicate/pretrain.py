@@ -14,7 +14,7 @@ The models of the study read fewer documents than the one that ships: they do no
 stories, and they learn to count, which is most of the work, from right steps alone before they meet
 the mixture. A model of `arithmetic_choice` goes on from one of `arithmetic`, which counts already.
 
-    python -m latro.replicate.pretrain --output_dir latro/assets/small
+    python -m studies.replicate.pretrain --output_dir latro/assets/small
 """
 
 from __future__ import annotations
