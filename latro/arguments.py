@@ -17,6 +17,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from latro.config import ASSETS, AnswerConfig
+from latro.errors import one_line
+from latro.precedence import by_precedence
 
 
 class _FileParser(HfArgumentParser):
@@ -55,6 +57,9 @@ def parse_arguments(
 ) -> tuple[Any, ...]:
     """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
 
+    What is given also beats a setting of a weaker source that would overrule it, or that belongs to
+    what it replaces (`latro.precedence`).
+
     The YAML file takes the names and values of the command line, and lists, mappings and null.
     Without `--model_name_or_path` the small model that ships is meant, and the settings made for
     it (`small_settings`, a file in `latro/assets`) stand in for the defaults.
@@ -69,16 +74,39 @@ def parse_arguments(
     parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
     _group_help(parser, classes)
     argv = list(sys.argv[1:] if argv is None else argv)
-    given, _ = _preparse(argv)
-    settings = _parse_yaml(classes, _read_yaml(given.config), given.config) if given.config else {}
-    if given.model_name_or_path is None and settings.get("model_name_or_path") is None:
+    named, _ = _preparse(argv)
+    file = _parse_yaml(classes, _read_yaml(named.config), named.config) if named.config else {}
+    small = {}
+    if named.model_name_or_path is None and file.get("model_name_or_path") is None:
         path = ASSETS / small_settings
         known = {f.name for cls in classes for f in dataclasses.fields(cls)}
         small = {k: v for k, v in _read_yaml(path).items() if k in known}
-        settings = _parse_yaml(classes, small, path) | settings
-    parser.set_defaults(**settings)
-    *parsed, _ = parser.parse_args_into_dataclasses(argv)
-    return tuple(parsed)
+        small = _parse_yaml(classes, small, path)
+    # For --help; what is given beats them.
+    parser.set_defaults(**small | file)
+    settings = by_precedence(small, file, _given(parser, argv))
+    parsed = tuple(
+        cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings})
+        for cls in classes
+    )
+    for part in parsed:
+        # accelerate's file names a precision too, which transformers takes where none is true.
+        if isinstance(part, TrainingArguments) and settings.get(part.mixed_precision) is False:
+            part.mixed_precision = "no"
+    return parsed
+
+
+def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the command line itself gives, by field, without any default."""
+    absent = object()
+    names = {action.dest: absent for action in parser._actions}
+    # argparse fills in a default where the namespace has no such name yet.
+    parsed, unknown = parser.parse_known_args(argv, argparse.Namespace(**names))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown argument {' '.join(unknown)}{hint}")
+    return {name: value for name, value in vars(parsed).items() if value is not absent}
 
 
 def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -97,8 +125,11 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         typed = yaml.load(text, _WithExponents)
     except FileNotFoundError:
         raise ValueError(f"--config: no such file: {path}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config: {path} is not YAML: {error}") from error
+    except OSError as error:
+        raise ValueError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have.
+        raise ValueError(f"--config: {path} is not YAML: {one_line(error)}") from error
     if not isinstance(written, dict):
         raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")
     return {k: typed.get(k, v) if isinstance(v, dict) else v for k, v in written.items()}
@@ -116,9 +147,13 @@ def _parse_yaml(
     for name, value in arguments.items():
         option = options.get(f"--{name}")
         if option is None:
-            near = difflib.get_close_matches(name, [o.removeprefix("--") for o in options], n=1)
+            near = difflib.get_close_matches(
+                str(name), [o.removeprefix("--") for o in options], n=1
+            )
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
+        if option.dest in settings:
+            raise ValueError(f"--config: {path}: {option.dest} is given twice, as {name} too")
         if isinstance(value, str):
             try:
                 parsed, _ = parser.parse_known_args([f"--{name}={value}"])

@@ -5,7 +5,7 @@ from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.arguments import parse_arguments
-from latro.config import DataArguments, ModelArguments
+from latro.config import DataArguments, ModelArguments, PeftArguments
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
 
@@ -232,3 +232,103 @@ def test_help_has_groups_with_ours_first(capsys):
     assert places == sorted(places)
     assert places[2] < text.index("K, rationales sampled") < places[3]
     assert places[3] < text.index("--adam_beta1 ADAM_BETA1")
+
+
+CLASSES_OF_A_RUN = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
+FILE = """
+model_name_or_path: m
+max_steps: 120
+warmup_steps: 10
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1e-7}
+optim: adamw_torch
+optim_args: rank=1
+bf16: true
+eval_strategy: epoch
+save_strategy: no
+logging_strategy: no
+activation_checkpointing: true
+use_peft: true
+lora_r: 8
+rollout_engine: vllm
+importance_cap: 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--num_train_epochs 2", {"num_train_epochs": 2, "max_steps": -1}),
+        ("--max_steps 3", {"max_steps": 3}),
+        ("--lr_scheduler_type linear", {"lr_scheduler_kwargs": None}),
+        (
+            "--lr_scheduler_type cosine_with_min_lr",
+            {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        ),
+        ("--optim sgd", {"optim": "sgd", "optim_args": None}),
+        ("--optim_args rank=2", {"optim": "adamw_torch", "optim_args": "rank=2"}),
+        ("--fp16 true", {"fp16": True, "bf16": False}),
+        ("--bf16 false", {"bf16": False, "fp16": False}),
+        ("--fp16 false", {"bf16": True, "fp16": False}),
+        ("--eval_steps 7", {"eval_strategy": "steps", "eval_steps": 7}),
+        ("--save_steps 7", {"save_strategy": "steps", "save_steps": 7}),
+        ("--logging_steps 7", {"logging_strategy": "steps", "logging_steps": 7}),
+        ("--save_steps 7 --save_strategy epoch", {"save_strategy": "epoch"}),
+        ("--gradient_checkpointing false", {"activation_checkpointing": False}),
+        ("--use_peft false", {"use_peft": False, "lora_r": 16}),
+        ("--use_peft true", {"lora_r": 8}),
+        ("--rollout_engine transformers", {"importance_cap": None}),
+        ("--rollout_engine vllm", {"importance_cap": 2.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_command_line_beats_what_would_overrule_it_in_a_file(tmp_path, given, expected):
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    argv = ("--config", str(path), "--use_cpu", "true", *given.split())
+    parsed = parse_arguments(CLASSES_OF_A_RUN, argv, prog="latro")
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_a_file_beats_what_would_overrule_it_in_the_small_models_settings(tmp_path):
+    args = parse_yaml(tmp_path, "num_train_epochs: 2\nsave_steps: 5\n")[2]
+    assert (args.num_train_epochs, args.max_steps) == (2, -1)
+    assert (args.save_strategy, args.save_steps) == ("steps", 5)
+    # Together in one file they are as transformers has them.
+    args = parse_yaml(tmp_path, "num_train_epochs: 2\nmax_steps: 5\nsave_strategy: no\n")[2]
+    assert (args.max_steps, args.save_strategy) == (5, "no")
+
+
+def test_the_command_line_alone_asks_for_evaluations_by_their_interval():
+    args = parse("--model_name_or_path", "m", "--eval_steps", "7")[2]
+    assert (args.eval_strategy, args.eval_steps) == ("steps", 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"beta: 1\nkl_coef: 2\n", "beta is given twice, as kl_coef too"),
+        (b"beta: \xff\n", "is not YAML: .*utf-8"),
+        (b"lr_scheduler_kwargs: {day: 2024-13-45}\n", "is not YAML: month must be in"),
+        (b"? [a]\n: 1\n", "is not YAML: .*unhashable"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_settings_is_named_in_one_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^--config: .*run.yaml.*{message}") as caught:
+        parse("--config", str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        parse("--config", str(tmp_path))
+
+
+def test_the_command_line_beats_the_precision_that_accelerate_was_given(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse("--use_cpu", "true")[2].mixed_precision == "bf16"
+    assert parse("--use_cpu", "true", "--bf16", "false")[2].mixed_precision == "no"
+    assert parse("--use_cpu", "true", "--fp16", "false")[2].mixed_precision == "bf16"
