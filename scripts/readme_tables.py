@@ -63,6 +63,67 @@ def default_run(result: dict[str, Any]) -> str:
     )
 
 
+def default_run_short(result: dict[str, Any]) -> str:
+    """Accuracy before and after the default run, the mean over its seeds."""
+    columns = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_rationale_length")
+
+    def row(title: str, evaluations: Sequence[dict[str, float]]) -> list[str]:
+        greedy, sampled, length = (
+            sum(e[name] for e in evaluations) / len(evaluations) for name in columns
+        )
+        return [title, f"{greedy:.1%}", f"{sampled:.1%}", f"{length:.1f}"]
+
+    runs = result["runs"]
+    rows = [
+        row("the model that ships", [runs[0]["base"]]),
+        row(f"after LaTRO, mean of {len(runs)} seeds", [run["final"] for run in runs]),
+    ]
+    return markdown(["500 held-out problems", "greedy", "sampled", "rationale, tokens"], rows)
+
+
+def peers_short(result: dict[str, Any]) -> str:
+    """Forward and backward of every provider, a row each, fp32 beside bf16."""
+    groups = {g["dtype"]: g["rows"] for g in result["groups"] if g["section"] == "peers"}
+    cells: dict[str, list[str]] = {}
+    for rows in groups.values():
+        for row in rows:
+            cells.setdefault(row["provider"], []).extend(
+                [f"{row['multiples']['full']:.2f}", _mib(row["memory"]["full"])]
+            )
+    header = [""]
+    for dtype in groups:
+        header += [f"{dtype}, × 3 GEMMs", "extra MiB"]
+    shape = groups["fp32"][0]["shape"]
+    return (
+        markdown(header, [[provider, *row] for provider, row in cells.items()])
+        + f"\n\nN = {shape['n']}, H = {shape['h']}, V = {shape['v']}. Ours keep all products, "
+        "64 MiB of them (the default on a CPU) or none for the backward. Errors and ranges: "
+        "[the results](docs/results.md#the-lm-head-beside-other-libraries)."
+    )
+
+
+def step_short(result: dict[str, Any]) -> str:
+    """An update and a whole step, a row a contender, without counts."""
+    rows = [
+        [
+            row["contender"],
+            *(_time_and_ratio(row, phase) for phase in ("update", "step")),
+            f"{_mib(row['peak'])} ({row['peak'] / result['rows'][0]['peak']:.1f} ×)",
+        ]
+        for row in result["rows"]
+    ]
+    header = ["", "update, s", "with its rollout, s", "peak of the update, MiB"]
+    setting = result["rows"][0]["setting"]
+    low, high = setting["rationale"]
+    return (
+        markdown(header, rows)
+        + f"\n\nK = {setting['K']} rationales of {low}–{high} tokens, V = {setting['V']}, a Llama "
+        f"of {setting['model']['layers']} layers with H = {setting['model']['hidden']} on "
+        f"{_where(result)}. Ranges, token counts and scaling: "
+        "[the results](docs/results.md#an-update-and-a-whole-step)."
+    )
+
+
 def peers(result: dict[str, Any]) -> str:
     """Every provider, fp32 and bf16."""
     groups = [group for group in result["groups"] if group["section"] == "peers"]
@@ -235,6 +296,9 @@ def replicate(result: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "default-run": (RESULTS / "default_run.json", default_run),
+    "default-run-short": (RESULTS / "default_run.json", default_run_short),
+    "peers-short": (RESULTS / "head" / "study_head.json", peers_short),
+    "step-short": (RESULTS / "step" / "step.json", step_short),
     "peers": (RESULTS / "head" / "study_head.json", peers),
     "ops": (RESULTS / "ops" / "ops.json", ops),
     "step": (RESULTS / "step" / "step.json", step),
