@@ -249,6 +249,7 @@ class LatroTrainer(AnswerTrainer):
             self.args.vllm_url,
             self.processing_class,
             eos_token_ids=eos_token_ids(self.model, self.processing_class),
+            vocab_size=self.model.config.get_text_config().vocab_size,
             weights_dir=self.args.vllm_weights_dir or Path(self.args.output_dir) / "vllm_weights",
         )
 

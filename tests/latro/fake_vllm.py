@@ -6,19 +6,23 @@ import json
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 
 
 class FakeVllm(ThreadingHTTPServer):
-    """Answers as vLLM does, and keeps what it was asked. `answers[path]` stands in for its own."""
+    """Answers as vLLM does, and keeps what it was asked.
+
+    `answers[path]` stands in for its own answer; `speaks[path]` writes to the connection itself.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.tokenizer = tokenizer
         self.asked: list[tuple[str, Any]] = []
         self.answers: dict[str, Callable[[Any], tuple[int, Any]]] = {}
+        self.speaks: dict[str, Callable[[BinaryIO], None]] = {}
         self.drop = 0
         self.version = "default"
         self.logprobs_mode = "processed_logprobs"
@@ -93,6 +97,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body))
         if self.server.drop:
             self.server.drop -= 1
+            return
+        if self.path in self.server.speaks:
+            self.server.speaks[self.path](self.wfile)
+            self.close_connection = True
             return
         status, answer = self.server.answer(self.path, body)
         content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

@@ -134,7 +134,9 @@ def test_server_without_the_dev_routes(fake: FakeVllm, engine_of: Any) -> None:
 
 def test_server_that_is_not_vllm(fake: FakeVllm, engine_of: Any) -> None:
     fake.answers["/v1/models"] = lambda body: (200, b"<html>hello</html>")
-    with pytest.raises(ValueError, match=r"vllm_url.*<html>hello"):
+    with pytest.raises(
+        ValueError, match=r"vllm_url.*/v1/models: expected JSON, got 18 bytes of something else"
+    ):
         engine_of(fake.url)
 
 
