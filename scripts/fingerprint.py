@@ -4,10 +4,10 @@
     python scripts/fingerprint.py > after.txt       # in the other, on the same machine
     diff before.txt after.txt
 
-A line each: every op's outputs and gradients on fixed inputs, by backend and dtype; and the metrics,
-the gradients and the weights of a run of the small model that ships, of LaTRO in each objective and of
-supervised fine-tuning. `--max_steps 120` takes the whole default run. One thread, so that sums have one
-order. It uses public names only, which a redesign keeps.
+There is a line for the outputs and gradients of every op on fixed inputs, by backend and dtype, and
+for the metrics and the weights of short runs of the small model: LaTRO by each objective, and supervised
+fine-tuning. `--max_steps 120` takes the whole default run. One thread is used, so that sums have one
+order, and public names only, which a redesign keeps.
 """
 
 from __future__ import annotations
