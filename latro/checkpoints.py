@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import stat
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -25,7 +27,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from latro.files import write_json
 
 MANIFEST = "checkpoint_manifest.json"
+STATE = "trainer_state.json"
 PARTIAL = ".partial"
+
+# What JSON of another shape than expected raises; RecursionError where it is nested too deep.
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 _logger = logging.getLogger(__name__)
 
@@ -51,10 +57,10 @@ def check_checkpoint(folder: str) -> None:
     Raises:
         ValueError: it is no checkpoint, damaged (the message names the file), or of weights alone.
     """
-    if not (Path(folder) / "trainer_state.json").is_file():
+    if not os.path.isfile(os.path.join(folder, STATE)):
         raise ValueError(
             f"resume_from_checkpoint: expected a checkpoint folder, got {folder!r}, which has no "
-            "trainer_state.json"
+            f"{STATE}"
         )
     fault = damage(Path(folder))
     if fault is not None:
@@ -75,7 +81,7 @@ def check_optimizer_state(folder: str) -> None:
     """
     place = Path(folder)
     # FSDP has `optimizer.bin` or a folder `optimizer_0`; DeepSpeed keeps all in `global_step<N>`.
-    whole = any(place.glob("optimizer*")) and (place / "scheduler.pt").is_file()
+    whole = any(place.glob("optimizer*")) and os.path.isfile(place / "scheduler.pt")
     if not whole and not any(place.glob("global_step*")):
         raise ValueError(
             f"resume_from_checkpoint: {folder} lacks the state of optimiser or schedule, as with "
@@ -85,26 +91,35 @@ def check_optimizer_state(folder: str) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Which file of a checkpoint is not as it was written, and how; None: all of them are.
+    """Tell which file of a checkpoint is not as it was written, and how; None: all of them are.
 
     A checkpoint without manifest, as Trainers write them, is taken if its `trainer_state.json`, its
     last file, can be read and its safetensors have the size that their headers tell.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        files = {
-            str(name): (int(entry["bytes"]), str(entry["crc32"]))
-            for name, entry in manifest["files"].items()
-        }
-    except FileNotFoundError:
-        return _damage_by_headers(folder)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        has_manifest = MANIFEST in os.listdir(folder)
+        return _damage_by_manifest(folder) if has_manifest else _damage_by_headers(folder)
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _damage_by_manifest(folder: Path) -> str | None:
+    fault = _no_file(folder / MANIFEST)
+    if fault is not None:
+        return f"{MANIFEST}: {fault}"
+    try:
+        files = _listed(json.loads((folder / MANIFEST).read_bytes()))
+    except _MALFORMED as error:
         return f"{MANIFEST}: cannot be read ({error!r})"
+    if STATE not in files:
+        # The last file of a checkpoint: without it the manifest is of something else.
+        return f"{MANIFEST}: does not list {STATE}"
     # Sizes first: a missing or short file is told without reading the large ones.
     for name, (size, _) in files.items():
         path = folder / name
-        if not path.is_file():
-            return f"{name}: missing"
+        fault = _no_file(path)
+        if fault is not None:
+            return f"{name}: {fault}"
         if path.stat().st_size != size:
             return f"{name}: {path.stat().st_size:,} bytes, expected {size:,}"
     for name, (_, checksum) in files.items():
@@ -114,27 +129,64 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def _damage_by_headers(folder: Path) -> str | None:
+def _no_file(path: Path) -> str | None:
+    """Tell why a path is no regular file; None: it is one. A pipe would be waited for."""
     try:
-        json.loads((folder / "trainer_state.json").read_bytes())
-    except FileNotFoundError:
-        return "trainer_state.json: missing"
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except OSError as error:
+        return str(error.strerror)
     except ValueError as error:
-        return f"trainer_state.json: not JSON ({error})"
+        # A name that no file can have, such as one with a null byte.
+        return str(error)
+    return None if stat.S_ISREG(mode) else "not a file"
+
+
+def _listed(manifest: Any) -> dict[str, tuple[int, str]]:
+    """The size and checksum of each file by its name.
+
+    Raises:
+        ValueError, KeyError, TypeError or AttributeError: it is no manifest of a folder's files.
+    """
+    files = {}
+    for name, entry in manifest["files"].items():
+        size, checksum = entry["bytes"], entry["crc32"]
+        if type(size) is not int or type(checksum) is not str:
+            raise TypeError(f"{name}: expected bytes and crc32, got {size!r} and {checksum!r}")
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"{name}: expected a file inside of the folder")
+        files[name] = (size, checksum)
+    return files
+
+
+def _damage_by_headers(folder: Path) -> str | None:
+    fault = _no_file(folder / STATE)
+    if fault is not None:
+        return f"{STATE}: {fault}"
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"{STATE}: not JSON ({error})"
+    if not isinstance(state, dict) or type(state.get("global_step")) is not int:
+        return f"{STATE}: has no global_step"
     for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder)
+        fault = _no_file(path)
+        if fault is not None:
+            return f"{name}: {fault}"
         try:
             expected = _safetensors_bytes(path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{path.relative_to(folder)}: its header cannot be read ({error!r})"
+        except _MALFORMED as error:
+            return f"{name}: its header cannot be read ({error!r})"
         if path.stat().st_size != expected:
-            return (
-                f"{path.relative_to(folder)}: {path.stat().st_size:,} bytes, expected {expected:,}"
-            )
+            return f"{name}: {path.stat().st_size:,} bytes, expected {expected:,}"
     return None
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """The size by the header: its length in 8 little-endian bytes, JSON, then the tensors."""
+    """Return the size by the header: its length in 8 little-endian bytes, JSON, the tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -169,7 +221,8 @@ def publish(folder: Path, run_dir: Path) -> Path:
     """
     write_manifest(folder)
     place = run_dir / folder.name
-    if place.exists():
+    # Also a link that leads nowhere is in the way of a folder.
+    if os.path.lexists(place):
         _put_away(place)
     folder.rename(place)
     return place
@@ -182,7 +235,9 @@ def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:
     """
     if limit is None or limit < 1:
         return
-    others = [folder for folder in _newest_first(run_dir) if folder not in keep]
+    others = [
+        folder for folder in _newest_first(run_dir) if folder not in keep and os.path.isdir(folder)
+    ]
     for folder in others[max(0, limit - len(keep)) :]:
         _put_away(folder)
 
@@ -202,6 +257,6 @@ def _newest_first(run_dir: Path) -> list[Path]:
     numbered = {}
     for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
-        if step.isdecimal():
+        if step.isascii() and step.isdigit():
             numbered[folder] = int(step)
     return sorted(numbered, key=numbered.__getitem__, reverse=True)
