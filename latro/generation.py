@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from latro.layout import long_rope_boundary
 from latro.peft import without_wrapper
 from latro.rollout import Sample, decode_batch, eos_token_ids
 
@@ -47,6 +49,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.boundary = long_rope_boundary(model)
         if not without_wrapper(model)._supports_default_dynamic_cache():
             raise ValueError(
                 "model: expected one that generates with a cache of transformers, got "
@@ -64,7 +67,41 @@ class TransformersEngine:
         seeds: Sequence[int],
         template: str | None = None,
     ) -> list[list[Sample]]:
-        """As `RolloutEngine.generate` says."""
+        """As `RolloutEngine.generate` says.
+
+        A LongRoPE model takes the frequencies of the longest sequence for all that it is handed, so
+        prompts on different sides of its boundary do not go together, and a completion ends, as by
+        the length limit, before its sequence would go past the boundary.
+
+        Raises:
+            ValueError: a prompt has as many tokens as the boundary.
+        """
+        limits = [_limit(len(prompt), max_new_tokens, self.boundary) for prompt in prompts]
+        samples: dict[int, list[Sample]] = {}
+        for kind in dict.fromkeys(limits):
+            together = [i for i, limit in enumerate(limits) if limit == kind]
+            batch = self._generate_batch(
+                [prompts[i] for i in together],
+                num_samples=num_samples,
+                max_new_tokens=kind.new_tokens,
+                temperature=temperature,
+                seeds=[seeds[i] for i in together],
+                template=template,
+            )
+            samples.update(zip(together, batch, strict=True))
+        return [samples[i] for i in range(len(prompts))]
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None,
+    ) -> list[list[Sample]]:
+        """`generate` for prompts that may go together."""
         model = self.model
         eos = eos_token_ids(model, self.tokenizer)
         device = model.device
@@ -90,7 +127,10 @@ class TransformersEngine:
         for owner in owners:
             owner.generation_config = plain
         try:
-            shared = _prefill(model, ids, mask) if width > 1 else {}
+            # Up to their last token but one the longest prompts just beyond LongRoPE's boundary
+            # are within it, and would be read with the other frequencies.
+            apart = self.boundary is not None and width - 1 == self.boundary
+            shared = {} if width == 1 or apart else _prefill(model, ids, mask)
             for cache in shared.values():
                 # Layers of linear attention can be reordered, and not repeated.
                 cache.reorder_cache(torch.arange(len(ids)).repeat_interleave(num_samples))
@@ -121,6 +161,27 @@ class TransformersEngine:
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
         """Nothing to do: the policy is here."""
+
+
+class _Limit(NamedTuple):
+    """What prompts have in common that may go through a LongRoPE model together."""
+
+    long: bool
+    new_tokens: int
+
+
+def _limit(prompt_length: int, max_new_tokens: int, boundary: int | None) -> _Limit:
+    if boundary is None:
+        return _Limit(False, max_new_tokens)
+    if prompt_length > boundary:
+        return _Limit(True, max_new_tokens)
+    if prompt_length == boundary:
+        raise ValueError(
+            f"prompts: expected fewer or more than {boundary} tokens, the most that the model's "
+            f"short rotary frequencies are for, got {prompt_length}, which leaves no room for a "
+            "completion"
+        )
+    return _Limit(False, min(max_new_tokens, boundary - prompt_length))
 
 
 class SeededSampling(LogitsProcessor):

@@ -25,6 +25,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from latro.attention import SharedPrefix
 from latro.rollout import Rollout
@@ -212,6 +213,31 @@ def _join_offsets(offsets: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     return torch.cat([*joined, offsets[-1][-1:] + starts[-2]])
 
 
+def long_rope_boundary(model: PreTrainedModel) -> int | None:
+    """Tokens up to which a LongRoPE model takes its short rotary frequencies; None of any other.
+
+    A sequence of more tokens takes the long ones at each of its positions, and so does every
+    sequence that the model is handed beside it.
+
+    Raises:
+        ValueError: its layers have boundaries that differ.
+    """
+    config = model.config.get_text_config()
+    # Of all layers, or a dict for each type of layer; a model may have no rotary embedding at all.
+    parameters = getattr(config, "rope_parameters", None) or {}
+    boundaries = {
+        rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        for rope in (parameters, *parameters.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    }
+    if len(boundaries) > 1:
+        raise ValueError(
+            "model: expected LongRoPE with one original_max_position_embeddings, got "
+            f"{sorted(boundaries)}"
+        )
+    return boundaries.pop() if boundaries else None
+
+
 @dataclass(frozen=True)
 class Size:
     """Positions that groups take in one batch: add sizes to have that of both together."""
@@ -257,8 +283,8 @@ def plan(
         groups: of at least one rollout each.
         token_budget: positions of one batch, padding included.
         packed: whether batches will be packed or padded.
-        boundary: sequences of more tokens than this never share a piece with others: a model with
-            two sets of rotary frequencies (LongRoPE) takes one set for all that it is handed.
+        boundary: sequences of more tokens than this never share a piece with others, since a model
+            takes one set of rotary frequencies for all that it is handed (`long_rope_boundary`).
     """
     planned: list[MicroBatch] = []
     bins: list[_Bin] = []

@@ -9,6 +9,7 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.layout import long_rope_boundary
 from latro.rollout import AnswerJoin, Sample
 
 # A text, or a conversation: {"role", "content"} messages.
@@ -102,7 +103,8 @@ def check_dataset(
     Raises:
         ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
             tokenizer cannot render, or a row that does not fit the model with a rationale of full
-            length; names the row and how its prompt begins.
+            length, or would change its rotary frequencies within one; names the row and how its
+            prompt begins.
     """
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
@@ -112,6 +114,7 @@ def check_dataset(
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
     longest = Longest(0, 0)
+    boundary = long_rope_boundary(model)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -138,6 +141,15 @@ def check_dataset(
                 f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
                 f"{max_completion_length} and its answer takes {needed} positions, but the model "
                 f"has {limit}; lower max_completion_length or drop the row; {_beginning(prompt)}"
+            )
+        # The answer's last token is not read.
+        if boundary is not None and max_completion_length and len(ids) <= boundary < needed - 1:
+            raise ValueError(
+                f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
+                f"{max_completion_length} and its answer goes past the {boundary} up to which the "
+                "model has its short rotary frequencies, and a rationale sampled with these would "
+                "be scored with the long ones; lower max_completion_length or drop the row; "
+                f"{_beginning(prompt)}"
             )
     return longest
 

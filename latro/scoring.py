@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latro.attention import allow_shared_prefix, placeholder_mask
-from latro.layout import Batch, Group, collate
+from latro.layout import Batch, Group, collate, long_rope_boundary
 from latro.peft import head_parameters, without_wrapper
 from latro.rollout import Rollout
 from latro_kernels import linear_kl, linear_logprob
@@ -105,12 +105,7 @@ class Scorer:
                 f"model: {type(model).__name__} has a logit softcap and a logit scale; their order "
                 "is not known"
             )
-        rope = getattr(config, "rope_parameters", None) or {}
-        self.boundary: int | None = None
-        if rope.get("rope_type") == "longrope":
-            self.boundary = rope.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
+        self.boundary = long_rope_boundary(model)
         with _without_tf32():
             self._verify_logits()
             self.packed = allow_shared_prefix(self.causal) and self._packs_rightly()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 
 import pytest
@@ -124,6 +125,64 @@ def test_a_prompts_samples_depend_on_its_seed_alone(tiny, tokenizer):
     # Nor on the prompts beside it.
     assert engine.generate(prompts[1:2], seeds=[2], **options) == first[1:2]
     assert len({tuple(sample.ids) for sample in first[0]}) == 4
+
+
+def long_rope(tiny, architecture, boundary=24):
+    """A model with two sets of rotary frequencies, of weights so large that every token counts."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": boundary,
+    }
+    model = tiny(
+        architecture, rope_parameters=rope, original_max_position_embeddings=boundary
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "llama"])
+@pytest.mark.parametrize(
+    "lengths",
+    [(5, 60), (5, 12, 20, 23, 25, 26, 40), (25,), (25, 25, 11), (26, 25), (23, 22, 21), (1, 30)],
+)
+def test_a_long_rope_model_draws_from_what_it_scores(tiny, tokenizer, architecture, lengths):
+    model = long_rope(tiny, architecture)
+    numbers = random.Random(0)
+    prompts = [[numbers.randrange(1, len(tokenizer)) for _ in range(n)] for n in lengths]
+    engine = TransformersEngine(model, tokenizer)
+    options = {"num_samples": 2, "max_new_tokens": 16, "temperature": 0}
+    samples = engine.generate(prompts, seeds=[0] * len(prompts), **options)
+    for prompt, group in zip(prompts, samples, strict=True):
+        assert [group] == engine.generate([prompt], seeds=[0], **options)
+        limit = 16 if len(prompt) > 24 else min(16, 24 - len(prompt))
+        for ids in (sample.ids for sample in group):
+            assert len(ids) == limit or ids[-1] == tokenizer.eos_token_id
+            # What is likeliest where the whole sequence is read at once, as it is scored.
+            logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0]
+            assert ids == logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
+
+
+def test_a_long_rope_models_samples_do_not_depend_on_a_long_prompt_beside_them(tiny, tokenizer):
+    engine = TransformersEngine(long_rope(tiny, "phi3"), tokenizer)
+    options = {"num_samples": 4, "max_new_tokens": 8, "temperature": 1.0}
+    short, long = [[5, 6, 7], [*range(1, 61)]]
+    together = engine.generate([short, long], seeds=[1, 2], **options)
+    assert together[:1] == engine.generate([short], seeds=[1], **options)
+    assert together[1:] == engine.generate([long], seeds=[2], **options)
+
+
+def test_a_prompt_as_long_as_the_short_frequencies_is_refused(tiny, tokenizer):
+    engine = TransformersEngine(long_rope(tiny, "phi3"), tokenizer)
+    with pytest.raises(ValueError, match=r"expected fewer or more than 24 tokens.* got 24"):
+        engine.generate(
+            [[*range(1, 25)]], num_samples=1, max_new_tokens=1, temperature=0, seeds=[0]
+        )
 
 
 def test_seeds_of_different_places_differ():

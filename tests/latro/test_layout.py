@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latro.layout import collate, group_layout, plain_offsets, plan
+from latro.layout import collate, group_layout, long_rope_boundary, plain_offsets, plan
 from latro.rollout import Rollout, decode
 
 CPU = torch.device("cpu")
@@ -212,3 +212,37 @@ def test_groups_share_micro_batches_where_they_fit():
 @pytest.mark.parametrize("budget", [10**6, 1])
 def test_no_groups_no_micro_batches(budget):
     assert plan([], budget, packed=True) == []
+
+
+@pytest.mark.parametrize(
+    ("parameters", "boundary"),
+    [
+        (None, None),
+        ({"rope_type": "default", "original_max_position_embeddings": 8}, None),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 8}, 8),
+        ({"rope_type": "longrope"}, 4),
+        ({"a": {"rope_type": "longrope"}, "b": {"rope_type": "default"}}, 4),
+        (
+            {
+                "a": {"rope_type": "longrope", "original_max_position_embeddings": 8},
+                "b": {"rope_type": "longrope", "original_max_position_embeddings": 8},
+            },
+            8,
+        ),
+    ],
+)
+def test_where_long_rope_changes_its_frequencies(tiny, parameters, boundary):
+    model = tiny()
+    model.config.rope_parameters = parameters
+    model.config.original_max_position_embeddings = 4
+    assert long_rope_boundary(model) == boundary
+
+
+def test_layers_that_change_at_other_lengths_are_refused(tiny):
+    model = tiny()
+    model.config.rope_parameters = {
+        name: {"rope_type": "longrope", "original_max_position_embeddings": at}
+        for name, at in (("a", 8), ("b", 16))
+    }
+    with pytest.raises(ValueError, match=r"one original_max_position_embeddings, got \[8, 16\]"):
+        long_rope_boundary(model)

@@ -7,7 +7,7 @@ from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
 from latro.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
-from latro.rollout import AnswerJoin
+from latro.rollout import AnswerJoin, Sample
 
 USER = {"role": "user", "content": "How many?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -135,3 +135,28 @@ def test_a_row_that_does_not_fit_is_named_by_how_its_prompt_begins(tiny, tokeniz
 def test_a_prompt_as_text():
     assert prompt_text("How many?") == prompt_text([USER]) == "How many?"
     assert prompt_text([SYSTEM, USER]) == "system: Be brief.\nuser: How many?"
+
+
+def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny("phi3", rope_parameters=rope | factors, original_max_position_embeddings=24)
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+
+    def check(prompt_ids, max_completion_length):
+        dataset = Dataset.from_list([{"prompt": tokenizer.decode(prompt_ids), "answer": "7"}])
+        check_dataset(dataset, "data", model, tokenizer, join, max_completion_length)
+
+    word = tokenizer.encode(" pens")
+    (token,) = word
+    answer = len(join([token], Sample([]), "7").answer_ids)
+    # All but the answer's last token are read: exactly 24 of them.
+    most = 24 - 10 - (answer - 1)
+    check([token] * 10, most)
+    with pytest.raises(ValueError, match=r"row 0: a prompt of 10 tokens .* goes past the 24 up to"):
+        check([token] * 10, most + 1)
+    with pytest.raises(ValueError, match="a prompt of 24 tokens with a rationale of 1 and its"):
+        check([token] * 24, 1)
+    check([token] * 25, 500)
+    # Without sampling a sequence is read once, with one set of frequencies or the other.
+    check([token] * 24, 0)
