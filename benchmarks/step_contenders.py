@@ -223,7 +223,7 @@ class Trl(Contender):
             gradient_accumulation_steps=sequences // batch,
             beta=BETA,
             bf16=False,  # the weights have their dtype already
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             use_cpu=problem.device.type == "cpu",
             disable_tqdm=True,
             report_to="none",

@@ -85,7 +85,8 @@ class FittingUpdate:
         if all(sum(map(len, piece)) == 1 for piece in pieces):
             raise torch.OutOfMemoryError(
                 "out of memory with one sequence at a time: lower max_completion_length, shard or "
-                "offload weights and optimiser, train an adapter, or turn on gradient checkpointing"
+                "offload weights and optimiser, train an adapter, or turn on "
+                "activation_checkpointing"
             )
         packed = self.update.scorer.packed
         largest = max(

@@ -19,9 +19,13 @@ _TOKENS = "a row's tokens are not known before rationales are sampled"
 _IN_BACKWARD = "it changes weights inside of a backward, of which an update has several"
 _PRECISION = "evaluation runs in the precision of the training"
 _PREDICTIONS = "evaluation samples completions and grades them; it has no batches of predictions"
+_LIGER = "it changes the model's layers after scoring was compared with the model's own logits"
+_SIGNALS = "SIGTERM and SIGINT are answered already, by a whole checkpoint after the update"
+_CACHE = "every forward of the trainer says itself whether it keeps a cache"
+_MEAN = "an update is the mean over the prompts of all processes"
 
 # The reason, and the values that are refused where that is not every one but the default.
-_REFUSED: dict[str, tuple[str, Sequence[str] | None]] = {
+_REFUSED: dict[str, tuple[str, Sequence[str | bool] | None]] = {
     "torch_compile": (_COMPILED, None),
     "torch_compile_backend": (_COMPILED, None),
     "torch_compile_mode": (_COMPILED, None),
@@ -45,6 +49,14 @@ _REFUSED: dict[str, tuple[str, Sequence[str] | None]] = {
     "include_for_metrics": (_PREDICTIONS, None),
     "batch_eval_metrics": (_PREDICTIONS, None),
     "label_names": (_PREDICTIONS, None),
+    "do_predict": (_PREDICTIONS, None),
+    "eval_do_concat_batches": (_PREDICTIONS, (False,)),
+    "length_column_name": (_TOKENS, None),
+    "use_liger_kernel": (_LIGER, None),
+    "liger_kernel_config": (_LIGER, None),
+    "enable_jit_checkpoint": (_SIGNALS, None),
+    "use_cache": (_CACHE, None),
+    "average_tokens_across_devices": (_MEAN, (False,)),
 }
 
 
@@ -53,6 +65,14 @@ def check_refused(args: TrainingArguments) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     for name, (reason, values) in _REFUSED.items():
         # Some came with later versions of transformers, and went with others.
-        value = getattr(args, name, None)
-        if value and value != defaults[name] and (values is None or value in values):
+        if name not in defaults:
+            continue
+        value = getattr(args, name)
+        if value in values if values is not None else value and value != defaults[name]:
             raise ValueError(f"{name}: expected it left out ({reason}), got {value!r}")
+    split = args.parallelism_config
+    if split is not None and split.non_data_parallel_size > 1:
+        raise ValueError(
+            "parallelism_config: expected processes that share the data alone, since each takes "
+            f"whole sequences through whole layers, got {split}"
+        )

@@ -225,7 +225,7 @@ class Times:
 
 
 def update_times(model: Model, work: Work, node: Node, nodes: int, budget: int) -> Times:
-    """With FSDP2 and gradient checkpointing."""
+    """With FSDP2 and activation checkpointing."""
     flops = work.G * sum(update_flops(model, work, checkpoints=True))
     sent = exchanged_bytes(model, "FSDP2", nodes * node.gpus, micro_batches(work, budget))
     return Times(
@@ -240,7 +240,7 @@ def update_table() -> str:
     for name, tokens, flops in (
         ("here", WORK.packed_tokens, update_flops(LLAMA_8B, WORK)),
         (
-            "here, gradient checkpointing",
+            "here, activation checkpointing",
             WORK.packed_tokens,
             update_flops(LLAMA_8B, WORK, checkpoints=True),
         ),
@@ -292,7 +292,7 @@ def activations_table() -> str:
         inputs = budget * LLAMA_8B.layers * BF16 * LLAMA_8B.hidden
         checkpointed = inputs + budget * LLAMA_8B.block_activations
         rows.append([f"{budget:,}", f"{1e-9 * kept:.1f}", f"{1e-9 * checkpointed:.1f}"])
-    header = ["`--token_budget`", "all kept, GB", "gradient checkpointing, GB"]
+    header = ["`--token_budget`", "all kept, GB", "activation checkpointing, GB"]
     return markdown(header, rows)
 
 
@@ -338,7 +338,7 @@ def example_table() -> str:
         f"reached, {NODE.memory / 1e12} TB/s, of which decoding reaches "
         f"{NODE.bandwidth_share:.0%}, links of {NODE.link / 1e9:.0f} GB/s and network cards of "
         f"{NODE.network / 1e9:.0f} GB/s per GPU, each in one direction; "
-        f"a token budget of {BUDGET:,}, gradient checkpointing, FSDP2."
+        f"a token budget of {BUDGET:,}, activation checkpointing, FSDP2."
     )
 
 

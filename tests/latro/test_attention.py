@@ -62,14 +62,14 @@ def test_log_probs_and_gradients_equal_the_padded_forwards(
         torch.testing.assert_close(packed_grads[name], theirs, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-def test_gradient_checkpointing_attends_in_the_same_way(tiny, rollouts, sharper):
+def test_activation_checkpointing_attends_in_the_same_way(tiny, rollouts, sharper):
     model = sharper(tiny())
     groups = rollouts(2, 4)
     grads = []
     for checkpointing in (False, True):
         own = copy.deepcopy(model).train()
         if checkpointing:
-            own.gradient_checkpointing_enable({"use_reentrant": False})
+            own.activation_checkpointing_enable({"use_reentrant": False})
         scorer = Scorer(own)
         scorer(scorer.collate(groups)).logp.sum().backward()
         grads.append([p.grad for p in own.parameters()])

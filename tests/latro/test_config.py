@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
+from accelerate import ParallelismConfig
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, PeftArguments
+from latro.refused import _REFUSED
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
 
@@ -151,12 +156,53 @@ def test_unknown_argument():
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
         ({"eval_accumulation_steps": 2}, "eval_accumulation_steps"),
         ({"include_for_metrics": ["loss"]}, "include_for_metrics"),
+        ({"do_predict": True}, "do_predict: .* no batches of predictions"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches: .*got False"),
+        ({"length_column_name": "tokens"}, "length_column_name"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: .*changes the model's layers.*got True"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config: .*changes the model's"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: .*SIGTERM and SIGINT are answ"),
+        ({"use_cache": True}, "use_cache: .*says itself whether it keeps a cache"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices: .*got False"),
+        (
+            {"parallelism_config": ParallelismConfig(tp_size=2)},
+            "parallelism_config: expected processes that share the data alone",
+        ),
     ],
 )
 def test_settings_out_of_range(tmp_path, setting, message):
     with pytest.raises(ValueError, match=message):
         LatroConfig(output_dir=str(tmp_path / "run"), **setting)
     assert not (tmp_path / "run").exists()
+
+
+# Fields of TrainingArguments that a trainer of ours takes as transformers' own does, or checks.
+_TAKEN = """
+accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2
+adam_epsilon auto_find_batch_size bf16 data_seed dataloader_drop_last dataloader_in_order
+dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
+do_train eval_delay eval_on_start eval_steps eval_strategy fp16 fsdp fsdp_config full_determinism
+gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
+hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
+learning_rate load_best_model_at_end local_rank log_level log_level_replica log_on_each_node
+logging_first_step logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs
+lr_scheduler_type max_grad_norm max_steps metric_for_best_model num_train_epochs optim_args
+optim_target_modules output_dir parallelism_config per_device_eval_batch_size
+per_device_train_batch_size project push_to_hub remove_unused_columns report_to
+restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32
+trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu warmup_steps weight_decay
+"""
+
+
+def test_every_setting_of_transformers_is_taken_or_refused():
+    """One that a new version brings is neither until somebody has looked at it."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    taken = set(_TAKEN.split())
+    assert fields - taken - set(_REFUSED) == set()
+    assert taken & set(_REFUSED) == set()
 
 
 BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}

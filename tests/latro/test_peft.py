@@ -262,20 +262,20 @@ def test_rationales_are_sampled_with_the_adapter_on(tiny, tokenizer):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_no_gradient(make_trainer, tiny, rollouts, reentrant):
+def test_activation_checkpointing_changes_no_gradient(make_trainer, tiny, rollouts, reentrant):
     base = tiny()
     groups = rollouts(2, 4)
     plain = gradient_of(make_trainer(adapted(copy.deepcopy(base)), kl="exact"), groups)
     trainer = make_trainer(
         adapted(base),
         kl="exact",
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs={"use_reentrant": reentrant},
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": reentrant},
     )
     # Without it a reentrant checkpoint has no gradient; older transformers leave it to the trainer.
     assert trainer.model.get_input_embeddings()(torch.tensor([1])).requires_grad
     # As the Trainer does at the start of training.
-    trainer.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    trainer.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     checkpointed = gradient_of(trainer, groups)
     assert checkpointed.keys() == plain.keys()
     for name, gradient in plain.items():
@@ -294,7 +294,7 @@ def test_training_moves_the_adapter_alone_and_plain_peft_loads_it(
         max_steps=30,
         lr_scheduler_type="constant",
         learning_rate=3e-2,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
     )
     trainer.train()
     rewards = [e["reward"] for e in trainer.state.log_history if "reward" in e]

@@ -108,7 +108,7 @@ def test_an_updates_operations_in_the_blocks(tmp_path, checkpoints):
         get_task("arithmetic"),
     )
     if checkpoints:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
     with FlopCounterMode(display=False) as counter:
         trainer.update(groups(WORK), WORK.G)
