@@ -63,7 +63,7 @@ class CudaClock:
 
 
 def clock_for(device: torch.device) -> Clock:
-    """The clock that measures finished work on `device`."""
+    """Return the clock that measures finished work on `device`."""
     return CudaClock() if device.type == "cuda" else HostClock()
 
 

@@ -4,10 +4,10 @@
     python scripts/fingerprint.py > after.txt       # in the other, on the same machine
     diff before.txt after.txt
 
-There is a line for the outputs and gradients of every op on fixed inputs, by backend and dtype, and
-for the metrics and the weights of short runs of the small model: LaTRO by each objective, and supervised
-fine-tuning. `--max_steps 120` takes the whole default run. One thread is used, so that sums have one
-order, and public names only, which a redesign keeps.
+Each line is a checksum: of the outputs and gradients of an op on fixed inputs, by backend and
+dtype, or of the metrics and the weights of a short run of the small model, for LaTRO by each
+objective and for supervised fine-tuning. `--max_steps 120` takes the whole default run. The script
+uses one thread, so that sums have one order, and public names only, which a redesign keeps.
 """
 
 from __future__ import annotations

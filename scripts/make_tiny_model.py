@@ -29,7 +29,7 @@ EOS = "<|endoftext|>"
 
 
 def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on `texts`; it has an end token and no padding token."""
+    """Return a byte-level BPE tokenizer of `texts`; it has an end token and no padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,7 +46,7 @@ def make_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTo
 def make_model(
     architecture: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
-    """A two-layer fp32 model of an architecture, with weights drawn from `seed`.
+    """Return a two-layer fp32 model of an architecture, with weights drawn from `seed`.
 
     `options` go to the architecture's config, over the small sizes chosen here.
     """

@@ -103,7 +103,7 @@ def peers_short(result: dict[str, Any]) -> str:
 
 
 def step_short(result: dict[str, Any]) -> str:
-    """An update and a whole step, a row a contender, without counts."""
+    """Tabulate an update and a whole step, one row per contender, without counts."""
     rows = [
         [
             row["contender"],
@@ -219,7 +219,7 @@ def head_study(result: dict[str, Any]) -> str:
 
 
 def ops(result: dict[str, Any]) -> str:
-    """The other ops beside plain PyTorch, a row a lap."""
+    """Tabulate the other ops beside plain PyTorch, one row per lap."""
     ms: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in result["rows"]:
         ms.setdefault((row["op"], row["dtype"], row["lap"]), {})[row["way"]] = 1e3 * row["median"]
@@ -239,7 +239,7 @@ def ops(result: dict[str, Any]) -> str:
 
 
 def step(result: dict[str, Any]) -> str:
-    """An update and a whole step, a row a contender."""
+    """Tabulate an update and a whole step, one row per contender."""
     rows = [
         [
             row["contender"],
@@ -308,7 +308,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are numbers."""
+    """Return a Markdown table; the first column is text, the others are numbers."""
     return table(header, rows, left=1)
 
 
@@ -328,7 +328,7 @@ def fill(text: str, tables: Mapping[str, str], page: str) -> str:
 
 
 def render(text: str, page: Path) -> str:
-    """A page with each table that it has made anew.
+    """Return a page with each table that it has made anew.
 
     Raises:
         ValueError: markers of an unknown table, or not in pairs.

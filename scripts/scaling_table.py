@@ -142,7 +142,7 @@ def update_flops(
 
 
 def published_flops(model: Model, work: Work) -> tuple[float, float, float]:
-    """The same of the published code: nine forwards' worth of padded rows, the head at each token.
+    """Return the same for the published code: nine forwards of padded rows, the head at each token.
 
     Over x⊕z: policy and reference scored, policy once more with a backward. Over x⊕z⊕y: policy
     scored, and once more with a backward.
@@ -158,7 +158,7 @@ def published_flops(model: Model, work: Work) -> tuple[float, float, float]:
 
 
 def decode_bytes(model: Model, work: Work) -> float:
-    """That a device reads to sample an update's rationales, the longest being L tokens.
+    """Return the bytes that a device reads to sample an update's rationales of at most L tokens.
 
     Every step reads all weights but the embedding, and every sequence's keys and values; sequences
     that have ended are still read by `generate`.
@@ -193,7 +193,7 @@ def whole_weights(model: Model) -> int:
 
 
 def exchanged_bytes(model: Model, engine: str, processes: int, micro_batches: int) -> float:
-    """That one process receives per update.
+    """Return the bytes that one process receives per update.
 
     DDP reduces fp32 gradients once. A sharding engine gathers bf16 weights for policy forward,
     backward and reference, and scatters bf16 gradients, in every micro-batch, and gathers once more
@@ -206,7 +206,7 @@ def exchanged_bytes(model: Model, engine: str, processes: int, micro_batches: in
 
 
 def micro_batches(work: Work, budget: int) -> int:
-    """That whole groups are put into, all being of the same size."""
+    """Return the number of micro-batches that hold whole groups of one size."""
     return -(-work.G // max(1, budget // work.packed_tokens))
 
 
@@ -366,7 +366,7 @@ TABLES = {
 
 
 def render(text: str) -> str:
-    """The page with every table made anew; raises ValueError where its markers are missing."""
+    """Return the page with every table made anew; raise ValueError where a marker is missing."""
     return fill(text, {name: table() for name, table in TABLES.items()}, PAGE.name)
 
 

@@ -50,28 +50,28 @@ def of_pages(*marks: str) -> pytest.MarkDecorator:
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[str, bool]]:
-    """The code of a page's fenced blocks, and whether `<!-- run -->` stands before it."""
+    """Return the code of a page's fenced blocks, and whether `<!-- run -->` stands before it."""
     fence = rf"(<!-- run -->\n+)?^( *)```{language}\b[^\n]*\n(.*?)^\2```"
     for block in re.finditer(fence, page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
         yield textwrap.dedent(block[3]), block[1] is not None
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """The blocks of a page that are files: their title is the name."""
+    """Write the blocks of a page that are files: their title is the name."""
     fence = r'^```\w+ title="([^"]+)"\n(.*?)^```'
     for block in re.finditer(fence, page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
         (folder / block[1]).write_text(block[2], encoding="utf-8")
 
 
 def indented(page: Path) -> Iterator[str]:
-    """A page's blocks that four spaces set apart."""
+    """Return a page's blocks that four spaces set apart."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for block in re.finditer(r"(?:^    .*\n|^\n(?=    ))+", text, flags=re.MULTILINE):
         yield textwrap.dedent(block[0]).strip()
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The words of each command, without the variables set for it and without redirections."""
+    """Return the words of each command, without variables set for it and redirections."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
@@ -83,7 +83,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 
 def program(words: list[str]) -> tuple[str, list[str]] | None:
-    """The module or script of this repository that a command starts, and its arguments."""
+    """Return the module or script of this repository that a command starts, and its arguments."""
     if words[0] not in {"python", *LAUNCHERS}:
         assert words[0] in FOREIGN, f"{words[0]}: neither Python nor among the FOREIGN programs"
         return None

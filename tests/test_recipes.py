@@ -165,7 +165,7 @@ def test_published_settings(name):
 
 @pytest.fixture
 def raw_files(tmp_path):
-    """A folder of raw files for each task, as its authors publish them."""
+    """Write a folder of raw files for each task, as its authors publish them."""
     problems = [
         {
             "question": f"Tom has {n} pens and gets 2. How many?",

@@ -101,7 +101,7 @@ def replicate(argv: Sequence[str] | None = None, console: Terminal | None = None
     chosen = select(everything, args.only)
 
     def collect() -> Study:
-        """What is finished of the whole study, whichever cells this call runs."""
+        """Return what is finished of the whole study, whichever cells this call runs."""
         records = filter(None, (finished(cell, folder) for cell in everything))
         study = Study(args.command, args.jobs, tuple(records))
         write_json(folder / CELLS_FILE, study.as_json())
@@ -122,7 +122,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """The command. Exit codes: 1 where a cell failed, 130 and 143 for Ctrl-C and SIGTERM."""
+    """Run the command; exit with 1 where a cell failed, 130 and 143 for Ctrl-C and SIGTERM."""
     # What runs is ended on the way out; by default SIGTERM would leave it running.
     signal.signal(signal.SIGTERM, _stop)
     try:

@@ -46,7 +46,7 @@ class Failure:
 
 
 def finished(cell: Cell, folder: Path) -> Record | None:
-    """The record of a cell that was run by the same commands, or None."""
+    """Return the record of a cell that was run by the same commands, or None."""
     path = _record_path(cell, folder)
     if not path.exists():
         return None
@@ -218,14 +218,14 @@ def _record_path(cell: Cell, folder: Path) -> Path:
 
 
 def _result_path(cell: Cell, folder: Path) -> Path:
-    """What its last command writes."""
+    """Return what the last command of a cell writes."""
     if cell.part == "base model":
         return folder / base_folder(cell.architecture, cell.task)
     return folder / cell.work / "evaluation.json"
 
 
 def _record(cell: Cell, folder: Path, seconds: Sequence[float]) -> Record:
-    """What is kept of a finished cell."""
+    """Return what is kept of a finished cell."""
     evaluation: dict[str, Any] = {"problems": None, "metrics": {}}
     if cell.part != "base model":
         evaluation = json.loads(_result_path(cell, folder).read_text(encoding="utf-8"))

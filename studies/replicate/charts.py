@@ -66,7 +66,7 @@ def draw_ablations(study: Study, path: Path) -> None:
 
 
 def _bars(axis: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
-    """A pair of bars, greedy and maj@8, for each group of records, and a dot for each seed."""
+    """Draw two bars, greedy and maj@8, for each group of records, and a dot for each seed."""
     width = 0.38
     for side, (label, metric) in zip((-0.5, 0.5), _HEADLINES, strict=True):
         estimates = [estimate(records, metric) for records in groups.values()]
@@ -87,7 +87,7 @@ def _bars(axis: Axes, groups: Mapping[str, Sequence[Record]]) -> None:
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of so many axes, three in a row."""
+    """Return a figure of so many axes, three in a row."""
     rows = -(-count // 3)
     figure = Figure(figsize=(12, 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)

@@ -18,19 +18,19 @@ def paragraphs(*texts: str) -> str:
 
 
 def items(texts: Iterable[str]) -> str:
-    """A list, each text filled as in `paragraphs`."""
+    """Return a list, each text filled as in `paragraphs`."""
     indented = (textwrap.indent(paragraphs(text), "  ") for text in texts)
     return "\n".join(f"-{text[1:]}" for text in indented)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
-    """A table whose first `left` columns are aligned to the left."""
+    """Return a table whose first `left` columns are aligned to the left."""
     rule = ["---" if index < left else "--:" for index in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
 def percent(value: Estimate | None) -> str:
-    """A share as "95.0 ± 1.0%", without ± for one seed; empty for none."""
+    """Return a share as "95.0 ± 1.0%", without ± for one seed; empty for none."""
     if value is None:
         return ""
     if value.deviation is None:
@@ -39,7 +39,7 @@ def percent(value: Estimate | None) -> str:
 
 
 def plain(value: Estimate | None, digits: int) -> str:
-    """A number with so many decimals, as `percent` otherwise."""
+    """Return a number with so many decimals, as `percent` otherwise."""
     if value is None:
         return ""
     if value.deviation is None:
@@ -48,7 +48,7 @@ def plain(value: Estimate | None, digits: int) -> str:
 
 
 def points(difference: Difference) -> str:
-    """A difference in points, bold where it is more than two deviations above zero."""
+    """Return a difference in points, bold where it is more than two deviations above zero."""
     text = f"{100 * difference.mean:+.1f}"
     if difference.deviation is not None:
         text += f" ± {100 * difference.deviation:.1f}"
@@ -56,6 +56,6 @@ def points(difference: Difference) -> str:
 
 
 def listed(words: Iterable[str]) -> str:
-    """ "a, b and c"; at least one word."""
+    """Join words as in "a, b and c"; there is at least one."""
     *first, last = words
     return f"{', '.join(first)} and {last}" if first else last

@@ -144,7 +144,7 @@ def generate_documents(
 
 
 def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
-    """The sentences of one rationale; `kind` is a key of the mixtures."""
+    """Return the sentences of one rationale; `kind` is a key of the mixtures."""
     if kind == "nothing":
         return []
     if kind == "filler":
@@ -155,7 +155,7 @@ def rationale(problem: Problem, kind: str, rng: random.Random) -> list[str]:
 
 
 def train_tokenizer(args: Arguments) -> PreTrainedTokenizerFast:
-    """A lossless byte-level BPE: frequent words are one token, each digit is its own."""
+    """Return a lossless byte-level BPE: frequent words are one token, each digit is its own."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -218,7 +218,7 @@ def make_batch(
 
 
 def start(args: Arguments) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The model that is trained, and its tokenizer: new ones, or those to go on from."""
+    """Return the model that is trained, and its tokenizer: new ones, or those to go on from."""
     if args.start_from is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.start_from)
         return AutoModelForCausalLM.from_pretrained(args.start_from), tokenizer

@@ -169,7 +169,7 @@ def _gains_section(study: Study) -> str:
 
 
 def _why_not(difference: Difference) -> str:
-    """A sentence on a difference that is not two deviations above zero."""
+    """Return a sentence on a difference that is not two deviations above zero."""
     of, than = percent(difference.of), percent(difference.than)
     said = f"{of} against {than}, {points(difference)} points"
     room = 1 - difference.than.mean

@@ -173,7 +173,7 @@ def cells(scale: Scale) -> list[Cell]:
 
 
 def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The cells whose names match any of the shell patterns, and the base models they start from.
+    """Return the cells whose names match a shell pattern, and the base models that they need.
 
     Raises:
         ValueError: a pattern matches no name.

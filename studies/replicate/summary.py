@@ -94,7 +94,7 @@ class Study:
 
     @classmethod
     def read(cls, folder: Path) -> Study:
-        """The study in `folder`.
+        """Return the study in `folder`.
 
         Raises:
             ValueError: there is none.
@@ -106,19 +106,19 @@ class Study:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Study:
-        """The study that `as_json` gave."""
+        """Return the study that `as_json` gave."""
         return cls(document["command"], document["jobs"], tuple(document["cells"]))
 
     def as_json(self) -> dict[str, Any]:
-        """What `of` takes."""
+        """Return what `of` takes."""
         return {"command": self.command, "jobs": self.jobs, "cells": list(self.records)}
 
     def part(self, name: str) -> list[Record]:
-        """The records of one part: "base model", "main", "ablation" or "tuning"."""
+        """Return the records of one part: "base model", "main", "ablation" or "tuning"."""
         return [record for record in self.records if record["part"] == name]
 
     def main(self, architecture: str, task: str, method: str) -> list[Record]:
-        """The main cells' records of all seeds; empty where none is finished."""
+        """Return the main cells' records of all seeds; empty where none is finished."""
         wanted = (architecture, task, method)
         return [
             record
@@ -132,7 +132,7 @@ class Study:
         return [(a, t) for t in TASKS for a in ARCHITECTURES if (a, t) in there]
 
     def ablation(self, setting: str) -> dict[Any, list[Record]]:
-        """Records by the setting's value, the main cells of the same model among them."""
+        """Return records by the setting's value, the main cells of the same model among them."""
         of: dict[Any, list[Record]] = {}
         for record in self.part("ablation"):
             if setting in record["changed"]:

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def problem_of(logits: torch.Tensor, target: list[int], grad: list[float]) -> Problem:
-    """The head whose logits are given: the hidden states are the unit vectors."""
+    """Return the head whose logits are given: the hidden states are the unit vectors."""
     return Problem(
         torch.eye(len(logits)).requires_grad_(),
         logits.T.contiguous().requires_grad_(),

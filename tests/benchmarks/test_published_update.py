@@ -19,7 +19,7 @@ def problem() -> StepProblem:
 
 
 def every_ending(problem: StepProblem) -> list:
-    """Groups of three prompt lengths, ended by the end token, the template, and at once."""
+    """Return groups of three prompt lengths, ended by the end token, the template, and at once."""
     groups = []
     for row, short in zip(problem.rows(3), (0, 2, 5), strict=True):
         prompt = problem.tokenizer.encode(row["prompt"])[short:]

@@ -40,7 +40,7 @@ def trl_trainer() -> ModuleType:
 
 
 def assert_as_exact(ours: Tensor, plain: Tensor, truth: Tensor) -> None:
-    """The gate of every op: at most twice the error of the plain way, plus 1e-5."""
+    """Hold an op to its gate: at most twice the error of the plain way, plus 1e-5."""
 
     def error(x: Tensor) -> Tensor:
         return (x.double() - truth).abs().max()
@@ -150,7 +150,7 @@ def test_a_replaced_head_is_put_back(model: PreTrainedModel) -> None:
 def trainers(
     request: pytest.FixtureRequest, tmp_path: Path, trl_trainer: ModuleType
 ) -> Iterator[tuple[Any, type]]:
-    """A trainer with our head, and the class of TRL's own."""
+    """Return a trainer with our head, and the class of TRL's own."""
     import trl
 
     tokenizer = AutoTokenizer.from_pretrained(trl_trainer.MODEL, padding_side="left")

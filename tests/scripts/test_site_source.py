@@ -34,7 +34,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["mkdocs", "zensical"])
 def site(request, source, tmp_path_factory):
-    """The site that a builder makes in a folder that holds nothing but its pages and settings."""
+    """Build the site in a folder that holds nothing but its pages and settings."""
     pytest.importorskip(request.param, reason="not installed: pip install -e '.[docs]'")
     folder = tmp_path_factory.mktemp(request.param)
     shutil.copyfile(ROOT / "mkdocs.yml", folder / "mkdocs.yml")

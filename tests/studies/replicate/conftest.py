@@ -23,7 +23,7 @@ _METRICS = {
 
 @pytest.fixture
 def named() -> dict[str, Cell]:
-    """The cells of a study of three seeds, by name."""
+    """Return the cells of a study of three seeds, by name."""
     return {cell.name: cell for cell in cells(Scale())}
 
 

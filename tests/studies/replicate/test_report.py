@@ -34,7 +34,7 @@ def write(records, folder: Path) -> str:
 
 
 def line(text: str, *beginning: str) -> str:
-    """The one line of a table that begins with these cells."""
+    """Return the one line of a table that begins with these cells."""
     (found,) = (row for row in text.splitlines() if row.startswith(f"| {' | '.join(beginning)} |"))
     return found
 
