@@ -1,9 +1,10 @@
 """Micro-batches within a token budget, their backwards, and what several processes agree on.
 
 Over several processes each has groups of its own, whole ones, and the engine averages the
-gradients. Where weights are sharded, every forward and backward gathers them, and all processes
-must call these equally often: they agree on the number of pieces, and who has fewer fills up with
-tiny ones that count for nothing.
+gradients. An epoch's last batch may have none for some. Every backward exchanges gradients, and
+where weights are sharded every forward gathers them, so all processes must call these equally
+often: they agree on the number of pieces, and who has fewer fills up with tiny ones that count for
+nothing.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ class Accumulation(ABC):
 
     @abstractmethod
     def __call__(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of `groups`, at least one, to the parameters'.
+        """Add the gradient of `groups` to the parameters'.
 
         Args:
-            groups: sequences of each prompt.
+            groups: sequences of each prompt; none where other processes have all of them.
             count: what the loss of the whole update is divided by, over all processes.
 
         Returns:
@@ -68,10 +69,12 @@ class Accumulation(ABC):
             boundary=self.scorer.boundary,
         )
 
-    def _filler(self, groups: Sequence[Group]) -> Batch:
-        """The shortest there can be: one token that is read and two that are predicted."""
-        token = groups[0][0].prompt_ids[:1]
-        return self.scorer.collate([[Rollout(token, token, token, answer_start=0, finished=True)]])
+    def _filler(self) -> Batch:
+        """Return the shortest there can be: one token that is read and two that are predicted.
+
+        Which token it is does not matter; every vocabulary has a first one.
+        """
+        return self.scorer.collate([[Rollout([0], [0], [0], answer_start=0, finished=True)]])
 
     def _agree(self, pieces: list[int]) -> list[int]:
         """How many pieces each micro-batch has in every process, those that fill up included."""

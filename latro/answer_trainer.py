@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_callback import (
     PrinterCallback,
@@ -161,6 +162,30 @@ class AnswerTrainer(LongRunTrainer):
 
     # The update.
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As the Trainer's; an epoch's last batch has the prompts that are left, and no others.
+
+        Every batch is made as a single process makes it, and cut into the processes' shares.
+
+        Raises:
+            ValueError: the trainer has no training dataset.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: expected a dataset, got None")
+        accelerator = self.accelerator
+        given = accelerator.dataloader_config
+        accelerator.dataloader_config = replace(given, split_batches=True, even_batches=False)
+        try:
+            return self._get_dataloader(
+                dataset=self.train_dataset,
+                description="Training",
+                batch_size=self._train_batch_size * accelerator.num_processes,
+                sampler_fn=self._get_train_sampler,
+                is_training=True,
+            )
+        finally:
+            accelerator.dataloader_config = given
+
     def _set_update(self, update: Accumulation) -> None:
         self.update = update
         self._fitting_update = FittingUpdate(update)
@@ -196,6 +221,9 @@ class AnswerTrainer(LongRunTrainer):
     ) -> tuple[list[Any], int]:
         """As the Trainer's; items are what the loss is a mean of, over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._is_done():
+            # Whoever has no share of an epoch's last batch takes part in the update all the same.
+            batches += [self.data_collator([]) for _ in range(num_batches - len(batches))]
         own = sum(self._num_items(batch["examples"]) for batch in batches)
         return batches, sum(gather_object([own]))
 

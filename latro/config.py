@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from latro.objectives import OBJECTIVES
-from latro.refused import check_refused
+from latro.refused import check_loader, check_refused
 from latro.reporting import check_trackers
 from latro.tasks import FORMATS, GRADERS, TASKS
 
@@ -90,6 +90,7 @@ class AnswerConfig(TrainingArguments):
             # The Trainer's own default is a loss on held-out rows, which nobody computes here.
             self.metric_for_best_model = BEST_MODEL_METRICS[0]
         super().__post_init__()
+        check_loader(self.accelerator_config)
         if by_metric:
             # A part of a negative metric would make a threshold that a worse model passes.
             told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}

@@ -75,9 +75,12 @@ class LongRunTrainer(Trainer):
         The Trainer looks for the end after an update, and so makes one too many where it resumes
         from the checkpoint of the last.
         """
-        if self.state.global_step >= self.state.max_steps:
+        if self._is_done():
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer makes `checkpoint-N`; it asks once a checkpoint.

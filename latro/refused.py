@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 _COMPILED = "what would be compiled is the model's forward, and scoring has another in its place"
 _LOSS = "the loss is the method's own"
@@ -58,6 +59,30 @@ _REFUSED: dict[str, tuple[str, Sequence[str | bool] | None]] = {
     "use_cache": (_CACHE, None),
     "average_tokens_across_devices": (_MEAN, (False,)),
 }
+
+
+# Of the Trainer's `accelerator_config`: the value that is taken, and why no other is.
+_LOADER: dict[str, tuple[bool, str]] = {
+    "split_batches": (False, "per_device_train_batch_size is of each device"),
+    "dispatch_batches": (
+        False,
+        "what is sent from process to process is tensors, and rows are text",
+    ),
+    "use_seedable_sampler": (
+        True,
+        "the order of prompts would depend on the number of processes, and be lost on resume",
+    ),
+}
+
+
+def check_loader(config: AcceleratorConfig) -> None:
+    """Raises ValueError for a way of handing out prompts that is not this package's."""
+    for name, (expected, reason) in _LOADER.items():
+        value = getattr(config, name)
+        if bool(value) != expected and value is not None:
+            raise ValueError(
+                f"accelerator_config: expected {name} left out ({reason}), got {value!r}"
+            )
 
 
 def check_refused(args: TrainingArguments) -> None:

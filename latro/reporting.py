@@ -161,7 +161,9 @@ class SequenceReports(TrainerCallback):
     def _take(self, outcomes: Sequence[Outcome]) -> None:
         seen = self._seen
         seen.first = len(seen.rationale_lengths)
-        seen.rollouts = outcomes[0].rollouts[: self.num_generations][: self.num_samples]
+        # There are none where other processes have all prompts of the update.
+        seen.rollouts = [r for outcome in outcomes[:1] for r in outcome.rollouts]
+        seen.rollouts = seen.rollouts[: self.num_generations][: self.num_samples]
         for outcome in outcomes:
             seen.rewards_and_advantages.append(torch.stack([outcome.reward, outcome.advantage]))
             seen.rationale_lengths += [len(r.rationale_ids) for r in outcome.rollouts]

@@ -51,7 +51,7 @@ class SftUpdate(Accumulation):
         (number,) = self._agree([len(pieces)])
         for index in range(number):
             fills_up = index >= len(pieces)
-            batch = self._filler(groups) if fills_up else self.scorer.collate(pieces[index])
+            batch = self._filler() if fills_up else self.scorer.collate(pieces[index])
             with self._exchange(index == number - 1):
                 with self.stopwatch.lap("time_score"), self.accelerator.autocast():
                     logp = self.scorer(batch).logp

@@ -210,6 +210,9 @@ class LatroTrainer(AnswerTrainer):
         whole = gathered(self.scorer, self.accelerator) if here else nullcontext()
         # Around all steps: within, fp32 weights are cast once, and not once in each.
         with self.accelerator.autocast(), whole:
+            if not prompts:
+                # Other processes have all of them; the weights are gathered by all together.
+                return []
             samples = self.engine.generate(
                 prompts,
                 num_samples=self.args.num_generations,
@@ -270,7 +273,7 @@ class LatroTrainer(AnswerTrainer):
         # From the step and the place in the whole batch, and not from a running random state, so
         # that a resumed run draws the same, and so does one on another number of processes.
         batch = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        first = batch * self.args.per_device_train_batch_size
+        first = batch * self._train_batch_size
         entropy = (self.args.seed, self.state.global_step)
         return [seed_of(*entropy, first + index) for index in range(count)]
 

@@ -71,8 +71,8 @@ class Update(Accumulation):
         """Add the gradient of `groups` to the parameters'.
 
         Args:
-            groups: K rollouts of each prompt, at least one prompt; one more, plain, where the
-                objective is one of `PLAIN_OBJECTIVES`.
+            groups: K rollouts of each prompt, none where other processes have all prompts; one
+                more, plain, where the objective is one of `PLAIN_OBJECTIVES`.
             num_groups: prompts of the whole update, over all processes; the loss is their mean.
 
         Returns:
@@ -90,7 +90,7 @@ class Update(Accumulation):
             pieces = planned[slot].pieces if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
-            fill = [self._filler(groups) for _ in range(count - len(pieces))]
+            fill = [self._filler() for _ in range(count - len(pieces))]
             last = slot == len(counts) - 1
             micro_loss, micro_sums, advantage = self._micro_batch(batches, fill, num_groups, last)
             if advantage is not None:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from latro.train import main
 
 
-class _ShardingState(AcceleratorState):
+class ShardingState(AcceleratorState):
     """An `AcceleratorState` whose processes on a CPU shard, as those on GPUs do."""
 
     def __init__(
@@ -35,5 +35,5 @@ class _ShardingState(AcceleratorState):
 
 
 if __name__ == "__main__":
-    accelerator.AcceleratorState = _ShardingState
+    accelerator.AcceleratorState = ShardingState
     main()

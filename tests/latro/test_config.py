@@ -142,6 +142,18 @@ def test_unknown_argument():
         ({"backend": "tpu"}, "backend: expected one of auto"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"torch_compile": True}, "torch_compile: expected it left out .what would be compiled"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "accelerator_config: expected split_batches left out .*of each device.*, got True",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "accelerator_config: expected dispatch_batches left out .*rows are text.*, got True",
+        ),
+        (
+            {"accelerator_config": {"use_seedable_sampler": False}},
+            "accelerator_config: expected use_seedable_sampler left out .*resume.*, got False",
+        ),
         ({"torch_compile_mode": "default"}, "torch_compile_mode: expected it left out"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: .* noise would be in scoring alone"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .*got 0.1"),

@@ -97,6 +97,19 @@ def test_a_skipped_update_is_not_told_of(reports, rollouts):
     assert got[0][1].advantages == [2, -2]
 
 
+def test_an_update_whose_prompts_other_processes_have_shows_nothing(reports, rollouts):
+    reports, got = reports
+    reports.add([], last=True, skipped=False)
+    log(reports)
+    assert got == []
+    reports.add([outcome(rollouts(1, 2), [1.0, -1.0])], last=True, skipped=False)
+    reports.add([], last=True, skipped=False)
+    log(reports)
+    ((_, report),) = got
+    assert report.advantages == [1.0, -1.0]
+    assert report.samples == []
+
+
 def test_an_evaluation_s_log_waits_for_that_of_the_updates(reports, rollouts):
     reports, got = reports
     reports.add([outcome(rollouts(1, 2), [1.0, -1.0])], last=True, skipped=False)

@@ -1,0 +1,87 @@
+"""An epoch's last batch over several processes: the prompts that are left, each once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.latro.last_batches import CASES, PROCESSES, SHARDED, train_case
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """`launch(*options)`: the folder of what several processes made of the cases."""
+    done = {}
+
+    def run(*options):
+        if options not in done:
+            done[options] = folder = tmp_path_factory.mktemp("several")
+            command = [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node", str(PROCESSES), "-m", "tests.latro.last_batches"),
+                *(str(folder), *options),
+            ]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            process = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            )
+            assert process.returncode == 0, process.stderr[-4000:]
+        return done[options]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """`alone(name)`: the folder of what one process made of a case."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = {}
+
+    def train(name):
+        if name not in done:
+            done[name] = train_case(name, folder, 1)
+        return done[name]
+
+    return train
+
+
+def updates(output):
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return [entry for entry in lines if "loss" in entry]
+
+
+def assert_same_run(ours, theirs):
+    a, b = updates(ours), updates(theirs)
+    assert len(a) == len(b)
+    assert a
+    told = ("step", "epoch", "loss", "grad_norm", "trunk_tokens", "reward", "kl", "target_tokens")
+    for mine, yours in zip(a, b, strict=True):
+        for name in set(told) & mine.keys():
+            assert mine[name] == pytest.approx(yours[name], rel=1e-4, abs=1e-5), (mine, yours)
+    a, b = (load_file(p / "model.safetensors") for p in (ours, theirs))
+    for name, tensor in b.items():
+        torch.testing.assert_close(a[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_train_what_one_does(launch, alone, name):
+    assert_same_run(launch() / name.replace(" ", "-"), alone(name))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_several_processes_with_weights_in_shards_train_what_one_does(launch, alone, name):
+    assert_same_run(launch("--fsdp") / name.replace(" ", "-"), alone(name))
+
+
+@pytest.mark.parametrize("options", [(), ("--fsdp",)])
+def test_resumed_in_the_middle_of_an_epoch(launch, alone, options):
+    assert_same_run(launch(*options) / "resumed" / "one-is-left", alone("one is left"))
