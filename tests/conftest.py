@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -33,3 +34,29 @@ def ordinary_signals() -> Iterator[None]:
     yield
     for number, handler in given.items():
         signal.signal(number, handler)
+
+
+class Deprecations(logging.Handler):
+    """Keeps what a library's log says is deprecated."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message:
+            self.messages.append(message)
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated_is_logged() -> Iterator[None]:
+    """Warnings of deprecation are errors by the settings; some libraries log theirs instead."""
+    deprecations = Deprecations()
+    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft", "trl")]
+    for logger in loggers:
+        logger.addHandler(deprecations)
+    yield
+    for logger in loggers:
+        logger.removeHandler(deprecations)
+    assert deprecations.messages == []

@@ -24,7 +24,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "qwen3_next": _LINEAR
     | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     | {"shared_expert_intermediate_size": 16},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False}
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1}
     | {"num_experts": 2, "mamba_d_state": 8},
     "bamba": {"attn_layer_indices": [1], **_SSM},
     "falcon_h1": {"mamba_d_ssm": 64, **_SSM},
