@@ -15,7 +15,6 @@ one it was loaded with, so that `generate` and everything else are untouched.
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -213,7 +212,7 @@ def _has_fused(query: Tensor, value: Tensor, softcap: float | None) -> bool:
         return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
         return False
-    return _flash_attention() is not None or (softcap is None and _torch_attention() is not None)
+    return _flash_attention() is not None or softcap is None
 
 
 def _fused(
@@ -232,9 +231,11 @@ def _fused(
             flash, softmax_scale=scaling, causal=True, softcap=softcap or 0.0
         )
     else:
-        other = _torch_attention()
-        assert other is not None
-        kernel = functools.partial(other, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+        from torch.nn.attention.varlen import varlen_attn
+
+        kernel = functools.partial(
+            varlen_attn, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
     # [1, heads, T, size] to [T, heads, size].
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     out = kernel(
@@ -253,20 +254,18 @@ def _fused(
 
 @functools.cache
 def _flash_attention() -> Callable | None:
+    """flash-attn's kernel; None where the package is not installed.
+
+    Raises:
+        ImportError: it is installed, and built for another torch.
+    """
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "flash_attn":
+            raise
         return None
     return flash_attn_varlen_func
-
-
-@functools.cache
-def _torch_attention() -> Callable | None:
-    from torch.nn.attention.varlen import varlen_attn
-
-    # Before torch 2.11 it knew neither windows nor grouped heads.
-    wanted = {"scale", "window_size", "enable_gqa"}
-    return varlen_attn if wanted <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 def _own(name: str, module: nn.Module) -> Callable:

@@ -110,13 +110,14 @@ def _adapter(model: PreTrainedModel | PeftModel) -> str | None:
     if not has_adapter(model):
         return None
     config = model.active_peft_config
-    rank = f" of rank {config.r}" if hasattr(config, "r") else ""
-    return f"a {config.peft_type.value} adapter{rank}"
+    # Of LoRA and its kin; other kinds have none.
+    rank = config.to_dict().get("r")
+    return f"a {config.peft_type.value} adapter{f' of rank {rank}' if rank else ''}"
 
 
 def _settings(args: AnswerConfig) -> Iterator[Setting]:
     unused = {"num_train_epochs" if args.max_steps > 0 else "max_steps"}
-    if getattr(args, "objective", None) != "rlpr":
+    if not isinstance(args, LatroConfig) or args.objective != "rlpr":
         unused.add("rlpr_min_std")
     inherited = {f.name for f in dataclasses.fields(TrainingArguments)}
     for f in dataclasses.fields(args):

@@ -108,12 +108,14 @@ class Scorer:
         self.boundary = long_rope_boundary(model)
         with _without_tf32():
             self._verify_logits()
-            self.packed = allow_shared_prefix(self.causal) and self._packs_rightly()
+            why = self._why_not_packed()
+        self.packed = why is None
         if not self.packed:
             logger.warning(
-                "%s cannot attend to a prefix that sequences share; each goes through it with its "
-                "own copy of the prompt, padded",
+                "%s cannot attend to a prefix that sequences share (%s); each goes through it with "
+                "its own copy of the prompt, padded",
                 type(model).__name__,
+                why,
             )
 
     def collate(self, groups: Sequence[Group]) -> Batch:
@@ -271,8 +273,13 @@ class Scorer:
             )
 
     @torch.no_grad()
-    def _packs_rightly(self) -> bool:
-        """Compare hidden states of a packed batch with those of the same sequences padded."""
+    def _why_not_packed(self) -> str | None:
+        """Compare hidden states of a packed batch with those of the same sequences padded.
+
+        None where they agree.
+        """
+        if not allow_shared_prefix(self.causal):
+            return "its attention cannot be replaced"
         tokens = [i % self.vocab_size for i in range(1, 15)]
         x, y = tokens[:5], tokens[5:7]
         groups = [
@@ -291,17 +298,18 @@ class Scorer:
             )
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError):
+        except (RuntimeError, TypeError) as error:
             # A layer that knows no such thing, or that reads the mask; or a model that takes no
             # such keyword.
-            return False
+            return str(error).partition("\n")[0]
         finally:
             self.model.train(was_training)
         # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms
         # and softmaxes are fp32 even in an fp64 model.
         eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
         allowed = eps**0.5 * padded.abs().max()
-        return bool((packed - padded).abs().max() <= allowed)
+        difference = (packed - padded).abs().max()
+        return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
 
 
 def trunk_of(causal: PreTrainedModel) -> nn.Module:

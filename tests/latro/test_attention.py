@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -136,6 +137,25 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol"),
+        ("import a_package_that_it_needs", "No module named 'a_package_that_it_needs'"),
+    ],
+)
+def test_a_flash_attn_that_is_broken_is_not_passed_over(monkeypatch, tmp_path, text, error):
+    (tmp_path / "flash_attn.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=error):
+        module._flash_attention.__wrapped__()
+
+
+def test_without_flash_attn_torchs_kernel_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert module._flash_attention.__wrapped__() is None
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [float("inf"), 40])
 def test_the_fused_kernel_is_as_right_as_torchs_on_a_gpu(window):
@@ -182,13 +202,14 @@ def test_a_model_that_cannot_is_run_padded_and_says_so(tiny, rollouts, caplog, m
     monkeypatch.setattr(module, "_layer_type", lambda layer: "chunked_attention")
     scorer = Scorer(tiny())
     assert not scorer.packed
-    assert len([r for r in caplog.records if "own copy of the prompt, padded" in r.message]) == 1
+    (told,) = [r.message for r in caplog.records if "own copy of the prompt, padded" in r.message]
+    assert "(a packed row in a layer of type chunked_attention)" in told
     groups = rollouts(2, 4)
     assert scorer.collate(groups).shared_prefix is None
     assert torch.isfinite(scorer(scorer.collate(groups)).logp).all()
 
 
-def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch):
+def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch, caplog):
     """A model whose attention ignores the segments is not trusted with a packed row."""
     own = module._by_segment
 
@@ -200,6 +221,7 @@ def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch):
 
     monkeypatch.setattr(module, "_by_segment", careless)
     assert not Scorer(tiny()).packed
+    assert "(its hidden states differ by " in caplog.text
 
 
 def test_long_rope_sequences_are_kept_apart(tiny, rollouts, sharper):
