@@ -127,8 +127,9 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"--config: no such file: {path}") from None
     except OSError as error:
         raise ValueError(f"--config: {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have. Brackets
+        # in brackets end in a RecursionError.
         raise ValueError(f"--config: {path} is not YAML: {one_line(error)}") from error
     if not isinstance(written, dict):
         raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")

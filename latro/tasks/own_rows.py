@@ -111,7 +111,7 @@ def _choices(choices: Any, where: str) -> dict[str, list[str]]:
     if isinstance(choices, str):  # a cell of CSV
         try:
             choices = json.loads(choices)
-        except ValueError as error:  # JSONDecodeError, or a number of too many digits
+        except (ValueError, RecursionError) as error:  # no JSON, or too long or too deep
             raise ValueError(f"{where}: expected JSON at 'choices', got {choices!r}") from error
     if isinstance(choices, list):
         choices = {"label": list(_LABELS[: len(choices)]), "text": choices}

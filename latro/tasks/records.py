@@ -58,7 +58,7 @@ def read_jsonl(path: Path) -> Records:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
-            except ValueError as error:  # a number of more digits than Python reads
+            except (ValueError, RecursionError) as error:  # more digits or brackets than are read
                 raise ValueError(f"{where}: {error}") from error
             yield where, _object(record, where)
 
@@ -87,7 +87,7 @@ def _list_of_objects(text: str, path: Path) -> Records:
             raise ValueError(
                 f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: {error}") from error
         yield where, _object(record, where)
         end = _skip_space(text, end)

@@ -1,0 +1,125 @@
+"""What tests of hostile input share: a good model, data and command line, to spoil one of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.latro.warm_process import WarmProcess
+
+PROMPTS = [f"Tom has {a} pens. Tom gets {b}. How many?" for a in range(2, 8) for b in range(2, 8)]
+ROWS = [
+    {"prompt": prompt, "answer": str(i % 7 + 4), "rationale": "Tom has some."}
+    for i, prompt in enumerate(PROMPTS)
+]
+
+_ARGUMENTS: Mapping[str, Mapping[str, object]] = {
+    "latro.train": {"num_generations": 2, "max_completion_length": 4, "eval_on_start": "false"},
+    "latro.sft": {},
+    "latro.evaluate": {"num_samples": 0, "max_completion_length": 4},
+    "latro.probe": {"num_samples": 1, "max_completion_length": 4},
+}
+_TRAINING: Mapping[str, object] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "use_cpu": "true",
+    "disable_tqdm": "true",
+    "report_to": "none",
+}
+
+
+@dataclass
+class Place:
+    """A folder with what a command reads; rows spoil it."""
+
+    root: Path
+    arguments: dict[str, object] = field(default_factory=dict)
+    """Over those of a good command line."""
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model"
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data.jsonl"
+
+    @property
+    def output(self) -> Path:
+        return self.root / "output"
+
+    def edit_json(self, name: str, **changes: Any) -> None:
+        """Change entries of a JSON file of the model; None takes one out."""
+        path = self.model / name
+        entries = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
+
+    def write_rows(self, *rows: object) -> None:
+        self.data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def command_line(self, command: str) -> list[object]:
+        training = command in ("latro.train", "latro.sft")
+        settings: dict[str, object] = {
+            "model_name_or_path": self.model,
+            "dataset_name": self.data,
+            "num_eval_examples": 2,
+            **_ARGUMENTS[command],
+        }
+        if training:
+            settings |= {"output_dir": self.output, **_TRAINING}
+        else:
+            settings |= {"output": self.output / "result.json", "eval_split": "validation"}
+        settings |= self.arguments
+        return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to be hostile."""
+
+    spoil: Callable[[Place], object]
+    told: str
+    """A pattern of the one line; {model}, {data}, {output} and {root} stand for their paths."""
+    command: str = "latro.train"
+
+
+def refused(case: Case, place: Place, warm: WarmProcess, printed: Path) -> None:
+    """Check that the command ends in one line that names the fault, and leaves all as it was."""
+    case.spoil(place)
+    before = snapshot(place.root)
+    told_in_one_line(case, place, warm, printed)
+    # The Trainer makes its folder before its engine finds no server.
+    assert snapshot(place.root) in (before, {**before, "output": None})
+
+
+def told_in_one_line(
+    case: Case, place: Place, warm: WarmProcess, printed: Path, stdout: str | None = None
+) -> None:
+    """Check that the command ends in one line that names the fault, with exit code 1."""
+    arguments = place.command_line(case.command)
+    finished = warm.start(case.command, arguments, printed, stdout=stdout).wait(30)
+    assert finished.code == 1, finished
+    assert finished.stderr.count("\n") == 1, finished.stderr[-1000:]
+    line = finished.stderr.rstrip("\n")
+    assert line.startswith(f"{case.command}: "), line
+    assert len(line) < 5000
+    told = case.told
+    for name in ("model", "data", "output", "root"):
+        told = told.replace(f"{{{name}}}", re.escape(str(getattr(place, name))))
+    assert re.search(told, line), line
+
+
+def snapshot(folder: Path) -> dict[str, object]:
+    """Every file below a folder with its content, link with its target, and folder."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = path.readlink()
+        else:
+            found[name] = path.read_bytes() if path.is_file() else None
+    return found

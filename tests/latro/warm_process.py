@@ -1,0 +1,217 @@
+"""Commands of `latro` in processes of their own, without the seconds that importing takes.
+
+A process that has imported everything (`python -m tests.latro.warm_process`) forks a child for each
+command. In the child `main` is called as `python -m` calls it: what it prints goes through its own
+file descriptors, an exit or an error ends it as it ends an interpreter, and signals find a process.
+The server itself computes nothing: after a parallel region of OpenMP a fork would hang.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
+# What these import where they use it.
+_ALSO = ("matplotlib.figure", "peft", "transformers.models.llama.modeling_llama")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended."""
+
+    code: int
+    """Exit code; −N where signal N ended it."""
+    stdout: str
+    stderr: str
+
+
+class Running:
+    """A command that was started.
+
+    Attributes:
+        pid: of its process, which leads a session of its own.
+    """
+
+    def __init__(self, server: WarmProcess, pid: int, folder: Path) -> None:
+        self.pid = pid
+        self._server = server
+        self._folder = folder
+
+    def wait(self, timeout: float = 60.0) -> Finished:
+        """Return how it ended; it is killed, with what it started, where it takes longer.
+
+        Raises:
+            TimeoutError: it took longer; the message has what it printed.
+        """
+        status = self._server.ask({"wait": self.pid, "seconds": timeout})
+        texts = [
+            (self._folder / name).read_text(encoding="utf-8", errors="replace")
+            for name in ("stdout", "stderr")
+        ]
+        if status is None:
+            raise TimeoutError(f"killed after {timeout:g} s, having printed {texts}")
+        return Finished(os.waitstatus_to_exitcode(status), *texts)
+
+
+class WarmProcess:
+    """The client's side; `with` starts the process and ends it."""
+
+    def __enter__(self) -> WarmProcess:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.latro.warm_process"],
+            cwd=ROOT,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def start(
+        self,
+        command: str,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        cwd: Path | None = None,
+        stdout: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Running:
+        """Start a command.
+
+        Args:
+            command: one of `COMMANDS`.
+            arguments: of its command line.
+            folder: where what it prints is kept, made for it.
+            cwd: where it runs; None: in `folder`.
+            stdout: where that goes instead, "/dev/full".
+            environment: on top of this process's; what libraries read at import is read already.
+        """
+        folder.mkdir(parents=True)
+        pid = self.ask(
+            {
+                "command": command,
+                "arguments": [str(argument) for argument in arguments],
+                "cwd": str(cwd or folder),
+                "stdout": stdout or str(folder / "stdout"),
+                "stderr": str(folder / "stderr"),
+                "environment": {**os.environ, **(environment or {})},
+            }
+        )
+        if stdout:
+            (folder / "stdout").touch()
+        return Running(self, pid, folder)
+
+    def ask(self, request: Mapping[str, Any]) -> Any:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the warm process ended with code {self._process.wait()}")
+        return json.loads(line)
+
+
+def _serve() -> Callable[[], object] | None:
+    """Answer until the client goes; returns a command to run in each child, and None at the end."""
+    for name in (*COMMANDS, *_ALSO):
+        importlib.import_module(name)
+    # A collection would touch, and so copy, all pages that a child shares with this process.
+    gc.freeze()
+    children: set[int] = set()
+    while line := sys.stdin.readline():
+        request = json.loads(line)
+        if "wait" in request:
+            answer = _status(request["wait"], request["seconds"])
+            children.discard(request["wait"])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                return _become(request)
+            children.add(answer)
+        print(json.dumps(answer), flush=True)
+    for pid in children:
+        os.killpg(pid, signal.SIGKILL)
+    return None
+
+
+def _status(pid: int, seconds: float) -> int | None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.005)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def _become(request: Mapping[str, Any]) -> Callable[[], object]:
+    """Turn a forked process into that of a command, up to the call."""
+    os.setsid()
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    create = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    for descriptor, path, flags in (
+        (0, os.devnull, os.O_RDONLY),
+        (1, request["stdout"], create),
+        (2, request["stderr"], create),
+    ):
+        opened = os.open(path, flags, 0o666)
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    sys.argv = [request["command"], *request["arguments"]]
+    return sys.modules[request["command"]].main
+
+
+def _run(main: Callable[[], object]) -> int:
+    """The exit code of a command, with what the interpreter prints and does at its end.
+
+    The rest of that end, in which all modules are taken apart, would take ten times as long as a
+    command that refuses its input.
+    """
+    code: object = 0
+    try:
+        main()
+    except SystemExit as exit_:
+        code = exit_.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        print(f"Exception ignored in: {sys.stdout!r}\n{error!r}", file=sys.stderr)
+        code = 120
+    return code
+
+
+if __name__ == "__main__":
+    command = _serve()
+    os._exit(0 if command is None else _run(command))
