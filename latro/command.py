@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
+from torch import distributed
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
@@ -171,8 +172,16 @@ def exit_with(prog: str, train: Callable[[], object]) -> None:
     """
     try:
         train()
+        _leave_group()
     except (ValueError, FloatingPointError, ConnectionError) as error:
         sys.exit(one_line(f"{prog}: {error}"))
     except TrainingInterrupted as interrupted:
         print(one_line(f"{prog}: {interrupted}"), file=sys.stderr)
+        _leave_group()
         sys.exit(128 + interrupted.signal)
+
+
+def _leave_group() -> None:
+    """Leave the processes' group before the exit, in which a lost connection would be an abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

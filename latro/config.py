@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch.distributed import is_torchelastic_launched
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import ParallelMode
 
 from latro.objectives import OBJECTIVES
 from latro.refused import check_loader, check_refused
@@ -89,7 +92,16 @@ class AnswerConfig(TrainingArguments):
         ):
             # The Trainer's own default is a loss on held-out rows, which nobody computes here.
             self.metric_for_best_model = BEST_MODEL_METRICS[0]
+        if not self.deepspeed and not torch.accelerator.is_available():
+            # Without it the Trainer makes no group of processes that have no GPU: each would be a
+            # run of its own, all of them in one folder.
+            self.use_cpu = True
         super().__post_init__()
+        if is_torchelastic_launched() and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"use_cpu: expected True with several processes on a {self.device.type} device, "
+                f"over which they make no group; got {self.use_cpu}"
+            )
         check_loader(self.accelerator_config)
         if by_metric:
             # A part of a negative metric would make a threshold that a worse model passes.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
@@ -65,9 +66,11 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     task = load_task(data_args)
     dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    # Before the model is loaded: it sets which device is this process's.
+    processes = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
-    records = probe_model(scorer, tokenizer, task, dataset, settings)
+    records = probe_model(scorer, tokenizer, task, dataset, settings, accelerator=processes)
     result: dict[str, Any] = {
         "summary": summary(records),
         "model": asdict(model_args),
@@ -76,6 +79,8 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "problems": records,
     }
+    if not processes.is_main_process:
+        return result
     picture = Path(args.output).with_suffix(".png")
     with replacing(picture) as temporary:
         draw(records).savefig(temporary, format="png", dpi=120)
@@ -114,6 +119,7 @@ def main() -> None:
         probe()
     except (ValueError, ConnectionError) as error:
         sys.exit(one_line(f"latro.probe: {error}"))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -75,8 +77,12 @@ def probe_model(
     task: Task,
     dataset: Dataset,
     settings: ProbeSettings,
+    *,
+    accelerator: Accelerator | PartialState | None = None,
 ) -> list[dict[str, Any]]:
     """Score each problem's answer with and without rationales.
+
+    Several processes share the problems, and each returns the records of all.
 
     Args:
         scorer: of the model.
@@ -85,6 +91,7 @@ def probe_model(
         dataset: rows of the task; at least one. `gold` is left out where it has no column
             `rationale`, and for a row whose rationale is empty.
         settings: how many samples, how long, and so on.
+        accelerator: knows the processes; None: there is one.
 
     Raises:
         ValueError: the dataset lacks a column, or a row of it does not fit the model.
@@ -99,22 +106,34 @@ def probe_model(
     if "rationale" in dataset.column_names:
         check_rationales(dataset, "dataset", model, join)
     engine = TransformersEngine(model, tokenizer)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    batch_size = settings.batch_size * world
     records: list[dict[str, Any]] = []
     with tqdm(
         total=len(dataset),
         desc="probing",
         unit="problem",
         dynamic_ncols=True,
+        disable=rank > 0,
         # A file wants a line now and then, not ten a second.
         mininterval=0.1 if sys.stderr.isatty() else 10,
     ) as bar:
-        for start in range(0, len(dataset), settings.batch_size):
-            rows = dataset.select(range(start, min(start + settings.batch_size, len(dataset))))
-            groups = _rollouts(engine, join, rows, start, task.answer_template, settings)
+        for start in range(0, len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))
+            # The last batch of several processes may have nothing for some.
+            own = indices[rank::world]
+            groups = _rollouts(
+                [(index, dataset[index]) for index in own],
+                engine=engine,
+                join=join,
+                settings=settings,
+            )
             flat = [r for group in groups for rollouts in group.values() for r in rollouts]
             logps = iter(answer_logp(scorer, flat, settings.token_budget))
-            for row, group in zip(rows, groups, strict=True):
-                record = {"index": len(records), "prompt": row["prompt"], "answer": row["answer"]}
+            batch = []
+            for index, group in zip(own, groups, strict=True):
+                row = dataset[index]
+                record = {"index": index, "prompt": row["prompt"], "answer": row["answer"]}
                 for kind, rollouts in group.items():
                     record[kind] = [
                         {
@@ -124,22 +143,26 @@ def probe_model(
                         }
                         for rollout in rollouts
                     ]
-                records.append(record)
-            bar.update(len(rows))
+                batch.append(record)
+            if world > 1:
+                batch = sorted(gather_object(batch), key=lambda record: record["index"])
+            records += batch
+            bar.update(len(indices))
     return records
 
 
 def _rollouts(
+    problems: Sequence[tuple[int, Mapping[str, Any]]],
+    *,
     engine: TransformersEngine,
     join: AnswerJoin,
-    rows: Dataset,
-    start: int,
-    template: str,
     settings: ProbeSettings,
 ) -> list[dict[str, list[Rollout]]]:
-    """The answer of each row behind each kind of rationale; `start`: the first row's index."""
-    prompts = [encode_prompt(join.tokenizer, prompt) for prompt in rows["prompt"]]
-    seeds = [seed_of(settings.seed, start + i) for i in range(len(rows))]
+    """Return the answer of each problem, an index and a row, behind each kind of rationale."""
+    if not problems:
+        return []
+    prompts = [encode_prompt(join.tokenizer, row["prompt"]) for _, row in problems]
+    seeds = [seed_of(settings.seed, index) for index, _ in problems]
     own = {}
     for kind, temperature, count in (
         ("greedy", 0.0, 1),
@@ -152,15 +175,15 @@ def _rollouts(
                 max_new_tokens=settings.max_completion_length,
                 temperature=temperature,
                 seeds=seeds,
-                template=template,
+                template=join.template,
             )
     groups = []
-    for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+    for place, (prompt, (_, row)) in enumerate(zip(prompts, problems, strict=True)):
         group = {"none": [join(prompt, Sample([]), row["answer"])]}
         if row.get("rationale", "").strip():
             group["gold"] = [join.written(prompt, row["rationale"], row["answer"])]
         for kind, samples in own.items():
-            group[kind] = [join(prompt, sample, row["answer"]) for sample in samples[index]]
+            group[kind] = [join(prompt, sample, row["answer"]) for sample in samples[place]]
         groups.append(group)
     return groups
 

@@ -9,7 +9,7 @@ from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.arguments import parse_arguments
-from latro.config import DataArguments, ModelArguments, PeftArguments
+from latro.config import DataArguments, ModelArguments, PeftArguments, SftConfig
 from latro.refused import _REFUSED
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
@@ -390,3 +390,19 @@ def test_the_command_line_beats_the_precision_that_accelerate_was_given(monkeypa
     assert parse("--use_cpu", "true")[2].mixed_precision == "bf16"
     assert parse("--use_cpu", "true", "--bf16", "false")[2].mixed_precision == "no"
     assert parse("--use_cpu", "true", "--fp16", "false")[2].mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("config", [LatroConfig, SftConfig])
+def test_without_an_accelerator_it_is_the_cpu(config, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert config().use_cpu
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert not config().use_cpu
+
+
+def test_processes_that_make_no_group_are_refused(monkeypatch):
+    # A launcher's process on a device over which accelerate makes no group, such as Apple's.
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("latro.config.is_torchelastic_launched", lambda: True)
+    with pytest.raises(ValueError, match=r"use_cpu: expected True with several processes on a"):
+        LatroConfig()

@@ -64,6 +64,12 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=2e-5, msg=name)
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path):
+    launch(2, tmp_path, "--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
+    assert metrics(tmp_path, "step") == [0, 1, 1, 1]
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     output = tmp_path_factory.mktemp("one")
