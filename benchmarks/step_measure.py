@@ -33,6 +33,9 @@ class Row:
     times: dict[str, Summary] = field(default_factory=dict)
     ratio: dict[str, float] = field(default_factory=dict)
     peak: int | None = None
+    prompt_tokens: int | None = None
+    """Of the first forward of a step, which reads the prompts, each once or once for each of its
+    samples; None where no step was timed."""
     gradient_error: float | None = None
     """Largest difference of a gradient's entry from ours over ours' largest, over the parameters;
     None where the contender's gradient is another one."""
@@ -105,19 +108,21 @@ def time_phase(
             if isinstance(contender, Published):
                 contender.lengths = ours.lengths
 
-    def lap(contender: Contender) -> Callable[[], None]:
+    def lap(row: Row) -> Callable[[], None]:
+        contender = made[row.contender]
+
         def run() -> None:
             contender.model.zero_grad()
             if phase == "update":
                 contender.update(groups)
-            else:
+                return
+            with contender.counted() as passes:
                 contender.step()
+            row.prompt_tokens = passes[0].tokens
 
         return run
 
-    candidates = [
-        timing.Candidate(row.contender, {phase: lap(made[row.contender])}) for row in rows
-    ]
+    candidates = [timing.Candidate(row.contender, {phase: lap(row)}) for row in rows]
     clock = timing.clock_for(problem.device)
     samples = timing.interleave(candidates, clock, reps=reps, warmup=0)
     for row in rows:

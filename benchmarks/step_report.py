@@ -90,7 +90,8 @@ def _rows_table(rows: Sequence[Row]) -> Table:
     for phase in phases:
         for heading in (f"{phase} s\n(range)", "× ours"):
             table.add_column(heading, justify="right")
-    counts = ("peak\nMiB", "forwards", "trunk\ntokens", "head\nrows", "gradient's\ndifference")
+    counts = ("peak\nMiB", "forwards", "trunk\ntokens", "head\nrows", "step's\nprompt tokens")
+    counts += ("gradient's\ndifference",)
     for heading in counts:
         table.add_column(heading, justify="right")
     for row in rows:
@@ -101,6 +102,7 @@ def _rows_table(rows: Sequence[Row]) -> Table:
             cells += [time, "–" if t is None else f"{row.ratio[phase]:.2f}"]
         error = "–" if row.gradient_error is None else f"{row.gradient_error:.0e}"
         cells += [_mib(row.peak), str(len(row.passes)), f"{row.tokens:,}", f"{row.head_rows:,}"]
+        cells.append("–" if row.prompt_tokens is None else f"{row.prompt_tokens:,}")
         table.add_row(*cells, error)
     return table
 

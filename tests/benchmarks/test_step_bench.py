@@ -59,6 +59,8 @@ def test_rows_have_times_ratios_and_memory(result):
             expected = times["median"] / ours["times"][phase]["median"]
             assert row["ratio"][phase] == pytest.approx(expected)
         assert row["peak"] > 0
+        prompts = QUICK.G * (QUICK.P - 1 if row is ours else QUICK.K * QUICK.P)
+        assert row["prompt_tokens"] == (None if once else prompts)
     assert ours["ratio"] == {"update": 1, "step": 1}
 
 
