@@ -32,6 +32,7 @@ from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_out
 from latro.dropout import disable_dropout
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.finite import Finding, FiniteUpdates
+from latro.loading import check_vocabulary
 from latro.long_run import LongRunTrainer
 from latro.memory import FittingUpdate
 from latro.model_card import write_card
@@ -61,7 +62,6 @@ class AnswerTrainer(LongRunTrainer):
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
         callbacks: added to the Trainer's own.
         temperature: of the policy, in the loss and in evaluation.
-        adapter_off_is_reference: whether `model` with its adapter off has to be as it was before.
 
     Class attributes:
         sum_names: of the sums that `update` returns.
@@ -99,12 +99,12 @@ class AnswerTrainer(LongRunTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         temperature: float = 1.0,
-        adapter_off_is_reference: bool = False,
     ) -> None:
         if peft_config is not None:
             # The Trainer would seed only after the adapter's weights are drawn.
             set_seed(args.seed)
             model = add_adapter(model, peft_config)
+        check_vocabulary(model, processing_class, "processing_class")
         self.task = task
         self.join = AnswerJoin(
             processing_class, task.answer_template, eos_token_ids(model, processing_class)
@@ -118,7 +118,7 @@ class AnswerTrainer(LongRunTrainer):
                 args.max_completion_length,
             )
         if has_adapter(model):
-            check_adapter(model, is_reference=adapter_off_is_reference)
+            check_adapter(model)
             if args.gradient_checkpointing:
                 # A reentrant checkpoint has no gradient where none of its inputs requires one.
                 # Older transformers do not see to that for a PeftModel.

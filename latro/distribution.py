@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import nn
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
@@ -162,6 +163,44 @@ def _tail(model: PreTrainedModel) -> list[nn.Module]:
         for m in modules
         if isinstance(m, FSDPModule) and m not in inside and (m is not embedding or tied)
     ]
+
+
+def like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Tensor:
+    """A copy of process 0's `whole` as the engine keeps `parameter`: its device, dtype and shard.
+
+    All processes must call this together.
+    """
+    dtype = parameter.dtype
+    # Under ZeRO-3 a parameter outside of a forward is empty, and whole where it can be written.
+    device = accelerator.device
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(
+            whole.to(device, dtype), parameter.device_mesh, parameter.placements
+        )
+    copy = whole.to(device, dtype, copy=True)
+    return broadcast(copy) if accelerator.num_processes > 1 else copy
+
+
+@contextlib.contextmanager
+def writable(
+    model: nn.Module, parameters: Sequence[nn.Parameter], accelerator: Accelerator
+) -> Iterator[None]:
+    """Within, `parameters` of `model` can be written to, and the next forward sees what they are.
+
+    All processes must enter and leave together, and write the same.
+    """
+    if is_sharded(accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+            yield
+        return
+    modules: Iterator[nn.Module] = model.modules()
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            # Some are whole from a forward that no backward followed.
+            module.reshard()
+    yield
 
 
 def prepare_reference(ref_scorer: Scorer, accelerator: Accelerator) -> None:

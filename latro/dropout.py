@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from latro.logits import trunk_of
 from latro.peft import without_wrapper
-from latro.scoring import trunk_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

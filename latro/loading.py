@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import textwrap
+from collections.abc import Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 from datasets import Dataset
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,6 +35,14 @@ from latro.tasks import TASKS, Task, get_task, read_own_data
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_SHOWN_KEYS = 5
+_SHOWN_CHARACTERS = 300
+# What transformers, PEFT, safetensors and tokenizers raise over a folder's contents.
+_OF_FILES = (
+    *(OSError, ImportError, SafetensorError, StrictDataclassError, ValueError, TypeError),
+    *(LookupError, ArithmeticError, AttributeError, RuntimeError),
+)
+
 
 def load_model(
     args: ModelArguments,
@@ -44,51 +58,138 @@ def load_model(
     """
     name = args.model_name_or_path or str(SMALL_MODEL)
     model: PreTrainedModel | PeftModel
-    try:
-        if find_adapter_config_file(name, revision=args.model_revision) is not None:
-            model, tokenizer = _load_adapter(name, args)
-        else:
-            model = _load_weights(name, args.model_revision, args)
-            tokenizer = _load_tokenizer(name, args.model_revision, args)
-    except OSError as error:
-        raise ValueError(
-            f"model_name_or_path: cannot load {name!r}: {error}. Expected a hub id or a directory "
-            "with config.json, safetensors weights and a tokenizer, or with an adapter of PEFT"
-        ) from error
-    except ValueError as error:
-        if args.trust_remote_code or "trust_remote_code" not in str(error):
-            raise
-        raise ValueError(
-            f"model_name_or_path: {name!r} comes with code of its own, which would run with all "
-            "your rights; if you have read it and trust it, pass --trust_remote_code true"
-        ) from error
-    vocab = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocab:
-        raise ValueError(
-            f"model_name_or_path: {name!r}: the tokenizer has {len(tokenizer)} tokens but the "
-            f"model's embedding has {vocab}"
-        )
+    with _Reading(repr(name), args.trust_remote_code):
+        is_adapter = find_adapter_config_file(name, revision=args.model_revision) is not None
+    if is_adapter:
+        model, tokenizer = _load_adapter(name, args)
+    else:
+        model = _load_weights(name, args.model_revision, args)
+        tokenizer = _load_tokenizer(name, args.model_revision, args)
+    check_vocabulary(model, tokenizer, f"model_name_or_path: {name!r}")
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
 
 
-def _load_weights(name: str, revision: str, args: ModelArguments) -> PreTrainedModel:
-    with whole_on_load():
-        return AutoModelForCausalLM.from_pretrained(
+def check_vocabulary(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """Check that every token has a row in the model's embedding.
+
+    Raises:
+        ValueError: one has none; the message begins with `name`.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= rows:
+        raise ValueError(
+            f"{name}: the tokenizer has tokens up to the id {highest}, but the model's embedding "
+            f"has {rows} rows"
+        )
+
+
+class _Reading:
+    """Within, what libraries raise over a model's files is one line that names the model.
+
+    Args:
+        model: in words.
+        trusted: whether code that comes with a model may run.
+
+    Raises:
+        ValueError: in the place of all that a config, a tokenizer or weights with other contents
+            than they should have make a library raise.
+    """
+
+    def __init__(self, model: str, trusted: bool) -> None:
+        self.model = model
+        self.trusted = trusted
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, torch.OutOfMemoryError):
+            return
+        # tokenizers raise an Exception, and none of a class of its own.
+        if not issubclass(kind, _OF_FILES) and kind is not Exception:
+            return
+        if not self.trusted and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"model_name_or_path: {self.model} comes with code of its own, which would run "
+                "with all your rights; if you have read it and trust it, pass --trust_remote_code "
+                "true"
+            ) from error
+        reason = textwrap.shorten(str(error), _SHOWN_CHARACTERS, placeholder=" …").rstrip(".")
+        if not issubclass(kind, (OSError, ValueError)):
+            reason = f"{kind.__name__}: {reason}"
+        raise ValueError(
+            f"model_name_or_path: cannot load {self.model}: {reason}. Expected a hub id or a "
+            "directory with config.json, safetensors weights and a tokenizer, or with an adapter "
+            "of PEFT"
+        ) from error
+
+
+def _load_weights(
+    name: str, revision: str, args: ModelArguments, adapter: str | None = None
+) -> PreTrainedModel:
+    """A whole model; `adapter` is what it is the base model of."""
+    told_name = repr(name) if adapter is None else f"{name!r}, the base model of {adapter!r}"
+    with _Reading(told_name, args.trust_remote_code), whole_on_load():
+        model, told = AutoModelForCausalLM.from_pretrained(
             name,
             revision=revision,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation or _attention(args.dtype),
             use_safetensors=True,
             trust_remote_code=args.trust_remote_code,
+            # Without it transformers names these in a table of many lines.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    # Buffers that are made and not read were saved by older versions.
+    buffers = {buffer for buffer, _ in model.named_buffers()}
+    _check_weights(
+        told_name,
+        type(model).__name__,
+        missing=told["missing_keys"],
+        unexpected=told["unexpected_keys"] - buffers,
+        mismatched=[
+            f"{key} {tuple(found)} for {tuple(expected)}"
+            for key, found, expected in told["mismatched_keys"]
+        ],
+    )
+    return model
+
+
+def _check_weights(
+    name: str,
+    what: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[str] = (),
+) -> None:
+    """Raises ValueError for weights that are not those of the model, which would be random."""
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
+    told = []
+    for fault, named in faults.items():
+        keys = sorted(named)
+        if keys:
+            more = ", …" if len(keys) > _SHOWN_KEYS else ""
+            told.append(f"{len(keys)} {fault} ({', '.join(keys[:_SHOWN_KEYS])}{more})")
+    if told:
+        raise ValueError(
+            f"model_name_or_path: expected in {name} the weights of {what}, got {'; '.join(told)}"
         )
 
 
 def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(
-        name, revision=revision, trust_remote_code=args.trust_remote_code
-    )
+    with _Reading(repr(name), args.trust_remote_code):
+        return AutoTokenizer.from_pretrained(
+            name, revision=revision, trust_remote_code=args.trust_remote_code
+        )
 
 
 def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -96,22 +197,41 @@ def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTraine
     require_peft("model_name_or_path")
     from peft import PeftConfig, PeftModel
 
-    config = PeftConfig.from_pretrained(name, revision=args.model_revision)
+    with _Reading(repr(name), args.trust_remote_code):
+        config = PeftConfig.from_pretrained(name, revision=args.model_revision)
+        # PEFT itself would go on to a pickled file.
+        cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"model_name_or_path: the adapter {name!r} does not name its base model")
-    # PEFT itself would go on to a pickled file.
-    cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
     base_revision = config.revision or "main"
-    model = PeftModel.from_pretrained(
-        _load_weights(base, base_revision, args),
-        name,
-        is_trainable=True,
-        revision=args.model_revision,
-    )
+    weights = _load_weights(base, base_revision, args, adapter=name)
+    with _Reading(repr(name), args.trust_remote_code):
+        model = PeftModel.from_pretrained(
+            weights, name, is_trainable=True, revision=args.model_revision
+        )
+    _check_adapter_weights(model, name, args.model_revision)
     if has_file(name, "tokenizer_config.json", revision=args.model_revision):
         return model, _load_tokenizer(name, args.model_revision, args)
     return model, _load_tokenizer(base, base_revision, args)
+
+
+def _check_adapter_weights(model: PeftModel, name: str, revision: str) -> None:
+    """Raises ValueError where the file does not have what the adapter's config asks for.
+
+    PEFT warns of some of these. What a second reading leaves as it was, is not in the file,
+    whatever names older versions gave to the weights.
+    """
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data.fill_(math.nan)
+    told = model.load_adapter(name, model.active_adapter, is_trainable=True, revision=revision)
+    _check_weights(
+        repr(name),
+        f"a {model.active_peft_config.peft_type.value} adapter",
+        missing=[key for key, p in trained.items() if p.isnan().any()],
+        unexpected=told.unexpected_keys,
+    )
 
 
 def _attention(dtype: str) -> str | None:

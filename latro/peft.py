@@ -1,8 +1,9 @@
-"""Adapters by PEFT: LoRA on a model that stays as it is, and with them off the initial model.
+"""Adapters by PEFT: what can be trained, the model under one, and the weight of a head with one.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685) adds scaling · B·A to a frozen weight, and B is 0 at the
-start. So a model with adapters is its own reference: with them off it is π_0, and the KL to it is
-exactly 0 before the first update, without a second copy of the weights.
+start. So a model with a new adapter is its own reference: with it off it is π_0, and the KL to it
+is exactly 0 before the first update, without a second copy of the weights. `latro.initial` has the
+reference of an adapter that came trained.
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from latro.config import PeftArguments
     from latro.layout import Batch
     from latro.scoring import Reference, Scorer, Scores
-
-# What these make of LoRA's A and B at the start, they take from the frozen weights.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
@@ -109,24 +107,14 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     return get_peft_model(model, peft_config)
 
 
-def check_adapter(model: PeftModel, *, is_reference: bool) -> None:
+def check_adapter(model: PeftModel) -> None:
     """Check that a model with adapters can be trained.
-
-    Args:
-        model: it.
-        is_reference: whether with its adapters off it is to be π_0.
 
     Raises:
         ValueError: it cannot; the message says why.
     """
     for config in model.peft_config.values():
         _check_kind(config)
-        init = getattr(config, "init_lora_weights", True)
-        if is_reference and isinstance(init, str) and init.startswith(_CHANGES_BASE):
-            raise ValueError(
-                f"init_lora_weights: {init!r} changes the base weights, so that without its "
-                "adapter the model is not the initial one; pass ref_model, or beta = 0"
-            )
     merged = model.get_model_status().merged_adapters
     if merged:
         raise ValueError(f"model: its adapters {merged} are merged; call unmerge_adapter() first")
@@ -184,6 +172,50 @@ def _adapter_off(model: Any) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def check_ties(model: PreTrainedModel | PeftModel) -> None:
+    """Check that head and embedding are one where the model's config ties them.
+
+    A server builds its model by that config, and takes the embedding for its head.
+
+    Raises:
+        ValueError: they are two, be it by what an adapter adds to one of them.
+    """
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    # The weights of a layer with an adapter that adds to them are those under it.
+    if head.weight is not embedding.weight or _adds_to(head) or _adds_to(embedding):
+        raise ValueError(
+            "rollout_engine: expected head and embedding to be one, as the model's config ties "
+            "them and vLLM with it, got two, or an adapter on them; leave them out of the adapter, "
+            "take rollout_engine=transformers, or serve and train a copy of the model that is "
+            "saved untied"
+        )
+
+
+def _adds_to(layer: nn.Module) -> bool:
+    """Whether an adapter adds something to the weights of `layer`, or to rows of them."""
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adds = isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return adds and not isinstance(layer, ModulesToSaveWrapper)
+
+
+def head_without_adapter(head: Any) -> Any:
+    """The head that an adapter lies on, or the head itself."""
+    if not is_peft_available():
+        return head
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+
 def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight [V, H] and bias [V] that make a head's logits, with its active adapters.
 
@@ -205,7 +237,8 @@ def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
     # The attributes of a ModulesToSaveWrapper are those of the copy that its forward calls.
     if not adapted or isinstance(head, ModulesToSaveWrapper) or head.disable_adapters:
         return weight, bias
-    if type(head) is not Linear:
+    # FSDP makes a class of its own of each that it shards, with the forward that it had.
+    if not isinstance(head, Linear) or type(head).forward is not Linear.forward:
         raise ValueError(f"model: expected a head without adapter, or with LoRA's, got {head}")
     if head.merged:
         return weight, bias

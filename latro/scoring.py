@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from latro.attention import allow_shared_prefix, placeholder_mask
 from latro.layout import Batch, Group, collate, long_rope_boundary
+from latro.logits import LogitForm, forward_replaced, logit_form, trunk_of
 from latro.peft import head_parameters, without_wrapper
 from latro.rollout import Rollout
 from latro_kernels import linear_kl, linear_logprob
@@ -93,20 +94,9 @@ class Scorer:
                 f"model: expected a causal language model with a linear head, got "
                 f"{type(model).__name__}"
             )
-        trunk_of(self.causal)
-        config = model.config.get_text_config()
-        self.softcap = getattr(config, "final_logit_softcapping", None)
-        # Cohere multiplies its logits, Granite divides them.
-        self.logit_scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
-        if self.softcap is not None and self.logit_scale != 1.0:
-            raise ValueError(
-                f"model: {type(model).__name__} has a logit softcap and a logit scale; their order "
-                "is not known"
-            )
         self.boundary = long_rope_boundary(model)
         with _without_tf32():
+            self.logit_form = self._logit_form()
             self._verify_logits()
             why = self._why_not_packed()
         self.packed = why is None
@@ -163,16 +153,23 @@ class Scorer:
         trunk = trunk_of(self.causal)
         return trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
 
-    def check_comparable(self, other: Scorer) -> None:
-        """Check that the KL to another model has a meaning.
+    def check_comparable(self, other: Scorer, *, exact: bool) -> None:
+        """Check that the KL to another model has a meaning; `exact`: over the whole vocabulary.
 
         Raises:
             ValueError: the models do not share a vocabulary, or make their logits differently.
         """
+        if other.vocab_size < self.vocab_size:
+            raise ValueError(
+                f"ref_model: expected the {self.vocab_size} tokens of the policy, got a head of "
+                f"{other.vocab_size}"
+            )
+        if not exact:
+            return
         for name, ours, theirs in (
             ("vocabulary", self.vocab_size, other.vocab_size),
-            ("logit softcap", self.softcap, other.softcap),
-            ("logit scale", self.logit_scale, other.logit_scale),
+            ("logit softcap", self.logit_form.softcap, other.logit_form.softcap),
+            ("logit scale", self.logit_form.scale, other.logit_form.scale),
         ):
             if ours != theirs:
                 raise ValueError(
@@ -189,11 +186,8 @@ class Scorer:
 
     def _inside(self, batch: Batch, function: Callable[[], T]) -> T:
         """The result of `function`, run as the model's forward, called through the engine."""
-        return _as_forward(
-            self.causal,
-            lambda *_, **__: function(),
-            lambda: self.caller(input_ids=batch.input_ids),
-        )
+        with forward_replaced(self.causal, lambda *_, **__: function()):
+            return self.caller(input_ids=batch.input_ids)
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Hidden states [N, H] of the head rows of a batch."""
@@ -204,7 +198,10 @@ class Scorer:
     ) -> tuple[Tensor, ...]:
         """`function(head, hidden)`, run as the head's forward, so that its weight is there."""
         head = self.causal.get_output_embeddings()
-        return _as_forward(head, lambda h: function(head, h), lambda: head(hidden))
+        if self.logit_form.hidden_scale != 1.0:
+            hidden = hidden * self.logit_form.hidden_scale
+        with forward_replaced(head, lambda h: function(head, h)):
+            return head(hidden)
 
     def _at_head(
         self, hidden: Tensor, target: Tensor, reference: Reference | None = None
@@ -213,9 +210,11 @@ class Scorer:
 
         def forward(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
             weight, bias = head_parameters(head)
+            form = self.logit_form
             settings: dict[str, Any] = {
-                "temperature": self.temperature / self.logit_scale,
-                "softcap": self.softcap,
+                # c·tanh(s·a/c)/T, which the kernels know as (c/s)·tanh(a/(c/s)) / (T/s).
+                "temperature": self.temperature / form.scale,
+                "softcap": None if form.softcap is None else form.softcap / form.scale,
                 "backend": self.backend,
             }
             logp, entropy = linear_logprob(
@@ -243,6 +242,14 @@ class Scorer:
         return self._call_head(hidden, forward)
 
     # Checks of the model, once.
+
+    def _logit_form(self) -> LogitForm:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return logit_form(self.causal)
+        finally:
+            self.model.train(was_training)
 
     @torch.no_grad()
     def _verify_logits(self) -> None:
@@ -312,23 +319,6 @@ class Scorer:
         return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
 
 
-def trunk_of(causal: PreTrainedModel) -> nn.Module:
-    """A causal language model without its head.
-
-    Raises:
-        ValueError: the model does not name it.
-    """
-    named = causal.base_model
-    # Llama4's text model has another name for its trunk than it says.
-    trunk = named if named is not causal else getattr(causal, "model", None)
-    if trunk is None:
-        raise ValueError(
-            f"model: expected a causal language model that is a trunk and a head, got "
-            f"{type(causal).__name__}, which names no trunk"
-        )
-    return trunk
-
-
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
     """TF32 has 10 of fp32's 23 bits, which a comparison would take for a wrong formula."""
@@ -339,16 +329,3 @@ def _without_tf32() -> Iterator[None]:
         yield
     finally:
         matmul.fp32_precision = given
-
-
-def _as_forward(module: nn.Module, function: Callable[..., T], call: Callable[[], T]) -> T:
-    """`call()`, while `function` stands in the place of `module.forward`."""
-    own = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        return call()
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

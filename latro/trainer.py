@@ -18,14 +18,14 @@ reporting are the Trainer's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from latro import statistics
@@ -40,8 +40,14 @@ from latro.distribution import (
 )
 from latro.finite import Finding
 from latro.generation import TransformersEngine, seed_of
+from latro.initial import (
+    InitialAdapter,
+    adds_nothing,
+    initial_of_checkpoint,
+    trained_weights,
+)
 from latro.objectives import PLAIN_OBJECTIVES
-from latro.peft import AdapterOff, has_adapter
+from latro.peft import AdapterOff, check_ties, has_adapter
 from latro.prompts import check_dataset, encode_prompt
 from latro.reporting import SequenceReports, sinks_of
 from latro.rollout import Rollout, RolloutEngine, Sample, eos_token_ids
@@ -68,7 +74,8 @@ class LatroTrainer(AnswerTrainer):
         task: its answer template ends rationales and opens answers; it grades in evaluation.
         eval_dataset: held-out rows for `evaluate()`.
         ref_model: π_0; None: a frozen copy of `model` as it is now, not made when β is 0, or, where
-            it has an adapter, `model` itself with the adapter off.
+            it has an adapter, `model` itself with the adapter as it is now; of a run that goes on,
+            as it was when the run began.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
         callbacks: added to the Trainer's own.
 
@@ -109,7 +116,6 @@ class LatroTrainer(AnswerTrainer):
             peft_config=peft_config,
             callbacks=callbacks,
             temperature=args.temperature,
-            adapter_off_is_reference=ref_model is None and args.beta > 0,
         )
         self._set_update(
             Update(
@@ -138,28 +144,54 @@ class LatroTrainer(AnswerTrainer):
             )
             self.add_callback(self.reports)
 
-    def _make_ref_scorer(self, ref_model: PreTrainedModel | None) -> Scorer | AdapterOff | None:
+    def _make_ref_scorer(
+        self, ref_model: PreTrainedModel | None
+    ) -> Scorer | AdapterOff | InitialAdapter | None:
         """Of π_0; None where β is 0 and no reference is given."""
         if ref_model is None:
             if self.args.beta == 0:
                 return None
             if has_adapter(self.model):
-                return AdapterOff(self.scorer)
+                self._trained = trained_weights(self.model)
+                off = adds_nothing(self.model)
+                return self._ref_of_adapter(None if off else self._trained)
             ref_model = copy.deepcopy(self.model)
+        else:
+            _check_apart(ref_model, self.model)
         follow_fp32_weights(ref_model, self.model, self.accelerator)
         ref_model.requires_grad_(False).eval().to(self.args.device)
         ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
-        if self.args.kl == "exact":
-            self.scorer.check_comparable(ref_scorer)
+        self.scorer.check_comparable(ref_scorer, exact=self.args.kl == "exact")
         # Both read the same batches: KL is exactly 0 where the two are one.
         self.scorer.packed &= ref_scorer.packed
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
 
     @property
-    def ref_scorer(self) -> Scorer | AdapterOff | None:
+    def ref_scorer(self) -> Scorer | AdapterOff | InitialAdapter | None:
         """Of π_0."""
         return self.update.ref_scorer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `AnswerTrainer.save_model`; a checkpoint has the initial adapter of the run too."""
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call or output_dir is None or not self.args.should_save:
+            return
+        if isinstance(self.ref_scorer, InitialAdapter):
+            self.ref_scorer.save(Path(output_dir))
+
+    def _ref_of_adapter(self, initial: Mapping[str, Tensor] | None) -> AdapterOff | InitialAdapter:
+        """Of the policy with the initial values of what is trained; None: with its adapter off."""
+        if initial is None:
+            return AdapterOff(self.scorer)
+        return InitialAdapter(self.scorer, initial, self.accelerator)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # Called wherever a run goes on, whatever the engine.
+        if checkpoint is not None and isinstance(self.ref_scorer, (AdapterOff, InitialAdapter)):
+            initial = initial_of_checkpoint(Path(checkpoint), self._trained)
+            self.update.ref_scorer = self._ref_of_adapter(initial)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     @property
     def targets(self) -> str:
@@ -248,6 +280,7 @@ class LatroTrainer(AnswerTrainer):
                 "rollout_engine: expected transformers where a model with an adapter is in shards, "
                 "got vllm, which is handed whole weights with the adapter merged into them"
             )
+        check_ties(self.model)
         return VllmEngine(
             self.args.vllm_url,
             self.processing_class,
@@ -293,3 +326,13 @@ class LatroTrainer(AnswerTrainer):
 
     def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
         return statistics.averages(sums)
+
+
+def _check_apart(ref_model: nn.Module, policy: nn.Module) -> None:
+    """Raises ValueError for a reference that changes as the policy does."""
+    trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
+    if any(parameter in trained for parameter in ref_model.parameters()):
+        raise ValueError(
+            "ref_model: expected a model with weights of its own, got one that has the policy's; "
+            "leave ref_model out, or pass a copy"
+        )

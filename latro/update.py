@@ -18,6 +18,7 @@ from torch import Tensor
 from latro.accumulation import Accumulation
 from latro.config import LatroConfig
 from latro.importance import importance
+from latro.initial import InitialAdapter
 from latro.layout import Batch, Group, group_layout, plain_offsets
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.peft import AdapterOff
@@ -47,7 +48,7 @@ class Update(Accumulation):
     def __init__(
         self,
         scorer: Scorer,
-        ref_scorer: Scorer | AdapterOff | None,
+        ref_scorer: Scorer | AdapterOff | InitialAdapter | None,
         args: LatroConfig,
         accelerator: Accelerator,
         stopwatch: Stopwatch,

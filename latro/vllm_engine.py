@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.peft import has_adapter
+from latro.peft import check_ties, has_adapter
 from latro.rollout import Sample
 from latro.vllm_client import LARGEST_ANSWER, SERVE, Answer, Client, Hangup
 
@@ -197,8 +197,11 @@ class VllmEngine:
 
         Raises:
             ConnectionError: the server could not load the weights, and must be started anew.
-            ValueError: the embeddings are tied, and the server runs on a CPU.
+            ValueError: the embeddings are tied, and the server runs on a CPU, or head and embedding
+                are two all the same.
         """
+        if weights is None:
+            check_ties(model)
         if self._on_cpu and model.config.get_text_config().tie_word_embeddings:
             raise ValueError(
                 f"vllm_url: {self.url} runs on a CPU, where vLLM keeps the old head of a model "

@@ -32,14 +32,26 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "llama4_text": {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
     "stablelm": {},
+    "hyperclovax": {},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
+    "minicpm3": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
+    | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "inkling_text": {},
+    "nanochat": {},
+    "dory": {},
+    "bert": {"is_decoder": True},
+    "opt": {"word_embed_proj_dim": 16},
     "nemotron": {},
     "rwkv": {"attention_hidden_size": 32},
 }
 
 
-def other_model(architecture: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def other_model(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, **options: Any
+) -> PreTrainedModel:
     """Two layers in fp32, of weights so large that every token counts."""
-    model = two_layers(architecture, tokenizer, **({"head_dim": 8} | _OPTIONS[architecture])).eval()
+    options = {"head_dim": 8} | _OPTIONS[architecture] | options
+    model = two_layers(architecture, tokenizer, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:

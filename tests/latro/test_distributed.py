@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
+from latro.config import SMALL_MODEL
 from latro.train import train
 
 ROOT = Path(__file__).parents[2]
@@ -126,3 +128,41 @@ def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path):
     # The kernels refuse log-probs of another dtype.
     launch(2, tmp_path, *ENGINES["fsdp2"], "--bf16", "true")
     assert metrics(tmp_path, "kl")[0] == 0.0
+
+
+@pytest.fixture(scope="module")
+def adapter_in_one_process(tmp_path_factory):
+    """Options that name a trained adapter, its head among it, and the run of one process."""
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["q_proj", "down_proj", "lm_head"],
+        init_lora_weights=False,
+    )
+    model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
+    peft.get_peft_model(model, config).save_pretrained(folder / "adapter")
+    options = (
+        *("--model_name_or_path", str(folder / "adapter"), "--kl", "exact", "--beta", "0.5"),
+        *("--eval_on_start", "false", "--max_steps", "2", "--save_steps", "1"),
+    )
+    prompts = ("--per_device_train_batch_size", str(PROMPTS))
+    train([*OPTIONS, *prompts, *options, "--output_dir", str(folder / "one")])
+    return options, folder / "one"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_reference_of_a_trained_adapter(tmp_path, adapter_in_one_process, engine):
+    options, one = adapter_in_one_process
+    two, resumed = tmp_path / "two", tmp_path / "resumed"
+    launch(2, two, *ENGINES[engine], *options)
+    checkpoint = ("--resume_from_checkpoint", str(two / "checkpoint-1"))
+    launch(2, resumed, *ENGINES[engine], *options, *checkpoint)
+    assert metrics(one, "kl")[0] == metrics(two, "kl")[0] == 0.0
+    assert metrics(one, "kl")[1] > 0.0
+    for output in (two, resumed):
+        for name in ("reward", "kl", "grad_norm"):
+            ours, theirs = metrics(output, name), metrics(one, name)
+            assert ours == pytest.approx(theirs[-len(ours) :], rel=1e-3, abs=1e-5), name

@@ -1,13 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from latro.config import DataArguments, ModelArguments
+from latro.evaluate import evaluate
 from latro.loading import load_held_out, load_model, load_splits, load_task
+from latro.probe import probe
+from latro.sft import sft
+from latro.train import train
 from tests.latro.conftest import Sums
 
 
@@ -19,6 +26,263 @@ def test_pickled_weights_are_refused(tiny, tokenizer, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot load .* Expected .* safetensors weights"):
         load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def saved(model, tokenizer, folder):
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def with_weights(change):
+    """A change of a model's folder: `change` of the tensors in its one file of weights."""
+
+    def apply(folder):
+        (path,) = folder.glob("*model.safetensors")
+        weights = {name: tensor.clone() for name, tensor in change(load_file(path)).items()}
+        save_file(weights, path, metadata={"format": "pt"})
+
+    return apply
+
+
+def with_json(name, **values):
+    def apply(folder):
+        content = json.loads((folder / name).read_text())
+        for key, value in values.items():
+            content[key] = value
+        (folder / name).write_text(json.dumps(content))
+
+    return apply
+
+
+def with_text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def without(*suffixes):
+    return with_weights(lambda w: {n: t for n, t in w.items() if not n.endswith(suffixes)})
+
+
+def in_shards(change):
+    """A change of a model's folder: its weights in many files, and `change` of the folder then."""
+
+    def apply(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="20KB")
+        change(folder)
+
+    return apply
+
+
+def cut(folder):
+    (path,) = folder.glob("*model.safetensors")
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def in_tokenizer(change):
+    def apply(folder):
+        content = json.loads((folder / "tokenizer.json").read_text())
+        change(content)
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+
+    return apply
+
+
+HEAD, NORM = "lm_head.weight", "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+MODELS = {
+    "three dropped": (
+        without(HEAD, NORM, EMBEDDING),
+        rf"LlamaForCausalLM, got 3 missing \({HEAD}, {EMBEDDING}, {NORM}\)",
+    ),
+    "prefixed": (
+        with_weights(lambda w: {f"x.{name}": tensor for name, tensor in w.items()}),
+        rf"21 missing \({HEAD}, .*, …\); 21 unexpected \(x\.{HEAD}, .*, …\)",
+    ),
+    "one more": (
+        with_weights(lambda w: w | {"v_head.weight": torch.ones(3)}),
+        r"got 1 unexpected \(v_head\.weight\)",
+    ),
+    "another shape": (
+        with_weights(lambda w: w | {NORM: torch.ones(3)}),
+        rf"got 1 of another shape \({NORM} \(3,\) for \(32,\)\)",
+    ),
+    "more layers": (with_json("config.json", num_hidden_layers=3), "9 missing .*layers.2"),
+    "fewer layers": (with_json("config.json", num_hidden_layers=1), "9 unexpected .*layers.1"),
+    "wider": (with_json("config.json", hidden_size=64), "21 of another shape"),
+    "tied without either": (
+        lambda folder: (
+            without(HEAD, EMBEDDING)(folder),
+            with_json("config.json", tie_word_embeddings=True)(folder),
+        ),
+        rf"1 missing \({EMBEDDING}\)|2 missing",
+    ),
+    "a shard lost": (
+        in_shards(lambda folder: sorted(folder.glob("model-*"))[1].unlink()),
+        "cannot load .*model-00002-of-",
+    ),
+    "an index of nothing": (
+        in_shards(with_text("model.safetensors.index.json", "{}")),
+        "cannot load .*KeyError: 'weight_map'",
+    ),
+    "a cut file": (cut, "cannot load .*SafetensorError: .*header"),
+    "an empty file": (with_text("model.safetensors", ""), "cannot load .*header too small"),
+    "a config that is no JSON": (with_text("config.json", "{"), "config.json' is not a valid JSON"),
+    "a config of nothing": (with_text("config.json", "{}"), "Should have a `model_type` key"),
+    "a config that is null": (with_text("config.json", "null"), "cannot load .*TypeError"),
+    "an unknown kind": (with_json("config.json", model_type="nope"), "model type `nope`"),
+    "no language model": (with_json("config.json", model_type="vit"), "ViTConfig"),
+    "a size in words": (with_json("config.json", hidden_size="wide"), "expected int, got str"),
+    "no heads": (with_json("config.json", num_attention_heads=0), "ZeroDivisionError"),
+    "an unknown activation": (with_json("config.json", hidden_act="nope"), "KeyError: 'nope'"),
+    "an unknown dtype": (with_json("config.json", dtype="nope"), "has no attribute 'nope'"),
+    "a tokenizer that is no JSON": (with_text("tokenizer.json", "{"), "cannot load .*line 1"),
+    "a tokenizer of nothing": (with_text("tokenizer.json", "{}"), "KeyError: 'added_tokens'"),
+    "a tokenizer of another kind": (
+        in_tokenizer(lambda content: content["model"].update(type="Nope")),
+        "cannot load .*Exception: data did not match",
+    ),
+    "a token without a row": (
+        in_tokenizer(lambda content: content["model"]["vocab"].update(zzz=5000)),
+        "tokens up to the id 5000, but the model's embedding has 395 rows",
+    ),
+}
+
+
+def load(folder):
+    return load_model(ModelArguments(model_name_or_path=str(folder)))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tokenizer, tmp_path_factory):
+    return saved(tiny(), tokenizer, tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_a_folder_that_is_no_whole_model_is_one_line_that_names_it(whole, tmp_path, case):
+    change, message = MODELS[case]
+    folder = shutil.copytree(whole, tmp_path / "model")
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert str(error.value).startswith("model_name_or_path: ")
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_a_model_makes_itself_need_not_be_in_the_file(tiny, tokenizer, tmp_path, tied):
+    folder = saved(tiny(tie_word_embeddings=tied), tokenizer, tmp_path / "model")
+    # As older versions saved them, for each layer and once.
+    with_weights(
+        lambda w: (
+            w
+            | {
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+                "model.rotary_emb.inv_freq": torch.ones(4),
+            }
+        )
+    )(folder)
+    assert (HEAD in load_file(folder / "model.safetensors")) != tied
+    model, _ = load(folder)
+    assert all(map(torch.equal, model.parameters(), tiny(tie_word_embeddings=tied).parameters()))
+
+
+COMMANDS = {
+    "train": (train, ("--output_dir",)),
+    "sft": (sft, ("--output_dir",)),
+    "evaluate": (evaluate, ("--output",)),
+    "probe": (probe, ("--output",)),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_runs_with_weights_that_are_not_there(whole, tmp_path, command):
+    folder = shutil.copytree(whole, tmp_path / "model")
+    without(HEAD, NORM, EMBEDDING)(folder)
+    run, option = COMMANDS[command]
+    output = tmp_path / "out.json"
+    more = ("--dataset_name", "arithmetic", "--num_eval_examples", "4")
+    with pytest.raises(ValueError, match=r"model_name_or_path: .* got 3 missing"):
+        run(["--model_name_or_path", str(folder), *option, str(output), *more])
+    assert not output.exists()
+
+
+ADAPTER = "base_model.model.model.layers.0.self_attn.q_proj"
+ADAPTERS = {
+    "one dropped": (
+        without("layers.0.self_attn.q_proj.lora_A.weight"),
+        rf"a LORA adapter, got 1 missing \({ADAPTER}\.lora_A\.default\.weight\)",
+    ),
+    "prefixed": (
+        with_weights(lambda w: {f"x.{name}": tensor for name, tensor in w.items()}),
+        "cannot load .*KeyError: 'base_model.model.lm_head.weight'",
+    ),
+    "one more": (
+        with_weights(lambda w: w | {"base_model.model.x.lora_A.weight": torch.ones(1)}),
+        r"got 1 unexpected \(base_model\.model\.x\.lora_A\.weight\)",
+    ),
+    "another rank": (with_json("adapter_config.json", r=4), "size mismatch for .*lora_A"),
+    "a layer more": (
+        with_json("adapter_config.json", target_modules=["q_proj", "k_proj"]),
+        "4 missing .*k_proj",
+    ),
+    "a layer fewer": (
+        with_weights(lambda w: w | {n.replace("q_proj", "k_proj"): t for n, t in w.items()}),
+        "4 unexpected .*k_proj",
+    ),
+    "no head": (without("lm_head.weight"), "KeyError: 'base_model.model.lm_head.weight'"),
+    "another kind": (with_json("adapter_config.json", peft_type="IA3"), "an? IA3 adapter|IA3"),
+    "an unknown kind": (with_json("adapter_config.json", peft_type="NOPE"), "KeyError: 'NOPE'"),
+    "an unknown layer": (
+        with_json("adapter_config.json", target_modules=["x"]),
+        "No modules were targeted",
+    ),
+    "no rank": (with_json("adapter_config.json", r="a"), "cannot load .*TypeError"),
+    "no base model": (
+        with_json("adapter_config.json", base_model_name_or_path="/nowhere/x"),
+        "cannot load '/nowhere/x', the base model of",
+    ),
+    "a config that is no JSON": (with_text("adapter_config.json", "{"), "cannot load .*line 1"),
+    "a cut file": (cut, "cannot load .*SafetensorError"),
+}
+
+
+@pytest.fixture(scope="module")
+def adapter(whole, tmp_path_factory):
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=2,
+        target_modules=["q_proj"],
+        modules_to_save=["lm_head"],
+        init_lora_weights=False,
+    )
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(whole), config)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    model.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_a_folder_that_is_no_whole_adapter_is_one_line_that_names_it(adapter, tmp_path, case):
+    change, message = ADAPTERS[case]
+    folder = shutil.copytree(adapter[0], tmp_path / "adapter")
+    change(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        load(folder)
+    assert str(error.value).startswith("model_name_or_path: ")
+    assert str(folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_adapter_is_loaded_as_it_was_saved(adapter):
+    folder, model = adapter
+    loaded, _ = load(folder)
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    assert any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 class _Terminal:

@@ -225,6 +225,20 @@ def test_exact_kl_wants_a_reference_that_can_be_compared(make_trainer, tiny):
         make_trainer(tiny("cohere", logit_scale=0.5), tiny("cohere", logit_scale=0.25), kl="exact")
 
 
+def test_a_reference_that_is_no_other_model_is_refused(make_trainer, tiny):
+    model = tiny()
+    with pytest.raises(ValueError, match="ref_model: expected a model with weights of its own"):
+        make_trainer(model, model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with pytest.raises(ValueError, match=r"ref_model: expected the 395 tokens .* a head of 300"):
+        make_trainer(tiny(), tiny(vocab_size=300))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(make_trainer, tiny):
+    with pytest.raises(ValueError, match=r"processing_class: .* id 394, but .* has 300 rows"):
+        make_trainer(tiny(vocab_size=300))
+
+
 @pytest.mark.parametrize("batch_size", [2, 3])
 def test_accumulated_micro_steps_equal_one_large_batch(
     make_trainer, tiny, rollouts, dataset, batch_size

@@ -279,6 +279,58 @@ def test_adapters_are_merged_into_what_the_server_loads(
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "use_dora": True},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["embed_tokens"], "ensure_weight_tying": True},
+        {
+            "target_modules": ["q_proj"],
+            "modules_to_save": ["embed_tokens"],
+            "ensure_weight_tying": True,
+        },
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_the_server_loads_is_the_policy_or_it_gets_nothing(
+    fake: FakeVllm, engine_of: Any, tiny: Any, options: dict[str, Any], tied: bool
+) -> None:
+    model = get_peft_model(tiny(tie_word_embeddings=tied), LoraConfig(r=2, **options)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    ids = torch.arange(1, 20)[None]
+    loaded = []
+
+    def load(body: Any) -> tuple[int, Any]:
+        # A server builds its model by its own config, which is the base model's.
+        served = tiny(tie_word_embeddings=tied).eval()
+        weights = load_file(Path(body["kwargs"]["weights_path"]) / "model.safetensors")
+        served.load_state_dict(weights, strict=not tied)
+        loaded.append(served(input_ids=ids).logits)
+        return 200, {"results": [None]}
+
+    fake.answers["/collective_rpc"] = load
+    engine = engine_of(fake.url)
+    on_it = "q_proj" not in options["target_modules"] or "modules_to_save" in options
+    keeps = options.get("ensure_weight_tying") and "modules_to_save" in options
+    if tied and on_it and not keeps:
+        with pytest.raises(ValueError, match=r"rollout_engine: expected head and embedding to be"):
+            engine.update_weights(model, 1)
+        assert not loaded
+        return
+    engine.update_weights(model, 1)
+    torch.testing.assert_close(loaded[0], model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
 def test_server_that_lost_the_weights(fake: FakeVllm, engine_of: Any, tiny: Any) -> None:
     engine = engine_of(fake.url)
     engine.update_weights(tiny(), 1)
