@@ -1,0 +1,67 @@
+"""Chat templates in the ways that models' own are written, and tokenizers that have them."""
+
+from __future__ import annotations
+
+import copy
+
+from transformers import PreTrainedTokenizerBase
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}"
+    "{% else %}{{ eos_token }}{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}"
+    "{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+LLAMA_3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# A frame of thoughts before what is said, and one around it.
+THINKING = CHATML.replace(
+    "+ m['content'] +",
+    "+ ('<think>\n\n</think>\n\n<answer>' + m['content'].split('</think>')[-1].lstrip('\n')"
+    " + '</answer>' if m['role'] == 'assistant' else m['content']) +",
+)
+PLAIN = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+NOTHING = "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+BETWEEN = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if not loop.last %}{{ '<s>' + eos_token }}{% endif %}{% endfor %}"
+)
+NO_LAST_ANSWER = (
+    "{% if messages[-1]['role'] == 'assistant' %}{{ raise_exception('Not last') }}{% endif %}"
+) + CHATML
+NO_ANSWERS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ 1 + 'x' }}{% endif %}"
+    "{{ m['content'] }}<|im_end|>{% endfor %}"
+)
+
+
+def framed(
+    tokenizer: PreTrainedTokenizerBase, template: str, *tokens: str
+) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer with a chat template, a beginning token and more special tokens."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>"})
+    made.add_special_tokens({"additional_special_tokens": list(tokens)})
+    made.chat_template = template
+    return made
