@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from datasets import Dataset
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.chat_template import leaves_out_the_user, render, tokenizer_name
+from latro.encoding import TextEncoder
 from latro.layout import long_rope_boundary
 from latro.rollout import AnswerJoin, Sample
 
@@ -33,43 +34,41 @@ def prompt_text(prompt: Prompt) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: in the chat template's frame where the tokenizer has one.
 
+    What spells a special token in a prompt is text; the frame has the special tokens.
+
     With a chat template a string is one message of the user. The template is applied once, and it
     writes its own beginning-of-sequence token, so the tokenizer adds none. Without a template a
     string, or one message of the user, is read as it is: the tokenizer adds what it always adds,
-    less an end-of-sequence token at the end, and less a second token at the beginning where the
-    string begins with that itself.
+    less an end-of-sequence token at the end. A string that begins with the spelled token which the
+    tokenizer adds there has it once.
 
     Raises:
-        ValueError: the template refuses the messages, or there is none and they are not one of the
-            user.
+        ValueError: the template refuses the messages or takes too much to render them
+            (`latro.chat_template`); or there is none and they are not one of the user.
     """
+    encoder = TextEncoder(tokenizer)
     if tokenizer.chat_template:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
-        try:
-            text = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt], tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise ValueError(
-                f"the chat template of {_name(tokenizer)} refuses the messages: {error}"
-            ) from error
+        if any(encoder.spells_special(message["content"]) for message in prompt):
+            quoted = [{**m, "content": encoder.quoted(m["content"])} for m in prompt]
+            return encoder.unquoted(render(tokenizer, quoted, add_generation_prompt=True))
+        text = render(tokenizer, prompt, add_generation_prompt=True)
         return list(tokenizer.encode(text, add_special_tokens=False))
     if not isinstance(prompt, str) and [message["role"] for message in prompt] != ["user"]:
         raise ValueError(
-            f"{_name(tokenizer)} has no chat template: expected a string, or one message of the "
-            f"user, as the prompt; got {len(prompt)} messages ending in {prompt[-1]['role']!r}"
+            f"{tokenizer_name(tokenizer)} has no chat template: expected a string, or one message "
+            f"of the user, as the prompt; got {len(prompt)} messages ending in "
+            f"{prompt[-1]['role']!r}"
         )
-    ids = list(tokenizer.encode(prompt_text(prompt)))
+    text = prompt_text(prompt)
+    ids = encoder(text, add_special_tokens=True)
+    opening = tokenizer.bos_token
+    if opening and text.startswith(opening) and ids[:1] == [tokenizer.bos_token_id]:
+        ids = encoder(text.removeprefix(opening), add_special_tokens=True)
     if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         ids.pop()
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-        ids.pop(0)
     return ids
-
-
-def _name(tokenizer: PreTrainedTokenizerBase) -> str:
-    return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
 class Longest(NamedTuple):
@@ -104,7 +103,8 @@ def check_dataset(
         ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
             tokenizer cannot render, or a row that does not fit the model with a rationale of full
             length, or would change its rotary frequencies within one; names the row and how its
-            prompt begins.
+            prompt begins. Or a chat template that renders prompts as one in which users say
+            different things.
     """
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
@@ -115,6 +115,7 @@ def check_dataset(
         raise ValueError(f"{name}: expected at least one row, got none")
     longest = Longest(0, 0)
     boundary = long_rope_boundary(model)
+    rendered = _Rendered(tokenizer, name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -130,6 +131,7 @@ def check_dataset(
             raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
+        rendered.add(index, prompt, ids)
         answer_tokens = len(join(ids, Sample([]), answer).answer_ids)
         longest = Longest(
             max(longest.answer, answer_tokens),
@@ -151,7 +153,43 @@ def check_dataset(
                 "be scored with the long ones; lower max_completion_length or drop the row; "
                 f"{_beginning(prompt)}"
             )
+    if tokenizer.chat_template and leaves_out_the_user(tokenizer):
+        raise ValueError(
+            f"{name}: the chat template of {tokenizer_name(tokenizer)} leaves out what users say"
+        )
     return longest
+
+
+class _Rendered:
+    """The prompts of a dataset as a chat template renders them, to see that it tells them apart."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        # By a hash: the ids of all prompts together would be many.
+        self.first: dict[int, tuple[int, Prompt]] = {}
+
+    def add(self, index: int, prompt: Prompt, ids: list[int]) -> None:
+        """Raise ValueError where a prompt in which users say something else has the same ids."""
+        if not self.tokenizer.chat_template:
+            return
+        first, other = self.first.setdefault(hash(tuple(ids)), (index, prompt))
+        if _said(other) != _said(prompt) and encode_prompt(self.tokenizer, other) == ids:
+            raise ValueError(
+                f"{self.name}: row {index}: the chat template of {tokenizer_name(self.tokenizer)} "
+                f"renders it as it does row {first}, whose users say something else; "
+                f"{_beginning(prompt)}"
+            )
+
+
+def _said(prompt: Prompt) -> list[str]:
+    """What users say in a prompt, as far as a template may be expected to keep it."""
+    said = (
+        [prompt]
+        if isinstance(prompt, str)
+        else [message["content"] for message in prompt if message["role"] == "user"]
+    )
+    return [" ".join(text.casefold().split()) for text in said]
 
 
 def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: AnswerJoin) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 from datasets import Dataset
@@ -8,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from latro.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
 from latro.rollout import AnswerJoin, Sample
+from tests.latro.frames import framed
 
 USER = {"role": "user", "content": "How many?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -160,3 +162,60 @@ def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, t
     check([token] * 25, 500)
     # Without sampling a sequence is read once, with one set of frequencies or the other.
     check([token] * 24, 0)
+
+
+def refusal(tiny, tokenizer, template, *prompts):
+    made = framed(tokenizer, template)
+    made.name_or_path = "org/hostile"
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "3"} for prompt in prompts])
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    with pytest.raises(ValueError, match="the chat template of the tokenizer org/hostile") as error:
+        check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "reason"),
+    [
+        ("[user][/user]", ["One and one?"], "leaves out what users say"),
+        ("{{ messages[0].text }}!", ["One and one?", "Two?"], "row 1: .* as it does row 0"),
+        ("{{ messages[0].content[:5] }}", ["What is 2?", "Is it?", "What is 3?"], "row 2: .*row 0"),
+    ],
+)
+def test_a_template_that_drops_what_users_say_is_refused(
+    tiny, tokenizer, template, prompts, reason
+):
+    message = refusal(tiny, tokenizer, template, *prompts)
+    assert re.match(f"data: .*{reason}", message)
+    assert "\n" not in message
+
+
+def test_prompts_that_say_the_same_may_be_rendered_as_the_same(tiny, tokenizer):
+    made = framed(
+        tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}"
+    )
+    prompts = ["How many?", " How many?\n", [SYSTEM, USER], [USER], "How?"]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": p if isinstance(p, list) else [{"role": "user", "content": p}],
+                "answer": "3",
+            }
+            for p in prompts
+        ]
+    )
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+
+
+def test_a_template_that_takes_all_memory_is_refused_with_its_row(tiny, tokenizer):
+    template = "{{ messages[0].content * (1 if messages[0].content == 'One?' else 10 ** 11) }}"
+    message = refusal(
+        tiny,
+        tokenizer,
+        f"{{% if messages[1] is not defined %}}{template}{{% endif %}}",
+        "One?",
+        "Two?",
+    )
+    assert message.startswith("data: row 1: ")
+    assert "takes more than 2 GiB of memory; its prompt begins 'Two?'" in message
