@@ -27,7 +27,7 @@ def template_pattern(template: str) -> re.Pattern[str]:
     if not words:
         raise ValueError(f"answer_template: expected words, got {template!r}")
     # A digit or an underscore may touch the first word: "= 5The answer is", "_The answer is 5_".
-    begin = r"(?<![^\W\d_])" if re.match(rf"(?![{_UNSPACED}])\w", words) else ""
+    begin = r"(?<![^\W\d_])" if _begins_in_a_word(words) else ""
     end = r"(?![\w'’])" if ends_in_a_word(words) else ""
     return re.compile(begin + re.escape(words) + end, re.IGNORECASE)
 
@@ -35,3 +35,37 @@ def template_pattern(template: str) -> re.Pattern[str]:
 def ends_in_a_word(template: str) -> bool:
     """Return whether the next character decides if the words of a template are whole."""
     return re.search(rf"(?![{_UNSPACED}])\w\s*\Z", template) is not None
+
+
+def ending_pattern(text: str) -> re.Pattern[str]:
+    """Return the pattern that a completion ends at, as far as it is written.
+
+    Args:
+        text: an answer template; or white space, which is looked for to the letter.
+
+    Behind a word a template is whole only when the next character is there to tell: "The answer is"
+    may go on to "isn't". Half of a character is none; it decodes to U+FFFD.
+    """
+    if text.isspace():
+        return re.compile(re.escape(text))
+    decided = "(?=.*[^\ufffd])" if ends_in_a_word(text) else ""
+    return re.compile(template_pattern(text).pattern + decided, re.IGNORECASE | re.DOTALL)
+
+
+def stop_strings(text: str) -> list[str]:
+    """Return strings that a completion which holds one matches `ending_pattern`.
+
+    They are for servers that stop at strings, and the common ones of all there are: where another
+    stands, a completion is longer than need be.
+    """
+    if text.isspace():
+        return [text]
+    words = text.strip()
+    before = (" ", "\n", "*") if _begins_in_a_word(words) else ("",)
+    behind = (" ", "\n", ":", "*") if ends_in_a_word(words) else ("",)
+    cases = dict.fromkeys((words, words[0].swapcase() + words[1:]))
+    return [b + case + e for case in cases for b in before for e in behind]
+
+
+def _begins_in_a_word(template: str) -> bool:
+    return re.match(rf"(?![{_UNSPACED}])[^\W\d_]", template) is not None

@@ -196,6 +196,18 @@ class _Problem:
 
 
 @dataclass(frozen=True)
+class _Completion:
+    """One completion of a problem."""
+
+    text: str
+    """What the record shows: without the end token, or what ends it."""
+    stated: str
+    """What is graded: without end tokens and padding behind it."""
+    rollout: Rollout
+    """What is scored."""
+
+
+@dataclass(frozen=True)
 class _Evaluator:
     """From problems to their records."""
 
@@ -219,18 +231,18 @@ class _Evaluator:
             modes.append(("sampled", self.settings.temperature, self.settings.num_samples))
         for name, temperature, num_samples in modes:
             groups = self._generate(problems, temperature, num_samples)
-            rollouts = [rollout for group in groups for _, rollout in group]
+            rollouts = [completion.rollout for group in groups for completion in group]
             logps = iter(answer_logp(self.scorer, rollouts, self.settings.token_budget))
             for problem, record, group in zip(problems, records, groups, strict=True):
                 record[name] = [
-                    self._record(problem.row, text, rollout, next(logps)) for text, rollout in group
+                    self._record(problem.row, completion, next(logps)) for completion in group
                 ]
         return records
 
     def _generate(
         self, problems: Sequence[_Problem], temperature: float, num_samples: int
-    ) -> list[list[tuple[str, Rollout]]]:
-        """Each problem's completions: the text that counts, and the tokens to score."""
+    ) -> list[list[_Completion]]:
+        """Each problem's completions."""
         engine = TransformersEngine(self.scorer.model, self.tokenizer)
         samples = engine.generate(
             [problem.prompt_ids for problem in problems],
@@ -245,32 +257,39 @@ class _Evaluator:
             for problem, group in zip(problems, samples, strict=True)
         ]
 
-    def _ended(self, problem: _Problem, sample: Sample) -> tuple[str, Rollout]:
-        answer = problem.row["answer"]
+    def _ended(self, problem: _Problem, sample: Sample) -> _Completion:
         kept = cut_at_separator(self.tokenizer, sample.ids) if self.separator else None
         if kept is not None:
             # The separator ends a completion as an end token does; what it is made of is dropped.
             text = decode(self.tokenizer, sample.ids).partition(SEPARATOR)[0]
-            return text, replace(self.join(problem.prompt_ids, Sample(kept), answer), finished=True)
+            rollout = self._joined(problem, Sample(kept), text)
+            return _Completion(text, text, replace(rollout, finished=True))
         ids = sample.ids
         ended = ids[:-1] if ids and ids[-1] in self.join.eos_token_ids else ids
-        return decode(self.tokenizer, ended), self.join(problem.prompt_ids, sample, answer)
+        stated = decode(self.tokenizer, self.join.without_ends(ids))
+        text = decode(self.tokenizer, ended)
+        return _Completion(text, stated, self._joined(problem, sample, stated))
+
+    def _joined(self, problem: _Problem, sample: Sample, stated: str) -> Rollout:
+        """The known answer in the place of the one that counts; of the first where none does."""
+        starts = [match.start() for match in self.join.pattern.finditer(stated)]
+        counted = 0
+        for index, end in enumerate([*starts[1:], len(stated)]):
+            if self.task.extract(stated[:end], problem.row) is not None:
+                counted = index
+                break
+        return self.join(problem.prompt_ids, sample, problem.row["answer"], statement=counted)
 
     def _record(
-        self, row: Mapping[str, Any], text: str, rollout: Rollout, logp: float
+        self, row: Mapping[str, Any], completion: _Completion, logp: float
     ) -> dict[str, Any]:
-        stated = text
-        # A chat model may close its turn with a token that is none of its end tokens.
-        for token in self.tokenizer.all_special_tokens:
-            stated = stated.replace(token, "")
-        predicted = self.task.extract(stated, row)
+        predicted = self.task.extract(completion.stated, row)
         return {
-            "text": text,
+            "text": completion.text,
             "predicted": predicted,
             "correct": self.task.is_correct(predicted, row),
-            # Grading reads the words that open an answer in any case, a rollout to the letter.
-            "finished": rollout.finished or predicted is not None,
-            "rationale_tokens": len(rollout.rationale_ids),
+            "finished": completion.rollout.finished,
+            "rationale_tokens": len(completion.rollout.rationale_ids),
             "answer_logp": logp,
         }
 

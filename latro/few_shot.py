@@ -24,6 +24,7 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from latro.answer_template import template_pattern
 from latro.prompts import Prompt, prompt_text
 from latro.rollout import decode
 
@@ -95,7 +96,9 @@ def cut_at_separator(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list
 
 def _solution(row: Mapping[str, Any], answer_template: str) -> str:
     rationale = (row.get("rationale") or "").strip()
-    solution = f"{rationale} {answer_template} {row['answer']}".strip()
+    # A rationale ends where it states an answer itself.
+    rationale = template_pattern(answer_template).split(rationale, maxsplit=1)[0].rstrip()
+    solution = f"{rationale} {answer_template.strip()} {row['answer']}".strip()
     return re.sub(r"\n\s*\n", "\n", solution)
 
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from latro.answer_template import ending_pattern
 from latro.layout import long_rope_boundary
 from latro.peft import without_wrapper
 from latro.rollout import Sample, decode_batch, eos_token_ids
@@ -218,7 +219,10 @@ class SeededSampling(LogitsProcessor):
 
 
 class TemplateStop(StoppingCriteria):
-    """Ends a row where its decoded text shows `template`, and keeps each row's length.
+    """Ends a row where its decoded text shows `template` whole, and keeps each row's length.
+
+    Where the template ends in a word, that takes one token more, the one that tells that the word
+    has ended (`latro.answer_template.ending_pattern`).
 
     Decoded text is matched and not token ids, because the same words can be cut into tokens in
     many ways. The lengths make padding unnecessary for finding ends, so that a tokenizer whose
@@ -236,9 +240,10 @@ class TemplateStop(StoppingCriteria):
         self.tokenizer = tokenizer
         self.prompt_length = prompt_length
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.template = template
-        # A token stands for at least one byte, or for nothing visible at the start of the window.
-        self.window = len(template.encode()) + 4 if template else 1
+        self.pattern = ending_pattern(template) if template else None
+        # A token stands for at least one byte, or for nothing visible at the start of the window;
+        # the characters on both sides of the template count, of up to 4 bytes each.
+        self.window = len(template.encode()) + 12 if template else 1
         self.lengths = [0] * num_rows
         self.done = [False] * num_rows
 
@@ -247,16 +252,18 @@ class TemplateStop(StoppingCriteria):
     ) -> Tensor:
         start = max(self.prompt_length, input_ids.shape[1] - self.window)
         tails = input_ids[:, start:].tolist()
+        # Of a match where the window begins it is not seen what stands before. It is an old one.
+        cut = int(start > self.prompt_length)
         open_rows = [row for row, done in enumerate(self.done) if not done]
         texts = (
             decode_batch(self.tokenizer, [tails[row] for row in open_rows])
-            if self.template
+            if self.pattern
             else [""] * len(open_rows)
         )
         for row, text in zip(open_rows, texts, strict=True):
             self.lengths[row] = input_ids.shape[1] - self.prompt_length
             self.done[row] = tails[row][-1] in self.eos_token_ids or (
-                self.template is not None and self.template in text
+                self.pattern is not None and self.pattern.search(text, cut) is not None
             )
         return torch.tensor(self.done, device=input_ids.device)
 

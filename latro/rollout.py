@@ -1,27 +1,40 @@
 """Rationales as token ids, with the answers joined to them; what samples them is an engine.
 
-A completion z ends at the end-of-sequence token, where its decoded text shows the answer template
-("The answer is"), or at the length limit. The sampled token ids are kept and scored as they are;
-the answer y = template + answer + end-of-sequence is joined to them as it tokenizes in context:
+A completion z ends at an end token, where its decoded text shows the answer template ("The answer
+is", by the rule of `latro.answer_template`), or at the length limit. The sampled token ids are kept
+and scored as they are; the answer y = template + answer + end is joined to them as it tokenizes in
+context:
 
     ended by        tokens of z                        the model reads         answer rows
     the template    all, the template's included       x  z  rest of y         the template as
                                                                                sampled, rest of y
-    end of seq.     all, the end token included        x  z without it  y      y
+    end token       all, the end token included        x  z without it  y      y
     length limit    all                                x  z  y                 y
 
 So the event that ends a rationale is an action of the policy in each case, and every sample's
-answer rows spell the same text.
+answer rows spell the same text. y ends as a completion of the policy does: with the token that the
+chat template puts behind an assistant's turn, or else with the tokenizer's end token.
+
+A token that spells the end of the template and more (": 5" of "Answer:") is one that z ends with
+like an end token: y spells the template anew from there. A template that ends in a word is known to
+be whole only by what comes next, "is" or "isn't"; the token that tells is sampled, and is none of
+z's: log π(z|x) is that of the words up to the template, and what the policy would have stated is
+neither rewarded nor compared with π_0. It leaves out the probability that no letter follows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from itertools import islice
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.answer_template import template_pattern
+from latro.chat_template import end_of_turn
+from latro.encoding import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -129,62 +142,76 @@ def decode_batch(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: the tokenizer's and those of the generation config."""
+    """Every token that ends a completion.
+
+    The tokenizer has one, the generation config may have others, and the chat template puts one
+    behind an assistant's turn.
+    """
     configured = model.generation_config.eos_token_id if model.generation_config else None
     ids = {tokenizer.eos_token_id}
     ids.update(configured if isinstance(configured, list) else [configured])
+    ids.discard(None)
+    ids.add(end_of_turn(tokenizer, ids))
     return sorted(i for i in ids if i is not None)
 
 
 class AnswerJoin:
     """Joins an answer to a sampled rationale, token by token as it reads in context.
 
+    An answer, and a rationale that somebody wrote, are text (`latro.encoding`): what spells a
+    special token in them is not that token. An answer that is one special token and nothing else,
+    and none of the tokenizer's roles nor an end, is that token.
+
     Args:
         tokenizer: any tokenizer; special tokens are never added.
         template: the words an answer begins with, "The answer is".
-        eos_token_ids: what ends a completion; the first of the tokenizer's own ends an answer.
+        eos_token_ids: what ends a completion. What ends an answer is the token that the chat
+            template puts behind an assistant's turn; without a template, or one that has such a
+            token, the tokenizer's own end, or the first of these.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, template: str, eos_token_ids: Sequence[int]
     ) -> None:
         self.tokenizer = tokenizer
-        self.template = template
-        self.eos_token_ids = frozenset(eos_token_ids)
-        end = tokenizer.eos_token_id
-        if end is None and eos_token_ids:
-            end = eos_token_ids[0]
-        self.end_ids = [] if end is None else [end]
+        self.template = template.strip()
+        self.pattern = template_pattern(template)
+        self.encoder = TextEncoder(tokenizer)
+        ends = [end_of_turn(tokenizer, eos_token_ids), tokenizer.eos_token_id, *eos_token_ids]
+        self.end_ids = [end for end in ends if end is not None][:1]
+        self.eos_token_ids = frozenset([*eos_token_ids, *self.end_ids])
+        self._template_is_special = self.encoder.spells_special(self.template)
 
-    def __call__(self, prompt_ids: list[int], sample: Sample, answer: str) -> Rollout:
-        """The rollout of one completion; what follows its first answer template is dropped."""
-        sampled_ids = sample.ids
-        span = self._find_template(sampled_ids)
-        if span is not None:
-            start, end = span
-            sampled_ids = sampled_ids[:end]
-            spelled = decode(self.tokenizer, sampled_ids[start:])
-            rest = "" if spelled[-1].isspace() else " "
-            answer_ids = sampled_ids[start:] + self._ids_after(self.template, rest + answer)
+    def __call__(
+        self, prompt_ids: list[int], sample: Sample, answer: str, *, statement: int = 0
+    ) -> Rollout:
+        """The rollout of one completion; what follows its answer template is dropped.
+
+        `statement`: which of its answer templates that is. The first, where a rationale is sampled;
+        in a whole completion the one that states the answer which counts.
+        """
+        finished = bool(sample.ids) and sample.ids[-1] in self.eos_token_ids
+        read = sample.ids[:-1] if finished else sample.ids
+        stated = self._find_template(read, statement)
+        if stated is None:
+            before, opening = self._anchor(prompt_ids + read, self.template)
             return self._rollout(
                 prompt_ids,
-                replace(sample, ids=sampled_ids),
+                sample,
                 answer=answer,
-                answer_ids=answer_ids,
-                answer_start=start,
-                finished=True,
+                answer_ids=self._answer_ids(before, opening, answer),
+                answer_start=len(read),
+                finished=finished,
             )
-
-        finished = bool(sampled_ids) and sampled_ids[-1] in self.eos_token_ids
-        start = len(sampled_ids) - finished
-        answer_ids = self._ids_behind(prompt_ids + sampled_ids[:start], f"{self.template} {answer}")
+        kept = read[stated.start : stated.whole]
+        before = decode(self.tokenizer, kept) if kept else "."
         return self._rollout(
             prompt_ids,
-            sample,
+            replace(sample, ids=read[: stated.end]),
             answer=answer,
-            answer_ids=answer_ids,
-            answer_start=start,
-            finished=finished,
+            answer_ids=kept + self._answer_ids(before, stated.rest, answer),
+            answer_start=stated.start,
+            finished=True,
         )
 
     def written(self, prompt_ids: list[int], rationale: str, answer: str) -> Rollout:
@@ -192,9 +219,17 @@ class AnswerJoin:
 
         An answer template in it, and what follows, are dropped.
         """
-        ids = self._ids_behind(prompt_ids, rationale)
-        rollout = self(prompt_ids, Sample(ids), answer)
+        before, text = self._anchor(prompt_ids, rationale)
+        rollout = self(prompt_ids, Sample(self._ids_after(before, text)), answer)
         return replace(rollout, sampled_ids=rollout.rationale_ids, finished=True)
+
+    def without_ends(self, ids: list[int]) -> list[int]:
+        """The ids before the end tokens and the padding that a completion ends with."""
+        ends = self.eos_token_ids | {self.tokenizer.pad_token_id}
+        count = len(ids)
+        while count and ids[count - 1] in ends:
+            count -= 1
+        return ids[:count]
 
     def _rollout(
         self,
@@ -225,7 +260,7 @@ class AnswerJoin:
         answer's; a token that is nothing but the space between them is not.
         """
         # As the tokenizer spells it, which may normalise characters.
-        spelled = decode(self.tokenizer, self._ids_after(self.template, f" {answer}")).lstrip()
+        spelled = decode(self.tokenizer, self._answer_ids(self.template, "", answer)).lstrip()
         # By bisection: whatever stands before them, ids that spell the answer to its end still do.
         first, last = 0, len(ids)
         while first < last:
@@ -236,37 +271,58 @@ class AnswerJoin:
                 last = middle - 1
         return first
 
-    def _find_template(self, ids: list[int]) -> tuple[int, int] | None:
-        """The tokens [start, end) that spell the first template, or None."""
-        if self.template not in decode(self.tokenizer, ids):
+    def _find_template(self, ids: list[int], statement: int) -> _Stated | None:
+        """The tokens that spell the answer template of a statement; None: there are fewer."""
+        text = decode(self.tokenizer, ids)
+        match = next(islice(self.pattern.finditer(text), statement, None), None)
+        if match is None:
             return None
-        # Both ends by bisection: a longer prefix keeps the match, and so does a longer suffix.
+        # By bisection: a longer prefix keeps what a shorter one spells.
         low, high = 1, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if self.template in decode(self.tokenizer, ids[:middle]):
+            if decode(self.tokenizer, ids[:middle])[: match.end()] == text[: match.end()]:
                 high = middle
             else:
                 low = middle + 1
-        end = high
-        start = end - 1
-        while start > 0 and self.template not in decode(self.tokenizer, ids[start:end]):
+        start = high - 1
+        while start > 0 and match[0] not in decode(self.tokenizer, ids[start:high]):
             start -= 1
-        return start, end
+        if len(decode(self.tokenizer, ids[:high])) == match.end():
+            return _Stated(start, high, high, "")
+        spelled = len(decode(self.tokenizer, ids[: high - 1]))
+        return _Stated(start, high - 1, high, text[spelled : match.end()])
 
-    def _ids_behind(self, ids: list[int], text: str) -> list[int]:
-        """The tokens of a sentence that follows `ids`, with a space where there is none."""
-        before = decode(self.tokenizer, ids[-4:])
-        # A stand-in for what comes before: whether a space opens the text is all that matters.
-        anchor, space = ("\n", "") if before[-1:].isspace() else (".", " ")
-        return self._ids_after(anchor, f"{space}{text}")
+    def _answer_ids(self, before: str, template: str, answer: str) -> list[int]:
+        """The tokens of a template, or the rest of one, with the answer, behind `before`."""
+        if self.encoder.is_token(answer, but=self.eos_token_ids):
+            return self.encoder.after(before, f"{template} {answer}", special=True)
+        if template and self._template_is_special:
+            opened = self.encoder.after(before, template, special=True)
+            return opened + self._ids_after(template, f" {answer}")
+        return self._ids_after(before, f"{template} {answer}")
 
     def _ids_after(self, before: str, text: str) -> list[int]:
-        """The tokens of `text` where `before` stands in front of it."""
-        encode = self.tokenizer.encode
-        prefix = encode(before, add_special_tokens=False)
-        whole = encode(before + text, add_special_tokens=False)
-        if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
-            return whole[len(prefix) :]
-        # The two merge across the border; the text on its own is the nearest that keeps the ids.
-        return encode(text, add_special_tokens=False)
+        return self.encoder.after(before, text)
+
+    def _anchor(self, ids: list[int], text: str) -> tuple[str, str]:
+        """A stand-in for what comes before a sentence that follows `ids`, and that sentence.
+
+        Whether a space opens the sentence is all that matters.
+        """
+        if decode(self.tokenizer, ids[-4:])[-1:].isspace():
+            return "\n", text
+        return ".", f" {text}"
+
+
+class _Stated(NamedTuple):
+    """Where sampled tokens spell an answer template."""
+
+    start: int
+    """The first of them."""
+    whole: int
+    """The end of those that spell nothing else behind it."""
+    end: int
+    """The end of all: the last may spell more, as ": 5" does of "Answer:"."""
+    rest: str
+    """What `whole` leaves of the template's text."""

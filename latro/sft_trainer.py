@@ -5,8 +5,8 @@ For rows of a prompt x, a written rationale z and an answer y, with T target tok
     loss = −1/T Σ [log π(z|x) + log π(y|x⊕z)]        or, with target "answer",  −1/T Σ log π(y|x)
 
 Prompts and answers are the tokens that evaluation and LaTRO take for the same row, and the answer
-ends with the end-of-sequence token. T counts the tokens of all accumulation steps and processes, so
-that each weighs the same however an update is cut up.
+ends as an assistant's turn does (`latro.rollout`). T counts the tokens of all accumulation steps
+and processes, so that each weighs the same however an update is cut up.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.answer_template import stop_strings
 from latro.peft import check_ties, has_adapter
 from latro.rollout import Sample
 from latro.vllm_client import LARGEST_ANSWER, SERVE, Answer, Client, Hangup
@@ -160,7 +161,7 @@ class VllmEngine:
                     "temperature": temperature,
                     # Sample j gets seed + j there: neighbouring seeds would share their draws.
                     "seed": Random(seed).getrandbits(62),
-                    "stop": [] if template is None else [template],
+                    "stop": [] if template is None else stop_strings(template),
                     "stop_token_ids": self.eos_token_ids,
                     "skip_special_tokens": False,
                     "return_token_ids": True,

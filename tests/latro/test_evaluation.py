@@ -10,9 +10,11 @@ from latro.evaluation import EvaluationSettings, answer_logp, evaluate_model
 from latro.generation import TransformersEngine
 from latro.journal import Journal
 from latro.prompts import encode_prompt
-from latro.rollout import AnswerJoin, Sample
+from latro.rollout import AnswerJoin, Sample, decode
 from latro.scoring import Scorer
 from latro.tasks import read_own_data
+from tests.latro import frames
+from tests.latro.frames import framed
 
 
 @pytest.fixture
@@ -229,6 +231,71 @@ def test_a_special_token_behind_the_answer_is_no_part_of_it(tiny, tokenizer, mon
     (completion,) = records[0]["greedy"]
     assert completion["text"] == f" So. The answer is Tom{tokenizer.eos_token}"
     assert completion["correct"]
+
+
+def test_answers_may_be_special_tokens(tiny, tokenizer, monkeypatch, tmp_path):
+    made = framed(tokenizer, frames.CHATML, "<|im_start|>", "<|im_end|>", "<yes>", "<no>", "<pad>")
+    made.pad_token = "<pad>"
+    lines = tmp_path / "labels.jsonl"
+    lines.write_text(
+        "".join(json.dumps({"prompt": f"Is {n} odd?", "answer": "<yes>"}) + "\n" for n in (3, 5))
+    )
+    yes, no, end, pad = made.convert_tokens_to_ids(["<yes>", "<no>", "<|im_end|>", "<pad>"])
+    ids = made.encode("The answer is ")
+    said = iter([[*ids, yes, end, pad, pad], [*ids, no, end]])
+    monkeypatch.setattr(
+        "latro.evaluation.TransformersEngine.generate",
+        lambda engine, prompts, **options: [[Sample(next(said))] for _ in prompts],
+    )
+    own = read_own_data(str(lines))
+    _, records = evaluate_model(
+        Scorer(tiny(vocab_size=len(made))),
+        made,
+        own,
+        own.load("test"),
+        EvaluationSettings(num_samples=0),
+    )
+    completions = [record["greedy"][0] for record in records]
+    assert [c["predicted"] for c in completions] == ["<yes>", "<no>"]
+    assert [c["correct"] for c in completions] == [True, False]
+    assert all(c["finished"] for c in completions)
+
+
+@pytest.mark.parametrize(
+    ("text", "statement", "rationale"),
+    [
+        (" So. The answer is 3. The answer is 4.", 0, " So."),
+        (" I hope the answer is right. The answer is 4", 1, " I hope the answer is right."),
+        (" The answer isn't 6. the ANSWER is 4", 0, " The answer isn't 6."),
+        (" The answer is 4. I hope the answer is right", 0, ""),
+        # Where no statement holds an answer, the first is where training would have ended it.
+        (" I hope the answer is right.", 0, " I hope"),
+        (" The answer isn't 6.", 0, " The answer isn't 6."),
+    ],
+)
+def test_the_answer_is_scored_where_it_is_graded(
+    tiny, tokenizer, monkeypatch, tmp_path, text, statement, rationale
+):
+    lines = tmp_path / "pens.jsonl"
+    lines.write_text(json.dumps({"prompt": "Who has 2 pens?", "answer": "3"}) + "\n")
+    own = read_own_data(str(lines))
+    ids = [*tokenizer.encode(text), tokenizer.eos_token_id]
+    monkeypatch.setattr(
+        "latro.evaluation.TransformersEngine.generate",
+        lambda engine, prompts, **options: [[Sample(ids)]],
+    )
+    scorer = Scorer(tiny())
+    _, records = evaluate_model(
+        scorer, tokenizer, own, own.load("test"), EvaluationSettings(num_samples=0)
+    )
+    (completion,) = records[0]["greedy"]
+    join = AnswerJoin(tokenizer, own.answer_template, [tokenizer.eos_token_id])
+    prompt = encode_prompt(tokenizer, "Who has 2 pens?")
+    expected = join(prompt, Sample(ids), "3", statement=statement)
+    assert decode(tokenizer, expected.rationale_ids).rstrip() == rationale
+    assert completion["rationale_tokens"] == len(expected.rationale_ids)
+    (logp,) = answer_logp(scorer, [expected], 1000)
+    assert completion["answer_logp"] == pytest.approx(logp, rel=1e-5)
 
 
 def test_a_completion_that_the_separator_ends_is_finished(tiny, tokenizer, task, monkeypatch):

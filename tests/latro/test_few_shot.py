@@ -68,6 +68,12 @@ def test_as_text(tokenizer):
     )
 
 
+def test_a_solution_states_its_answer_once(tokenizer):
+    stating = [{**EXAMPLES[0], "rationale": "1+1=2. So the answer is 2."}]
+    (shown,) = with_examples(PROBLEMS, stating, "The answer is", tokenizer)["prompt"]
+    assert "1+1=2. So The answer is 2\n\n" in shown
+
+
 def test_a_message_of_the_user_is_text_without_a_chat_template(tokenizer):
     def as_message(row):
         return {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}

@@ -221,21 +221,63 @@ def test_the_whole_distribution_is_sampled_whatever_the_generation_config_says(t
     assert abs(statistic - freedom) < 6 * (2 * freedom) ** 0.5
 
 
-def test_the_template_is_found_however_it_is_cut_into_tokens(tokenizer):
-    prompt = tokenizer.encode("How many?")
+def stopped(tokenizer, prompt, rows, template):
+    """A row's length when it ends, by one token a step; the end token stands behind each."""
     eos = tokenizer.eos_token_id
-    whole = tokenizer.encode(" so. The answer is")
-    letters = [i for c in " so. The answer is" for i in tokenizer.encode(c)]
-    assert letters != whole
-    rows = [whole, letters, tokenizer.encode(" The answer"), [*tokenizer.encode(" so"), eos]]
-    width = max(map(len, rows))
-    stop = TemplateStop(tokenizer, len(prompt), len(rows), [eos], TEMPLATE)
+    width = max(map(len, rows)) + 1
+    stop = TemplateStop(tokenizer, len(prompt), len(rows), [eos], template)
     for length in range(1, width + 1):
         step = [(prompt + r + [eos] * width)[: len(prompt) + length] for r in rows]
         done = stop(torch.tensor(step), torch.empty(0))
-    # Padding with the end token ends the third row where it begins, and no other row twice.
-    assert stop.lengths == [len(whole), len(letters), len(rows[2]) + 1, len(rows[3])]
-    assert done.tolist() == [True] * 4
+    assert done.all()
+    return stop.lengths
+
+
+def test_the_template_is_found_however_it_is_cut_into_tokens(tokenizer):
+    prompt = tokenizer.encode("How many?")
+    whole = tokenizer.encode(" so. The answer is 5 so")
+    letters = [i for c in " so. The answer is 5 so" for i in tokenizer.encode(c)]
+    until = len(" so. The answer is")
+    assert letters != whole
+    rows = [whole, letters, tokenizer.encode(" The answer"), tokenizer.encode(" so")]
+    # The token behind the template tells that its last word has ended there. The end token ends
+    # the other rows, and no row twice.
+    assert stopped(tokenizer, prompt, rows, TEMPLATE) == [
+        len(tokenizer.encode(" so. The answer is")) + 1,
+        until + 1,
+        len(rows[2]) + 1,
+        len(rows[3]) + 1,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ends"),
+    [
+        (
+            TEMPLATE,
+            "The answer isn't 6. so the answer IS 5. So",
+            "The answer isn't 6. so the answer IS ",
+        ),
+        (TEMPLATE, "So the answer isé. The answer is“5", "So the answer isé. The answer is“"),
+        (f"{TEMPLATE} ", "The answers. The answer is: 5", "The answers. The answer is:"),
+        ("Answer:", "canswer: 4. Answer:5", "canswer: 4. Answer:"),
+        ("answer", "answers, answering, answer 5", "answers, answering, answer "),
+        ("\n\n", " So. \nTom\n\nTom", " So. \nTom\n\n"),
+        ("答案是", "所以答案是5", "所以答案是"),
+    ],
+)
+def test_a_row_ends_where_the_template_is_whole(tokenizer, template, text, ends):
+    prompt = tokenizer.encode("How many?")
+    row = [i for c in text for i in tokenizer.encode(c)]
+    kept = [i for c in ends for i in tokenizer.encode(c)]
+    assert stopped(tokenizer, prompt, [row], template) == [len(kept)]
+
+
+def test_what_stands_before_the_window_is_not_forgotten(tokenizer):
+    """A template inside a word ends no row when the word's beginning has left the window."""
+    prompt = tokenizer.encode("How many?")
+    row = [i for c in "canswer:" + " 5" * 20 for i in tokenizer.encode(c)]
+    assert stopped(tokenizer, prompt, [row], "Answer:") == [len(row) + 1]
 
 
 def test_a_template_in_the_prompt_does_not_end_a_rationale(tokenizer):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from latro.answer_template import stop_strings
 from latro.rollout import Rollout, Sample
 from tests.latro.fake_vllm import FakeVllm
 
@@ -145,7 +146,7 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
     assert len(fake.loaded) == 2
     bodies = fake.of("/v1/completions")
     assert {body["max_tokens"] for body in bodies} == {6}
-    assert {tuple(body["stop"]) for body in bodies} == {("The answer is",)}
+    assert {tuple(body["stop"]) for body in bodies} == {tuple(stop_strings("The answer is"))}
     assert len({body["seed"] for body in bodies}) == len(bodies) == 4
     elsewhere = make_trainer(
         rollout_engine="vllm", vllm_url=fake.url, vllm_weights_dir=str(tmp_path / "shm")

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from latro.answer_template import stop_strings
 from latro.rollout import Sample
 from latro.vllm_engine import VllmEngine
 from tests.latro.fake_vllm import FakeVllm, choice
@@ -54,7 +55,7 @@ def test_request_asks_for_the_whole_distribution(fake: FakeVllm, engine_of: Any)
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "stop": [TEMPLATE],
+            "stop": stop_strings(TEMPLATE),
             "stop_token_ids": [0],
             "skip_special_tokens": False,
             "return_token_ids": True,

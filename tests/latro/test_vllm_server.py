@@ -52,7 +52,7 @@ def draw(engine: VllmEngine, prompts: list[list[int]], num_samples: int) -> list
         max_new_tokens=60,
         temperature=0.7,
         seeds=list(range(len(prompts))),
-        template="e",
+        template=".",
     )
 
 
@@ -104,16 +104,14 @@ def test_vllm_ends_a_sample_where_its_text_shows_the_template(
     ends = [0, *tokenizer.encode("012345")]
     engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=ends, weights_dir=tmp_path)
     engine.update_weights(tiny(**SIZES), 0)
-    # Some tokens hold it in their middle: " pens", " gets".
     groups = draw(engine, prompts, 16)
-    endings = {"template": 0, "middle": 0, "eos": 0, "length": 0}
+    endings = {"template": 0, "eos": 0, "length": 0}
     for sample in (sample for group in groups for sample in group):
         text, before = decode(tokenizer, sample.ids), decode(tokenizer, sample.ids[:-1])
-        assert "e" not in before
+        assert "." not in before
         assert not set(ends) & set(sample.ids[:-1])
-        if "e" in text:
+        if "." in text:
             endings["template"] += 1
-            endings["middle"] += not text.endswith("e")
         elif sample.ids[-1] in ends:
             endings["eos"] += 1
         else:
