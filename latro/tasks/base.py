@@ -3,8 +3,10 @@
 A dataset row has the columns `prompt` (a string, or {"role", "content"} messages) and `answer` (a
 string); where a task has them, `rationale`, the worked solution, and `ground_truth`, what
 completions are graded against instead of `answer`; and what else its grading needs. A completion
-states its answer after the answer template, "The answer is 42", and only the last statement counts.
-Nothing else in the completion, and nothing in the prompt, does.
+states its answer after the answer template, "The answer is 42". The first statement that holds an
+answer counts, as it is the one that a rollout ends at; what a model runs on to say counts for
+nothing, and neither does a mention of the template without an answer ("I hope the answer is
+correct."). Nothing else in the completion, and nothing in the prompt, counts.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from latro.answer_template import template_pattern
+
+SEVERAL = ""
+"""The canonical form of a statement that names several answers, or none that can be told."""
 
 
 class Task(ABC):
@@ -84,10 +88,17 @@ class Task(ABC):
         Returns:
             The canonical answer; None where none is stated or the statement is ambiguous.
         """
-        statements = list(template_pattern(self.answer_template).finditer(completion))
-        if not statements:
-            return None
-        return self._canonical(completion[statements[-1].end() :], example)
+        mentions = list(template_pattern(self.answer_template).finditer(completion))
+        for i, mention in enumerate(mentions):
+            end = mentions[i + 1].start() if i + 1 < len(mentions) else len(completion)
+            statement = completion[mention.end() : end]
+            stated = self._canonical(statement, example)
+            if stated:
+                return stated
+            # "12 or 13" may be settled on its own line; a later line may be another problem's.
+            if stated == SEVERAL and "\n" in statement.lstrip():
+                return None
+        return None
 
     def grade(self, completion: str, example: Mapping[str, Any]) -> bool:
         """Whether the answer that a completion states is the right one."""
@@ -112,21 +123,16 @@ class Task(ABC):
 
     @abstractmethod
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
-        """The canonical answer in `statement`, the text after the last answer template."""
+        """The canonical answer in `statement`, the text between two answer templates or the end.
+
+        None where it states nothing, `SEVERAL` where it states more than can count as one answer.
+        """
 
     @abstractmethod
     def _rows(
         self, split: str, path: Path | None, num_examples: int | None, seed: int
     ) -> list[dict[str, Any]]:
         """The rows of a split; arguments are those of `load`, already checked."""
-
-
-def first_sentence(statement: str) -> str:
-    """The rest of the sentence that an answer template began, without the closing mark.
-
-    A sentence ends with its line, or at ".", "!" or "?" before white space or the end.
-    """
-    return re.split(r"[.!?](?=\s|$)|\n", statement.lstrip(" \t\r\n:"), maxsplit=1)[0].strip()
 
 
 def draw(rows: Sequence[dict[str, Any]], num_examples: int | None, seed: int) -> list[dict]:

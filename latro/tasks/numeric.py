@@ -1,11 +1,18 @@
 """Tasks whose answer is a number: reading it from text, exactly.
 
-The rule. Of the sentence that the answer template begins, what follows the last "=" counts, or
-all of it where there is none. It must name one number, however often; "12 or 13" names two and is
-no answer. Thousands are grouped by commas in threes or not at all. Currency, percent and units are
-dropped ("$18", "5%" and "18 dollars" are 18, 5 and 18), "3/4" is a fraction, "2.5e3" is 2500, and a
-Unicode minus is a minus, as is an en dash that comes first, or right before a number and not
-behind one. Values are compared as fractions, so 1200 is 1,200.00 and 0.1 is exactly 1/10.
+The rule. The sentence that the answer template begins must name one number, however often: "12 or
+13" names two and is no answer, "18, that is $18.00" names one. Of "5 + 3 = 8" the last part counts,
+since an arithmetic expression stands before it; any other "=" is a remark. Remarks behind a number
+are left out: a reason ("18 because 3 are left"), a contrast ("18, not 20"), a condition ("5 (with
+x = 2)"). A bound or a denial ("more than 18", "not 18") states nothing.
+
+Thousands are grouped in threes or not at all, by commas, apostrophes or thin spaces. Currency,
+percent and units are dropped: "$18", "5%" and "18 m²" are 18, 5 and 18. "3/4", "½" and
+"\\frac{3}{4}" are fractions, and "2 3/4" is a mixed one; "2.5e3", "2.5 × 10³", "2.5k" and "2.5
+thousand" are 2500; "minus eighteen" is -18. A Unicode minus is a minus, as is an en dash that comes
+first, or right before a number and not behind one. What would have to be computed, as "2π" and
+"9 + 9", is no answer, nor is a letter that may be unit or scale ("5 B"). Values are compared as
+fractions, so 1200 is 1,200.00 and 0.1 is exactly 1/10.
 """
 
 from __future__ import annotations
@@ -15,19 +22,101 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
-from .base import Task, first_sentence
+from .base import SEVERAL, Task
+from .figures import UNREADABLE, plain_figures
+from .markup import first_sentence
 
-_INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+_GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in (",", "['’]", "_"))
+# "1,00,000" is how India groups.
+_INTEGER = rf"(?:{_GROUPED}|[0-9]{{1,2}}(?:,[0-9]{{2}})+,[0-9]{{3}}|[0-9]+)"
+_POWER = r"(?:\^|\*\*)\s?(?:\(\s?(?P<{0}_in>[-+]?[0-9]{{1,3}})\s?\)|(?P<{0}>[-+]?[0-9]{{1,3}}))"
 _NUMBER = re.compile(
-    r"(?<![\w.,/])"  # whole: "A2", "1x3", "1,2" and "1.2.3" hold no number
-    r"(?P<sign>-?)\s?[$€£¥]?\s?(?P<inner_sign>-?)"
+    r"(?<![\w.,/:^])(?<!\w[(\[])"  # whole: "A2", "1x3", "1,2", "1:2" and "f(3)" hold no number
+    r"(?P<sign>[-+]?)\s?\$?\s?(?P<inner_sign>-?)"
+    r"(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?"
     rf"(?P<magnitude>(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}})?)"
-    r"(?:/(?P<denominator>[0-9]+))?(?!\w*[0-9]|[.,/][0-9])"
+    rf"(?:\s?{_POWER.format('power')})?"
+    rf"(?:\s?[×*]\s?10\s?{_POWER.format('ten')})?"
+    r"(?:\s?/\s?(?P<denominator>[0-9]+))?(?!\w*[0-9]|_|[.,/:^][0-9])"
 )
-_EN_DASH_AS_MINUS = re.compile(r"^\s*\u2013|(?<!\d)(?<!\d\s)\u2013(?=[$€£¥]?[.0-9])")
-_MINUS_SIGNS = str.maketrans({"\u2212": "-", "\uff0d": "-", "\ufe63": "-"})
+_SCALES = {
+    "hundred": 10**2, "thousand": 10**3, "lakh": 10**5, "million": 10**6, "crore": 10**7,
+    "billion": 10**9, "trillion": 10**12, "dozen": 12,
+    "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12,
+    "mn": 10**6, "mln": 10**6, "mio": 10**6, "bn": 10**9, "tn": 10**12, "trn": 10**12,
+}  # fmt: skip
+_SCALE_WORD = re.compile(
+    r"[\s-]?(?P<scale>hundred|thousand|lakh|million|crore|billion|trillion|dozen|mn|mln|mio|bn|tn"
+    r"|trn)s?\b",
+    re.IGNORECASE,
+)
+_SCALE_LETTER = re.compile(r"(?P<space>\s?)(?P<scale>[kKmMbBtT])(?![\w^'’])(?P<currency>\s?\$)?")
+_EN_DASH_AS_MINUS = re.compile(r"^\s*\u2013|(?<!\d)(?<!\d\s)\u2013(?=\$?[.0-9])")
 # Past this a string of digits is degenerate sampling, and int() refuses a few thousand of them.
 _MAX_DIGITS = 100
+
+# How many characters before a number tell what it is a part of.
+_NEAR = 40
+# What a number is a part of: "√9", "2 × 3", "|-5|", "twice 9"; "2π", "3x", "3 - x", "9 squared".
+_PART_BEFORE = re.compile(
+    r"[√|~⌊⌈±×÷*/]\s*$|[\w)]\s*[-+]\s*$|[-\u2014\u2015]$|[-+]\s*\(\s*$"
+    r"|\b(?:twice|thrice|double|triple|half of|root|sqrt|log|ln|sin|cos|tan|exp|base|mod|modulo)"
+    r"(?:\s+of)?[\s(]*$",
+    re.IGNORECASE,
+)
+_PART_BEHIND = re.compile(
+    r"\w*\^|(?<=(?<![\d.])0)[xob][0-9a-f]+\b|\s?[*×÷^+~|√π±⌋⌉]|[\u0300-\u036f]|\.?\(|\s,[0-9]|\.{2,}\s?[0-9]|\s?[xyzn](?!\w)|[ij](?!\w)|\s?-\s?(?:[a-z](?!\w)|\()"
+    r"|\s?/\s?(?![hsmdglJN](?!\w))[a-z(](?!\w)|\s?(?:pi|squared|cubed|factorial|mod|modulo|grand)\b"
+    r"|\s(?:thirds|fourths|fifths|sixths|sevenths|eighths|ninths|(?:ten|hundred|thousand)ths?)\b",
+    re.IGNORECASE,
+)
+# Two numbers with one value are one only where the second is said to be the first again.
+_AGAIN = re.compile(
+    r"\(|\s\u2013|\u2014|\bi\.?e\b|\bthat(?: i|['’])s\b|\b(?:or|namely|so|thus|hence|therefore)\b"
+    r"|\b(?:exactly|meaning|which is|in total|altogether|in other words)\b",
+    re.IGNORECASE,
+)
+# Bounds and denials.
+_NO_STATEMENT = re.compile(
+    r"\b(?:not|never|neither|nor|wrong|incorrect|at (?:least|most)|unlike)\b|n['’]t\b"
+    r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower) than\b"
+    r"|\bor (?:more|less|fewer|above|below|higher|lower|greater)\b"
+    r"|\b(?:over|under|above|below|beyond|exceeds|up to)\s+(?=[-$.]*[0-9])"
+    r"|[≤≥≠>]|<(?!/?\w+>|\|)|[0-9]\+(?!\s?[0-9])",
+    re.IGNORECASE,
+)
+# What is said behind a number about it.
+_CONTRAST = r"[,;(]?\s*\b(?:rather than|instead of|as opposed to|and not|but not)\b|[,;(]\s*not\b"
+_REASON = (
+    r"\b(?:because|since|given|due to|where|which"
+    r"|(?<!well )(?<!many )(?<!much )as(?! (?:well|many|much)\b))\b"
+)
+_REMARK = re.compile(rf"{_CONTRAST}|{_REASON}", re.IGNORECASE)
+_BRACKETS = re.compile(r"(?<=\s)\(([^()]*)\)")
+_CONDITION = re.compile(
+    r"\s*(?:with|where|when|if|since|because|as|given|for|from|ie|not|rounded|see|of|out of)\b"
+    r"|[^0-9]*$"
+    r"|.*(?:\b(?:each|per|every|apiece)\b|=|[0-9]\s*[+*×]\s*[0-9]|[0-9]\s[-/÷]\s[0-9])",
+    re.IGNORECASE,
+)
+_CORRECTION = re.compile(
+    r"\b(?:or|mod|modulo|base|negative|minus|hundreds?|thousands?|millions?|billions?|dozens?)\b|±",
+    re.IGNORECASE,
+)
+# "18 when n = 3 and k = 4"; "x = 3 and y = 4" has two answers.
+_ASSIGNMENT = r"[a-zA-Z](?:_?\w)?\s*=\s*-?\.?[0-9](?:[0-9.,/]*[0-9])?"
+_ASSIGNMENTS = re.compile(
+    rf"\b(?:when|if|for|with|at|by|using|taking|assuming|provided)\s+{_ASSIGNMENT}"
+    rf"(?:\s*(?:,|and|,\s*and)\s*{_ASSIGNMENT})*"
+)
+
+_ENUMERATION = re.compile(r"[,;](?![0-9])|\b(?:and|or)\b")
+_UNIT = r"(?:/\s?)?(?:[a-zA-Z]{2,}|[mgslhL])\b[\s)]*"
+_TERM = rf"[-+\s($√]*[0-9.]+[\s)%!$π]*(?:{_UNIT}){{0,3}}"
+_ARITHMETIC = re.compile(
+    rf"[^0-9(√$+-]*(?P<expression>{_TERM}(?:(?:[-+*/×÷^\u2013]+|(?=\()){_TERM})*)"
+)
+_OPERATOR = re.compile(r"(?<=\S)\s*[-+*/×÷^!π%\u2013]|√|[0-9]\(")
 
 
 class NumericTask(Task):
@@ -40,27 +129,143 @@ class NumericTask(Task):
         return parse_number(predicted) == value
 
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
-        value = parse_number(first_sentence(statement))
-        return None if value is None else str(value)
+        values = stated_values(statement)
+        if not values:
+            return None
+        value = values.pop() if len(values) == 1 else None
+        return SEVERAL if value is None else str(value)
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The one number that `text` names by the rule above, or None."""
-    stated = text.rpartition("=")[2].translate(_MINUS_SIGNS)
-    stated = _EN_DASH_AS_MINUS.sub("-", stated)
-    values = {_value(match) for match in _NUMBER.finditer(stated)}
+    """Return the one number that a text in figures names by the rule above, or None."""
+    values = _values(plain_figures(text, words=False))
     return values.pop() if len(values) == 1 else None
+
+
+def stated_values(statement: str) -> set[Fraction | None]:
+    """Return the values that a statement's first sentence names, in figures or words.
+
+    None stands for what is no single value, such as "2π"; the set is empty where nothing is named.
+    """
+    return _values(first_sentence(plain_figures(statement, words=True)))
+
+
+def _values(sentence: str) -> set[Fraction | None]:
+    sentence = _without_remarks(re.sub(r"<\s*([^<>]*[0-9][^<>]*)>", r" \1 ", sentence))
+    if _NO_STATEMENT.search(sentence):
+        return set()
+    *left, stated = re.split(r"=+", sentence)
+    if left and _NUMBER.search(left[0]) and all(map(_computes, [*left[1:], stated])):
+        return _values_of_part(left[0])  # "18 = 9 + 9"
+    values = _values_of_part(stated)
+    for part in left:
+        if not _is_arithmetic(part):
+            values |= _values_of_part(part)
+            if _ENUMERATION.search(part):  # "x = 3, y = 3"
+                values.add(None)
+    return values
+
+
+def _values_of_part(part: str) -> set[Fraction | None]:
+    part = _EN_DASH_AS_MINUS.sub("-", part)
+    values: set[Fraction | None] = set()
+    end = None
+    for match in _NUMBER.finditer(part):
+        before = part[max(0, match.start() - _NEAR) : match.start()]
+        value, after = _scaled(match, part)
+        spaced_sign = match[0][:2] in ("- ", "+ ") and re.search(r"[\w)]\s*$", before)
+        if _PART_BEFORE.search(before) or spaced_sign or _PART_BEHIND.match(part, after):
+            value = None
+        if "." in match["magnitude"] and part.startswith("..", after):  # "0.333..."
+            value = None
+        if end is not None and not _AGAIN.search(part, end, match.start()):
+            values.add(None)
+        values.add(value)
+        if len(values) > 1:
+            break
+        end = after
+    # A command of LaTeX that is left may change any number.
+    return values | {None} if re.search(r"\\[a-zA-Z]", part) else values
+
+
+def _scaled(match: re.Match[str], text: str) -> tuple[Fraction | None, int]:
+    """The value of a number with the scale behind it, "2.5 million" or "$3k", and its end."""
+    value, end = _value(match), match.end()
+    while scale := _SCALE_WORD.match(text, end):
+        value = None if value is None else value * _SCALES[scale["scale"].lower()]
+        end = scale.end()
+    letter = _SCALE_LETTER.match(text, end)
+    if letter is None:
+        return value, end
+    spelled, spaced = letter["scale"], bool(letter["space"])
+    money = "$" in match[0] or letter["currency"] is not None
+    if money or (spelled in "kKM" and not spaced):
+        unknown = spelled == "t"
+        factor = _SCALES[spelled.lower()]
+        return None if value is None or unknown else value * factor, letter.end()
+    # Metres, tons, minutes and Kelvin are units; billions and bytes cannot be told apart.
+    is_unit = spelled in ("m", "t") or (spelled == "K" and spaced)
+    return value if is_unit else None, end
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
     if match.end() - match.start() > _MAX_DIGITS:
         return None
-    magnitude = Fraction(match["magnitude"].replace(",", ""))
+    value = Fraction(re.sub(r"[,'’_]", "", match["magnitude"]))
+    power = match["power"] or match["power_in"]
+    ten = match["ten"] or match["ten_in"]
+    if power is not None:
+        # The bound of the canonical form is checked before it is computed.
+        if abs(int(power)) * len(match["magnitude"]) > _MAX_DIGITS or (
+            not value and int(power) < 0
+        ):
+            return None
+        value **= int(power)
+    if ten is not None:
+        value *= Fraction(10) ** int(ten)
     if match["denominator"] is not None:
         denominator = int(match["denominator"])
         if denominator == 0:
             return None
-        magnitude /= denominator
-    value = -magnitude if match["sign"] or match["inner_sign"] else magnitude
+        value /= denominator
+    if match["whole"] is not None:
+        if not 0 < value < 1:
+            return None
+        value += int(match["whole"])
+    if match["sign"] and match["inner_sign"]:
+        return None
+    value = -value if "-" in (match["sign"], match["inner_sign"]) else value
     # "1e999" is short, but its canonical form is not, and has to be read again.
     return value if len(str(value)) <= _MAX_DIGITS else None
+
+
+def _without_remarks(sentence: str) -> str:
+    """The sentence without what it says about its first number behind it."""
+    first = _NUMBER.search(sentence)
+    if first is None:
+        return sentence
+    head, tail = sentence[: first.end()], sentence[first.end() :]
+    tail = _BRACKETS.sub(_kept_brackets, tail)
+    tail = _REMARK.split(tail, maxsplit=1)[0]
+    return head + _ASSIGNMENTS.sub(" ", tail)
+
+
+def _kept_brackets(match: re.Match[str]) -> str:
+    if _CORRECTION.search(match[1]):
+        return UNREADABLE
+    return " " if _CONDITION.match(match[1]) else match[0]
+
+
+def _is_arithmetic(part: str) -> bool:
+    """Whether an "=" behind this gives its value: it computes, or has no number at all."""
+    if not _NUMBER.search(part):
+        # "3x = 18" and "x² = 18" have a number all the same.
+        return not re.search(r"(?<![\w.(])[0-9]|[\^√]", part)
+    return _computes(part)
+
+
+def _computes(part: str) -> bool:
+    part = re.sub(r"(?<=[0-9]),(?=[0-9]{3})", "", part)
+    part = re.sub(r"(?<=[0-9%])\s+of\s+(?=\$?[0-9])", " × ", part)
+    match = _ARITHMETIC.fullmatch(part)
+    return match is not None and _OPERATOR.search(match["expression"]) is not None

@@ -9,11 +9,12 @@
 - A single file is cut in the same way, and its "test" is the whole file: training refuses that as
   its held-out split, and evaluation on a file of its own takes each row of it.
 
-A completion's statement, what follows the last answer template, is graded
+A completion's statement, what follows the answer template, is graded
 
 - "exact": as a string. The statement, or what begins it up to the end of a line or sentence, is the
-  answer, white space, case, and quotes, asterisks and closing marks around it aside. A wrong one
-  is cut to as many lines or sentences as the right one has;
+  answer, white space, case, and quotes and closing marks around it aside, and marks of Markdown
+  and LaTeX, unless the answer is written with such marks itself. A wrong one is cut to as many
+  lines or sentences as the right one has;
 - "number": by value, as in GSM8K (`numeric`);
 - "choice": by the option it names, as in ARC (`choice`); needs a column `choices`.
 """
@@ -34,6 +35,7 @@ from latro.prompts import prompt_text
 
 from .base import Task, draw, stable_bucket
 from .choice import ChoiceTask
+from .markup import unmarked
 from .numeric import NumericTask, parse_number
 from .own_rows import own_row
 from .records import FORMATS, Records, read_records
@@ -91,14 +93,18 @@ class _Exact(OwnData):
         return predicted == _plain(answer)
 
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
-        whole = statement.strip(" \t\r\n:")
         truth = self.truth(example).strip()
-        # The answer may itself have sentences and lines: "Dr. Smith" ends two.
-        ends = _sentence_ends(whole)[: len(_sentence_ends(truth))]
         right = _plain(truth)
-        if any(_plain(whole[:end]) == right for end in (*ends, len(whole))):
-            return right
-        return _plain(whole[: ends[-1]]) or None
+        first = ""
+        # Marks are a part of what is stated where the right answer has some: "__init__" is no bold.
+        for spelled in (statement, unmarked(statement) if unmarked(truth) == truth else statement):
+            whole = spelled.strip(" \t\r\n:")
+            # The answer may itself have sentences and lines: "Dr. Smith" ends two.
+            ends = _sentence_ends(whole)[: len(_sentence_ends(truth))]
+            if any(_plain(whole[:end]) == right for end in (*ends, len(whole))):
+                return right
+            first = _plain(whole[: ends[-1]])
+        return first or None
 
 
 class _Number(OwnData, NumericTask):

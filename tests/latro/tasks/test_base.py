@@ -46,3 +46,45 @@ def test_a_template_that_ends_in_a_word_is_a_word_of_its_own(template, completio
     task = get_task("gsm8k")
     task.answer_template = template
     assert task.extract(completion, {"prompt": "", "answer": "5"}) == stated
+
+
+@pytest.mark.parametrize(
+    ("completion", "stated"),
+    [
+        ("The answer is 5. I hope the answer is correct.", "5"),
+        ("The answer is 5.\n\nQuestion: What is 4+5?\nThe answer is 9.", "5"),
+        ("The answer is 5. Wait, the answer is 6.", "5"),
+        ("The answer is 5, and the answer is not 6.", "5"),
+        ("The answer is 5\nThe answer is 5 or 6", "5"),
+        ("The answer is unclear. Let me see.\n\nSo the answer is 5.", "5"),
+        ("I think the answer is a number. The answer is 5. The answer is 9.", "5"),
+        ("The answer is: the answer is 5.", "5"),
+        ("The answer is not 6. The answer is 5.", "5"),
+        ("The answer is more than 4.\nThe answer is 5.", "5"),
+        ("The answer is 5 or 6. The answer is 5.", "5"),
+        # On a later line it may be another problem's.
+        ("The answer is 5 or 6.\n\nQuestion: What is 4+5?\nThe answer is 9.", None),
+        ("The answer is 2\\pi.\nThe answer is 9.", None),
+        ("I hope the answer is correct.", None),
+        ("The answer is", None),
+        ("", None),
+    ],
+)
+def test_the_first_statement_that_holds_a_number_counts(completion, stated):
+    assert get_task("gsm8k").extract(completion, {"answer": "5"}) == stated
+
+
+@pytest.mark.parametrize(
+    ("completion", "stated"),
+    [
+        ("The answer is B. I hope the answer is correct.", "B"),
+        ("The answer is B.\n\nQuestion: Why?\nThe answer is C.", "B"),
+        ("The answer is unclear. So the answer is (B). The answer is C.", "B"),
+        ("The answer is not A. The answer is B.", "B"),
+        ("The answer is A or B. The answer is B.", "B"),
+        ("The answer is A or B.\n\nQuestion: Why?\nThe answer is C.", None),
+    ],
+)
+def test_the_first_statement_that_holds_an_option_counts(completion, stated):
+    row = {"answer": "B", "choices": {"label": list("ABC"), "text": ["ice", "fog", "rain"]}}
+    assert get_task("arc_challenge").extract(completion, row) == stated

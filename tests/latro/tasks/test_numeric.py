@@ -65,7 +65,7 @@ def test_one_number_is_read_by_value(text, value):
         "12-13",
         "12\u201313",
         "10 - 3",
-        "1 1/2",
+        "1 3/2",
         "3/0",
         "1,2",
         "12,0000",
@@ -94,8 +94,8 @@ def test_no_number_or_several_is_no_answer(text):
     ("completion", "canonical"),
     [
         ("48 / 2 = 24. The answer is 24", "24"),
-        ("The answer is 5. The answer is 6", "6"),
-        ("The answer is 5. The answer is unclear", None),
+        ("The answer is 5. The answer is 6", "5"),
+        ("The answer is 5. The answer is unclear", "5"),
         ("So the answer is: **1,200.00**.", "1200"),
         ("The answer is\n18", "18"),
         ("The answer is 18. She keeps 3 of 20.", "18"),
@@ -107,7 +107,7 @@ def test_no_number_or_several_is_no_answer(text):
         ("", None),
     ],
 )
-def test_only_the_last_statement_counts(completion, canonical):
+def test_only_the_first_statement_counts(completion, canonical):
     assert TASK.extract(completion, {"prompt": "What is 7 + 7?", "answer": "14"}) == canonical
 
 

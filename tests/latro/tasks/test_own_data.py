@@ -304,6 +304,24 @@ def test_it_follows_from_all_rows_and_from_the_ground_truth(tmp_path):
         ("x = 1\ny = 2", " x = 1\ny = 2", True),
         ("x = 1\ny = 2", " x = 1", False),
         ("!", " !", True),
+        ("Paris", " \\boxed{Paris}", True),
+        ("Paris", " $\\boxed{\\text{Paris}}$.", True),
+        ("Paris", ":\n\\[\n\\text{Paris}\n\\]", True),
+        ("Paris", " `Paris`", True),
+        ("Paris", " _Paris_", True),
+        ("Paris", " ~~London~~ Paris", True),
+        ("Paris", " ~~Paris~~ London", False),
+        ("Paris", ":\n- Paris", True),
+        ("x + 1", " $x + 1$", True),
+        ("New York", " **New** York", True),
+        ("__init__", " __init__", True),
+        ("__init__", " init", False),
+        ("a*b", " ab", False),
+        ("$x$", " $x$", True),
+        ("$x$", " x", False),
+        ("Paris", " Paris. I hope the answer is correct.", True),
+        ("Paris", " Paris.\n\nQuestion: Which river?\nThe answer is Seine.", True),
+        ("Seine", " Paris.\n\nQuestion: Which river?\nThe answer is Seine.", False),
     ],
 )
 def test_exact(tmp_path, answer, statement, right):
@@ -314,7 +332,7 @@ def test_exact(tmp_path, answer, statement, right):
 def test_equal_statements_vote_together(tmp_path):
     task = read_own_data(file_of(tmp_path, [{"prompt": "x", "answer": "Paris"}]))
     row = task.load("test")[0]
-    said = ("London", "*london*.", "London. Or", "London\nOr")
+    said = ("London", "*london*.", "London. Or", "London\nOr", "\\boxed{London}", "`London`")
     assert {task.extract(f"The answer is {s}", row) for s in said} == {"london"}
 
 
