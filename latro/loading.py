@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -16,11 +17,13 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import (
     ADAPTER_SAFE_WEIGHTS_NAME,
+    GENERATION_CONFIG_NAME,
     cached_file,
     find_adapter_config_file,
     has_file,
@@ -91,6 +94,8 @@ def check_vocabulary(
 class _Reading:
     """Within, what libraries raise over a model's files is one line that names the model.
 
+    What they warn of is not shown: the checks behind it refuse what matters.
+
     Args:
         model: in words.
         trusted: whether code that comes with a model may run.
@@ -105,11 +110,16 @@ class _Reading:
         self.trusted = trusted
 
     def __enter__(self) -> None:
-        pass
+        self._warnings = warnings.catch_warnings()
+        self._warnings.__enter__()
+        warnings.filterwarnings("ignore", category=UserWarning)
+        # PEFT asks a model for it by its old name.
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
+        self._warnings.__exit__(None, None, None)
         if kind is None or issubclass(kind, torch.OutOfMemoryError):
             return
         # tokenizers raise an Exception, and none of a class of its own.
@@ -148,6 +158,13 @@ def _load_weights(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+        # Of a damaged file transformers makes none, and so may lose a model's other end tokens.
+        if has_file(name, GENERATION_CONFIG_NAME, revision=revision):
+            GenerationConfig.from_pretrained(name, revision=revision)
+        # transformers goes on with the weights as they are.
+        quantised = getattr(model.config, "quantization_config", None)
+        if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+            raise ValueError(f"it is quantised in a way that is not known: {quantised}")
     # Buffers that are made and not read were saved by older versions.
     buffers = {buffer for buffer, _ in model.named_buffers()}
     _check_weights(

@@ -53,10 +53,9 @@ class Place:
         return self.root / "output"
 
     def edit_json(self, name: str, **changes: Any) -> None:
-        """Change entries of a JSON file of the model; None takes one out."""
+        """Change entries of a JSON file of the model."""
         path = self.model / name
-        entries = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in entries.items() if v is not None}))
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
     def write_rows(self, *rows: object) -> None:
         self.data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
