@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -140,14 +141,15 @@ class _Worker:
     """The process that renders. One request is under way at a time."""
 
     def __init__(self) -> None:
+        # It is read, and closed, when the process has ended. A pipe would fill up unread.
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             # Isolated: no file in this package's folder or the current one stands in for a module.
             [sys.executable, "-I", str(_WORKER), json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._errors,
             encoding="utf-8",
-            errors="replace",
             # A pool of threads for each core would take all of the address space that is allowed.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             # A signal to the run's processes is the run's to handle.
@@ -177,7 +179,10 @@ class _Worker:
     def close(self) -> str:
         """End the process, which ends with its input; return what it wrote of errors."""
         atexit.unregister(self.close)
-        return self._process.communicate()[1]
+        self._process.communicate()
+        with self._errors:
+            self._errors.seek(0)
+            return self._errors.read()
 
     def _end(self) -> str:
         """End the process, or what is left of it, and return what it ended of."""

@@ -28,16 +28,25 @@ class TextEncoder:
         self.tokenizer = tokenizer
         # A character that the vocabulary lacks is unknown in text, too.
         self._special_ids = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        tokens = {token: AddedToken(token) for token in tokenizer.all_special_tokens}
+        added = tokenizer.added_tokens_decoder.values()
+        tokens |= {token.content: token for token in added if token.special}
+        # Longer ones first, as they are read. White space is text by any name, and one character is
+        # nothing else.
+        names = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
+        self._tokens = {name: tokens[name] for name in names}
+        self._spelling = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`, with the special tokens that are always put around it or not.
 
         Equals `tokenizer.encode(text)` where nothing in the text spells a special token.
         """
+        if not self.spells_special(text):
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
         ids = self._encode(text, special=False)
         spelled = self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids & set(ids)))
-        # White space is text by any name, and one character is nothing else.
-        spelled = [token for token in spelled if len(token.strip()) > 1]
+        spelled = [token for token in spelled if token in self._tokens]
         if spelled:
             # The vocabulary has them among the pieces of words.
             return self._cut(text, spelled, add_special_tokens=add_special_tokens)
@@ -72,24 +81,24 @@ class TextEncoder:
 
     def spells_special(self, text: str) -> bool:
         """Return whether a special token would be read into `text`."""
-        return self._encode(text, special=True) != self(text)
+        return self._spelling.search(text) is not None
 
     def quoted(self, text: str) -> str:
         """Return the text with a stand-in for each special token that it spells.
 
         A frame may be put around quoted texts before `unquoted` encodes them.
         """
-        numbers = {token: str(number) for number, token in enumerate(self._tokens())}
+        numbers = {token: str(number) for number, token in enumerate(self._tokens)}
         text = text.replace(_OPEN, "").replace(_CLOSE, "")
-        return self._spelling().sub(lambda match: _OPEN + numbers[match[0]] + _CLOSE, text)
+        return self._spelling.sub(lambda match: _OPEN + numbers[match[0]] + _CLOSE, text)
 
     def unquoted(self, text: str) -> list[int]:
         """Return the ids of quoted texts in their frame, whose special tokens are tokens."""
-        tokens = self._tokens()
-        names = list(tokens)
+        names = list(self._tokens)
         ids: list[int] = []
         frame = ""
-        parts = self._spelling().split(text)  # text and special tokens by turns
+        # Text and special tokens by turns.
+        parts = re.split(f"({self._spelling.pattern})", text)
         for index, part in enumerate(parts):
             if index % 2 or _OPEN not in part:
                 frame += part
@@ -100,9 +109,9 @@ class TextEncoder:
             # A template that cuts texts may have left half of a stand-in.
             content = content.replace(_OPEN, "").replace(_CLOSE, "")
             # Some tokens take the white space beside them.
-            if index and tokens[parts[index - 1]].rstrip:
+            if index and self._tokens[parts[index - 1]].rstrip:
                 content = content.lstrip()
-            if index + 1 < len(parts) and tokens[parts[index + 1]].lstrip:
+            if index + 1 < len(parts) and self._tokens[parts[index + 1]].lstrip:
                 content = content.rstrip()
             ids += self.after("\n", content) if ids else self(content)
         return ids + self._encode(frame, special=True)
@@ -124,15 +133,3 @@ class TextEncoder:
         for piece in rest:
             ids += self.after("\n", piece)
         return ids
-
-    def _tokens(self) -> dict[str, AddedToken]:
-        """The special tokens as they are spelled, longer ones first."""
-        tokens = {token: AddedToken(token) for token in self.tokenizer.all_special_tokens}
-        added = self.tokenizer.added_tokens_decoder.values()
-        tokens |= {token.content: token for token in added if token.special}
-        return {
-            name: tokens[name] for name in sorted(tokens, key=len, reverse=True) if name.strip()
-        }
-
-    def _spelling(self) -> re.Pattern[str]:
-        return re.compile(f"({'|'.join(map(re.escape, self._tokens()))})")

@@ -123,7 +123,7 @@ def evaluate_model(
         )
         # A turn of a conversation has its own end.
         separator = None if tokenizer.chat_template else SEPARATOR
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in shown["prompt"]]
+    prompts = [encode_prompt(tokenizer, prompt, join.encoder) for prompt in shown["prompt"]]
     max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:

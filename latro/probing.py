@@ -161,7 +161,7 @@ def _rollouts(
     """Return the answer of each problem, an index and a row, behind each kind of rationale."""
     if not problems:
         return []
-    prompts = [encode_prompt(join.tokenizer, row["prompt"]) for _, row in problems]
+    prompts = [encode_prompt(join.tokenizer, row["prompt"], join.encoder) for _, row in problems]
     seeds = [seed_of(settings.seed, index) for index, _ in problems]
     own = {}
     for kind, temperature, count in (

@@ -31,7 +31,9 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoder: TextEncoder | None = None
+) -> list[int]:
     """Token ids of a prompt: in the chat template's frame where the tokenizer has one.
 
     What spells a special token in a prompt is text; the frame has the special tokens.
@@ -42,11 +44,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     less an end-of-sequence token at the end. A string that begins with the spelled token which the
     tokenizer adds there has it once.
 
+    Args:
+        tokenizer: any.
+        prompt: a string, or messages.
+        encoder: of this tokenizer, for many prompts; it is made where there is none.
+
     Raises:
         ValueError: the template refuses the messages or takes too much to render them
             (`latro.chat_template`); or there is none and they are not one of the user.
     """
-    encoder = TextEncoder(tokenizer)
+    encoder = encoder or TextEncoder(tokenizer)
     if tokenizer.chat_template:
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": prompt}]
@@ -126,7 +133,7 @@ def check_dataset(
                 f"{_beginning(prompt)}"
             )
         try:
-            ids = encode_prompt(tokenizer, prompt)
+            ids = encode_prompt(tokenizer, prompt, join.encoder)
         except ValueError as error:
             raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
         if not ids:
@@ -208,7 +215,7 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
     if limit is None:
         return
     for index, row in enumerate(dataset):
-        prompt_ids = encode_prompt(join.tokenizer, row["prompt"])
+        prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.encoder)
         needed = len(join.written(prompt_ids, row["rationale"], row["answer"]).input_ids)
         if needed > limit:
             raise ValueError(

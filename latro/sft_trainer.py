@@ -155,7 +155,7 @@ class SftTrainer(AnswerTrainer):
         return {"examples": [self._target(row) for row in examples]}
 
     def _target(self, row: dict[str, Any]) -> Rollout:
-        prompt = encode_prompt(self.join.tokenizer, row["prompt"])
+        prompt = encode_prompt(self.join.tokenizer, row["prompt"], self.join.encoder)
         if self.args.target == "answer":
             return self.join(prompt, Sample([]), row["answer"])
         return self.join.written(prompt, row["rationale"], row["answer"])

@@ -236,7 +236,9 @@ class LatroTrainer(AnswerTrainer):
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """K rationales for each example, drawn by the seed, the step and its place in the batch."""
-        prompts = [encode_prompt(self.processing_class, e["prompt"]) for e in examples]
+        prompts = [
+            encode_prompt(self.processing_class, e["prompt"], self.join.encoder) for e in examples
+        ]
         self._refresh_engine()
         here = isinstance(self.engine, TransformersEngine)
         whole = gathered(self.scorer, self.accelerator) if here else nullcontext()
