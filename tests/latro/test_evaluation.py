@@ -262,19 +262,19 @@ def test_answers_may_be_special_tokens(tiny, tokenizer, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "statement", "rationale"),
+    ("text", "predicted", "statement", "rationale"),
     [
-        (" So. The answer is 3. The answer is 4.", 0, " So."),
-        (" I hope the answer is right. The answer is 4", 1, " I hope the answer is right."),
-        (" The answer isn't 6. the ANSWER is 4", 0, " The answer isn't 6."),
-        (" The answer is 4. I hope the answer is right", 0, ""),
+        (" So. The answer is 3. The answer is 4.", "3", 0, " So."),
+        (" I hope the answer is right. The answer is 4", "4", 1, " I hope the answer is right."),
+        (" The answer isn't 6. the ANSWER is 4", "4", 0, " The answer isn't 6."),
+        (" The answer is 4. I hope the answer is right", "4", 0, ""),
         # Where no statement holds an answer, the first is where training would have ended it.
-        (" I hope the answer is right.", 0, " I hope"),
-        (" The answer isn't 6.", 0, " The answer isn't 6."),
+        (" I hope the answer is right.", None, 0, " I hope"),
+        (" The answer isn't 6.", None, 0, " The answer isn't 6."),
     ],
 )
 def test_the_answer_is_scored_where_it_is_graded(
-    tiny, tokenizer, monkeypatch, tmp_path, text, statement, rationale
+    tiny, tokenizer, monkeypatch, tmp_path, text, predicted, statement, rationale
 ):
     lines = tmp_path / "pens.jsonl"
     lines.write_text(json.dumps({"prompt": "Who has 2 pens?", "answer": "3"}) + "\n")
@@ -289,6 +289,7 @@ def test_the_answer_is_scored_where_it_is_graded(
         scorer, tokenizer, own, own.load("test"), EvaluationSettings(num_samples=0)
     )
     (completion,) = records[0]["greedy"]
+    assert completion["predicted"] == predicted
     join = AnswerJoin(tokenizer, own.answer_template, [tokenizer.eos_token_id])
     prompt = encode_prompt(tokenizer, "Who has 2 pens?")
     expected = join(prompt, Sample(ids), "3", statement=statement)
