@@ -31,7 +31,7 @@ _GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in (",", "['�
 _INTEGER = rf"(?:{_GROUPED}|[0-9]{{1,2}}(?:,[0-9]{{2}})+,[0-9]{{3}}|[0-9]+)"
 _POWER = r"(?:\^|\*\*)\s?(?:\(\s?(?P<{0}_in>[-+]?[0-9]{{1,3}})\s?\)|(?P<{0}>[-+]?[0-9]{{1,3}}))"
 _NUMBER = re.compile(
-    r"(?<![\w.,/:^])(?<!\w[(\[])"  # whole: "A2", "1x3", "1,2", "1:2" and "f(3)" hold no number
+    r"(?<![\w.,/:^])(?<![\w^][(\[])"  # whole: "A2", "1x3", "1,2", "1:2" and "f(3)" hold no number
     r"(?P<sign>[-+]?)\s?\$?\s?(?P<inner_sign>-?)"
     r"(?:(?P<whole>[0-9]+)\s(?=[0-9]+\s?/))?"
     rf"(?P<magnitude>(?:{_INTEGER}(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][-+]?[0-9]{{1,3}})?)"
@@ -65,11 +65,12 @@ _PART_BEFORE = re.compile(
     re.IGNORECASE,
 )
 _PART_BEHIND = re.compile(
-    r"\w*\^|(?<=(?<![\d.])0)[xob][0-9a-f]+\b|\s?[*×÷^+~|√π±⌋⌉]|[\u0300-\u036f]|\.?\(|\s,[0-9]|\.{2,}\s?[0-9]|\s?[xyzn](?!\w)|[ij](?!\w)|\s?-\s?(?:[a-z](?!\w)|\()"
+    r"\w*\^|(?<=(?<![\d.])0)[xob][0-9a-f]+\b|\s?[*×÷^+~|√π±⌋⌉]|[\u0300-\u036f]|\.?\(|\s,[0-9]|\.{2,}\s?[0-9]|\s?[xyzn](?!\w)|[ij](?!\w)|(?-i:[abcoqruvw])(?!\w)|\s?-\s?(?:[a-z](?!\w)|\()"
     r"|\s?/\s?(?![hsmdglJN](?!\w))[a-z(](?!\w)|\s?(?:pi|squared|cubed|factorial|mod|modulo|grand)\b"
     r"|\s(?:thirds|fourths|fifths|sixths|sevenths|eighths|ninths|(?:ten|hundred|thousand)ths?)\b",
     re.IGNORECASE,
 )
+_UNKNOWN = re.compile(r"\\[a-zA-Z]|[π\u2102\u2115\u211a\u211d\u2124\u2200-\u22ff\u2a00-\u2aff]")
 # Two numbers with one value are one only where the second is said to be the first again.
 _AGAIN = re.compile(
     r"\(|\s\u2013|\u2014|\bi\.?e\b|\bthat(?: i|['’])s\b|\b(?:or|namely|so|thus|hence|therefore)\b"
@@ -184,8 +185,8 @@ def _values_of_part(part: str) -> set[Fraction | None]:
         if len(values) > 1:
             break
         end = after
-    # A command of LaTeX that is left may change any number.
-    return values | {None} if re.search(r"\\[a-zA-Z]", part) else values
+    # A command of LaTeX or a sign that is left may change any number: "ℝ∖{2}", "(-∞, 2]".
+    return values | {None} if _UNKNOWN.search(part) else values
 
 
 def _scaled(match: re.Match[str], text: str) -> tuple[Fraction | None, int]:

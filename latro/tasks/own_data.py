@@ -16,7 +16,8 @@ A completion's statement, what follows the answer template, is graded
   and LaTeX, unless the answer is written with such marks itself. A wrong one is cut to as many
   lines or sentences as the right one has;
 - "number": by value, as in GSM8K (`numeric`);
-- "choice": by the option it names, as in ARC (`choice`); needs a column `choices`.
+- "choice": by the option it names, as in ARC (`choice`); needs a column `choices`;
+- "math": as an expression, a set, an interval or an equation (`mathematics`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from latro.prompts import prompt_text
 from .base import Task, draw, stable_bucket
 from .choice import ChoiceTask
 from .markup import unmarked
+from .mathematics import MathReader
 from .numeric import NumericTask, parse_number
 from .own_rows import own_row
 from .records import FORMATS, Records, read_records
 
-GRADERS = ("exact", "number", "choice")
+GRADERS = ("exact", "number", "choice", "math")
 
 _NAMES = {
     "train": ("train",),
@@ -115,7 +117,29 @@ class _Choice(OwnData, ChoiceTask):
     grader = "choice"
 
 
-_TASKS: dict[str, type[OwnData]] = {task.grader: task for task in (_Exact, _Number, _Choice)}
+class _Math(OwnData):
+    grader = "math"
+
+    def __init__(self, name: str, rows: Mapping[str, list[dict[str, Any]]]) -> None:
+        super().__init__(name, rows)
+        self._reader = MathReader()
+
+    def same(self, predicted: str, answer: str) -> bool:
+        return predicted == self._reader.truth(answer)
+
+    def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
+        return self._reader.stated(statement, self.truth(example))
+
+    def check(self, row: Mapping[str, Any], where: str) -> None:
+        """Raises ValueError where a row's truth cannot be read."""
+        if self._reader.truth(self.truth(row)) is None:
+            field = "ground_truth" if "ground_truth" in row else "answer"
+            raise ValueError(
+                f"{where}: grader math: expected mathematics at {field!r}, got {row[field]!r}"
+            )
+
+
+_TASKS: dict[str, type[OwnData]] = {task.grader: task for task in (_Exact, _Number, _Choice, _Math)}
 
 
 def read_own_data(name: str, *, config: str | None = None, grader: str | None = None) -> OwnData:
@@ -145,7 +169,11 @@ def read_own_data(name: str, *, config: str | None = None, grader: str | None = 
     for where, row in everything:
         _prepare(row, grader, where)
     _align(rows)
-    return _TASKS[grader](name, _splits(name, located))
+    task = _TASKS[grader](name, _splits(name, located))
+    if isinstance(task, _Math):
+        for where, row in everything:
+            task.check(row, where)
+    return task
 
 
 def _sources(name: str, config: str | None) -> dict[str, Records]:

@@ -1,0 +1,165 @@
+"""Answers that are mathematics: expressions, sets, intervals, equations, matrices.
+
+A single number is read as `numeric` reads it, exactly. The rest is read and compared by
+math-verify (the extra "math"), in a process of its own (`math_worker`): SymPy may compute for ever,
+and math-verify's own limit of time works in a program's main thread only. An answer that takes
+longer than five seconds is none. Decimals are made fractions before, so that nothing is rounded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import threading
+import weakref
+from itertools import pairwise
+from pathlib import Path
+
+from .base import SEVERAL
+from .markup import first_sentence, folded
+from .numeric import stated_values
+
+_WORKER = Path(__file__).with_name("math_worker.py")
+
+_SEGMENT = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\\\[(.+?)\\\]|(?<!\\)\\\((.+?)\\\)|(?<!\\)\$([^$\n]+?)(?<!\\)\$",
+    re.DOTALL,
+)
+_PLACE = re.compile(r"\0(\d+)\0")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}")
+_BETWEEN = re.compile(r"[\s,]*(?:\b(?:and|or)\b)?[\s,]*")
+_DENIAL = re.compile(r"\b(?:not|never|neither|nor)\b|n['’]t\b", re.IGNORECASE)
+_REMARK = re.compile(r"\b(?:because|since|where|with|when|which|for)\b|[,;]\s*not\b", re.IGNORECASE)
+_WORD = re.compile(r"(?<![\\a-zA-Z])[a-zA-Z]{2,}")
+_FUNCTIONS = {
+    name: rf"\{name} "
+    for name in ("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "pi", "infty")
+} | {"infinity": r"\infty ", "or": r"\text{ or }", "and": r"\text{ and }"}
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}")
+_ROOT = re.compile(r"(?<!\\)(?:sqrt|√)\s*(?:\(([^()]*)\)|(\w))")
+_SIGNS = str.maketrans(
+    {
+        "π": r"\pi ", "∞": r"\infty ", "×": r"\cdot ", "·": r"\cdot ", "*": r"\cdot ",
+        "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm ",
+    }
+)  # fmt: skip
+_GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+(?![\d,])")
+_DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
+
+
+class MathReader:
+    """What reads mathematics; it starts its process with the first answer that needs it.
+
+    Raises:
+        ValueError: math-verify is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            importlib.import_module("math_verify")
+        except ImportError as error:
+            raise ValueError(
+                "grader: math needs the package math-verify, pip install 'latro-kernels[math]'; "
+                f"got {error}"
+            ) from error
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[str] | None = None
+        self._read: dict[tuple[str, str], str | None] = {}
+
+    def stated(self, statement: str, truth: str) -> str | None:
+        """Return the canonical string of a statement's answer; None and `SEVERAL` as `Task` has.
+
+        It is that of the truth where the two are equal.
+        """
+        values = stated_values(statement)
+        if len(values) == 1 and None not in values:
+            return str(values.pop())  # as SymPy spells it, too
+        latex = _mathematics(statement)
+        if not latex:
+            return latex if latex == SEVERAL or not values else SEVERAL
+        return self._spelled(latex, _mathematics(truth)) or SEVERAL
+
+    def truth(self, answer: str) -> str | None:
+        """Return the canonical string of an answer of the data, or None where it cannot be read."""
+        return self.stated(answer, answer) or None
+
+    def _spelled(self, latex: str, truth: str | None) -> str | None:
+        key = (latex, truth or "")
+        with self._lock:
+            if key not in self._read:
+                self._read[key] = self._asked(*key)
+            return self._read[key]
+
+    def _asked(self, latex: str, truth: str) -> str | None:
+        if self._worker is None:
+            self._worker = subprocess.Popen(
+                [sys.executable, str(_WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                encoding="utf-8",
+            )
+            weakref.finalize(self, _stop, self._worker)
+        assert self._worker.stdin is not None
+        assert self._worker.stdout is not None
+        self._worker.stdin.write(json.dumps({"truth": truth, "stated": latex}) + "\n")
+        self._worker.stdin.flush()
+        line = self._worker.stdout.readline()
+        if line:
+            return json.loads(line)
+        _stop(self._worker)  # its alarm or the limit of memory ended it
+        self._worker = None
+        return None
+
+
+def _stop(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.communicate()
+
+
+def _mathematics(statement: str) -> str | None:
+    """The LaTeX that a statement's first sentence consists of or holds, if it holds one."""
+    segments: list[str] = []
+
+    def masked(match: re.Match[str]) -> str:
+        segments.append(next(group for group in match.groups() if group is not None))
+        return f"\0{len(segments) - 1}\0"
+
+    text = _SEGMENT.sub(masked, statement)
+    text = first_sentence(_BOX.sub(masked, text).replace("**", ""))
+    text = _REMARK.split(text, maxsplit=1)[0]
+    places = list(_PLACE.finditer(text))
+    if _DENIAL.search(text[: places[0].start()] if places else text):
+        return None
+    if not places:
+        return _from_plain_text(text)
+    held = [segments[int(place[1])] for place in places]
+    gaps = [text[a.end() : b.start()] for a, b in pairwise(places)]
+    if len(set(held)) > 1 and not all(_BETWEEN.fullmatch(gap) for gap in gaps):
+        return SEVERAL
+    return ",".join(_exact(_inside_box(latex)) for latex in dict.fromkeys(held))
+
+
+def _inside_box(latex: str) -> str:
+    box = _BOX.search(latex)
+    return box[1] if box else latex
+
+
+def _from_plain_text(sentence: str) -> str | None:
+    text = folded(sentence.strip(" *_`$.,;:"))
+    words = _WORD.findall(_ENVIRONMENT.sub("", text))
+    if not text or any(word.lower() not in {*_FUNCTIONS, "sqrt"} for word in words):
+        return None
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
+    text = _WORD.sub(lambda m: _FUNCTIONS.get(m[0].lower(), m[0]), text)
+    text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")
+    return _exact(text.translate(_SIGNS))
+
+
+def _exact(latex: str) -> str:
+    """The LaTeX with decimals as fractions and numbers without group marks."""
+    text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), latex.strip())
+    return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
