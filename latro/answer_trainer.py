@@ -20,7 +20,6 @@ from transformers.trainer_callback import (
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
-    TrainerControl,
 )
 from transformers.trainer_utils import TrainOutput
 
@@ -83,7 +82,6 @@ class AnswerTrainer(LongRunTrainer):
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
-    control: TrainerControl
     update: Accumulation
     data: DataArguments | None = None
 

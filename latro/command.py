@@ -72,8 +72,7 @@ def run_training(
     peft_config = lora_config(peft_args, model_args.model_revision)
     model, tokenizer = load_model(model_args)
     if args.eval_on_start is None:
-        # A run that goes on has its first evaluation behind it.
-        args.eval_on_start = resume is None
+        args.eval_on_start = True
     trainer = trainer_class(
         model,
         args,

@@ -56,7 +56,7 @@ class AnswerConfig(TrainingArguments):
     )
     eval_on_start: bool | None = setting(  # type: ignore[assignment]
         None,
-        "Evaluate before the first update; without it a command does, unless it resumes.",
+        "Evaluate before the first update of a run; without it a command does.",
         nargs="?",
         const=True,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 
 class TrainingInterrupted(Exception):
@@ -29,11 +30,12 @@ class Interruption(TrainerCallback):
 
     Schedulers send SIGTERM some time before they kill; Ctrl-C is SIGINT. At the first of either the
     update goes on to its end, a checkpoint follows, and training stops without a further
-    evaluation: a scheduler's patience must outlast one update, an evaluation under way, and the
-    saving. After the last update it is left to the trainer to save (`after_training`). A second
-    Ctrl-C is Python's KeyboardInterrupt at once; a second SIGTERM changes nothing, since schedulers
-    send several. A signal that the parent had the process ignore stays ignored. With several
-    processes a signal at one of them stops all at the same update.
+    evaluation, which is made when the run goes on (`latro.due`): a scheduler's patience must
+    outlast one update, an evaluation under way, and the saving. After the last update it is left to
+    the trainer to save (`after_training`). A second Ctrl-C is Python's KeyboardInterrupt at once; a
+    second SIGTERM changes nothing, since schedulers send several. A signal that the parent had the
+    process ignore stays ignored. With several processes a signal at one of them stops all at the
+    same update.
 
     Python takes signals in the main thread only: trained in another, a run has no handlers.
     """
@@ -110,6 +112,8 @@ class Interruption(TrainerCallback):
         number = self._highest_received(args)
         if number:
             self.signal = number
+            # What was summed up since the last log is in no checkpoint.
+            control.should_log |= args.logging_strategy != IntervalStrategy.NO
             control.should_save = True
             control.should_evaluate = False
             control.should_training_stop = True

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_callback import TrainerCallback, TrainerControl
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 
 from latro.checkpoints import (
     PARTIAL,
@@ -20,6 +22,7 @@ from latro.checkpoints import (
     remove_partial,
     rotate,
 )
+from latro.due import GoingOn, evaluation_due
 from latro.interruption import Interruption
 
 
@@ -29,6 +32,8 @@ class LongRunTrainer(Trainer):
     Attributes:
         interruption: its `signal` tells whether SIGTERM or SIGINT ended `train()` early.
     """
+
+    control: TrainerControl
 
     def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
         self.interruption = Interruption()
@@ -80,7 +85,54 @@ class LongRunTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _is_done(self) -> bool:
-        return self.state.global_step >= self.state.max_steps
+        # An evaluation that was made up for may stop the training before an update.
+        return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        going_on = None
+        if resume_from_checkpoint is not None:
+            # The run's first evaluation is behind it.
+            args = copy.copy(args)
+            args.eval_on_start = False
+            going_on = GoingOn(
+                partial(
+                    self._make_up_evaluation, resume_from_checkpoint, trial, ignore_keys_for_eval
+                )
+            )
+            self.add_callback(going_on)
+        try:
+            return super()._inner_training_loop(
+                batch_size=batch_size,
+                args=args,
+                resume_from_checkpoint=resume_from_checkpoint,
+                trial=trial,
+                ignore_keys_for_eval=ignore_keys_for_eval,
+            )
+        finally:
+            if going_on is not None:
+                self.remove_callback(going_on)
+
+    def _make_up_evaluation(
+        self, checkpoint: str, trial: Any, ignore_keys_for_eval: list[str] | None
+    ) -> None:
+        """Make the evaluation that the checkpoint's update was due, if it has not had it."""
+        due = evaluation_due(self.args, self.state)
+        if due is None:
+            return
+        # As the update left it: what is saved below holds it.
+        self._load_rng_state(checkpoint)
+        metrics = self._evaluate(trial, ignore_keys_for_eval)
+        is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+        if is_best if self.args.save_strategy == SaveStrategy.BEST else due.should_save:
+            self._save_checkpoint(self.model_wrapped, trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _get_output_dir(self, trial: Any) -> str:
         # Where the Trainer makes `checkpoint-N`; it asks once a checkpoint.

@@ -12,7 +12,7 @@ from latro.interruption import Interruption
 
 pytestmark = pytest.mark.usefixtures("ordinary_signals")
 
-ALONE = SimpleNamespace(world_size=1)
+ALONE = SimpleNamespace(world_size=1, logging_strategy="steps")
 
 
 def step(interruption):
@@ -33,6 +33,8 @@ def test_a_signal_saves_and_stops_at_the_end_of_the_step(number, capfd):
         assert control.should_save
         assert control.should_training_stop
         assert not control.should_evaluate
+        # What was summed up since the last log would be lost.
+        assert control.should_log
         # The epoch is left too: nothing is saved twice, and nothing evaluated.
         control = TrainerControl(should_save=True, should_evaluate=True)
         interruption.on_epoch_end(ALONE, TrainerState(), control)
