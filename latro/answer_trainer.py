@@ -161,7 +161,7 @@ class AnswerTrainer(LongRunTrainer):
     # The update.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """As the Trainer's; an epoch's last batch has the prompts that are left, and no others.
+        """Return the Trainer's, but an epoch's last batch has the prompts that are left alone.
 
         Every batch is made as a single process makes it, and cut into the processes' shares.
 

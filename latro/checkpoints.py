@@ -144,7 +144,7 @@ def _no_file(path: Path) -> str | None:
 
 
 def _listed(manifest: Any) -> dict[str, tuple[int, str]]:
-    """The size and checksum of each file by its name.
+    """Return the size and checksum of each file by its name.
 
     Raises:
         ValueError, KeyError, TypeError or AttributeError: it is no manifest of a folder's files.

@@ -76,7 +76,7 @@ _LOADER: dict[str, tuple[bool, str]] = {
 
 
 def check_loader(config: AcceleratorConfig) -> None:
-    """Raises ValueError for a way of handing out prompts that is not this package's."""
+    """Raise ValueError for a way of handing out prompts that is not this package's."""
     for name, (expected, reason) in _LOADER.items():
         value = getattr(config, name)
         if bool(value) != expected and value is not None:
