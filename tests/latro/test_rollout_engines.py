@@ -53,7 +53,7 @@ def test_engine_gets_the_weights_of_a_checkpoint(make_trainer: Any) -> None:
     resumed = make_trainer(max_steps=2)
     resumed.engine = engine = Recorder()
     # This hands it weights that the checkpoint's then replace.
-    resumed.rollout([])
+    resumed.rollout([resumed.train_dataset[0]])
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
     assert engine.calls == ["weights of step 0", "generate", "weights of step 1", "generate"]
     assert torch.equal(engine.weights[1], trainer.engine.weights[1])
