@@ -32,35 +32,39 @@ _NOUN = r"(?:option|choice|letter|label|alternative|answer|item|statement|possib
 
 # What may stand before the option without a say in which it is.
 _LEAD = re.compile(
-    rf"(?:[\s(\[*_\"“‘:=]*\b(?:{_NOUN}s?|number|no|correct|right|best|final|likely|probably|most"
+    rf"(?:[\s(\[*_\"“‘:=]*\b(?:{_NOUN}s?|number|correct|right|best|final|likely|probably|most"
     r"|definitely|certainly|clearly|obviously|surely|simply|just|only|therefore|thus|hence|so|then"
-    r"|indeed|actually|the|one|my|that|it|it['’]s|is|would|must|should|be|to|labell?ed|marked"
+    r"|indeed|actually|the|one|my|that|it|it['’]s|is|would|must|should|has|be|to|labell?ed|marked"
     r"|given|by|named|called|following|as\s+follows|I\s+think|I\s+believe|I\s+guess|(?:I|I['’]d|I['’]ll|we)\s+(?:choose|pick|select|go\s+with)|choose|pick|select|I['’]d\s+say|not\s+\(?\w\)?,?\s+but)"
     r"(?![\w'’])[\s:,.*_=]*)+",
     re.IGNORECASE,
 )
-_AFTER_NOUN = re.compile(
-    rf"\b(?:{_NOUN}|number|no\.?|labell?ed|marked)[\s:*_(\[\"“‘]*$", re.IGNORECASE
-)
+_AFTER_NOUN = re.compile(rf"\b(?:{_NOUN}|number|labell?ed|marked)[\s:*_(\[\"“‘]*$", re.IGNORECASE)
 _IS_RIGHT = (
     r"(?:is|was|would\s+be|must\s+be|seems)\s+(?:to\s+be\s+)?(?:(?:the|most|only|clearly)\s+)*"
     r"(?:right|correct|best|true|answer)\b"
 )
-_REASON = r"(?:because|since|due\s+to|(?<!well )as(?!\s+(?:well|is|are|much|many)\b))\b"
+_REASON = (
+    r"(?:because|since|due\s+to|while|whereas|(?:al|even\s+)?though"
+    r"|(?<!well )as(?!\s+(?:well|is|are|much|many)\b))\b"
+)
 _CONTRAST = r"(?:not|rather\s+than|instead\s+of|as\s+opposed\s+to|unlike)\b"
 _REMARK = re.compile(rf"\b(?:{_REASON}|{_CONTRAST})", re.IGNORECASE)
 # A bare label needs a mark behind it: "A stone" begins with an article, "3 metres" with a number.
 _BEHIND_LABEL = (
     r"(?:[)\]>}」】»][*_]*\s*[.!?:,;]?|[.!?](?!\w)|[.!?](?=[A-Z][a-z])|[:,;]|$"
     r"|(?<=\s)(?:only|alone)\s*[.!]?$|(?<=\s)[-–](?=\s)|—|(?<=\s)(?=\()"
-    rf"|(?=\b(?:{_REASON}|{_IS_RIGHT}|rather\s+than\b|instead\s+of\b|(?:and\s+)?not\s+[(\[]?\w[)\]]?(?!\w))))"
+    rf"|(?=\b(?:{_REASON}|{_IS_RIGHT}|rather\s+than\b|instead\s+of\b|(?:(?:and|but)\s+)?not\s+[(\[]?\w[)\]]?(?!\w))))"
 )
 _LABELLED = re.compile(
     rf"[-–—=>#→.…\s]*{_MARKUP}[(\[<{{「【«]{{0,2}}\s*(?P<label>\w){_MARKUP}{_BEHIND_LABEL}",
     re.IGNORECASE,
 )
+# Behind "option" a label needs no mark, but what follows may be about it: "option B is wrong".
 _NOUN_LABELLED = re.compile(
-    rf"[(\[<{{]?(?P<label>\w)(?!\w|['’]\w)[)\]>}}]?{_MARKUP}", re.IGNORECASE
+    rf"[(\[<{{]?(?P<label>\w)(?!\w|['’]\w)[)\]>}}]?{_MARKUP}"
+    rf"(?=$|[^\w\s]|(?:{_IS_RIGHT}|{_REASON}|{_CONTRAST}|which\b|that\b|with\b|for\b))",
+    re.IGNORECASE,
 )
 _LABEL_AND_TEXT = re.compile(r"(?P<label>\w)\s+(?:(?:is|=|->|→)\s+)?(?P<text>.+)")
 # "A wind" begins with an article, "I know" with a pronoun; "A is" and "A or" begin with a label.
@@ -86,7 +90,7 @@ _ORDINAL = "|".join([*_ORDINALS, _LAST])
 _PLACE = re.compile(
     rf"(?:the\s+)?(?:very\s+)?(?:(?P<ordinal>{_ORDINAL})(?:\s+(?:listed\s+)?(?:{_NOUN}|one)(?:\s+{_NOUN})*\b"
     rf"(?:\s+(?:above|listed|given|in\s+the\s+list))?|(?=\s*[.!]?\s*$))"
-    rf"|{_NOUN}\s+(?:number\s+|no\.?\s*|\#\s?)?(?P<cardinal>{'|'.join(_CARDINALS)})\b)"
+    rf"|(?:{_NOUN}\s+(?:number\s+|no\.?\s*|\#\s?)?|number\s+|no\.\s*|\#\s?)(?P<cardinal>{'|'.join(_CARDINALS)})\b)"
     rf"(?=\s*(?:[.,;:!(–—-]|$|\b(?:{_REASON}|{_CONTRAST}|{_IS_RIGHT})))",
     re.IGNORECASE,
 )
@@ -187,8 +191,7 @@ class _Options:
     def _leading_label(self, line: str) -> _Stated | None:
         """The label that a line begins with, behind words that do not matter."""
         lead = _LEAD.match(line)
-        starts = [0, lead.end()] if lead else [0]
-        for start in starts:
+        for start in [0, lead.end()] if lead else [0]:
             match = _LABELLED.match(line, start)
             if match is None and start and _AFTER_NOUN.search(line[:start]):
                 match = _NOUN_LABELLED.match(line, start)
@@ -197,11 +200,12 @@ class _Options:
                 ends = match[0][-1:] in (".", "!")
                 rest = line[match.end() :]
                 return _Stated(label, match["label"], rest, ends=ends, led=start > 0)
-        # "B light energy", "B is light energy": both have to be the option's.
-        match = _LABEL_AND_TEXT.match(line)
-        label = self._label(match["label"]) if match else None
-        if match and label and label in self.with_text(first_sentence(match["text"])):
-            return _Stated(label, match["label"], "")
+            # "B light energy", "B is light energy": both have to be the option's.
+            match = _LABEL_AND_TEXT.match(line, start)
+            label = self._label(match["label"]) if match else None
+            by_text = self._leading_text(match["text"]) if match and label else None
+            if by_text and by_text.label == label:
+                return by_text
         return None
 
     def _leading_text(self, line: str) -> _Stated | None:
@@ -231,7 +235,7 @@ class _Options:
         if labelled is not None:
             return True
         remark = (
-            rf"[\s,;(–—-]*(?:\b(?:{_REASON}|{_CONTRAST}|and\s+not\b|which\b|{_IS_RIGHT})"
+            rf"[\s,;(–—-]*(?:\b(?:{_REASON}|{_CONTRAST}|(?:and|but)\s+not\b|which\b|{_IS_RIGHT})"
             r"|[.!](?:\s|$)|$)"
         )
         return re.match(remark, rest, re.IGNORECASE) is not None

@@ -34,7 +34,7 @@ _ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?(?:\{\s*)?(?:st|nd|rd|th)\b\s*\}?")
 _SIGNS = str.maketrans(dict.fromkeys("⋅·∙•✕✖", "×") | dict.fromkeys("≈≃≅∼≡∈→⇒➔➜⟶⟹", "="))
 # "1. 18 pens" may be a list's first item or the answer 1 and another sentence.
 _NUMBERED = re.compile(r"(?<=\n)[ \t]*1[.)][ \t]+(?=\S)")
-_TIE = re.compile(r"(?<=[0-9])~(?=[a-zA-Z])")
+_TIE = re.compile(r"~(?=[a-zA-Z])")
 _UNEQUAL = re.compile(r"(?<![0-9)])!=")
 _TIMES = re.compile(r"(?<=[0-9])(?<!\b0)\s?[xX]\s?(?=\$?[0-9])")
 _ARROW = re.compile(r"[-=]+>")
@@ -42,7 +42,7 @@ _ABOUT = re.compile(r"(?<![\d\w)])(?:\s*)~(?=\s?\$?-?[.\d])")
 _RAISED = re.compile(r"(?:\^|\*\*)\s*\{([^{}]*)\}")
 _LOWERED = re.compile(r"_\s*\{([^{}]*)\}")
 _UNIT_POWER = re.compile(
-    r"(?<![a-zA-ZµμΩ°])([a-zA-ZµμΩ°]+)\s?(?:\^|\*\*)\s?(?:[({]\s?-?\d+\s?[)}]|-?\d+)"
+    r"(?<![a-zA-ZµμΩ°])([a-zA-ZµμΩ°]+)\.?\s?(?:\^|\*\*)\s?(?:[({]\s?-?\d+\s?[)}]|-?\d+)"
 )
 _VARIABLES = frozenset("xyznei")
 _UNIT_DIGIT = re.compile(r"(?<=\d)(\s?(?:mm|cm|dm|km|m|ft|in|yd))[23](?!\w)")
@@ -59,6 +59,7 @@ _OPERATOR_WORDS = {
     re.compile(r"(?<=\d)\s+over\s+(?=\d)", re.IGNORECASE): "/",
     re.compile(r"\b(?:equals|is equal to)\b", re.IGNORECASE): "=",
 }
+_AND_A_FRACTION = re.compile(r"(?<=\d)\s+and\s+(?=\d+/\d+(?![\d/]))")
 _ABBREVIATION = re.compile(
     r"\b(approx|ca|rs|no|viz|est|sq|cu|i\.e|e\.g|u\.s|u\.k)\.(?=\s)", re.IGNORECASE
 )
@@ -93,6 +94,7 @@ def plain_figures(text: str, *, words: bool) -> str:
         text = with_figures(text)
     for pattern, sign in _OPERATOR_WORDS.items():
         text = pattern.sub(sign, text)
+    text = _AND_A_FRACTION.sub(" ", text)
     text = _SPACED_GROUPS.sub(lambda m: m[0].replace(" ", ","), text)
     return re.sub(r"[ \t{}]+", " ", text)
 

@@ -10,6 +10,7 @@ Two stages, which graders run before they read a statement:
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def unmarked(text: str) -> str:
     """
     if _MARK.search(text) is None:
         return text
-    text = _FENCE.sub(r"\1", text)
+    text = _FENCE.sub(r"\1", html.unescape(text))
     text = _LINE_BREAK_TAG.sub("\n", text)
     text = _repeated(_ELEMENT, _element, text)
     text = _STRUCK.sub(" ", text).replace("`", "")

@@ -92,8 +92,9 @@ def _number(words: list[str], i: int) -> tuple[Fraction, int] | None:
             return Fraction(value, _PARTS[rest[0].removesuffix("s")]), end + 1
         if value > 1:  # "two sixth graders"
             return None
-    if len(rest) >= 3 and rest[0] == "and" and rest[1] in ("a", "one") and rest[2] == "half":
-        return value + Fraction(1, 2), end + 3
+    part = _number(words, end + 1) if rest[:1] == ["and"] and len(rest) > 1 else None
+    if part and 0 < part[0] < 1:  # "and a half"
+        return value + part[0], part[1]
     if len(rest) >= 2 and rest[0] == "point" and _SMALL.get(rest[1], 10) < 10:
         digits = ""
         end += 1

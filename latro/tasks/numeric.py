@@ -70,7 +70,9 @@ _PART_BEHIND = re.compile(
     r"|\s(?:thirds|fourths|fifths|sixths|sevenths|eighths|ninths|(?:ten|hundred|thousand)ths?)\b",
     re.IGNORECASE,
 )
-_UNKNOWN = re.compile(r"\\[a-zA-Z]|[π\u2102\u2115\u211a\u211d\u2124\u2200-\u22ff\u2a00-\u2aff]")
+_UNKNOWN = re.compile(
+    r"\\[a-zA-Z]|(?<![A-Za-z_0-9])[0-9]|[π\u2102\u2115\u211a\u211d\u2124\u2200-\u22ff\u2a00-\u2aff]"
+)
 # Two numbers with one value are one only where the second is said to be the first again.
 _AGAIN = re.compile(
     r"\(|\s\u2013|\u2014|\bi\.?e\b|\bthat(?: i|['’])s\b|\b(?:or|namely|so|thus|hence|therefore)\b"
@@ -79,7 +81,7 @@ _AGAIN = re.compile(
 )
 # Bounds and denials.
 _NO_STATEMENT = re.compile(
-    r"\b(?:not|never|neither|nor|wrong|incorrect|at (?:least|most)|unlike)\b|n['’]t\b"
+    r"\b(?:not|never|neither|nor|below zero|wrong|incorrect|at (?:least|most)|unlike)\b|n['’]t\b"
     r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower) than\b"
     r"|\bor (?:more|less|fewer|above|below|higher|lower|greater)\b"
     r"|\b(?:over|under|above|below|beyond|exceeds|up to)\s+(?=[-$.]*[0-9])"
@@ -93,7 +95,7 @@ _REASON = (
     r"|(?<!well )(?<!many )(?<!much )as(?! (?:well|many|much)\b))\b"
 )
 _REMARK = re.compile(rf"{_CONTRAST}|{_REASON}", re.IGNORECASE)
-_BRACKETS = re.compile(r"(?<=\s)\(([^()]*)\)")
+_BRACKETS = re.compile(r"(?<=\s)[(\[]([^()\[\]]*)[)\]]")
 _CONDITION = re.compile(
     r"\s*(?:with|where|when|if|since|because|as|given|for|from|ie|not|rounded|see|of|out of)\b"
     r"|[^0-9]*$"
@@ -117,7 +119,7 @@ _TERM = rf"[-+\s($√]*[0-9.]+[\s)%!$π]*(?:{_UNIT}){{0,3}}"
 _ARITHMETIC = re.compile(
     rf"[^0-9(√$+-]*(?P<expression>{_TERM}(?:(?:[-+*/×÷^\u2013]+|(?=\()){_TERM})*)"
 )
-_OPERATOR = re.compile(r"(?<=\S)\s*[-+*/×÷^!π%\u2013]|√|[0-9]\(")
+_OPERATOR = re.compile(r"(?<=\S)\s*[-+*/×÷^!π\u2013]|√|[0-9]\(")
 
 
 class NumericTask(Task):
@@ -156,7 +158,12 @@ def _values(sentence: str) -> set[Fraction | None]:
     if _NO_STATEMENT.search(sentence):
         return set()
     *left, stated = re.split(r"=+", sentence)
-    if left and _NUMBER.search(left[0]) and all(map(_computes, [*left[1:], stated])):
+    if (
+        left
+        and _NUMBER.search(left[0])
+        and not _computes(left[0])
+        and all(map(_computes, [*left[1:], stated]))
+    ):
         return _values_of_part(left[0])  # "18 = 9 + 9"
     values = _values_of_part(stated)
     for part in left:
@@ -170,23 +177,30 @@ def _values(sentence: str) -> set[Fraction | None]:
 def _values_of_part(part: str) -> set[Fraction | None]:
     part = _EN_DASH_AS_MINUS.sub("-", part)
     values: set[Fraction | None] = set()
-    end = None
+    rest, end = "", 0
     for match in _NUMBER.finditer(part):
-        before = part[max(0, match.start() - _NEAR) : match.start()]
         value, after = _scaled(match, part)
-        spaced_sign = match[0][:2] in ("- ", "+ ") and re.search(r"[\w)]\s*$", before)
-        if _PART_BEFORE.search(before) or spaced_sign or _PART_BEHIND.match(part, after):
-            value = None
-        if "." in match["magnitude"] and part.startswith("..", after):  # "0.333..."
-            value = None
-        if end is not None and not _AGAIN.search(part, end, match.start()):
+        values.add(None if _is_part_of_more(match, part, after) else value)
+        if end and not _AGAIN.search(part, end, match.start()):
             values.add(None)
-        values.add(value)
         if len(values) > 1:
-            break
+            return values
+        rest += part[end : match.start()] + " "
         end = after
-    # A command of LaTeX or a sign that is left may change any number: "ℝ∖{2}", "(-∞, 2]".
-    return values | {None} if _UNKNOWN.search(part) else values
+    # What is left may change any number, as in "ℝ∖{2}", or be one that cannot be told: "1,2".
+    return values | {None} if _UNKNOWN.search(rest + part[end:]) else values
+
+
+def _is_part_of_more(match: re.Match[str], part: str, after: int) -> bool:
+    """Whether a number in some text is only a part of what is stated."""
+    before = part[max(0, match.start() - _NEAR) : match.start()]
+    if _PART_BEFORE.search(before) or _PART_BEHIND.match(part, after):
+        return True
+    if "." in match["magnitude"] and part.startswith("..", after):  # "0.333..."
+        return True
+    spaced_sign = match[0][:2] in ("- ", "+ ")
+    operand = r"[\w)]\s*$" if spaced_sign else r"(?<![\w'’])[a-zA-Z]\s*$"  # "10 - 3", "x -3"
+    return bool(match["sign"]) and re.search(operand, before) is not None
 
 
 def _scaled(match: re.Match[str], text: str) -> tuple[Fraction | None, int]:

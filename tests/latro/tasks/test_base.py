@@ -88,3 +88,28 @@ def test_the_first_statement_that_holds_a_number_counts(completion, stated):
 def test_the_first_statement_that_holds_an_option_counts(completion, stated):
     row = {"answer": "B", "choices": {"label": list("ABC"), "text": ["ice", "fog", "rain"]}}
     assert get_task("arc_challenge").extract(completion, row) == stated
+
+
+@pytest.mark.parametrize(
+    ("template", "completion", "stated"),
+    [
+        ("\\boxed{", "\\boxed{\\frac{3}{4}}", "3/4"),
+        ("\\boxed{", "\\boxed{18} and 20", "18"),
+        ("\\boxed{", "\\boxed{9{,}500}", "9500"),
+        ("\\boxed{", "So $\\boxed{x = 18}$, not 20", "18"),
+        ("\\boxed{", "\\boxed{}. \\boxed{18}\n\\boxed{20}", "18"),
+        ("\\boxed{", "\\boxed{3, 4}", None),
+        ("####", "#### $1,800", "1800"),
+        ("####", "#### -18\n#### 20", "-18"),
+        ("Final answer:", "**Final Answer:** 18", "18"),
+        ("Final answer:", "### Final answer:\n\n$$18$$", "18"),
+        ("The answer is", "**The answer is 18**", "18"),
+        ("The answer is", "$\\text{The answer is } 18$", "18"),
+    ],
+)
+def test_marks_that_stand_around_the_template_too_are_none_of_the_answer(
+    template, completion, stated
+):
+    task = get_task("gsm8k")
+    task.answer_template = template
+    assert task.extract(completion, {"answer": "18"}) == stated
