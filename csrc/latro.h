@@ -48,7 +48,7 @@ enum {
  * offsets[2·G·K + 1], ascending from 0 to N, two segments a sequence: rationale, answer;
  * finished[G·K] or null for all; six outputs, five of [G·K] and coefficient[N]. Scratch: on the
  * CPU rewards[G·K]; on CUDA G·K doubles and, for each of N / LATRO_GROUP_TILE_ROWS + 1 tiles,
- * LATRO_GROUP_TILE_WORDS more. scale is 1 / (prompts·K) of the whole update. kl_in_loss: 0, the KL
+ * LATRO_GROUP_TILE_WORDS more. scale is 1 / (prompts·K) of the whole update. k3: 0, the KL
  * is part of the reward; 1, it is a term of the loss, k3 of ref_logp or the sum of row_kl.
  * exclude_unfinished: 0, an unfinished sequence has the lowest reward of its group; 1, it is left
  * out.
@@ -57,14 +57,14 @@ LATRO_API int32_t latro_cpu_group_advantage_forward(
     const float* logp, const float* ref_logp, const float* row_kl, const int64_t* offsets,
     const uint8_t* finished, float* reward, float* answer_logp, float* rationale_logp, float* kl,
     float* advantage, float* coefficient, double* rewards, int64_t G, int64_t K, double scale,
-    double beta, double answer_weight, int32_t kl_in_loss, int32_t exclude_unfinished,
+    double beta, double answer_weight, int32_t k3, int32_t exclude_unfinished,
     int64_t threads);
 
 LATRO_API int32_t latro_cuda_group_advantage_forward(
     const float* logp, const float* ref_logp, const float* row_kl, const int64_t* offsets,
     const uint8_t* finished, float* reward, float* answer_logp, float* rationale_logp, float* kl,
     float* advantage, float* coefficient, double* scratch, int64_t N, int64_t G, int64_t K,
-    double scale, double beta, double answer_weight, int32_t kl_in_loss, int32_t exclude_unfinished,
+    double scale, double beta, double answer_weight, int32_t k3, int32_t exclude_unfinished,
     void* stream);
 
 /* linear_logprob, whole, on the CPU.
@@ -174,8 +174,8 @@ LATRO_API int32_t latro_cuda_gather_logprob_backward(
  * hidden_*[N, H_*] and weight_*[V, H_*] are of `dtype`, contiguous; weight_q is null where it is
  * weight_p. bias_*[V] or null; bf16_products, softcap and temperature are as in linear_logprob.
  *
- * forward fills kl[N], center[N], the mean of z_p - z_q under p, peak[N], the maximum of z_p, and
- * log_total[N], the logarithm of the sum of exp(z_p - peak).
+ * forward fills kl[N]; peak[N], the maximum of z_p; anchor[N], z_q in that column; mean[N], the mean
+ * of z_p - z_q under p less peak - anchor; and total[N], the sum of exp(z_p - peak).
  *
  * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1) and fills
  * dx[., H_p] in those rows, dw[V, H_p] in `dtype` and db[V], each or null.
@@ -184,16 +184,17 @@ LATRO_API int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* 
                                               const float* bias_p, int64_t H_p,
                                               const void* hidden_q, const void* weight_q,
                                               const float* bias_q, int64_t H_q, int32_t dtype,
-                                              int32_t bf16_products, float* kl, float* center,
-                                              float* peak, float* log_total, int64_t N, int64_t V,
+                                              int32_t bf16_products, float* kl, double* anchor,
+                                              double* mean, double* peak, double* total, int64_t N,
+                                              int64_t V,
                                               float softcap, float temperature, int64_t threads);
 
 LATRO_API int32_t latro_cpu_linear_kl_backward(
     const void* hidden_p, const void* weight_p, const float* bias_p, int64_t H_p,
     const void* hidden_q, const void* weight_q, const float* bias_q, int64_t H_q, int32_t dtype,
-    int32_t bf16_products, const int64_t* rows, const float* grad_kl, const float* center,
-    const float* peak, const float* log_total, float* dx, void* dw, float* db, int64_t M, int64_t V,
-    float softcap, float temperature, int64_t threads);
+    int32_t bf16_products, const int64_t* rows, const float* grad_kl, const double* anchor,
+    const double* mean, const double* peak, const double* total, float* dx, void* dw, float* db,
+    int64_t M, int64_t V, float softcap, float temperature, int64_t threads);
 
 /* linear_kl on CUDA: what happens to one tile of logits of each head between the products.
  *
@@ -202,24 +203,27 @@ LATRO_API int32_t latro_cpu_linear_kl_backward(
  * a logit's distances from its head's peak.
  *
  * fold: adds the tiles to the rows' running state, [rows] each: peak_*, the maximum of z (start:
- * -inf); total_*, the sum of exp(d*); first, the sum of exp(dp) * (dp - dq); second, the sum of
- * exp(dp) * (exp(dq - dp) - 1 + dp - dq) (start: 0).
+ * -inf); anchor, zq in the column of peak_p; total_*, the sum of exp(d*); moment, the sum of
+ * exp(dp) * (zp - zq - (peak_p - anchor)); second, the sum of exp(dp) * (exp(dq - dp) - 1 + dp - dq)
+ * (start: 0).
  *
  * grad: writes the gradient with respect to p's products into dtile, in the dtype of the products
- * to come (it may be tile_p where that is fp32). center is E_p[zp - zq], log_total log(total_p).
+ * to come (it may be tile_p where that is fp32). mean is moment / total_p.
  */
 LATRO_API int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q,
                                             const float* bias_p, const float* bias_q, float* peak_p,
                                             float* total_p, float* peak_q, float* total_q,
-                                            float* first, float* second, int64_t rows, int64_t cols,
-                                            float softcap, float temperature, void* stream);
+                                            float* anchor, float* moment, float* second,
+                                            int64_t rows, int64_t cols, float softcap,
+                                            float temperature, void* stream);
 
 LATRO_API int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q,
                                             const float* bias_p, const float* bias_q, void* dtile,
                                             int32_t dtype, const float* grad_kl,
-                                            const float* center, const float* peak,
-                                            const float* log_total, int64_t rows, int64_t cols,
-                                            float softcap, float temperature, void* stream);
+                                            const float* anchor, const float* mean,
+                                            const float* peak, const float* total, int64_t rows,
+                                            int64_t cols, float softcap, float temperature,
+                                            void* stream);
 
 /* What a status that a CUDA launcher returned means. */
 LATRO_API const char* latro_cuda_error_string(int32_t status);

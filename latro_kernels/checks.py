@@ -10,9 +10,12 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 # What the kernels read; the references take fp64 as well.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# What the kernels compute with.
+_FP32 = torch.finfo(torch.float32)
 
 
 def check_tensor(name: str, value: object, dimensions: int) -> None:
@@ -43,11 +46,29 @@ def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
-    """A finite number above 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number above 0, got {value}")
+    """A number above 0 among the normal ones of fp32, which has fewer digits below them."""
+    number = _as_float(name, value)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number above 0, got {number}")
+    if not _FP32.tiny <= number <= _FP32.max:
+        raise ValueError(
+            f"{name}: expected a number that fp32 holds, of {_FP32.tiny:.3g} to {_FP32.max:.3g}, "
+            f"got {number}"
+        )
+
+
+def check_scales(temperature: object, softcap: object) -> None:
+    """A temperature, and a softcap or None for none, that the kernels can divide by in fp32."""
+    check_positive("temperature", temperature)
+    if softcap is None:
+        return
+    check_positive("softcap", softcap)
+    # The backward multiplies a logit by temperature / softcap to find its tanh.
+    least = _as_float("temperature", temperature) * _FP32.tiny
+    if _as_float("softcap", softcap) < least:
+        raise ValueError(
+            f"softcap: expected {least:.3g} or more with temperature={temperature}, got {softcap}"
+        )
 
 
 def check_type(name: str, value: object, expected: type) -> None:
@@ -67,9 +88,12 @@ def check_target(target: Tensor, rows_of: str, N: int) -> None:
 
 
 def check_target_values(target: Tensor, V: int | Tensor) -> None:
-    """Values in 0..V − 1; on a GPU, whose values cannot be read without a wait, by the device."""
+    """Values in 0..V − 1; on a GPU, whose values cannot be read without a wait, by the device.
+
+    Fake tensors and those of the meta device have no values; nothing is checked.
+    """
     bad = (target < 0) | (target >= V)
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or isinstance(target, FakeTensor):
         # A V that lies on the device is not read for its message either.
         last = "V - 1" if isinstance(V, Tensor) else V - 1
         torch._assert_async(~bad.any(), f"target: expected values in 0..{last}")
@@ -108,11 +132,24 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """A finite number."""
+    """A finite number, in fp32 too; one so small that fp32 makes 0 of it is as good as 0."""
+    number = _as_float(name, value)
+    if not -math.inf < number < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {number}")
+    if abs(number) > _FP32.max:
+        raise ValueError(
+            f"{name}: expected a number that fp32 holds, up to {_FP32.max:.3g}, got {number}"
+        )
+
+
+def _as_float(name: str, value: object) -> float:
+    """An int or a float as a float; infinite where it is an int that is too large for one."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

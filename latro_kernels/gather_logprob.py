@@ -34,7 +34,7 @@ from latro_kernels import native
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
-    check_positive,
+    check_scales,
     check_target,
     check_target_values,
     check_tensor,
@@ -52,8 +52,8 @@ def reference(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     log_p = torch.log_softmax(z / temperature, dim=-1)
-    # Where p is 0 the product is 0 · −inf, and its limit is 0.
-    terms = torch.where(log_p == -math.inf, 0, log_p.exp() * log_p)
+    # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
+    terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
     return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
 
 
@@ -285,8 +285,9 @@ def gather_logprob(
         logits: [N, V] fp32, bf16 or fp16 (backend="reference": fp64 too); rows may lie apart, as in
             a slice of a longer tensor. Where the last dimension has a stride they are copied once.
         target: [N] int64, each in 0..V − 1.
-        temperature: divides the logits; above 0.
-        softcap: c of c·tanh(logits / c), before the temperature; above 0, None for none.
+        temperature: divides the logits; above 0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
+            temperature too.
         return_entropy: whether to return the entropy of each row's distribution too.
         inplace_backward: whether the backward writes the gradient over the logits (over their copy,
             where they are copied), which spares its [N, V]. Nobody may read the logits from then
@@ -329,9 +330,7 @@ def _check(
     if V == 0:
         raise ValueError(f"logits: expected shape [N, V] with V > 0, got {tuple(logits.shape)}")
     check_target(target, "logits", N)
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+    check_scales(temperature, softcap)
     check_type("backend", backend, str)
     check_float_dtype("logits", logits, backend)
 

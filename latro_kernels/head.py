@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Bytes of products that the forward keeps for the backward where the caller does not say.
-DEFAULT_MEMORY_BUDGET = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+# Bytes of products that the forward keeps for the backward where the caller does not say. The meta
+# device, whose tensors are shapes, has none to keep.
+DEFAULT_MEMORY_BUDGET = {"cpu": 64 * 2**20, "cuda": 512 * 2**20, "meta": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +182,13 @@ def make_state(
         kept=empty(N * kept_columns(N, V, wanted.memory_budget, kept_grain)),
         block_peak=empty(N, -(-V // peak_columns)) if wanted.block_peak and peak_columns else None,
     )
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on a device; None where it is off, as always on the meta device."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def absent(like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Two LM heads in tiles, for `linear_kl`: products by torch, all between them by a fold kernel.
 
 Over a slice of the vocabulary and a block of rows, the products of head p and those of head q stand
-side by side in two tiles. The forward folds both into six numbers per row and drops them. The
+side by side in two tiles. The forward folds both into seven numbers per row and drops them. The
 backward makes them again and turns p's into the gradient dz with respect to it, of which
 `head_gradient` makes gradients. The vocabulary is the outer loop: where both heads have the same
 weight, a slice of it is read for both.
@@ -78,15 +78,17 @@ class RowState:
         total_p: Σ exp(zᵖ − peak_p).
         peak_q: max z^q.
         total_q: Σ exp(z^q − peak_q).
-        first: Σ exp(zᵖ − peak_p)·δ with δ = (zᵖ − z^q) − (peak_p − peak_q).
-        second: Σ exp(zᵖ − peak_p)·(exp(−δ) − 1 + δ).
+        anchor: z^q where zᵖ is peak_p; any number where that is −inf.
+        moment: Σ exp(zᵖ − peak_p)·((zᵖ − z^q) − (peak_p − anchor)).
+        second: Σ exp(zᵖ − peak_p)·(exp(−δ) − 1 + δ) with δ = (zᵖ − z^q) − (peak_p − peak_q).
     """
 
     peak_p: Tensor
     total_p: Tensor
     peak_q: Tensor
     total_q: Tensor
-    first: Tensor
+    anchor: Tensor
+    moment: Tensor
     second: Tensor
 
     def rows(self, block: slice) -> RowState:
@@ -94,32 +96,35 @@ class RowState:
 
     def finish(self) -> tuple[Tensor, ...]:
         """kl, and what `RowGrad` keeps of the forward."""
-        total, first = self.total_p.double(), self.first.double()
-        mean = first / total
-        excess = (self.second.double() - first) / total
+        total = self.total_p.double()
+        mean = self.moment.double() / total
+        first = mean + (self.peak_q.double() - self.anchor.double())
+        excess = self.second.double() / total - first
         # Σ exp(z^q − peak_q) / total_p, which is 1 + excess; the sum itself where that cancels.
         log_ratio = torch.where(
             excess > -0.5, excess.log1p(), self.total_q.double().log() - total.log()
         )
-        kl = (mean + log_ratio).float()
-        return kl, (self.peak_p - self.peak_q) + mean.float(), self.peak_p, self.total_p.log()
+        kl = (first + log_ratio).float()
+        return kl, self.anchor.double(), mean, self.peak_p.double(), total
 
 
 @dataclass(frozen=True, eq=False)
 class RowGrad:
-    """What the backward needs of each row, fp32 [N] each and contiguous.
+    """What the backward needs of each row, [N] each and contiguous, all but grad_kl fp64.
 
     Args:
-        grad_kl: upstream gradient.
-        center: E_p[zᵖ − z^q].
+        grad_kl: upstream gradient, fp32.
+        anchor: z^q where zᵖ is peak.
+        mean: E_p[zᵖ − z^q] − (peak − anchor).
         peak: max zᵖ.
-        log_total: log Σ exp(zᵖ − peak).
+        total: Σ exp(zᵖ − peak).
     """
 
     grad_kl: Tensor
-    center: Tensor
+    anchor: Tensor
+    mean: Tensor
     peak: Tensor
-    log_total: Tensor
+    total: Tensor
 
     def rows(self, block: slice | Tensor) -> RowGrad:
         return RowGrad(**_part(self, block))
@@ -142,7 +147,7 @@ def tile_shape(heads: Heads) -> tuple[int, int]:
 
 
 def forward(heads: Heads) -> tuple[Tensor, ...]:
-    """kl, center, peak and log_total of every row."""
+    """kl, anchor, mean, peak and total of every row."""
     N, device = len(heads.p.hidden), heads.p.hidden.device
 
     def filled(value: float) -> Tensor:
@@ -153,7 +158,8 @@ def forward(heads: Heads) -> tuple[Tensor, ...]:
         total_p=filled(0),
         peak_q=filled(-torch.inf),
         total_q=filled(0),
-        first=filled(0),
+        anchor=filled(0),
+        moment=filled(0),
         second=filled(0),
     )
     kernels = _kernels(heads.backend)
@@ -170,6 +176,8 @@ def forward(heads: Heads) -> tuple[Tensor, ...]:
 def backward(heads: Heads, grad: RowGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of p's hidden, weight and bias; None where `needs` says that nobody asks."""
     kernels = _kernels(heads.backend)
+    # On GPUs, as the folds do that made them.
+    grad = RowGrad(**{name: rows.float() for name, rows in vars(grad).items()})
 
     def make(tile: Tile) -> Gradient:
         weight_q, bias_q = _slice_of_q(heads, tile.columns, tile.weight)

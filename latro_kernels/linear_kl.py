@@ -9,20 +9,31 @@ With logits z as in `linear_logprob`, p = softmax(zᵖ), q = softmax(z^q) and d_
 where p_j = 0 counts as 0. From there on the chain to x, W and b is that of `linear_logprob`; q is
 held constant.
 
-One pass over both logits finds it. Subtracting the sums of exponentials would leave nothing of a
-small KL but their rounding. So with mᵖ and m^q the running maxima, and d measured from
-their difference, δ_j = d_j − (mᵖ − m^q), a row carries
+One pass over both logits finds it, in sums that are rescaled as the maxima mᵖ and m^q move. Sums of
+d are taken from its value at p's likeliest token a: where p is nearly one-hot, d_a may be 100 nats
+and d_a − E_p[d] next to nothing, and a difference of the two would be a rounding error of d_a. So a
+row keeps the anchor z^q_a, and with d_a = mᵖ − z^q_a
 
-    s = Σ exp(zᵖ_j − mᵖ)     first = Σ exp(zᵖ_j − mᵖ)·δ_j
-                             second = Σ exp(zᵖ_j − mᵖ)·(exp(−δ_j) − 1 + δ_j)
+    s = Σ exp(zᵖ_j − mᵖ)       mean = Σ exp(zᵖ_j − mᵖ)·(d_j − d_a) / s
+    ∂KL/∂zᵖ_j = exp(zᵖ_j − mᵖ) / s · ((d_j − d_a) − mean)
 
-of which `second` has no term below 0 and is summed from the series where δ is small. Then
+For the KL itself, subtracting the sums of exponentials in fp32 would leave nothing of a small one
+but their rounding. On the CPU they are fp64, and
 
-    KL = u + log(1 + v)      u = first / s,  v = (second − first) / s
+    KL = mean + (m^q − z^q_a) + log(Σ exp(z^q_j − m^q) / s)
+
+On GPUs they are fp32. There δ_j = d_j − (mᵖ − m^q) is d measured from the maxima's difference, and
+a row carries
+
+    second = Σ exp(zᵖ_j − mᵖ)·(exp(−δ_j) − 1 + δ_j)
+
+which has no term below 0 and is summed from the series where δ is small. Then
+
+    KL = u + log(1 + v)      u = E_p[δ] = mean + (m^q − z^q_a),  v = second / s − u
 
 in fp64: where the heads differ by little, u and −v are small and equal to first order, so that the
-error is relative to the KL and not to the logits. Equal logits give exactly 0, and so do their
-gradients. The identity is E_p[exp(−δ)] = 1 + v.
+error is relative to the KL and not to the logits. The identity is E_p[exp(−δ)] = 1 + v. In both
+forms equal logits give exactly 0, and so do their gradients.
 """
 
 from __future__ import annotations
@@ -37,13 +48,13 @@ from latro_kernels import kl_tiles, native
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
-    check_positive,
+    check_scales,
     check_tensor,
     check_type,
 )
 from latro_kernels.cpu import multiplies_bf16
 from latro_kernels.dispatch import resolve
-from latro_kernels.head import absent
+from latro_kernels.head import absent, autocast_dtype
 from latro_kernels.kl_tiles import Head, Heads, RowGrad
 
 
@@ -79,13 +90,14 @@ torch.library.define(
     "latro_kernels::linear_kl",
     "(Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
     "Tensor? bias_q, float temperature, float softcap, str backend) -> "
-    "(Tensor kl, Tensor center, Tensor peak, Tensor log_total)",
+    "(Tensor kl, Tensor anchor, Tensor mean, Tensor peak, Tensor total)",
 )
 torch.library.define(
     "latro_kernels::linear_kl_backward",
     "(Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
-    "Tensor? bias_q, float temperature, float softcap, str backend, Tensor center, Tensor peak, "
-    "Tensor log_total, Tensor grad_kl, bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+    "Tensor? bias_q, float temperature, float softcap, str backend, Tensor anchor, Tensor mean, "
+    "Tensor peak, Tensor total, Tensor grad_kl, bool[3] needs) -> "
+    "(Tensor dx, Tensor dw, Tensor db)",
 )
 
 
@@ -110,7 +122,7 @@ def _forward(
 
 @torch.library.register_fake("latro_kernels::linear_kl")
 def _(hidden_p: Tensor, *_: object) -> tuple[Tensor, ...]:
-    return tuple(hidden_p.new_empty(hidden_p.shape[0], dtype=torch.float32) for _ in range(4))
+    return _row_numbers(hidden_p)
 
 
 @torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))
@@ -124,15 +136,16 @@ def _backward(
     temperature: float,
     softcap: float,
     backend: str,
-    center: Tensor,
+    anchor: Tensor,
+    mean: Tensor,
     peak: Tensor,
-    log_total: Tensor,
+    total: Tensor,
     grad_kl: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     p, q = Head(hidden_p, weight_p, bias_p), Head(hidden_q, weight_q, bias_q)
     heads = Heads(p, q, temperature, softcap, resolve(backend, hidden_p.device))
-    grad = RowGrad(grad_kl.contiguous(), center, peak, log_total)
+    grad = RowGrad(grad_kl.contiguous(), anchor, mean, peak, total)
     with torch.autocast(hidden_p.device.type, enabled=False):
         backward = _cpu_backward if heads.backend == "cpu" else kl_tiles.backward
         gradients = backward(heads, grad, tuple(needs))
@@ -148,9 +161,15 @@ def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     )
 
 
+def _row_numbers(hidden: Tensor) -> tuple[Tensor, ...]:
+    """Room for the KL, fp32, and for anchor, mean, peak and total, fp64."""
+    dtypes = (torch.float32, *(torch.float64,) * 4)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in dtypes)
+
+
 def _cpu_forward(heads: Heads) -> tuple[Tensor, ...]:
     N, V = len(heads.p.hidden), len(heads.p.weight)
-    outputs = tuple(torch.empty(N, dtype=torch.float32) for _ in range(4))
+    outputs = _row_numbers(heads.p.hidden)
     native.call(
         "latro_cpu_linear_kl_forward",
         *(*_cpu_operands(heads), *outputs, N, V, heads.softcap, heads.temperature),
@@ -262,8 +281,9 @@ def linear_kl(
             of it is read, and on the CPU packed, once for both heads.
         bias_p: [V], dtype and device of hidden_p; None for none.
         bias_q: [V] likewise.
-        temperature: divides the logits of both heads; above 0.
-        softcap: c of c·tanh(logits / c), before the temperature; above 0, None for none.
+        temperature: divides the logits of both heads; above 0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
+            temperature too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
 
     Returns:
@@ -278,13 +298,10 @@ def linear_kl(
     p, q = Head(hidden_p, weight_p, bias_p), Head(hidden_q, weight_q, bias_q)
     _check_tensors(p, q)
     _check_shapes(p, q)
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+    check_scales(temperature, softcap)
     check_type("backend", backend, str)
-    device_type = hidden_p.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(hidden_p.device)
+    if dtype is not None:
         p, q = p.to(dtype), q.to(dtype)
     _check_dtypes(p, q, backend)
     if backend == "reference":

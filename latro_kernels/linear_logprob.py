@@ -50,14 +50,15 @@ from latro_kernels import vocab_parallel
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
-    check_positive,
+    check_number,
+    check_scales,
     check_target,
     check_target_values,
     check_tensor,
     check_type,
 )
 from latro_kernels.dispatch import default_backend
-from latro_kernels.head import DEFAULT_MEMORY_BUDGET
+from latro_kernels.head import DEFAULT_MEMORY_BUDGET, autocast_dtype
 
 
 def reference(
@@ -76,8 +77,8 @@ def reference(
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     log_p = torch.log_softmax(z / temperature, dim=-1)
-    # Where p is 0 the product is 0 · −inf, and its limit is 0.
-    terms = torch.where(log_p == -math.inf, 0, log_p.exp() * log_p)
+    # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
+    terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
     return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
 
 
@@ -229,8 +230,9 @@ def linear_logprob(
         weight: [V, H], dtype and device of hidden; any strides.
         target: [N] int64, each in 0..V − 1.
         bias: [V], dtype and device of hidden; None for none.
-        temperature: divides the logits; above 0.
-        softcap: c of c·tanh(logits / c), before the temperature; above 0, None for none.
+        temperature: divides the logits; above 0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
+            temperature too.
         return_entropy: whether to return the entropy of each row's distribution too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
         memory_budget: bytes of products to keep for the backward, which makes the rest again; no
@@ -260,9 +262,8 @@ def linear_logprob(
     """
     _check(hidden, weight, target, bias, temperature, softcap, backend)
     _check_options(hidden.device, backend, memory_budget, grad_filter, group)
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_dtypes(hidden, weight, bias, backend)
@@ -275,7 +276,7 @@ def linear_logprob(
         has_grad = [False] * 3
     frozen = has_grad == [True, False, False]
     if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET[device_type]
+        memory_budget = DEFAULT_MEMORY_BUDGET[hidden.device.type]
     options = _Options(
         temperature=float(temperature),
         softcap=float(softcap or 0.0),
@@ -315,9 +316,7 @@ def _check(
     check_target(target, "hidden", N)
     if bias is not None and bias.shape[0] != V:
         raise ValueError(f"bias: expected shape ({V},), as weight has rows, got {bias.shape[0]}")
-    check_positive("temperature", temperature)
-    if softcap is not None:
-        check_positive("softcap", softcap)
+    check_scales(temperature, softcap)
     check_type("backend", backend, str)
 
 
@@ -325,7 +324,7 @@ def _check_options(
     device: torch.device,
     backend: str,
     memory_budget: object,
-    grad_filter: object,
+    grad_filter: float,
     group: object,
 ) -> None:
     if memory_budget is not None:
@@ -335,9 +334,8 @@ def _check_options(
             )
         if memory_budget < 0:
             raise ValueError(f"memory_budget: expected 0 or more bytes, got {memory_budget}")
-    if not isinstance(grad_filter, (int, float)) or isinstance(grad_filter, bool):
-        raise TypeError(f"grad_filter: expected a float, got {type(grad_filter).__name__}")
-    if not 0 <= grad_filter < math.inf:
+    check_number("grad_filter", grad_filter)
+    if grad_filter < 0:
         raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")
     runs_on = default_backend(device) if backend == "auto" else backend
     if grad_filter > 0 and runs_on == "cuda":

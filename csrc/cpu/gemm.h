@@ -28,7 +28,7 @@
 namespace latro {
 
 // One sum in fp32 over a longer depth than this loses digits that sums of parts keep.
-constexpr int64_t kMaxDepth = 256;
+constexpr int64_t kMaxDepth = 128;
 constexpr int64_t kAlign = 64;
 // Words in a line of the cache, and rows fetched before they are packed.
 constexpr int64_t kLineWords = 16, kRowsAhead = 16;
@@ -40,6 +40,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 struct Fp32Gemm {
   using Element = float;
   using Word = float;
+  using Product = float;
 #if defined(__AVX512F__)
   static constexpr int64_t kLanes = 16, kRows = 12;
 #elif defined(__AVX__)
@@ -83,11 +84,35 @@ struct Fp32Gemm {
   }
 };
 
+// Products in double, for where they are few and take less time than what is done with them.
+struct Fp64Gemm {
+  using Element = double;
+  using Word = double;
+  using Product = double;
+  static constexpr int64_t kRows = Fp32Gemm::kRows, kCols = Fp32Gemm::kCols;
+  static constexpr int64_t kPerWord = 1;
+
+  static Word word(double low, double) { return low; }
+
+  static void multiply(const Word* a, const Word* b, int64_t depth, double* c, int64_t c_step,
+                       bool add) {
+    for (int64_t i = 0; i < kRows; ++i) {
+      double sum[kCols] = {};
+      for (int64_t k = 0; k < depth; ++k) {
+#pragma omp simd
+        for (int64_t j = 0; j < kCols; ++j) sum[j] += a[k * kRows + i] * b[k * kCols + j];
+      }
+      for (int64_t j = 0; j < kCols; ++j) c[i * c_step + j] = sum[j] + (add ? c[i * c_step + j] : 0.0);
+    }
+  }
+};
+
 #ifdef LATRO_HAS_AVX512_BF16
 // Products of bf16 with sums in fp32, for processors that have them (`bf16_gemm_supported`).
 struct Bf16Gemm {
   using Element = bfloat16;
   using Word = uint32_t;
+  using Product = float;
   static constexpr int64_t kRows = 12, kCols = 32;
   static constexpr int64_t kPerWord = 2;
 
@@ -158,7 +183,7 @@ Element convert(T value) {
 // to[i * to_step + j] = word i of from[j], for 4 x 4 words.
 template <typename Word>
 void transpose4(const void* const* from, int64_t word, Word* to, int64_t to_step) {
-  typedef Word Four __attribute__((vector_size(16)));
+  typedef Word Four __attribute__((vector_size(4 * sizeof(Word))));
   Four row[4];
   for (int j = 0; j < 4; ++j) {
     std::memcpy(&row[j], static_cast<const Word*>(from[j]) + word, sizeof row[j]);
@@ -255,8 +280,8 @@ void pack_columns(const Matrix<T>& m, int64_t begin, int64_t length, int64_t fir
 
 // c[kRows][kCols] = a . b, or += with `add`, over any depth.
 template <typename Gemm>
-void multiply(const typename Gemm::Word* a, const typename Gemm::Word* b, int64_t depth, float* c,
-              int64_t c_step, bool add) {
+void multiply(const typename Gemm::Word* a, const typename Gemm::Word* b, int64_t depth,
+              typename Gemm::Product* c, int64_t c_step, bool add) {
   for (int64_t k = 0; k < depth; k += kMaxDepth) {
     const int64_t some = depth - k < kMaxDepth ? depth - k : kMaxDepth;
     Gemm::multiply(a + k * Gemm::kRows, b + k * Gemm::kCols, some, c, c_step, add || k > 0);

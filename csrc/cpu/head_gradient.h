@@ -34,6 +34,7 @@ template <typename Gemm, typename T>
 class HeadGradient {
   using Element = typename Gemm::Element;
   using Word = typename Gemm::Word;
+  using Product = typename Gemm::Product;
   static constexpr int64_t kRows = Gemm::kRows, kCols = Gemm::kCols;
   // A stretch from .. to of columns, or of rows, whose blocks are not left out.
   struct Run {
@@ -48,7 +49,7 @@ class HeadGradient {
   Room<Word> dz_columns_;      // a block of dz, packed for dw
   Room<Word> hidden_columns_;  // the block's hidden, packed for dw
   Room<float> dw_sum_;         // [width, H], where a slice of dw takes several blocks
-  Room<float> db_parts_;       // [chunks of a block, width]
+  Room<Product> db_parts_;     // [chunks of a block, width]
 
  public:
   // `rows` names the M rows of hidden that count; null: the first M.
@@ -67,7 +68,7 @@ class HeadGradient {
         dz_columns_(room<Word>(out.dw != nullptr ? ceil_div(width_, kRows) * kRows * depth_ : 0)),
         hidden_columns_(room<Word>(out.dw != nullptr ? ceil_div(H_, kCols) * kCols * depth_ : 0)),
         dw_sum_(room<float>(sums_apart() ? width_ * H_ : 0)),
-        db_parts_(room<float>(out.db != nullptr ? block_rows_ / chunk_rows_ * width_ : 0)) {
+        db_parts_(room<Product>(out.db != nullptr ? block_rows_ / chunk_rows_ * width_ : 0)) {
     if (active_) std::fill_n(active_.get(), block_rows_ / kFilterRows * (width_ / kFilterCols), 1);
   }
 
@@ -87,7 +88,7 @@ class HeadGradient {
   }
 
   // Takes n entries of dz of row i of a place, from this column of the slice on.
-  void put(const Place& place, int64_t i, int64_t column, const float* dz, int64_t n,
+  void put(const Place& place, int64_t i, int64_t column, const Product* dz, int64_t n,
            Scratch<Gemm>& own) {
     store_all(dz, n, own.dz.get() + i * width_ + column);
     if (out_.db != nullptr) accumulate(dz, n, true, db_part(place.first) + column);
@@ -107,7 +108,7 @@ class HeadGradient {
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < rows; first += chunk_rows_) {
           const Place place{block, first, std::min(chunk_rows_, rows - first), begin, cols};
-          if (out_.db != nullptr) std::fill_n(db_part(first), cols, 0.0f);
+          if (out_.db != nullptr) std::fill_n(db_part(first), cols, Product{});
           fill(place, omp_get_thread_num());
           Scratch<Gemm>& own = sweep_.threads[omp_get_thread_num()];
           if (out_.dx != nullptr) add_to_dx(place, own);
@@ -128,7 +129,7 @@ class HeadGradient {
   uint8_t& is_active(int64_t row_of_block, int64_t column) {
     return active_[row_of_block / kFilterRows * (width_ / kFilterCols) + column / kFilterCols];
   }
-  float* db_part(int64_t first) { return db_parts_.get() + first / chunk_rows_ * width_; }
+  Product* db_part(int64_t first) { return db_parts_.get() + first / chunk_rows_ * width_; }
 
   // The stretches of 0 .. length, in steps of `grain`, that `is` holds for.
   template <typename Is>
@@ -160,13 +161,13 @@ class HeadGradient {
         sweep_.pack_dz_rows(own, i, place.count, run.from, run.to);
       }
     }
-    alignas(kAlign) float sum[kRows * kCols];
+    alignas(kAlign) Product sum[kRows * kCols];
     for (int64_t h = 0; h < H_; h += kCols) {
       const int64_t n = std::min(kCols, H_ - h);
       for (int64_t i = 0; i < place.count; i += kRows) {
         const std::vector<Run>& of_panel = active[i / kRows];
         if (of_panel.empty() && place.begin > 0) continue;
-        std::fill_n(sum, kRows * kCols, 0.0f);
+        std::fill_n(sum, kRows * kCols, Product{});
         for (const Run& run : of_panel) {
           sweep_.multiply_dz(own, i, h, run.from, run.to, true, sum);
         }
@@ -205,7 +206,7 @@ class HeadGradient {
         for (int64_t j = top; j < std::min(top + kTall, cols); j += kRows) {
           const std::vector<Run> active = rows_with(j, 0, rows);
           for (int64_t h = left; h < std::min(left + kWide, H_); h += kCols) {
-            alignas(kAlign) float sum[kRows * kCols] = {};
+            alignas(kAlign) Product sum[kRows * kCols] = {};
             for (const Run& run : active) {
               const int64_t from = run.from / Gemm::kPerWord;
               multiply<Gemm>(dz_columns_.get() + j * depth_ + from * kRows,
@@ -222,7 +223,7 @@ class HeadGradient {
   }
 
   // Adds a few entries of row j of a slice of dw, from column h on.
-  void add_to_dw(const float* sum, int64_t begin, int64_t j, int64_t h, int64_t block, bool last) {
+  void add_to_dw(const Product* sum, int64_t begin, int64_t j, int64_t h, int64_t block, bool last) {
     const int64_t n = std::min(kCols, H_ - h);
     T* to = static_cast<T*>(out_.dw) + (begin + j) * H_ + h;
     if constexpr (std::is_same_v<T, float>) {
@@ -240,9 +241,9 @@ class HeadGradient {
   void db_slice(int64_t block, int64_t rows, int64_t begin, int64_t cols) {
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < cols; ++j) {
-      float sum = block > 0 ? out_.db[begin + j] : 0.0f;
+      Product sum = block > 0 ? out_.db[begin + j] : 0.0f;
       for (int64_t i = 0; i < ceil_div(rows, chunk_rows_); ++i) sum += db_parts_[i * width_ + j];
-      out_.db[begin + j] = sum;
+      out_.db[begin + j] = static_cast<float>(sum);
     }
   }
 };

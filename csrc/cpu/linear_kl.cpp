@@ -22,6 +22,23 @@ namespace {
 
 using namespace latro;
 
+// So short a sum costs no more in double than the exponential of it.
+constexpr int64_t kFewProducts = 64;
+
+// Logits of n products; all from here on is double, for a KL may be smaller than what roundings
+// would add to it.
+template <typename Product>
+void logits(const Transform& transform, const Product* products, const float* bias, int64_t n,
+            double* z) {
+  const double scale = 1.0 / double{transform.temperature}, softcap = transform.softcap;
+  const double inverse = softcap > 0.0 ? 1.0 / softcap : 0.0;
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const double a = products[j] + (bias != nullptr ? double{bias[j]} : 0.0);
+    z[j] = (softcap > 0.0 ? softcap * tanh_vec(a * inverse) : a) * scale;
+  }
+}
+
 // The sweeps of both heads, side by side; q's weight is null where it is p's.
 template <typename Gemm, typename T>
 struct Pair {
@@ -56,11 +73,11 @@ struct Pair {
         p.products(own_p, i, from, from + n, own_p.products.get());
         weight_q.products(own_q, i, from, from + n, own_q.products.get());
         for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
-          float zp[kGroupCols], zq[kGroupCols];
-          p.head.transform.logits(own_p.products.get() + r * kGroupCols, p.head.bias_at(column), n,
-                                  zp);
-          q.head.transform.logits(own_q.products.get() + r * kGroupCols, q.head.bias_at(column), n,
-                                  zq);
+          double zp[kGroupCols], zq[kGroupCols];
+          logits(p.head.transform, own_p.products.get() + r * kGroupCols, p.head.bias_at(column), n,
+                 zp);
+          logits(q.head.transform, own_q.products.get() + r * kGroupCols, q.head.bias_at(column), n,
+                 zq);
           visit(i + r, from, n, zp, zq);
         }
       }
@@ -83,7 +100,7 @@ std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
       pair.p.pack_chunk(pair.p.head.hidden, first, count, pair.p.threads[thread]);
       pair.q.pack_chunk(pair.q.head.hidden, first, count, pair.q.threads[thread]);
       pair.for_each_row(thread, count, begin, cols,
-                        [&](int64_t i, int64_t, int64_t n, const float* zp, const float* zq) {
+                        [&](int64_t i, int64_t, int64_t n, const double* zp, const double* zq) {
                           states[first + i].add(zp, zq, n);
                         });
     }
@@ -93,14 +110,23 @@ std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
 
 // What the backward is given, by the number of the row in `hidden`.
 struct RowGrads {
-  const float *grad_kl, *center, *peak, *log_total;
+  const float* grad_kl;
+  const double *anchor, *mean, *peak, *total;
 
-  void logits(int64_t row, const float* zp, const float* zq, int64_t n, float* dz) const {
-    const float g = grad_kl[row], mean = center[row], shift = peak[row], log_sum = log_total[row];
+  // The gradient with respect to n products of p.
+  template <typename Product>
+  void products(int64_t row, const Transform& transform, const double* zp, const double* zq,
+                int64_t n, Product* dz) const {
+    const double shift = peak[row], from = shift - anchor[row], center = mean[row];
+    const double slope = 1.0 / double{transform.temperature};
+    const double weight = grad_kl[row] / total[row] * slope;
+    const double to_tanh =
+        transform.softcap > 0.0f ? double{transform.temperature} / transform.softcap : 0.0;
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const float p = exp_vec((zp[j] - shift) - log_sum);
-      dz[j] = p == 0.0f ? 0.0f : g * p * ((zp[j] - zq[j]) - mean);
+      const double e = exp_vec(zp[j] - shift), tanh = zp[j] * to_tanh;
+      const double g = weight * e * (((zp[j] - zq[j]) - from) - center) * (1.0 - tanh * tanh);
+      dz[j] = static_cast<Product>(e == 0.0 ? 0.0 : g);
     }
   }
 };
@@ -116,15 +142,22 @@ void backward(Pair<Gemm, T>& pair, HeadGradient<Gemm, T>& gradient, const int64_
     pair.p.pack_chunk(gradient.hidden(), first, place.count, own);
     pair.q.pack_chunk(hidden_q, first, place.count, pair.q.threads[thread]);
     pair.for_each_row(thread, place.count, place.begin, place.cols,
-                      [&](int64_t i, int64_t from, int64_t n, const float* zp, const float* zq) {
-                        float dz[kGroupCols];
-                        grads.logits(gradient.row(place, i), zp, zq, n, dz);
-                        pair.p.head.transform.chain(zp, n, dz);
+                      [&](int64_t i, int64_t from, int64_t n, const double* zp, const double* zq) {
+                        typename Gemm::Product dz[kGroupCols];
+                        grads.products(gradient.row(place, i), pair.p.head.transform, zp, zq, n,
+                                       dz);
                         gradient.put(place, i, from, dz, n, own);
                       });
   };
   gradient.run(
       pair.p.head.V, [&](int64_t begin, int64_t cols) { pair.pack_weights(begin, cols); }, fill);
+}
+
+// As `with_types`, with products in double where they are few.
+template <typename Run>
+int32_t with_products(int32_t dtype, int32_t bf16_products, int64_t H_p, int64_t H_q, Run run) {
+  if (dtype == LATRO_F32 && std::max(H_p, H_q) <= kFewProducts) return run(Fp64Gemm{}, float{});
+  return with_types(dtype, bf16_products, run);
 }
 
 // From whole rows, one after the other; a null weight is that of the other head.
@@ -145,10 +178,10 @@ Head<T> head_of(const void* hidden, const void* weight, const float* bias, int64
 int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, const float* bias_p,
                                     int64_t H_p, const void* hidden_q, const void* weight_q,
                                     const float* bias_q, int64_t H_q, int32_t dtype,
-                                    int32_t bf16_products, float* kl, float* center, float* peak,
-                                    float* log_total, int64_t N, int64_t V, float softcap,
+                                    int32_t bf16_products, float* kl, double* anchor, double* mean,
+                                    double* peak, double* total, int64_t N, int64_t V, float softcap,
                                     float temperature, int64_t threads) {
-  return with_types(dtype, bf16_products, [&](auto gemm, auto element) -> int32_t {
+  return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Transform transform{softcap, temperature};
     const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, transform);
@@ -158,10 +191,11 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
     const std::vector<KlState> states = forward(pair, N, threads);
     for (int64_t i = 0; i < N; ++i) {
       const KlState& state = states[i];
-      kl[i] = state.kl();
-      center[i] = state.center();
+      kl[i] = static_cast<float>(state.kl());
+      anchor[i] = state.anchor;
+      mean[i] = state.mean();
       peak[i] = state.peak_p;
-      log_total[i] = std::log(state.total_p);
+      total[i] = state.total_p;
     }
     return LATRO_OK;
   });
@@ -171,11 +205,11 @@ int32_t latro_cpu_linear_kl_backward(const void* hidden_p, const void* weight_p,
                                      const float* bias_p, int64_t H_p, const void* hidden_q,
                                      const void* weight_q, const float* bias_q, int64_t H_q,
                                      int32_t dtype, int32_t bf16_products, const int64_t* rows,
-                                     const float* grad_kl, const float* center, const float* peak,
-                                     const float* log_total, float* dx, void* dw, float* db,
+                                     const float* grad_kl, const double* anchor, const double* mean,
+                                     const double* peak, const double* total, float* dx, void* dw, float* db,
                                      int64_t M, int64_t V, float softcap, float temperature,
                                      int64_t threads) {
-  return with_types(dtype, bf16_products, [&](auto gemm, auto element) -> int32_t {
+  return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Transform transform{softcap, temperature};
     const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, transform);
@@ -183,7 +217,7 @@ int32_t latro_cpu_linear_kl_backward(const void* hidden_p, const void* weight_p,
     Pair<decltype(gemm), T> pair(p, q, true, dx != nullptr, threads);
     HeadGradient<decltype(gemm), T> gradient(pair.p, rows, M, Gradients{dx, dw, db});
     if (!pair.ok() || !gradient.ok()) return LATRO_OUT_OF_MEMORY;
-    backward(pair, gradient, rows, RowGrads{grad_kl, center, peak, log_total});
+    backward(pair, gradient, rows, RowGrads{grad_kl, anchor, mean, peak, total});
     return LATRO_OK;
   });
 }

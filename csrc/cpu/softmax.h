@@ -24,23 +24,25 @@ constexpr int64_t kStretch = 12 * 4;
 #endif
 
 // The largest of n numbers and `start`.
-inline float largest(const float* z, int64_t n, float start) {
+template <typename Real>
+Real largest(const Real* z, int64_t n, Real start) {
 #pragma omp simd reduction(max : start)
   for (int64_t j = 0; j < n; ++j) start = z[j] > start ? z[j] : start;
   return start;
 }
 
-template <typename T>
-void store_all(const float* from, int64_t n, T* to) {
+template <typename Real, typename T>
+void store_all(const Real* from, int64_t n, T* to) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) store(from[j], to + j);
 }
 
 // to = from, or += with `add`.
-inline void accumulate(const float* from, int64_t n, bool add, float* to) {
+template <typename Real, typename Sum>
+void accumulate(const Real* from, int64_t n, bool add, Sum* to) {
   if (add) {
 #pragma omp simd
-    for (int64_t j = 0; j < n; ++j) to[j] += from[j];
+    for (int64_t j = 0; j < n; ++j) to[j] = static_cast<Sum>(to[j] + from[j]);
   } else {
     std::copy_n(from, n, to);
   }

@@ -59,14 +59,15 @@ struct Scratch {
   using Word = typename Gemm::Word;
   using Element = typename Gemm::Element;
   Room<Word> rows, dz_rows;
-  Room<float> products, z;
+  Room<typename Gemm::Product> products;
+  Room<float> z;
   Room<Element> dz;
 
   // `width` columns of dz, or 0 for none.
   Scratch(int64_t H, int64_t width)
       : rows(room<Word>(kChunkRows * words_of<Gemm>(H))),
         dz_rows(room<Word>(kChunkRows * words_of<Gemm>(width))),
-        products(room<float>(Gemm::kRows * kGroupCols)),
+        products(room<typename Gemm::Product>(Gemm::kRows * kGroupCols)),
         z(room<float>(kChunkRows * width)),
         dz(room<Element>(kChunkRows * width)) {}
   bool ok() const { return rows && dz_rows && products && z && dz; }
@@ -125,7 +126,8 @@ struct Sweep {
   }
 
   // Products of the chunk's panel of rows at `i` with the slice's columns from .. to.
-  void products(Scratch<Gemm>& own, int64_t i, int64_t from, int64_t to, float* out) const {
+  void products(Scratch<Gemm>& own, int64_t i, int64_t from, int64_t to,
+                typename Gemm::Product* out) const {
     for (int64_t j = from; j < to; j += kCols) {
       multiply<Gemm>(own.rows.get() + i * words, weight_rows.get() + j * words, words,
                      out + (j - from), kGroupCols, false);
@@ -143,7 +145,7 @@ struct Sweep {
   // block[kRows][kCols] = dz . W for the panel of rows at `i` and the columns of W at `h`, over the
   // slice's columns from .. to; added with `add`.
   void multiply_dz(Scratch<Gemm>& own, int64_t i, int64_t h, int64_t from, int64_t to, bool add,
-                   float* block) const {
+                   typename Gemm::Product* block) const {
     const int64_t depth = words_of<Gemm>(width), begin = from / Gemm::kPerWord;
     multiply<Gemm>(own.dz_rows.get() + i * depth + begin * kRows,
                    weight_columns.get() + h * depth + begin * kCols, words_of<Gemm>(to - from),

@@ -87,29 +87,36 @@ __device__ float second_order(float x) {
 }
 constexpr float kClose = 0.5f;  // the next term of the series is under 2^-24 there
 
-// What the columns of a row come to, measured from the peaks.
+// What the columns of a row come to, measured from the peaks and from the anchor.
 struct Sums {
-  float total_p, total_q, first, second;
+  float total_p, total_q, moment, second;
 };
 
 __device__ Sums operator+(Sums a, Sums b) {
-  return {a.total_p + b.total_p, a.total_q + b.total_q, a.first + b.first, a.second + b.second};
+  return {a.total_p + b.total_p, a.total_q + b.total_q, a.moment + b.moment, a.second + b.second};
 }
 
+// The largest logits, and that of q in the column of p's; any of several such columns will do.
 struct Peaks {
-  float p, q;
+  float p, q, anchor;
+
+  __device__ float distance() const { return p - anchor; }
 };
 
-__device__ Peaks highest(Peaks a, Peaks b) { return {fmaxf(a.p, b.p), fmaxf(a.q, b.q)}; }
+__device__ Peaks highest(Peaks a, Peaks b) {
+  const float anchor = a.p > b.p ? a.anchor : b.p > a.p ? b.anchor : fmaxf(a.anchor, b.anchor);
+  return {fmaxf(a.p, b.p), fmaxf(a.q, b.q), anchor};
+}
 
 __device__ Peaks shuffle(Peaks x, int offset) {
-  return {__shfl_xor_sync(kAllLanes, x.p, offset), __shfl_xor_sync(kAllLanes, x.q, offset)};
+  return {__shfl_xor_sync(kAllLanes, x.p, offset), __shfl_xor_sync(kAllLanes, x.q, offset),
+          __shfl_xor_sync(kAllLanes, x.anchor, offset)};
 }
 
 __device__ Sums shuffle(Sums x, int offset) {
   return {
       __shfl_xor_sync(kAllLanes, x.total_p, offset), __shfl_xor_sync(kAllLanes, x.total_q, offset),
-      __shfl_xor_sync(kAllLanes, x.first, offset), __shfl_xor_sync(kAllLanes, x.second, offset)};
+      __shfl_xor_sync(kAllLanes, x.moment, offset), __shfl_xor_sync(kAllLanes, x.second, offset)};
 }
 
 // `x` of all threads of the block together; every thread gets the result.
@@ -128,61 +135,78 @@ __device__ T merge_block(T x, Merge merge) {
 
 // The running state of every row.
 struct State {
-  float *peak_p, *total_p, *peak_q, *total_q, *first, *second;
+  float *peak_p, *total_p, *peak_q, *total_q, *anchor, *moment, *second;
 };
 
-// What a row had summed before, seen from higher peaks.
-__device__ Sums rescale(Sums before, float drop_p, float drop_q) {
+// What a row had summed before, seen from peaks that lie at or above those of before.
+__device__ Sums rescale(Sums sums, Peaks before, Peaks after) {
+  const float drop_p = before.p - after.p, drop_q = before.q - after.q;
   const float shrink_p = expf(drop_p), shrink_q = expf(drop_q);
   const float turn = drop_p - drop_q;
-  Sums after{before.total_p * shrink_p, before.total_q * shrink_q, 0.0f, 0.0f};
-  if (shrink_p != 0.0f) after.first = shrink_p * (before.first + turn * before.total_p);
-  after.second = fabsf(turn) < kClose
-                     ? shrink_q * before.second +
-                           shrink_p * (second_order(turn) * (before.total_p - before.first) +
-                                       turn * before.first)
-                     : (after.total_q - after.total_p) + after.first;
-  return after;
+  const float first = sums.moment + (before.q - before.anchor) * sums.total_p;
+  const float moved = shrink_p == 0.0f ? 0.0f : shrink_p * (first + turn * sums.total_p);
+  Sums scaled{sums.total_p * shrink_p, sums.total_q * shrink_q, 0.0f, 0.0f};
+  if (shrink_p != 0.0f) {
+    const float move = before.distance() - after.distance();
+    scaled.moment = shrink_p * (sums.moment + move * sums.total_p);
+  }
+  scaled.second =
+      fabsf(turn) < kClose
+          ? shrink_q * sums.second +
+                shrink_p * (second_order(turn) * (sums.total_p - first) + turn * first)
+          : (scaled.total_q - scaled.total_p) + moved;
+  return scaled;
 }
 
 __global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state) {
   for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
     const Row row = tiles.row(i);
-    Peaks peaks{-kInfinity, -kInfinity};
+    const Peaks before{state.peak_p[i], state.peak_q[i], state.anchor[i]};
+    Peaks peaks{-kInfinity, -kInfinity, -kInfinity};
     row.for_each([&](int64_t, auto zp, auto zq) {
-      for (int k = 0; k < zp.kSize; ++k) peaks = highest({zp.at[k], zq.at[k]}, peaks);
+      for (int k = 0; k < zp.kSize; ++k) {
+        peaks = highest({zp.at[k], zq.at[k], zq.at[k]}, peaks);
+      }
     });
-    const Peaks before{state.peak_p[i], state.peak_q[i]};
-    peaks = highest(merge_block(peaks, highest), before);
+    peaks = merge_block(peaks, highest);
+    // A finite number must stand there for differences from it to be numbers.
+    if (peaks.anchor == -kInfinity) peaks.anchor = 0.0f;
+    if (!(peaks.p > before.p)) peaks.anchor = before.anchor;
+    peaks.p = fmaxf(peaks.p, before.p);
+    peaks.q = fmaxf(peaks.q, before.q);
     // A row that is -inf so far has no peak to subtract.
-    const float shift_p = peaks.p == -kInfinity ? 0.0f : peaks.p;
-    const float shift_q = peaks.q == -kInfinity ? 0.0f : peaks.q;
+    const Peaks shift{peaks.p == -kInfinity ? 0.0f : peaks.p, peaks.q == -kInfinity ? 0.0f : peaks.q,
+                      peaks.anchor};
     Sums sums{};
     row.for_each([&](int64_t, auto zp, auto zq) {
       for (int k = 0; k < zp.kSize; ++k) {
-        const float ep = expf(zp.at[k] - shift_p), eq = expf(zq.at[k] - shift_q);
-        const float delta = (zp.at[k] - zq.at[k]) - (shift_p - shift_q);
-        const float moment = ep == 0.0f ? 0.0f : ep * delta;  // 0 * inf counts as 0
-        const float second = fabsf(delta) < kClose ? ep * second_order(delta) : (eq - ep) + moment;
+        const float ep = expf(zp.at[k] - shift.p), eq = expf(zq.at[k] - shift.q);
+        const float distance = zp.at[k] - zq.at[k];
+        const float delta = distance - (shift.p - shift.q);
+        // 0 * inf counts as 0.
+        const float moment = ep == 0.0f ? 0.0f : ep * (distance - shift.distance());
+        const float far = (eq - ep) + (ep == 0.0f ? 0.0f : ep * delta);
+        const float second = fabsf(delta) < kClose ? ep * second_order(delta) : far;
         sums = sums + Sums{ep, eq, moment, second};
       }
     });
     sums = merge_block(sums, [](Sums a, Sums b) { return a + b; });
     if (threadIdx.x == 0) {
-      const Sums old{state.total_p[i], state.total_q[i], state.first[i], state.second[i]};
-      sums = rescale(old, before.p - shift_p, before.q - shift_q) + sums;
+      const Sums old{state.total_p[i], state.total_q[i], state.moment[i], state.second[i]};
+      sums = rescale(old, before, shift) + sums;
       state.peak_p[i] = peaks.p;
       state.peak_q[i] = peaks.q;
+      state.anchor[i] = peaks.anchor;
       state.total_p[i] = sums.total_p;
       state.total_q[i] = sums.total_q;
-      state.first[i] = sums.first;
+      state.moment[i] = sums.moment;
       state.second[i] = sums.second;
     }
   }
 }
 
 struct RowGrad {
-  const float *grad_kl, *center, *peak, *log_total;
+  const float *grad_kl, *anchor, *mean, *peak, *total;
 };
 
 template <typename T>
@@ -190,14 +214,14 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, R
   for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
     const Row row = tiles.row(i);
     T* drow = dtile + i * tiles.cols;
-    const float g = grad.grad_kl[i], center = grad.center[i];
-    const float peak = grad.peak[i], log_total = grad.log_total[i];
+    const float g = grad.grad_kl[i], mean = grad.mean[i], total = grad.total[i];
+    const float peak = grad.peak[i], at_anchor = peak - grad.anchor[i];
     row.for_each([&](int64_t j, auto zp, auto zq) {
       constexpr int n = zp.kSize;
       float dz[n];
       for (int k = 0; k < n; ++k) {
-        const float p = expf((zp.at[k] - peak) - log_total);
-        dz[k] = p == 0.0f ? 0.0f : g * p * ((zp.at[k] - zq.at[k]) - center);
+        const float p = expf(zp.at[k] - peak) / total;
+        dz[k] = p == 0.0f ? 0.0f : g * p * (((zp.at[k] - zq.at[k]) - at_anchor) - mean);
       }
       row.transform.gradients(zp.at, dz);
       Pack<T, n> gradient;
@@ -211,23 +235,24 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, R
 
 int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q, const float* bias_p,
                                   const float* bias_q, float* peak_p, float* total_p, float* peak_q,
-                                  float* total_q, float* first, float* second, int64_t rows,
-                                  int64_t cols, float softcap, float temperature, void* stream) {
+                                  float* total_q, float* anchor, float* moment, float* second,
+                                  int64_t rows, int64_t cols, float softcap, float temperature,
+                                  void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
   const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
   fold_kernel<<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tiles, State{peak_p, total_p, peak_q, total_q, first, second});
+      tiles, State{peak_p, total_p, peak_q, total_q, anchor, moment, second});
   return cudaGetLastError();
 }
 
 int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q, const float* bias_p,
                                   const float* bias_q, void* dtile, int32_t dtype,
-                                  const float* grad_kl, const float* center, const float* peak,
-                                  const float* log_total, int64_t rows, int64_t cols, float softcap,
-                                  float temperature, void* stream) {
+                                  const float* grad_kl, const float* anchor, const float* mean,
+                                  const float* peak, const float* total, int64_t rows, int64_t cols,
+                                  float softcap, float temperature, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
   const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
-  const RowGrad grad{grad_kl, center, peak, log_total};
+  const RowGrad grad{grad_kl, anchor, mean, peak, total};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {
     grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<float*>(dtile), grad);

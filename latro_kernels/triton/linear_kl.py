@@ -39,7 +39,8 @@ def fold_kernel(
     total_p_ptr,
     peak_q_ptr,
     total_q_ptr,
-    first_ptr,
+    anchor_ptr,
+    moment_ptr,
     second_ptr,
     columns,
     softcap,
@@ -56,7 +57,8 @@ def fold_kernel(
     total_p = tl.load(total_p_ptr + row)
     peak_q = tl.load(peak_q_ptr + row)
     total_q = tl.load(total_q_ptr + row)
-    first = tl.load(first_ptr + row)
+    anchor = tl.load(anchor_ptr + row)
+    moment = tl.load(moment_ptr + row)
     second = tl.load(second_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
@@ -65,9 +67,14 @@ def fold_kernel(
         zq = row_logits(q_ptr, bias_q_ptr, j, mask, softcap, temperature, HAS_BIAS_Q, HAS_SOFTCAP)
         largest_p = tl.maximum(peak_p, tl.max(zp, 0))
         largest_q = tl.maximum(peak_q, tl.max(zq, 0))
+        # Of several columns that share the largest logit any will do.
+        q_there = tl.max(tl.where(zp == largest_p, zq, float("-inf")), 0)
+        new_anchor = tl.where(q_there == float("-inf"), 0.0, q_there)
+        new_anchor = tl.where(largest_p > peak_p, new_anchor, anchor)
         # A row that is -inf so far has no peak to subtract.
         shift_p = tl.where(largest_p == float("-inf"), 0.0, largest_p)
         shift_q = tl.where(largest_q == float("-inf"), 0.0, largest_q)
+        at_anchor = shift_p - new_anchor
 
         # What was summed so far, seen from the new peaks.
         drop_p = peak_p - shift_p
@@ -75,6 +82,7 @@ def fold_kernel(
         shrink_p = tl.exp(drop_p)
         shrink_q = tl.exp(drop_q)
         turn = drop_p - drop_q
+        first = moment + (peak_q - anchor) * total_p
         bend = _second_order(turn) * (total_p - first) + turn * first
         moved = tl.where(shrink_p == 0.0, 0.0, shrink_p * (first + turn * total_p))
         second = tl.where(
@@ -82,27 +90,31 @@ def fold_kernel(
             shrink_q * second + shrink_p * bend,
             (shrink_q * total_q - shrink_p * total_p) + moved,
         )
-        first = moved
+        move = (peak_p - anchor) - at_anchor
+        moment = tl.where(shrink_p == 0.0, 0.0, shrink_p * (moment + move * total_p))
         total_p *= shrink_p
         total_q *= shrink_q
 
         ep = tl.exp(zp - shift_p)
         eq = tl.exp(zq - shift_q)
-        delta = (zp - zq) - (shift_p - shift_q)
-        # 0 * inf counts as 0.
-        moment = tl.where(ep == 0.0, 0.0, ep * delta)
+        distance = zp - zq
+        delta = distance - (shift_p - shift_q)
         close = tl.abs(delta) < 0.5
+        # 0 * inf counts as 0.
+        far = (eq - ep) + tl.where(ep == 0.0, 0.0, ep * delta)
         total_p += tl.sum(ep, 0)
         total_q += tl.sum(eq, 0)
-        first += tl.sum(moment, 0)
-        second += tl.sum(tl.where(close, ep * _second_order(delta), (eq - ep) + moment), 0)
+        moment += tl.sum(tl.where(ep == 0.0, 0.0, ep * (distance - at_anchor)), 0)
+        second += tl.sum(tl.where(close, ep * _second_order(delta), far), 0)
+        anchor = new_anchor
         peak_p = largest_p
         peak_q = largest_q
     tl.store(peak_p_ptr + row, peak_p)
     tl.store(total_p_ptr + row, total_p)
     tl.store(peak_q_ptr + row, peak_q)
     tl.store(total_q_ptr + row, total_q)
-    tl.store(first_ptr + row, first)
+    tl.store(anchor_ptr + row, anchor)
+    tl.store(moment_ptr + row, moment)
     tl.store(second_ptr + row, second)
 
 
@@ -114,9 +126,10 @@ def grad_kernel(
     bias_q_ptr,
     dtile_ptr,
     grad_kl_ptr,
-    center_ptr,
+    anchor_ptr,
+    mean_ptr,
     peak_ptr,
-    log_total_ptr,
+    total_ptr,
     columns,
     softcap,
     temperature,
@@ -129,16 +142,17 @@ def grad_kernel(
     p_ptr = tile_p_ptr + row * columns
     q_ptr = tile_q_ptr + row * columns
     grad_kl = tl.load(grad_kl_ptr + row)
-    center = tl.load(center_ptr + row)
     peak = tl.load(peak_ptr + row)
-    log_total = tl.load(log_total_ptr + row)
+    at_anchor = peak - tl.load(anchor_ptr + row)
+    mean = tl.load(mean_ptr + row)
+    total = tl.load(total_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         zp = row_logits(p_ptr, bias_p_ptr, j, mask, softcap, temperature, HAS_BIAS_P, HAS_SOFTCAP)
         zq = row_logits(q_ptr, bias_q_ptr, j, mask, softcap, temperature, HAS_BIAS_Q, HAS_SOFTCAP)
-        p = tl.exp((zp - peak) - log_total)
-        dz = tl.where(p == 0.0, 0.0, grad_kl * p * ((zp - zq) - center))
+        p = tl.exp(zp - peak) / total
+        dz = tl.where(p == 0.0, 0.0, grad_kl * p * (((zp - zq) - at_anchor) - mean))
         if HAS_SOFTCAP:
             tanh = zp * temperature / softcap
             dz *= 1.0 - tanh * tanh

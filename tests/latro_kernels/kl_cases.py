@@ -97,6 +97,33 @@ def problem(
     )
 
 
+def of_logits(zp: Tensor, zq: Tensor, grad_kl: Tensor) -> Problem:
+    """The problem whose heads have these logits [N, V], by weights that are the identity."""
+    identity = torch.eye(zp.shape[1])
+    return Problem(
+        hidden_p=zp,
+        weight_p=identity,
+        hidden_q=zq,
+        weight_q=identity.clone(),
+        bias_p=None,
+        bias_q=None,
+        temperature=1.0,
+        softcap=None,
+        grad_kl=grad_kl,
+    )
+
+
+def nearly_one_hot(N: int, V: int, scale: float, seed: int = 0) -> Problem:
+    """Rows of which p has 1 − 10⁻⁶ to 1 − 10⁻¹² at one token, where log p/q is about 60."""
+    random = torch.Generator().manual_seed(seed)
+    zp = 2 * torch.randn(N, V, generator=random)
+    zq = 2 * torch.randn(N, V, generator=random)
+    token = torch.randint(V, (N, 1), generator=random)
+    zp.scatter_(1, token, 20 + 6 * torch.rand(N, 1, generator=random))
+    zq.scatter_add_(1, token, -60 * torch.ones(N, 1))
+    return of_logits(zp, zq, scale * torch.randn(N, generator=random))
+
+
 Solver = Callable[[Problem], Tensor]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -245,7 +246,7 @@ def test_same_bits_on_every_thread_count() -> None:
             assert torch.equal(first, run[name]), name
 
 
-@each_fused_backend
+@each_backend
 @each_dtype
 def test_logits_of_minus_infinity(dtype: torch.dtype, backend: str, gate: Gate) -> None:
     """-inf takes a token out of the vocabulary, with no NaN in any gradient."""
@@ -265,7 +266,7 @@ def test_logits_of_minus_infinity(dtype: torch.dtype, backend: str, gate: Gate) 
     assert not dlogits.any()
 
 
-@each_fused_backend
+@each_backend
 def test_target_of_minus_infinity(backend: str, gate: Gate) -> None:
     """Its row's log-prob is -inf, and the gradients are those of a target whose p is 0."""
     ruled_out, nearly = (problem((6, 300), entropy=True) for _ in range(2))
@@ -276,6 +277,51 @@ def test_target_of_minus_infinity(backend: str, gate: Gate) -> None:
     assert (ours["logp"] == -torch.inf).all()
     for name in ("entropy", "dlogits"):
         gate(name, ours[name].cpu(), exact[name], plain[name])
+
+
+@each_backend
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_gradient_where_a_logit_is_minus_infinity(softcap: float | None, backend: str) -> None:
+    """By hand: log-prob and entropy of [1, −∞, 2], where a softcap c makes −c of −∞."""
+    capped = [5 * math.tanh(z / 5) for z in (1.0, 2.0)] if softcap else [1.0, 2.0]
+    others = math.exp(-5) if softcap else 0.0
+    total = sum(map(math.exp, capped)) + others
+    p = [math.exp(capped[0]) / total, others / total, math.exp(capped[1]) / total]
+    entropy = -sum(x * math.log(x) for x in p if x)
+    slope = [1 - (z / 5) ** 2 if softcap else 1.0 for z in capped]
+    slope = [slope[0], 0.0 if softcap else 1.0, slope[1]]
+    upstream = 0.5, 0.25
+    expected = [
+        s
+        * (
+            upstream[0] * (float(j == 0) - x)
+            - upstream[1] * x * ((math.log(x) if x else 0) + entropy)
+        )
+        for j, (x, s) in enumerate(zip(p, slope, strict=True))
+    ]
+    logits = torch.tensor([[1.0, -torch.inf, 2.0]], device=device_of(backend), requires_grad=True)
+    target = torch.zeros(1, dtype=torch.int64, device=device_of(backend))
+    results = gather_logprob(logits, target, softcap=softcap, return_entropy=True, backend=backend)
+    (got,) = torch.autograd.grad(
+        results, logits, [torch.full_like(r, u) for r, u in zip(results, upstream, strict=True)]
+    )
+    torch.testing.assert_close(results[1].item(), entropy)
+    torch.testing.assert_close(got.cpu(), torch.tensor([expected]))
+
+
+def test_the_references_second_derivative_where_a_logit_is_minus_infinity() -> None:
+    """That of the logits that are left, in fp64."""
+    given = torch.tensor([[1.0, -torch.inf, 2.0, 0.5]], dtype=torch.float64)
+    second = []
+    for logits, target in ((given, 2), (given[:, [0, 2, 3]], 1)):
+        leaf = logits.clone().requires_grad_()
+        results = gather_logprob(
+            leaf, torch.tensor([target]), return_entropy=True, backend="reference"
+        )
+        (first,) = torch.autograd.grad(sum(r.sum() for r in results), leaf, create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+    assert second[0][0, 1] == 0
+    torch.testing.assert_close(second[0][:, [0, 2, 3]], second[1])
 
 
 @each_fused_backend

@@ -226,12 +226,13 @@ def test_same_bits_on_every_run_and_thread_count(dtype: torch.dtype, small_tiles
         assert torch.equal(runs[0][name], run[name]), f"{name}: another number of threads"
 
 
-def test_logits_of_minus_infinity(small_tiles: None) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_logits_of_minus_infinity(backend: str, small_tiles: None) -> None:
     """A bias of -inf takes a token out of the vocabulary, with no NaN in any gradient."""
     given = problem((10, 9, 700), bias=True, entropy=True)
     given.bias[200:600] = -torch.inf
     given = replace(given, target=given.target % 200)
-    results = solve(fused("cpu", True), given)
+    results = solve(fused(backend, True), given)
     kept = torch.cat([torch.arange(200), torch.arange(600, 700)])
     few = replace(given, weight=given.weight[kept], bias=given.bias[kept])
     expected = truth(few)
@@ -240,12 +241,13 @@ def test_logits_of_minus_infinity(small_tiles: None) -> None:
     assert not results["dw"][200:600].any()
 
 
-def test_a_target_of_minus_infinity() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_target_of_minus_infinity(backend: str) -> None:
     given = problem((10, 9, 700), entropy=True)
     given = replace(given, bias=torch.zeros(700))
     given.bias[5] = -torch.inf
     given.target[0] = 5
-    results = solve(fused("cpu", True), given)
+    results = solve(fused(backend, True), given)
     assert results["logp"][0] == -torch.inf
     for name in ("entropy", "dx", "dw", "db"):
         assert results[name].isfinite().all(), name

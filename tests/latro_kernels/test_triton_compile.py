@@ -86,9 +86,9 @@ KL_TILES = {
     "bias_q_ptr": "*fp32",
 }
 KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
-KL_STATE = ("peak_p", "total_p", "peak_q", "total_q", "first", "second")
+KL_STATE = ("peak_p", "total_p", "peak_q", "total_q", "anchor", "moment", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
-KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "center", "peak", "log_total")}
+KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "anchor", "mean", "peak", "total")}
 GROUP_ADVANTAGE = {
     "logp_ptr": ROW,
     "ref_logp_ptr": ROW,
@@ -250,13 +250,14 @@ def test_group_advantage_fits(K: int, capability: int) -> None:
     signature = aligned(GROUP_ADVANTAGE)
     if K % 16 != 0:
         signature["K"] = "i32"
-    for with_ref, kl_in_loss in [(True, True), (False, False)]:
+    for with_ref, k3 in [(True, True), (False, False)]:
         constants = {
             "HAS_REF": with_ref,
             "HAS_ROW_KL": not with_ref,
             "HAS_FINISHED": with_ref,
-            "KL_IN_LOSS": kl_in_loss,
-            "EXCLUDE_UNFINISHED": kl_in_loss,
+            "HAS_BETA": True,
+            "K3": k3,
+            "EXCLUDE_UNFINISHED": k3,
             "BLOCK_K": K,
             "BLOCK_N": kernels.BLOCK_N,
         }
