@@ -188,8 +188,9 @@ class LatroConfig(AnswerConfig):
     beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
     kl: str = setting(
         "reward",
-        "Where the KL stands: in the reward, as the paper has it, or in the loss, as the k3 "
-        "estimate or exact over the vocabulary.",
+        "The KL's form: of sampled tokens in the reward, as the paper has it; exact over the "
+        "vocabulary, in reward and loss, the same gradient with less noise; or the k3 estimate, in "
+        "the loss.",
         choices=["reward", "k3", "exact"],
     )
     answer_weight: float = setting(

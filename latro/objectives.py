@@ -18,9 +18,9 @@ where p is the mean probability of the answer's own tokens, without those of tem
 after x⊕z_k and p_0 after x alone.
 
 The KL to π_0 is the same term in all of them, in the forms of `latro_kernels.group_advantage`. With
-kl="reward" its policy gradient is −β·(kl_k − mean_{j≠k} kl_j), added to A_k: whatever the scale of
-an objective's own A, β weighs nats of KL against that objective. With "k3" and "exact" it stands in
-the loss, outside of A.
+kl="reward" and "exact" its policy gradient is −β·(kl_k − mean_{j≠k} kl_j), added to A_k: whatever
+the scale of an objective's own A, β weighs nats of KL against that objective. With "exact" the
+rows' own KL stands in the loss beside it; with "k3" all of the KL does.
 
 Unfinished rationales: with "floor" A is made as if their reward were the lowest of the group, and
 their KL the highest; w stays their own. (In latro it is the sum of the two that is floored.) With
@@ -184,7 +184,7 @@ class _Groups:
     def update(self, reward: Tensor, advantage: Tensor, answer_weight: Tensor) -> GroupAdvantage:
         """The coefficients, with the KL added; `reward` is logged, A and w are what counts."""
         beta, kl = self.settings.beta, self.settings.kl
-        if kl == "reward" and beta != 0:
+        if kl != "k3" and beta != 0:
             penalty = self.floored(-beta * self.kl)
             reward = reward + penalty
             advantage = advantage + self.leave_one_out(penalty)
@@ -199,7 +199,7 @@ class _Groups:
         scale = 1 / max(1, num_groups * self.layout.num_generations)
         row_weight = torch.stack([advantage, answer_weight], -1).view(-1)[segment]
         is_rationale = segment % 2 == 0
-        if kl == "k3":
+        if kl == "k3" and beta != 0:
             row_weight = row_weight + torch.where(is_rationale, beta * self.drift.expm1(), 0)
         counts = self.member.reshape(-1)[segment // 2]
         coefficient = torch.where(counts, -scale * row_weight, 0)

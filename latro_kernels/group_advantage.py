@@ -5,9 +5,9 @@ log-probability per token of both. Sums run over the rows of a segment:
 
     answer_logp_s = Σ_answer logp                 rationale_logp_s = Σ_rationale logp
     kl="reward":    kl_s = Σ_rationale (logp − ref_logp)    reward_s = answer_logp_s − β·kl_s
+    kl="exact":     kl_s = Σ_rationale row_kl               reward_s = answer_logp_s − β·kl_s
     kl="k3":        kl_s = Σ_rationale (exp(d) − d − 1)     reward_s = answer_logp_s
                     with d = ref_logp − logp
-    kl="exact":     kl_s = Σ_rationale row_kl               reward_s = answer_logp_s
     advantage_k   = reward_k − mean_{j≠k} reward_j = m/(m−1)·(reward_k − mean reward)
 
 with the means over the m sequences of the group that count. The loss to minimise is linear in logp,
@@ -18,10 +18,22 @@ with the means over the m sequences of the group that count. The loss to minimis
                   −c·answer_weight                             on answer rows
     kl_coefficient = c·β                                       on rationale rows, kl="exact"
 
-so there is no backward here: the coefficients are constants, and logp has its own backward. With
-kl="k3" they are the gradient of c·β·Σ kl_s as well; the value of that term is not in the loss. With
-kl="exact" that term is the sum in brackets, whose gradient goes through row_kl, that is through
-`linear_kl`, and not through logp.
+so there is no backward here: the coefficients are constants, and logp has its own backward. The sum
+in brackets is there with kl="exact"; its gradient goes through row_kl, that is through `linear_kl`,
+and not through logp.
+
+What the loss follows, in expectation over the sequences, with λ = 1 and all finished: "reward" and
+"exact" both the gradient of
+
+    E_z[log π(y|x⊕z)] − β·KL(π(z|x) ‖ π_0(z|x))
+
+the KL being that of whole sequences. ∇KL = E[Σ_t ∇row_kl_t + Σ_s ∇logp_s·Σ_{t>s} row_kl_t]: a
+token's choice changes the KL of its own row, and those of the rows that it leads to. "reward"
+estimates all of it by sampled tokens; "exact" has the first sum over the whole vocabulary, and in
+the second, in place of a sampled log-ratio, its mean over the vocabulary, so that it varies less.
+The rows t ≤ s, which the reward sums too, have expectation 0: given the tokens before s, they do
+not depend on it. "k3" follows Σ_t KL(π_0 ‖ π) of the rows, the other way round, with the sequences
+that lead to them held constant: a policy does not learn from it to avoid rows of high KL.
 
 Formulas: "Language Models are Hidden Reasoners", arXiv 2411.04282; the k3 estimate is
 Schulman's, http://joschu.net/blog/kl-approx.html.
@@ -122,6 +134,12 @@ class GroupAdvantage:
         advantage: [S], nats.
         coefficient: [N], of logp in the loss.
         kl_coefficient: [N], of row_kl in the loss; None where there is no row_kl.
+
+    In expectation over the sequences the two coefficients together follow the gradient of the
+    answers' log-likelihood less β times
+
+        kl="reward", "exact"   KL(π ‖ π_0) of whole sequences
+        kl="k3"                Σ_rows KL(π_0 ‖ π), with the tokens before each row held constant
     """
 
     reward: Tensor
@@ -163,7 +181,8 @@ def reference(
     if row_kl is not None:
         row_sum = torch.where(is_answer, 0, row_kl)
     kl_sum = sequence_sum(row_sum)
-    reward = answer_logp - (beta * kl_sum if kl == "reward" else 0)
+    # Without weight an infinite KL counts for nothing, and 0 · inf would make NaN of it.
+    reward = answer_logp - (beta * kl_sum if kl != "k3" and beta != 0 else 0)
 
     reward = reward.view(-1, K)
     finished = torch.ones(S, dtype=torch.bool, device=logp.device)
@@ -180,7 +199,7 @@ def reference(
     advantage = (m * excess - excess.sum(1, keepdim=True)) / (m - 1)
     advantage = torch.where(member & (m > 1), advantage, 0).view(-1)
 
-    rationale = advantage[sequence] + (beta * d.expm1() if kl == "k3" else zero)
+    rationale = advantage[sequence] + (beta * d.expm1() if kl == "k3" and beta != 0 else zero)
     weight = torch.where(is_answer, answer_weight, rationale)
     scale = 1 / max(1, (layout.num_groups or S // K) * K)
     is_member = member.view(-1)[sequence]
@@ -251,7 +270,7 @@ def _group_advantage(
         1 / max(1, num_groups * num_generations),
         beta,
         answer_weight,
-        kl != "reward",
+        kl == "k3",
         unfinished == "exclude",
     )
     if backend == "triton":
@@ -318,8 +337,8 @@ def group_advantage(
         layout: the segments and groups of the N rows.
         beta: weight of the KL term, at least 0.
         answer_weight: λ, weight of the answers' own log-likelihood in the loss.
-        kl: "reward", Σ log-ratio in the reward, as published; "k3", the k3 estimate in the loss;
-            "exact", `row_kl` in the loss.
+        kl: "reward", Σ log-ratio in the reward, as published; "exact", `row_kl` in the reward and
+            in the loss, the same gradient with less variance; "k3", the k3 estimate in the loss.
         unfinished: "floor", an unfinished sequence has the lowest reward of its group; "exclude",
             it is left out of the baseline and has coefficient 0 on all rows, and where fewer than
             two are left all advantages of the group are 0.

@@ -4,43 +4,15 @@
 // the number of threads. The formulas stand in latro_kernels/group_advantage.py.
 
 #include <cmath>
-#include <cstring>
 #include <limits>
 
 #include "latro.h"
+#include "vector_math.h"
 
 namespace {
 
 // Below this many rows, waking the other threads costs more than the work.
 constexpr int64_t kParallelRows = 1 << 14;
-
-// exp(d) - 1, relative error about 1e-13: d = n·ln2 + r gives 2^n·(1 + expm1(r)) - 1. No branch and
-// no call, so that the loops over rows vectorise, which those over std::expm1 do not. NaN stays
-// NaN, and what exceeds a double (d > 709) exceeds the float it is stored to all the same.
-inline double expm1_vectorised(double d) {
-  constexpr double kToInteger = 0x1.8p52;  // adding it leaves the nearest integer in the low bits
-  const double x = d < -700.0 ? -700.0 : (d > 709.0 ? 709.0 : d);
-  const double shifted = x * 0x1.71547652b82fep0 + kToInteger;  // log2(e)
-  const double n = shifted - kToInteger;
-  const double r = (x - n * 0x1.62e42fefa3800p-1) - n * 0x1.ef35793c76730p-45;  // ln2 in two parts
-  double p = 1.0 / 39916800;
-  p = p * r + 1.0 / 3628800;
-  p = p * r + 1.0 / 362880;
-  p = p * r + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 1.0 / 2;
-  p = (p * r + 1.0) * r;
-  int64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = static_cast<int64_t>(static_cast<uint64_t>(bits + 1023) << 52);
-  double power;  // 2^n
-  std::memcpy(&power, &bits, sizeof power);
-  return power * p + (power - 1.0);
-}
 
 double sum(const float* x, int64_t begin, int64_t end) {
   double total = 0.0;
@@ -63,7 +35,7 @@ double sum_k3(const float* logp, const float* ref_logp, int64_t begin, int64_t e
 #pragma omp simd reduction(+ : total)
   for (int64_t i = begin; i < end; ++i) {
     const double d = static_cast<double>(ref_logp[i]) - static_cast<double>(logp[i]);
-    total += expm1_vectorised(d) - d;
+    total += latro::expm1_vec(d) - d;
   }
   return total;
 }
@@ -109,7 +81,7 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
                                           float* answer_logp, float* rationale_logp, float* kl,
                                           float* advantage, float* coefficient, double* rewards,
                                           int64_t G, int64_t K, double scale, double beta,
-                                          double answer_weight, int32_t kl_in_loss,
+                                          double answer_weight, int32_t k3,
                                           int32_t exclude_unfinished, int64_t threads) {
   const int64_t S = G * K;
   const int team = offsets[2 * S] < kParallelRows ? 1 : static_cast<int>(threads);
@@ -124,7 +96,7 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
       const double answer = sum(logp, middle, end);
       double divergence = 0.0;
       if (ref_logp != nullptr) {
-        divergence = kl_in_loss ? sum_k3(logp, ref_logp, begin, middle)
+        divergence = k3 ? sum_k3(logp, ref_logp, begin, middle)
                                 : sum_log_ratio(logp, ref_logp, begin, middle);
       } else if (row_kl != nullptr) {
         divergence = sum(row_kl, begin, middle);
@@ -132,7 +104,8 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
       answer_logp[s] = static_cast<float>(answer);
       rationale_logp[s] = static_cast<float>(sum(logp, begin, middle));
       kl[s] = static_cast<float>(divergence);
-      rewards[s] = kl_in_loss ? answer : answer - beta * divergence;
+      // Without weight an infinite KL counts for nothing, and is no NaN.
+      rewards[s] = k3 || beta == 0.0 ? answer : answer - beta * divergence;
     }
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < G; ++g) {
@@ -155,12 +128,12 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
         continue;
       }
       const double weight = -scale * rewards[s];
-      if (kl_in_loss && ref_logp != nullptr) {
+      if (k3 && beta != 0.0 && ref_logp != nullptr) {
         const double pull = -scale * beta;
 #pragma omp simd
         for (int64_t i = begin; i < middle; ++i) {
           const double d = static_cast<double>(ref_logp[i]) - static_cast<double>(logp[i]);
-          coefficient[i] = static_cast<float>(weight + pull * expm1_vectorised(d));
+          coefficient[i] = static_cast<float>(weight + pull * latro::expm1_vec(d));
         }
       } else {
         for (int64_t i = begin; i < middle; ++i) coefficient[i] = static_cast<float>(weight);

@@ -74,7 +74,7 @@ struct Problem {
   double scale;
   double beta;
   double answer_weight;
-  bool kl_in_loss;
+  bool k3;
   bool exclude_unfinished;
 };
 
@@ -191,7 +191,8 @@ __device__ void finish_sequence(const Problem& p, int64_t s, Sums sums) {
   p.rationale_logp[s] = static_cast<float>(sums.rationale);
   p.kl[s] = static_cast<float>(sums.divergence);
   p.answer_logp[s] = static_cast<float>(sums.answer);
-  p.rewards[s] = p.kl_in_loss ? sums.answer : sums.answer - p.beta * sums.divergence;
+  // Without weight an infinite KL counts for nothing, and is no NaN.
+  p.rewards[s] = p.k3 || p.beta == 0.0 ? sums.answer : sums.answer - p.beta * sums.divergence;
 }
 
 __device__ void sum_tile(const Problem& p, int64_t tile, Rows& rows, int lane) {
@@ -202,7 +203,7 @@ __device__ void sum_tile(const Problem& p, int64_t tile, Rows& rows, int lane) {
       [&](int row, float logp, float second) {
         const double d = static_cast<double>(second) - logp;
         rows.logp[row] = logp;
-        rows.made[row] = p.ref_logp == nullptr ? second : p.kl_in_loss ? expm1(d) - d : -d;
+        rows.made[row] = p.ref_logp == nullptr ? second : p.k3 ? expm1(d) - d : -d;
       });
   __syncwarp();
   for_each_piece(p, tile, first, lane, [&](Piece piece, int width) {
@@ -278,7 +279,7 @@ __device__ void finish_group(const Problem& p, int64_t group, int width, int lan
 }
 
 __device__ void write_tile(const Problem& p, int64_t tile, Rows& rows, int lane) {
-  const bool pulled = p.kl_in_loss && p.ref_logp != nullptr;
+  const bool pulled = p.k3 && p.beta != 0.0 && p.ref_logp != nullptr;
   if (pulled) {
     for_each_row(
         p, p.ref_logp, tile, lane, [] {},
@@ -333,7 +334,7 @@ int32_t latro_cuda_group_advantage_forward(const float* logp, const float* ref_l
                                            float* answer_logp, float* rationale_logp, float* kl,
                                            float* advantage, float* coefficient, double* scratch,
                                            int64_t N, int64_t G, int64_t K, double scale,
-                                           double beta, double answer_weight, int32_t kl_in_loss,
+                                           double beta, double answer_weight, int32_t k3,
                                            int32_t exclude_unfinished, void* stream) {
   if (G == 0) return LATRO_OK;
   const int64_t num_tiles = N / kTile + 1;  // an empty sequence may begin at row N
@@ -357,7 +358,7 @@ int32_t latro_cuda_group_advantage_forward(const float* logp, const float* ref_l
                   scale,
                   beta,
                   answer_weight,
-                  kl_in_loss != 0,
+                  k3 != 0,
                   exclude_unfinished != 0};
   int device, processors, blocks;
   if (cudaGetDevice(&device) == cudaSuccess &&

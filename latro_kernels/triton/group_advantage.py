@@ -47,7 +47,8 @@ def group_advantage_kernel(
     HAS_REF: tl.constexpr,
     HAS_ROW_KL: tl.constexpr,
     HAS_FINISHED: tl.constexpr,
-    KL_IN_LOSS: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    K3: tl.constexpr,
     EXCLUDE_UNFINISHED: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -71,7 +72,7 @@ def group_advantage_kernel(
             if HAS_REF:
                 d = _load_rows(ref_logp_ptr, rows, mask) - logp
                 # In fp64, exp(d) - 1 is as good as a fp32 expm1 at every d that matters.
-                divergence += tl.exp(d) - 1.0 - d if KL_IN_LOSS else -d
+                divergence += tl.exp(d) - 1.0 - d if K3 else -d
             elif HAS_ROW_KL:
                 divergence += _load_rows(row_kl_ptr, rows, mask)
         answer = tl.zeros((BLOCK_N,), tl.float64)
@@ -83,7 +84,9 @@ def group_advantage_kernel(
         tl.store(rationale_logp_ptr + sequence, tl.sum(rationale, 0).to(tl.float32))
         tl.store(kl_ptr + sequence, divergence_sum.to(tl.float32))
         tl.store(answer_logp_ptr + sequence, answer_sum.to(tl.float32))
-        reward = answer_sum if KL_IN_LOSS else answer_sum - beta * divergence_sum
+        # Without weight an infinite KL counts for nothing, and is no NaN.
+        penalty = beta * divergence_sum if HAS_BETA and not K3 else 0.0
+        reward = answer_sum - penalty
         rewards = tl.where(k_index == k, reward, rewards)
 
     finished = in_group
@@ -113,7 +116,7 @@ def group_advantage_kernel(
             rows = start + lane
             mask = rows < middle
             weight = tl.zeros((BLOCK_N,), tl.float64) + advantage
-            if HAS_REF and KL_IN_LOSS:
+            if HAS_REF and HAS_BETA and K3:
                 d = _load_rows(ref_logp_ptr, rows, mask) - _load_rows(logp_ptr, rows, mask)
                 weight += beta * (tl.exp(d) - 1.0)
             weight = tl.where(included, -scale * weight, 0.0)
@@ -132,7 +135,7 @@ def launch(
     scale: float,
     beta: float,
     answer_weight: float,
-    kl_in_loss: bool,
+    k3: bool,
     exclude_unfinished: bool,
 ) -> None:
     """Fill the outputs.
@@ -144,7 +147,7 @@ def launch(
         scale: 1 / (prompts·K) of the whole update.
         beta: as in `group_advantage`.
         answer_weight: as in `group_advantage`.
-        kl_in_loss: whether kl is "k3" or "exact".
+        k3: whether kl is "k3", which is no part of the reward.
         exclude_unfinished: whether unfinished is "exclude".
     """
     if G == 0:
@@ -165,7 +168,8 @@ def launch(
             HAS_REF=ref_logp is not None,
             HAS_ROW_KL=row_kl is not None,
             HAS_FINISHED=finished is not None,
-            KL_IN_LOSS=kl_in_loss,
+            HAS_BETA=beta != 0,
+            K3=k3,
             EXCLUDE_UNFINISHED=exclude_unfinished,
             BLOCK_K=triton.next_power_of_2(K),
             BLOCK_N=BLOCK_N,

@@ -34,7 +34,7 @@ def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
         start, end = rows.plain_offsets[first // K :][:2].tolist()
         p_0 = rows.plain_logp[start:end].exp().mean().item()
 
-        penalty = [-beta * d.item() if kl == "reward" else 0.0 for d in divergence]
+        penalty = [0.0 if kl == "k3" else -beta * d.item() for d in divergence]
         reward = {
             "latro": [ell.item() + less for ell, less in zip(y, penalty, strict=True)],
             "verifree": [ell.exp().item() for ell in y],

@@ -27,24 +27,24 @@ def sequence_logps(model, rollout):
 def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
     """The method's loss as the paper writes it, by autograd through whole logits.
 
-    −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, or added, as k3 or
-    exact.
+    −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, added as k3, or both
+    where it is exact.
     """
     loss = 0.0
     count = sum(map(len, groups))
     for group in groups:
-        z_logp, y_logp, z_kl, added = [], [], [], []
+        z_logp, y_logp, divergence = [], [], []
         for rollout in group:
             z, y, log_p = sequence_logps(model, rollout)
             with torch.no_grad():
                 ref, _, log_q = sequence_logps(ref_model, rollout)
             z_logp.append(z.sum())
             y_logp.append(y.sum())
-            z_kl.append((z - ref).sum())
-            k3 = (torch.exp(ref - z) - (ref - z) - 1).sum()
-            added.append(k3 if kl == "k3" else (log_p.exp() * (log_p - log_q)).sum())
-        rewards = [y - beta * d if kl == "reward" else y for y, d in zip(y_logp, z_kl, strict=True)]
-        rewards = [r.item() for r in rewards]
+            k3 = torch.exp(ref - z) - (ref - z) - 1
+            rows = {"reward": z - ref, "k3": k3, "exact": (log_p.exp() * (log_p - log_q)).sum(-1)}
+            divergence.append(rows[kl].sum())
+        weight = 0 if kl == "k3" else beta
+        rewards = [(y - weight * d).item() for y, d in zip(y_logp, divergence, strict=True)]
         members = list(range(len(group)))
         if unfinished == "floor":
             floor = min(rewards)
@@ -56,7 +56,7 @@ def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
             advantage = rewards[k] - sum(others) / len(others) if others else 0.0
             loss = loss - advantage * z_logp[k] - answer_weight * y_logp[k]
             if kl != "reward":
-                loss = loss + beta * added[k]
+                loss = loss + beta * divergence[k]
     return loss / count
 
 

@@ -161,12 +161,11 @@ def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinish
         log_z.append(batch.logp[z].sum())
         log_y.append(batch.logp[offsets[2 * s + 1] : offsets[2 * s + 2]].sum())
         log_ratio = batch.logp[z] - batch.ref_logp[z]
-        if kl == "reward":
-            rewards.append((log_y[s] - beta * log_ratio.sum()).item())
-        else:
-            k3 = torch.exp(-log_ratio) + log_ratio - 1
-            divergence.append((k3 if kl == "k3" else batch.row_kl[z]).sum())
-            rewards.append(log_y[s].item())
+        k3 = torch.exp(-log_ratio) + log_ratio - 1
+        rows = {"reward": log_ratio, "k3": k3, "exact": batch.row_kl[z]}[kl]
+        divergence.append(rows.sum())
+        penalty = 0.0 if kl == "k3" else beta * divergence[s].item()
+        rewards.append(log_y[s].item() - penalty)
     loss = batch.logp.new_zeros(())
     for first in sequences[::K]:
         group = range(first, first + K)

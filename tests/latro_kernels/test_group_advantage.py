@@ -204,6 +204,23 @@ def test_without_a_reference(backend: str, device: str) -> None:
 
 
 @each_backend
+@each_setting
+def test_without_weight_an_infinite_kl_is_not_seen(
+    backend: str, device: str, setting: dict[str, str]
+) -> None:
+    """π_0 rules a sampled token out: with β = 0 the KL is told, and nothing else knows of it."""
+    batch = SMALL.to(device)
+    first = SMALL.layout.offsets[::2][:-1][SMALL.layout.offsets.diff()[::2] > 0]
+    ruled_out = replace(batch, ref_logp=batch.ref_logp.clone(), row_kl=batch.row_kl.clone())
+    ruled_out.ref_logp[first] = -torch.inf
+    ruled_out.row_kl[first] = torch.inf
+    out = run(ruled_out, backend, beta=0.0, **setting)
+    expected = run(batch, backend, beta=0.0, **setting)
+    assert out.kl.isinf().any()
+    assert_same(replace(out, kl=expected.kl), expected)
+
+
+@each_backend
 def test_strided_inputs_that_require_grad(backend: str, device: str) -> None:
     batch = SMALL.to(device)
     columns = torch.stack([batch.logp, batch.ref_logp], 1).requires_grad_()
@@ -356,7 +373,8 @@ def test_triton_kernel_compiles(capability: int, full: bool) -> None:
         "HAS_REF": full,
         "HAS_ROW_KL": not full,
         "HAS_FINISHED": full,
-        "KL_IN_LOSS": full,
+        "HAS_BETA": True,
+        "K3": full,
         "EXCLUDE_UNFINISHED": full,
         "BLOCK_K": 1024 if full else 2,
         "BLOCK_N": BLOCK_N,
