@@ -19,6 +19,9 @@ from latro.refused import check_loader, check_refused
 from latro.reporting import check_trackers
 from latro.tasks import FORMATS, GRADERS, TASKS
 
+_FP32 = torch.finfo(torch.float32)
+"""What scoring computes with."""
+
 ASSETS = Path(__file__).parent / "assets"
 SMALL_MODEL = ASSETS / "small"
 # What tells a better model from a worse one by its evaluation; more is better for each.
@@ -228,15 +231,13 @@ class LatroConfig(AnswerConfig):
         at_least("beta", self.beta, 0)
         at_least("answer_weight", self.answer_weight, 0)
         at_least("rlpr_min_std", self.rlpr_min_std, 0)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected more than 0, got {self.temperature}")
+        above_zero("temperature", self.temperature)
         _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("kl", self.kl, ("reward", "k3", "exact"))
         _one_of("unfinished", self.unfinished, ("floor", "exclude"))
         _one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
         if self.importance_cap is not None:
-            if not self.importance_cap > 0:
-                raise ValueError(f"importance_cap: expected more than 0, got {self.importance_cap}")
+            above_zero("importance_cap", self.importance_cap)
             if self.rollout_engine != "vllm":
                 raise ValueError(
                     "importance_cap: expected rollout_engine='vllm' with it, since transformers "
@@ -373,11 +374,32 @@ class DataArguments:
 
 
 def at_least(name: str, value: float, least: float, why: str = "") -> None:
-    """Raises ValueError for a setting below `least`, or NaN."""
+    """Raise for a setting that is no number, below `least`, NaN or infinite in fp32."""
+    check_number(name, value)
     if not value >= least:
         raise ValueError(
             f"{name}: expected at least {least}{f' ({why})' if why else ''}, got {value}"
         )
+    if value > _FP32.max:
+        raise ValueError(f"{name}: expected at most {_FP32.max:.3g}, got {value}")
+
+
+def above_zero(name: str, value: float) -> None:
+    """Raise for a setting that is no number above 0, or not one that fp32 holds in full."""
+    check_number(name, value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")
+    if not _FP32.tiny <= value <= _FP32.max:
+        raise ValueError(
+            f"{name}: expected a number from {_FP32.tiny:.3g} to {_FP32.max:.3g}, as fp32 has "
+            f"them, got {value}"
+        )
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise TypeError for a setting that is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

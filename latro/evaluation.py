@@ -15,7 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latro.config import at_least
+from latro.config import above_zero, at_least, check_number
 from latro.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import metrics_of
@@ -161,12 +161,14 @@ def evaluate_model(
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError for one that nothing can be sampled at."""
+    """Raise for one that nothing can be sampled or scored at."""
+    check_number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(
             f"temperature: expected a number above 0, got {temperature}; greedy completions are "
             "made in any case"
         )
+    above_zero("temperature", temperature)
 
 
 @torch.no_grad()

@@ -125,6 +125,13 @@ def test_unknown_argument():
         parse("--model_name_or_path", "m", "--num_generatoins", "4")
 
 
+@pytest.mark.parametrize("name", ["temperature", "beta", "answer_weight", "rlpr_min_std"])
+@pytest.mark.parametrize("value", [True, "1.0", None])
+def test_a_number_is_no_text(name, value, tmp_path):
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got {type(value).__name__}$"):
+        LatroConfig(output_dir=str(tmp_path), **{name: value})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -135,6 +142,12 @@ def test_unknown_argument():
         ({"beta": float("nan")}, "beta"),
         ({"answer_weight": -1.0}, "answer_weight"),
         ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature: expected more than 0, got nan"),
+        ({"temperature": 1e-50}, "temperature: expected a number from 1.18e-38 to .*, got 1e-50"),
+        ({"temperature": float("inf")}, "temperature: expected a number from .*, got inf"),
+        ({"beta": float("inf")}, "beta: expected at most 3.4e.38, got inf"),
+        ({"beta": 1e39}, "beta: expected at most 3.4e.38, got 1e.39"),
+        ({"answer_weight": 1e39}, "answer_weight: expected at most"),
         ({"objective": "grpo"}, "objective: expected one of latro, verifree, jepo, rlpr, sft, got"),
         ({"rlpr_min_std": -0.1}, "rlpr_min_std: expected at least 0, got -0.1"),
         ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),

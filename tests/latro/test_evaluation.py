@@ -396,6 +396,7 @@ def test_answer_logp_is_the_sum_over_answer_rows(tiny, rollouts):
         ({"max_completion_length": 0}, "max_completion_length: expected at least 1, got 0"),
         ({"temperature": 0}, "temperature: expected a number above 0, got 0; greedy"),
         ({"temperature": math.nan}, "temperature: expected a number above 0, got nan"),
+        ({"temperature": 1e-50}, "temperature: expected a number from 1.18e-38 to .*, got 1e-50"),
         ({"num_samples": 2, "majority": (4,)}, "k from 1 to num_samples = 2, got 4"),
         ({"majority": (0,)}, "got 0"),
         ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),

@@ -202,10 +202,10 @@ def test_kl_is_exactly_zero_at_the_start(make_trainer, kl):
 
 
 @pytest.mark.parametrize("token_budget", [10**6, 150])
-def test_exact_kl_is_in_the_loss(make_trainer, tiny, rollouts, token_budget):
-    """A larger β adds its share of the KL to the loss, and nothing else."""
+def test_exact_kl_is_in_the_loss_and_in_the_reward(make_trainer, tiny, rollouts, token_budget):
+    """A larger β adds its share of the KL to the loss, and of the score term, and nothing else."""
     groups = rollouts(3, 4)
-    model = tiny(seed=1)
+    model, ref_model = tiny(seed=1), tiny(seed=2)
 
     def step(beta):
         trainer = make_trainer(
@@ -215,9 +215,14 @@ def test_exact_kl_is_in_the_loss(make_trainer, tiny, rollouts, token_budget):
         loss = trainer.training_step(model, {"examples": []})
         return loss.item(), trainer._sums["kl"] / 12
 
+    def formula(beta):
+        settings = {"answer_weight": 1.0, "kl": "exact", "unfinished": "floor"}
+        return formula_loss(model, ref_model, groups, beta=beta, **settings).item()
+
     (low, kl), (high, same_kl) = step(0.5), step(1.5)
     assert kl == same_kl > 0
-    assert high - low == pytest.approx(kl, rel=1e-4)
+    assert high - low == pytest.approx(formula(1.5) - formula(0.5), rel=1e-4)
+    assert high - low != pytest.approx(kl, rel=1e-2)
 
 
 def test_exact_kl_wants_a_reference_that_can_be_compared(make_trainer, tiny):
