@@ -254,3 +254,18 @@ def assert_equal_rewards_give_zero(backend: str, device: str) -> None:
         out = run(batch, backend)
         assert (out.advantage == 0).all()
         assert (out.coefficient[~batch.answer_rows] == 0).all()
+
+
+def assert_without_weight_an_infinite_kl_is_not_seen(
+    batch: Batch, backend: str, **settings: object
+) -> None:
+    """π_0 rules a sampled token out: with β = 0 the KL is told, and nothing else knows of it."""
+    offsets = batch.layout.offsets
+    first = offsets[::2][:-1][offsets.diff()[::2] > 0]
+    ruled_out = replace(batch, ref_logp=batch.ref_logp.clone(), row_kl=batch.row_kl.clone())
+    ruled_out.ref_logp[first] = -torch.inf
+    ruled_out.row_kl[first] = torch.inf
+    out = run(ruled_out, backend, beta=0.0, **settings)
+    expected = run(batch, backend, beta=0.0, **settings)
+    assert out.kl.isinf().any()
+    assert_same(replace(out, kl=expected.kl), expected)

@@ -20,6 +20,7 @@ from tests.latro_kernels.group_cases import (
     assert_gate,
     assert_nan_stays_in_its_group,
     assert_same,
+    assert_without_weight_an_infinite_kl_is_not_seen,
     batches,
     make_batch,
     objective,
@@ -208,16 +209,7 @@ def test_without_a_reference(backend: str, device: str) -> None:
 def test_without_weight_an_infinite_kl_is_not_seen(
     backend: str, device: str, setting: dict[str, str]
 ) -> None:
-    """π_0 rules a sampled token out: with β = 0 the KL is told, and nothing else knows of it."""
-    batch = SMALL.to(device)
-    first = SMALL.layout.offsets[::2][:-1][SMALL.layout.offsets.diff()[::2] > 0]
-    ruled_out = replace(batch, ref_logp=batch.ref_logp.clone(), row_kl=batch.row_kl.clone())
-    ruled_out.ref_logp[first] = -torch.inf
-    ruled_out.row_kl[first] = torch.inf
-    out = run(ruled_out, backend, beta=0.0, **setting)
-    expected = run(batch, backend, beta=0.0, **setting)
-    assert out.kl.isinf().any()
-    assert_same(replace(out, kl=expected.kl), expected)
+    assert_without_weight_an_infinite_kl_is_not_seen(SMALL.to(device), backend, **setting)
 
 
 @each_backend

@@ -15,6 +15,7 @@ from tests.latro_kernels.group_cases import (
     assert_gate,
     assert_nan_stays_in_its_group,
     assert_same,
+    assert_without_weight_an_infinite_kl_is_not_seen,
     batches,
     make_batch,
     run,
@@ -53,6 +54,12 @@ def test_nan_stays_in_its_group(setting: dict[str, str]) -> None:
     assert_nan_stays_in_its_group(batch, "triton", 4, **setting)
     if setting["unfinished"] == "floor":
         assert_nan_stays_in_its_group(batch, "triton", 24, **setting)
+
+
+@each_setting
+def test_without_weight_an_infinite_kl_is_not_seen(setting: dict[str, str]) -> None:
+    batch = make_batch([3, 2, 0, 1, 4, 3, 2, 5], 2, finished=[True, False, True, True])
+    assert_without_weight_an_infinite_kl_is_not_seen(batch, "triton", **setting)
 
 
 def test_same_bits_twice() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels.triton import linear_kl as kernels
-from tests.latro_kernels.kl_cases import fused, problem, solve, solve_all, truth
+from tests.latro_kernels.kl_cases import fused, nearly_one_hot, problem, solve, solve_all, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 CASES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
@@ -40,6 +40,22 @@ def test_matches_fp64(
     monkeypatch.setattr(kernels, "BLOCK_V", 64)
     for name, ours, exact, plain in solve_all(problem(shape, dtype, **options), "triton"):
         gate(name, ours, exact, plain)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_nearly_one_hot_and_far_apart(
+    scale: float,
+    gate: Callable[[str, Tensor, Tensor, Tensor], None],
+    small_tiles: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_V", 64)
+    given = nearly_one_hot(7, 300, scale)
+    for name, ours, exact, plain in solve_all(given, "triton"):
+        gate(name, ours, exact, plain)
+    torch.testing.assert_close(
+        solve(fused("triton"), given)["dx"].double(), truth(given)["dx"], rtol=1e-5, atol=0
+    )
 
 
 def test_equal_heads_give_exactly_zero(small_tiles: None) -> None:
