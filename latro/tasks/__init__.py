@@ -16,7 +16,7 @@ TASKS: dict[str, type[Task]] = {
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """Return the task of that name.
 
     Raises:
         ValueError: there is none; the message lists those there are.

@@ -58,12 +58,12 @@ class Problem:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The dataset row."""
+        """Return the dataset row."""
         rationale = " ".join(self.steps())
         return {"prompt": self.prompt, "answer": self.answer, "rationale": rationale}
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
-        """The sentences that work it out, one a change: "10 - 2 = 8.", "8 + 7 = 15."
+        """Return the sentences that work it out, one a change: "10 - 2 = 8.", "8 + 7 = 15."
 
         Args:
             slip: (index, by): the result of that change is wrong by so much, though never below
@@ -82,7 +82,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """The one split that this sum belongs to: a tenth each is "validation" and "test"."""
+        """Return the split that this sum belongs to: a tenth each is "validation" and "test"."""
         bucket = stable_bucket(" ".join(map(str, (self.start, *self.changes))), 10)
         return {0: "validation", 1: "test"}.get(bucket, "train")
 

@@ -101,29 +101,29 @@ class Task(ABC):
         return None
 
     def grade(self, completion: str, example: Mapping[str, Any]) -> bool:
-        """Whether the answer that a completion states is the right one."""
+        """Return whether the answer that a completion states is the right one."""
         return self.is_correct(self.extract(completion, example), example)
 
     def truth(self, example: Mapping[str, Any]) -> str:
-        """What a row's completions are graded against: `ground_truth`, or else its `answer`."""
+        """Return what a row is graded against: `ground_truth`, or else its `answer`."""
         return example.get("ground_truth", example["answer"])
 
     def is_correct(self, predicted: str | None, example: Mapping[str, Any]) -> bool:
-        """Whether what `extract` returned is the right answer."""
+        """Return whether what `extract` returned is the right answer."""
         return predicted is not None and self.same(predicted, self.truth(example))
 
     @property
     def description(self) -> str:
-        """What a run calls its data: the name, and what there is to know of the source."""
+        """Return what a run calls its data: the name, and what there is to know of the source."""
         return self.name
 
     @abstractmethod
     def same(self, predicted: str, answer: str) -> bool:
-        """Whether two answers in canonical form are one: numbers by value, options by label."""
+        """Return whether two canonical answers are one: numbers by value, options by label."""
 
     @abstractmethod
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
-        """The canonical answer in `statement`, the text between two answer templates or the end.
+        """Return the canonical answer in `statement`, the text up to the next answer template.
 
         None where it states nothing, `SEVERAL` where it states more than can count as one answer.
         """
@@ -132,24 +132,24 @@ class Task(ABC):
     def _rows(
         self, split: str, path: Path | None, num_examples: int | None, seed: int
     ) -> list[dict[str, Any]]:
-        """The rows of a split; arguments are those of `load`, already checked."""
+        """Return the rows of a split; arguments are those of `load`, already checked."""
 
 
 def draw(rows: Sequence[dict[str, Any]], num_examples: int | None, seed: int) -> list[dict]:
-    """At most `num_examples` of the rows, drawn with `seed`; all in order where it is None."""
+    """Return at most `num_examples` of the rows, drawn with `seed`, or all in order."""
     if num_examples is None:
         return list(rows)
     return random.Random(seed).sample(rows, min(num_examples, len(rows)))
 
 
 def stable_bucket(text: str, buckets: int) -> int:
-    """A number in [0, buckets) that depends on nothing but the text, the same on every machine."""
+    """Return a number in [0, buckets) that depends on nothing but the text, not on the machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % buckets
 
 
 def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
-    """The non-empty string at `field`, or a ValueError that names the place."""
+    """Return the non-empty string at `field`, or a ValueError that names the place."""
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")

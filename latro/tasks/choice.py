@@ -189,7 +189,7 @@ class _Options:
         return not inner or any(stated.label in self.with_text(rest) for rest in rests)
 
     def _leading_label(self, line: str) -> _Stated | None:
-        """The label that a line begins with, behind words that do not matter."""
+        """Return the label that a line begins with, behind words that do not matter."""
         lead = _LEAD.match(line)
         for start in [0, lead.end()] if lead else [0]:
             match = _LABELLED.match(line, start)
@@ -209,7 +209,7 @@ class _Options:
         return None
 
     def _leading_text(self, line: str) -> _Stated | None:
-        """The option whose whole text a line begins with, if a label or a remark follows it."""
+        """Return the option whose text a line begins with, if a label or a remark follows."""
         lead = _LEAD.match(line)
         for start in [0, lead.end()] if lead else [0]:
             rest_of_line = _ARTICLE.sub("", line[start:], count=1)
@@ -241,7 +241,7 @@ class _Options:
         return re.match(remark, rest, re.IGNORECASE) is not None
 
     def _leading_place(self, line: str) -> _Stated | None:
-        """The option that a line names by its place among them: "the second option"."""
+        """Return the option that a line names by its place among them: "the second option"."""
         lead = _LEAD.match(line)
         matches = [_PLACE.match(line, start) for start in ([0, lead.end()] if lead else [0])]
         match = next((m for m in matches if m), None)
@@ -263,7 +263,7 @@ class _Options:
         return _Stated(label, label, rest)
 
     def _names_another(self, stated: _Stated) -> bool:
-        """Whether the text behind an option names another, by its label or its whole text."""
+        """Return whether the text behind an option names another, by label or whole text."""
         others = {label for label in self.labels if label != stated.label}
         if stated.ends:
             sentence = first_sentence(stated.rest)
@@ -284,7 +284,7 @@ class _Options:
         return bool(_ANOTHER in sentence or others & words)
 
     def _none_named(self, sentence: str) -> str | None:
-        """What a statement is that names no option: it may name several, or deny one."""
+        """Return what a statement is that names no option: it may name several, or deny one."""
         if _DENIAL.search(sentence):
             return None
         words = set(re.findall(r"\w+", _NO_LABEL.sub("", sentence)))
@@ -303,7 +303,7 @@ class _Options:
 
 
 def first_line(text: str) -> str:
-    """The first line of a text, with the next where it ends in a colon."""
+    """Return the first line of a text, with the next where it ends in a colon."""
     line, _, rest = text.partition("\n")
     while line.rstrip().endswith(":") and rest.strip():
         following, _, rest = rest.lstrip().partition("\n")
@@ -313,7 +313,7 @@ def first_line(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _plain(text: str) -> str:
-    """The text without marks, tags and symbols such as check marks."""
+    """Return the text without marks, tags and symbols such as check marks."""
     letters = re.sub("[✗✘❌❎🚫]", " not ", TAG.sub("\n", folded(unmarked(text))))
     return "".join(" " if unicodedata.category(c) == "So" else c for c in letters)
 
@@ -333,5 +333,5 @@ def _caseless(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _letters(text: str) -> str:
-    """What is left of a text without marks: "H₂O" is "H2O", "$x$" is "x"."""
+    """Return what is left of a text without marks: "H₂O" is "H2O", "$x$" is "x"."""
     return re.sub(r"[\^_{}]", "", _caseless(_plain(text)))

@@ -55,7 +55,7 @@ class GSM8K(NumericTask):
 
 
 def _solution(solution: str, where: str) -> tuple[str, str]:
-    """The worked solution without calculator marks, and the canonical final answer."""
+    """Return the worked solution without calculator marks, and the canonical final answer."""
     if solution.count(_ANSWER_MARK) != 1:
         raise ValueError(
             f"{where}: expected one {_ANSWER_MARK!r} in 'answer', "

@@ -65,7 +65,7 @@ def canonical(truth: str, stated: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _read(latex: str) -> Any:
-    """The expression of some LaTeX, without the name that it is assigned to: "x = 3" is 3."""
+    """Return the expression of some LaTeX, without the name it is assigned to: "x = 3" is 3."""
     try:
         found = parse(f"${latex}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
         expression = found[0] if found else None
@@ -101,7 +101,7 @@ def _is_inequality(expression: Any) -> bool:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Whether two constants differ in digits that math-verify does not look at."""
+    """Return whether two constants differ in digits that math-verify does not look at."""
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
         return False
     if not (a.is_number and b.is_number):

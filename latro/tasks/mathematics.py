@@ -121,7 +121,7 @@ def _stop(worker: subprocess.Popen[str]) -> None:
 
 
 def _mathematics(statement: str) -> str | None:
-    """The LaTeX that a statement's first sentence consists of or holds, if it holds one."""
+    """Return the LaTeX that a statement's first sentence consists of or holds, if it holds one."""
     segments: list[str] = []
 
     def masked(match: re.Match[str]) -> str:
@@ -160,6 +160,6 @@ def _from_plain_text(sentence: str) -> str | None:
 
 
 def _exact(latex: str) -> str:
-    """The LaTeX with decimals as fractions and numbers without group marks."""
+    """Return the LaTeX with decimals as fractions and numbers without group marks."""
     text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), latex.strip())
     return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)

@@ -73,7 +73,7 @@ def with_figures(text: str) -> str:
 
 
 def _number(words: list[str], i: int) -> tuple[Fraction, int] | None:
-    """The number that begins at a word, with the place behind it."""
+    """Return the number that begins at a word, with the place behind it."""
     following = words[i + 1 : i + 3]
     if words[i] == "half":
         return (Fraction(6), i + 3) if following == ["a", "dozen"] else (Fraction(1, 2), i + 1)

@@ -192,7 +192,7 @@ def _values_of_part(part: str) -> set[Fraction | None]:
 
 
 def _is_part_of_more(match: re.Match[str], part: str, after: int) -> bool:
-    """Whether a number in some text is only a part of what is stated."""
+    """Return whether a number in some text is only a part of what is stated."""
     before = part[max(0, match.start() - _NEAR) : match.start()]
     if _PART_BEFORE.search(before) or _PART_BEHIND.match(part, after):
         return True
@@ -204,7 +204,7 @@ def _is_part_of_more(match: re.Match[str], part: str, after: int) -> bool:
 
 
 def _scaled(match: re.Match[str], text: str) -> tuple[Fraction | None, int]:
-    """The value of a number with the scale behind it, "2.5 million" or "$3k", and its end."""
+    """Return the value of a number with the scale behind it, "$2.5 million", and its end."""
     value, end = _value(match), match.end()
     while scale := _SCALE_WORD.match(text, end):
         value = None if value is None else value * _SCALES[scale["scale"].lower()]
@@ -255,7 +255,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _without_remarks(sentence: str) -> str:
-    """The sentence without what it says about its first number behind it."""
+    """Return the sentence without what it says about its first number behind it."""
     first = _NUMBER.search(sentence)
     if first is None:
         return sentence
@@ -272,7 +272,7 @@ def _kept_brackets(match: re.Match[str]) -> str:
 
 
 def _is_arithmetic(part: str) -> bool:
-    """Whether an "=" behind this gives its value: it computes, or has no number at all."""
+    """Return whether an "=" behind this gives its value: it computes, or has no number at all."""
     if not _NUMBER.search(part):
         # "3x = 18" and "x² = 18" have a number all the same.
         return not re.search(r"(?<![\w.(])[0-9]|[\^√]", part)

@@ -131,7 +131,7 @@ class _Math(OwnData):
         return self._reader.stated(statement, self.truth(example))
 
     def check(self, row: Mapping[str, Any], where: str) -> None:
-        """Raises ValueError where a row's truth cannot be read."""
+        """Raise ValueError where a row's truth cannot be read."""
         if self._reader.truth(self.truth(row)) is None:
             field = "ground_truth" if "ground_truth" in row else "answer"
             raise ValueError(
@@ -143,7 +143,7 @@ _TASKS: dict[str, type[OwnData]] = {task.grader: task for task in (_Exact, _Numb
 
 
 def read_own_data(name: str, *, config: str | None = None, grader: str | None = None) -> OwnData:
-    """The task of a user's own data.
+    """Return the task of a user's own data.
 
     Args:
         name: a file in one of `FORMATS`, a folder with such a file a split ("train.jsonl",
@@ -177,7 +177,7 @@ def read_own_data(name: str, *, config: str | None = None, grader: str | None = 
 
 
 def _sources(name: str, config: str | None) -> dict[str, Records]:
-    """The records of each split, by its name; those of a single file as `_WHOLE_FILE`."""
+    """Return the records of each split, by its name; those of a single file as `_WHOLE_FILE`."""
     path = Path(name)
     local = path.exists() or path.suffix.lower() in FORMATS
     if not local and _HUB_ID.fullmatch(name):
@@ -318,7 +318,7 @@ def _splits(
 
 
 def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and validation rows; neither is empty where there are two prompts."""
+    """Return training and validation rows; neither is empty where there are two prompts."""
     texts = [prompt_text(row["prompt"]) for row in rows]
     held_out = {text for text in texts if stable_bucket(text, _VALIDATION_BUCKETS) == 0}
     # Among a handful of prompts the hash may choose none, or all.
@@ -333,13 +333,13 @@ def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def _plain(text: str) -> str:
-    """For comparing: white space, case, and marks around the text aside."""
+    """Return the text for comparing: white space, case, and marks around it aside."""
     collapsed = " ".join(text.split())
     caseless = (collapsed.strip(" .!*\"'`“”‘’") or collapsed).casefold()
     return unicodedata.normalize("NFC", caseless)
 
 
 def _sentence_ends(text: str) -> list[int]:
-    """Where each line or sentence of the text ends; the last is its length."""
+    """Return where each line or sentence of the text ends; the last is its length."""
     inner = (found.end() for found in _SENTENCE_END.finditer(text))
     return [*(end for end in inner if end < len(text)), len(text)]

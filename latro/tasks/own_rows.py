@@ -23,7 +23,7 @@ _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The row of a record: "prompt" and "answer", and those optional columns that it fills.
+    """Return the row of a record: "prompt" and "answer", and those optional columns that it fills.
 
     Raises:
         ValueError: a column is missing or holds something else; begins with `where`.
@@ -56,7 +56,7 @@ def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _absent(value: Any) -> bool:
-    """Whether a cell is empty: None, or what CSV has for it."""
+    """Return whether a cell is empty: None, or what CSV has for it."""
     return value is None or value == ""
 
 

@@ -64,7 +64,7 @@ def read_jsonl(path: Path) -> Records:
 
 
 def _read_json(path: Path) -> Records:
-    """A list of objects, or an object a line."""
+    """Yield the records of a list of objects, or of an object a line."""
     with _in_utf8(path):
         text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
@@ -121,7 +121,7 @@ def _read_csv(path: Path) -> Records:
 
 
 def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Each row that is not blank, with the line it begins at: a quoted cell may hold line ends."""
+    """Yield each row that is not blank, with the line it begins at: cells may hold line ends."""
     while True:
         line = reader.line_num + 1
         try:
