@@ -86,8 +86,7 @@ def check_vocabulary(
     highest = max(tokenizer.get_vocab().values(), default=0)
     if highest >= rows:
         raise ValueError(
-            f"{name}: the tokenizer has tokens up to the id {highest}, but the model's embedding "
-            f"has {rows} rows"
+            f"{name}: the tokenizer has {highest + 1} tokens but the model's embedding has {rows}"
         )
 
 

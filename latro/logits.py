@@ -81,7 +81,8 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
         raise
     except RuntimeError as error:
         # A layer between trunk and head has no weights in fp64, and says so.
-        raise ValueError(f"{formula}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{formula}: {reason}") from error
     if hidden is None or hidden.shape != known_hidden.shape or logits.shape != known_logits.shape:
         raise ValueError(formula)
     if hidden.requires_grad or logits.requires_grad:
@@ -120,16 +121,23 @@ def _run_with_known_numbers(
         inputs.append(hidden)
         return known_logits
 
+    inside: list[nn.Module] = []
+
+    def before_trunk(module: nn.Module, _args: Any) -> None:
+        inside.append(module)
+
     def behind_trunk(_module: nn.Module, _args: Any, output: Any) -> Any:
-        if isinstance(output, ModelOutput) and "last_hidden_state" in output:
+        inside.pop()
+        if not inside and isinstance(output, ModelOutput) and "last_hidden_state" in output:
             output["last_hidden_state"] = known_hidden
         return output
 
     with contextlib.ExitStack() as stack:
         modules: Iterator[nn.Module] = trunk_of(causal).modules()
         for module in modules:
-            # OPT calls the decoder inside of its trunk, and not its trunk.
+            # OPT calls the decoder inside of its trunk, and not its trunk: the outermost call.
             if isinstance(module, PreTrainedModel):
+                stack.callback(module.register_forward_pre_hook(before_trunk).remove)
                 stack.callback(module.register_forward_hook(behind_trunk).remove)
         stack.enter_context(forward_replaced(head, at_head))
         stack.enter_context(torch.enable_grad())

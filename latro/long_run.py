@@ -25,6 +25,8 @@ from latro.checkpoints import (
 from latro.due import GoingOn, evaluation_due
 from latro.interruption import Interruption
 
+_SHOWN_KEYS = 5
+
 
 class LongRunTrainer(Trainer):
     """A Trainer whose checkpoints are whole (`latro.checkpoints`) and that signals stop in order.
@@ -66,6 +68,20 @@ class LongRunTrainer(Trainer):
             if self.interruption.after_training(self.args) and not self._is_saved():
                 self._save_checkpoint(self.model_wrapped, trial)
         return output
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # The Trainer warns, and goes on with weights that are not the checkpoint's.
+        state = self.model.state_dict()
+        found = {t.data_ptr() for name, t in state.items() if name not in load_result.missing_keys}
+        # Of tied weights a checkpoint has one.
+        missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in found]
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"resume_from_checkpoint: expected a checkpoint with the weights of "
+                f"{type(self.model).__name__}, got {len(missing)} missing "
+                f"({', '.join(missing[:_SHOWN_KEYS])}) and {len(load_result.unexpected_keys)} "
+                f"unexpected ({', '.join(load_result.unexpected_keys[:_SHOWN_KEYS])})"
+            )
 
     def _is_saved(self) -> bool:
         # Where the best checkpoint is loaded at the end, that one is there, and the model is no

@@ -145,7 +145,7 @@ MODELS = {
     ),
     "a token without a row": (
         in_tokenizer(lambda content: content["model"]["vocab"].update(zzz=5000)),
-        "tokens up to the id 5000, but the model's embedding has 395 rows",
+        "the tokenizer has 5001 tokens but the model's embedding has 395",
     ),
 }
 

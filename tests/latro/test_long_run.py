@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainingArguments
 
 from latro.checkpoints import damage
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def make_trainer(tiny, tmp_path):
     """`make_trainer(**settings)`: a plain language model's trainer on eight rows."""
 
-    def make(callbacks=None, **settings):
+    def make(callbacks=None, model=None, **settings):
         ids = list(range(5, 21))
         dataset = Dataset.from_dict({"input_ids": [ids] * 8, "labels": [ids] * 8})
         settings = {"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 2, **settings}
@@ -37,7 +38,7 @@ def make_trainer(tiny, tmp_path):
             **settings,
         )
         return LongRunTrainer(
-            model=tiny(),
+            model=tiny() if model is None else model,
             args=args,
             train_dataset=dataset,
             eval_dataset=dataset,
@@ -82,6 +83,21 @@ def test_what_a_crash_left_is_gone_after_the_next_start(make_trainer, tmp_path):
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 2
     assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_a_checkpoint_lacks_are_named(make_trainer, tiny, tmp_path, tied):
+    make_trainer(max_steps=1, model=tiny(tie_word_embeddings=tied)).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    trainer = make_trainer(max_steps=2, model=tiny(tie_word_embeddings=tied))
+    trainer.train(resume_from_checkpoint=str(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights["x.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors")
+    trainer = make_trainer(max_steps=2, model=tiny(tie_word_embeddings=tied))
+    message = r"got 1 missing \(model\.norm\.weight\) and 1 unexpected \(x\.weight\)"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder))
 
 
 def test_the_best_model_is_known_by_its_last_name(make_trainer, tmp_path):
@@ -187,6 +203,7 @@ def test_an_error_leaves_the_handlers_as_they_were(make_trainer):
 SCRIPT = """
 import os, signal, sys
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 from latro.long_run import LongRunTrainer
 
