@@ -17,18 +17,19 @@ from torch.distributed import ProcessGroup
 
 
 def place(weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Number of this rank's first column, and of all columns; int64 scalars on the device."""
-    sizes = torch.empty(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
-    own = torch.full((1,), len(weight), dtype=torch.int64, device=weight.device)
-    dist.all_gather_into_tensor(sizes, own, group=group)
+    """Return the number of this rank's first column, and of all columns, int64 [] on the device."""
     rank = dist.get_rank(group)
+    sizes = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=weight.device)
+    sizes[rank] = len(weight)
+    # A sum in which every other rank has 0 here gathers the sizes.
+    sum_(sizes, group)
     return sizes[:rank].sum(), sizes.sum()
 
 
 def merge(
     peak: Tensor, total: Tensor, picked: Tensor, weighted: Tensor, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four of the whole vocabulary, from this rank's; `weighted` may be absent, of length 0."""
+    """Return the four of the whole vocabulary from this rank's; `weighted` may have length 0."""
     largest = torch.stack([peak, picked])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     top, picked = largest.unbind()
@@ -44,6 +45,6 @@ def merge(
 
 
 def sum_(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum over ranks, in place."""
+    """Sum a tensor over ranks, in place."""
     dist.all_reduce(tensor, dist.ReduceOp.SUM, group=group)
     return tensor
