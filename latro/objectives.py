@@ -37,7 +37,15 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from latro_kernels import GroupAdvantage, GroupLayout, group_advantage
+from latro_kernels import (
+    GroupAdvantage,
+    GroupLayout,
+    floored,
+    group_advantage,
+    leave_one_out,
+    segment_of_rows,
+    segment_sums,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +158,7 @@ class _Groups:
 
     def _sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Of values [N], over each sequence's rationale and over its answer."""
-        sums = _segment_sums(rows, self.layout.offsets).view(-1, self.layout.num_generations, 2)
+        sums = segment_sums(rows, self.layout.offsets).view(-1, self.layout.num_generations, 2)
         return sums[..., 0], sums[..., 1]
 
     @property
@@ -165,17 +173,12 @@ class _Groups:
         return sums / lengths.clamp(min=1)
 
     def floored(self, reward: Tensor) -> Tensor:
-        """The group's lowest where the rationale is unfinished and floored."""
-        return torch.where(self._own_reward, reward, reward.amin(1, keepdim=True))
+        """Return rewards with the group's lowest where the rationale is unfinished and floored."""
+        return floored(reward, self._own_reward)
 
     def leave_one_out(self, reward: Tensor) -> Tensor:
-        """Each reward less the mean of the others': 0 to the bit where all are equal."""
-        # Centred on the lowest, so that large rewards lose nothing.
-        lowest = torch.where(self.member, reward, math.inf).amin(1, keepdim=True)
-        excess = torch.where(self.member, reward - lowest, 0)
-        m = self.count
-        advantage = (m * excess - excess.sum(1, keepdim=True)) / (m - 1)
-        return torch.where(self.member & (m > 1), advantage, 0)
+        """Return each reward minus the mean of the others that count."""
+        return leave_one_out(reward, self.member)
 
     def drop(self, groups: Tensor) -> None:
         """Leave out whole groups, by a bool [G, 1]."""
@@ -189,12 +192,7 @@ class _Groups:
             reward = reward + penalty
             advantage = advantage + self.leave_one_out(penalty)
 
-        segments = 2 * self.layout.num_sequences
-        segment = torch.repeat_interleave(
-            torch.arange(segments, device=self.logp.device),
-            self.layout.offsets.diff(),
-            output_size=self.logp.numel(),
-        )
+        segment = segment_of_rows(self.layout.offsets, self.logp.numel())
         num_groups = self.layout.num_groups or len(self.kl)
         scale = 1 / max(1, num_groups * self.layout.num_generations)
         row_weight = torch.stack([advantage, answer_weight], -1).view(-1)[segment]
@@ -316,7 +314,7 @@ def rlpr(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
     groups = _Groups(rows, settings)
     plain = rows.plain_logp.detach().double().exp()
     lengths = rows.plain_offsets.diff().clamp(min=1)
-    without = (_segment_sums(plain, rows.plain_offsets) / lengths)[:, None]
+    without = (segment_sums(plain, rows.plain_offsets) / lengths)[:, None]
     gain = groups.answer_means(groups.logp.exp(), rows.own_answer) - without
     reward = groups.floored(gain.clamp(0, 1))
     m = groups.count
@@ -348,15 +346,6 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 )
 PLAIN_OBJECTIVES = frozenset({"rlpr"})
 """Those that read `Rows.plain_logp`."""
-
-
-def _segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Σ rows[offsets[i]:offsets[i + 1]] for each i.
-
-    In the order of the rows, so that equal segments have equal sums, which a scatter's atomics on a
-    GPU do not give; unsafe, as reading the offsets to check them would wait for the device.
-    """
-    return torch.segment_reduce(rows, "sum", offsets=offsets, unsafe=True)
 
 
 def _log_mean_exp(logs: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:

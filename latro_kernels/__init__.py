@@ -3,6 +3,7 @@
 from latro_kernels.environment import environment
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
+from latro_kernels.groups import floored, leave_one_out, segment_of_rows, segment_sums
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.native import BackendUnavailableError
@@ -12,8 +13,12 @@ __all__ = [
     "GroupAdvantage",
     "GroupLayout",
     "environment",
+    "floored",
     "gather_logprob",
     "group_advantage",
+    "leave_one_out",
     "linear_kl",
     "linear_logprob",
+    "segment_of_rows",
+    "segment_sums",
 ]

@@ -41,7 +41,6 @@ Schulman's, http://joschu.net/blog/kl-approx.html.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +49,7 @@ from torch import Tensor
 from latro_kernels import native
 from latro_kernels.checks import check_choice, check_count, check_number, check_same, check_vector
 from latro_kernels.dispatch import resolve
+from latro_kernels.groups import floored, leave_one_out, segment_of_rows, segment_sums
 
 KL_FORMS = ("reward", "k3", "exact")
 UNFINISHED_RULES = ("floor", "exclude")
@@ -164,45 +164,36 @@ def reference(
 ) -> GroupAdvantage:
     """The formulas in plain PyTorch, in the dtype of logp, fp32 or fp64; no argument is checked."""
     S, K = layout.num_sequences, layout.num_generations
-    segment = torch.repeat_interleave(
-        torch.arange(2 * S, device=logp.device), layout.offsets.diff(), output_size=logp.numel()
-    )
-    sequence = segment // 2
-    is_answer = segment % 2 == 1
+    segment = segment_of_rows(layout.offsets, logp.numel())
+    sequence, is_answer = segment // 2, segment % 2 == 1
 
-    def sequence_sum(rows: Tensor) -> Tensor:
-        return rows.new_zeros(S).index_add(0, sequence, rows)
+    def sequence_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sums over every rationale and over every answer, [S] each."""
+        rationale, answer = segment_sums(rows, layout.offsets).view(S, 2).unbind(1)
+        return rationale, answer
 
     zero = torch.zeros_like(logp)
-    d = zero if ref_logp is None else torch.where(is_answer, 0, ref_logp - logp)
-    answer_logp = sequence_sum(torch.where(is_answer, logp, 0))
-    rationale_logp = sequence_sum(torch.where(is_answer, 0, logp))
-    row_sum = d.expm1() - d if kl == "k3" else -d
-    if row_kl is not None:
-        row_sum = torch.where(is_answer, 0, row_kl)
-    kl_sum = sequence_sum(row_sum)
+    d = zero if ref_logp is None else ref_logp - logp
+    rationale_logp, answer_logp = sequence_sums(logp)
+    row_terms = d.expm1() - d if kl == "k3" else -d
+    kl_sum, _ = sequence_sums(row_terms if row_kl is None else row_kl)
     # Without weight an infinite KL counts for nothing, and 0 · inf would make NaN of it.
     reward = answer_logp - (beta * kl_sum if kl != "k3" and beta != 0 else 0)
 
     reward = reward.view(-1, K)
-    finished = torch.ones(S, dtype=torch.bool, device=logp.device)
-    finished = (finished if layout.finished is None else layout.finished).view(-1, K)
-    if unfinished == "floor":
-        reward = torch.where(finished, reward, reward.amin(1, keepdim=True))
-        member = torch.ones_like(finished)
-    else:
-        member = finished
-    # Centred on the lowest, so that equal rewards give exactly 0 and large ones lose nothing.
-    lowest = torch.where(member, reward, math.inf).amin(1, keepdim=True)
-    excess = torch.where(member, reward - lowest, 0)
-    m = member.sum(1, keepdim=True)
-    advantage = (m * excess - excess.sum(1, keepdim=True)) / (m - 1)
-    advantage = torch.where(member & (m > 1), advantage, 0).view(-1)
+    member = torch.ones_like(reward, dtype=torch.bool)
+    if layout.finished is not None:
+        finished = layout.finished.view(-1, K)
+        if unfinished == "floor":
+            reward = floored(reward, finished)
+        else:
+            member = finished
+    advantage = leave_one_out(reward, member).view(-1)
 
     rationale = advantage[sequence] + (beta * d.expm1() if kl == "k3" and beta != 0 else zero)
     weight = torch.where(is_answer, answer_weight, rationale)
     scale = 1 / max(1, (layout.num_groups or S // K) * K)
-    is_member = member.view(-1)[sequence]
+    is_member = member.reshape(-1)[sequence]
     coefficient = torch.where(is_member, -weight * scale, 0)
     kl_coefficient = None
     if row_kl is not None:
