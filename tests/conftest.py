@@ -16,6 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import torch
 
+from tests.warm_process import WarmProcess
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -34,6 +36,13 @@ def ordinary_signals() -> Iterator[None]:
     yield
     for number, handler in given.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcess]:
+    """Starts commands that have everything imported already."""
+    with WarmProcess() as process:
+        yield process
 
 
 class Deprecations(logging.Handler):

@@ -17,7 +17,6 @@ from latro.rollout import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.fake_vllm import FakeVllm
-from tests.latro.warm_process import WarmProcess
 
 TEXTS = [
     f"Tom has {a} pens. Tom gets {b}. How many? Tom has {a}+{b}={a + b}. The answer is {a + b}"
@@ -148,10 +147,3 @@ def fake(tokenizer: PreTrainedTokenizerBase) -> Iterator[FakeVllm]:
         yield server
         server.shutdown()
         thread.join()
-
-
-@pytest.fixture(scope="session")
-def warm() -> Iterator[WarmProcess]:
-    """Starts commands that have everything imported already."""
-    with WarmProcess() as process:
-        yield process

@@ -13,7 +13,7 @@ from accelerate import PartialState, accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from latro.train import main
+from latro import train
 
 
 class ShardingState(AcceleratorState):
@@ -34,6 +34,11 @@ class ShardingState(AcceleratorState):
         PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run `latro.train` with FSDP that takes processors."""
     accelerator.AcceleratorState = ShardingState
+    train.main()
+
+
+if __name__ == "__main__":
     main()

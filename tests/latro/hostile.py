@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.latro.warm_process import WarmProcess
+from tests.warm_process import WarmProcess
 
 PROMPTS = [f"Tom has {a} pens. Tom gets {b}. How many?" for a in range(2, 8) for b in range(2, 8)]
 ROWS = [

@@ -1,6 +1,6 @@
-"""`python -m tests.latro.last_batches FOLDER [--fsdp]`: short trainings whose epochs end ragged.
+"""`tests.latro.last_batches FOLDER [--fsdp]`: short trainings whose epochs end ragged.
 
-Each of `CASES` goes into a folder of its own. `torch.distributed.run` starts it in so many
+Each of `CASES` goes into a folder of its own. `WarmProcess.run_together` starts it in so many
 processes; a test calls `train_case` in one, and compares.
 """
 
@@ -89,7 +89,3 @@ def main() -> None:
     again = {"resume_from_checkpoint": checkpoint, **more}
     train_case("one is left", folder / "resumed", PROCESSES, **again)
     PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

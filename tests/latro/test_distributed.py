@@ -31,21 +31,29 @@ MODULES = {True: "tests.latro.fsdp_on_cpu", False: "latro.train"}
 """By whether weights are in shards, for which accelerate needs to be talked into on a CPU."""
 
 
-def launch(processes: int, output: Path, *more: str) -> None:
-    """The command, in so many processes."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(processes), "-m", MODULES["--fsdp" in more], *OPTIONS),
-        *("--per_device_train_batch_size", str(PROMPTS // processes)),
+def arguments(processes: int, output: Path, *more: str) -> list[str]:
+    """The command line of each of so many processes."""
+    return [
+        *(*OPTIONS, "--per_device_train_batch_size", str(PROMPTS // processes)),
         *("--output_dir", str(output), *more),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    # Only one process talks.
-    assert done.stdout.count("held-out problems") == 1
+
+
+@pytest.fixture
+def launch(warm, tmp_path):
+    """`launch(processes, output, *more)`: run the command in so many processes."""
+
+    def run(processes: int, output: Path, *more: str) -> None:
+        done = warm.run_together(
+            MODULES["--fsdp" in more],
+            arguments(processes, output, *more),
+            tmp_path / f"printed by {output.name}",
+            processes=processes,
+        )
+        # Only one process talks.
+        assert done.stdout.count("held-out problems") == 1
+
+    return run
 
 
 def metrics(output: Path, name: str) -> list[float]:
@@ -68,7 +76,18 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path):
-    launch(2, tmp_path, "--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
+    """The launcher itself, which the other tests do without."""
+    more = ("--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "latro.train", *arguments(2, tmp_path, *more)),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("held-out problems") == 1
     assert metrics(tmp_path, "step") == [0, 1, 1, 1]
 
 
@@ -81,7 +100,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, engine):
+def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, launch, engine):
     output = tmp_path / "two"
     # A budget that cuts the groups of the two into unequal numbers of pieces.
     launch(2, output, *ENGINES[engine], "--token_budget", "100")
@@ -104,7 +123,7 @@ def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_four_processes(tmp_path, one_process, engine):
+def test_four_processes(tmp_path, one_process, launch, engine):
     output = tmp_path / "four"
     launch(4, output, *ENGINES[engine], "--report_to", "tensorboard")
     assert_same_run(output, one_process)
@@ -114,7 +133,7 @@ def test_four_processes(tmp_path, one_process, engine):
     assert advantages[-1].histogram_value.num == PROMPTS * 4
 
 
-def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path):
+def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path, launch):
     one, two = tmp_path / "one", tmp_path / "two"
     exact = ("--kl", "exact", "--beta", "0.5")
     prompts = ("--per_device_train_batch_size", str(PROMPTS))
@@ -124,10 +143,11 @@ def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path):
     assert metrics(two, "kl")[0] == 0.0
 
 
-def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path):
+def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path, launch):
     # The kernels refuse log-probs of another dtype.
-    launch(2, tmp_path, *ENGINES["fsdp2"], "--bf16", "true")
-    assert metrics(tmp_path, "kl")[0] == 0.0
+    output = tmp_path / "two"
+    launch(2, output, *ENGINES["fsdp2"], "--bf16", "true")
+    assert metrics(output, "kl")[0] == 0.0
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +174,7 @@ def adapter_in_one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_the_reference_of_a_trained_adapter(tmp_path, adapter_in_one_process, engine):
+def test_the_reference_of_a_trained_adapter(tmp_path, adapter_in_one_process, launch, engine):
     options, one = adapter_in_one_process
     two, resumed = tmp_path / "two", tmp_path / "resumed"
     launch(2, two, *ENGINES[engine], *options)

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas
@@ -66,7 +63,7 @@ def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
     assert evaluate(argv)["metrics"]["maj@1"] == whole["metrics"]["accuracy_sampled"]
 
 
-def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path):
+def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path, warm):
     argv = [*FEW, "--num_eval_examples", "7", "--majority", "2"]
     alone = evaluate([*argv, "--batch_size", "4", "--output", str(tmp_path / "alone.json")])
     output.parent.mkdir()
@@ -75,15 +72,8 @@ def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path):
         # Five lines are a batch of both processes, and one of the next.
         kept = there if suffix != ".jsonl" else b"".join(there.splitlines(keepends=True)[:5])
         output.with_suffix(suffix).write_bytes(kept)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "latro.evaluate", *argv, "--batch_size", "2", "--output", str(output)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    argv += ["--batch_size", "2", "--output", str(output)]
+    done = warm.run_together("latro.evaluate", argv, tmp_path / "printed", processes=2)
     # Only one process talks.
     assert done.stdout.count("95 % interval") == 1
     metrics = json.loads(output.read_text())["metrics"]

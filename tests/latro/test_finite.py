@@ -1,9 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +8,6 @@ from accelerate.utils import DistributedType
 from transformers import TrainerCallback
 
 from latro.finite import FiniteUpdates
-
-ROOT = Path(__file__).parents[2]
 
 
 class Weights(TrainerCallback):
@@ -164,13 +158,7 @@ else:
 """
 
 
-def test_what_one_process_finds_holds_for_all(tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    subprocess.run(
-        [sys.executable, *launcher, str(tmp_path / "script.py")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        timeout=240,
-    )
+def test_what_one_process_finds_holds_for_all(tmp_path, warm):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    warm.run_together(str(script), (), tmp_path / "printed", processes=2)

@@ -12,7 +12,7 @@ import pytest
 
 from latro.config import SMALL_MODEL
 from tests.latro.hostile import ROWS, Case, Place, refused
-from tests.latro.warm_process import WarmProcess
+from tests.warm_process import WarmProcess
 
 GOOD = ROWS[0]
 

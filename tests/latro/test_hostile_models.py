@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.latro.hostile import ROWS, Case, Place, refused
-from tests.latro.warm_process import WarmProcess
+from tests.warm_process import WarmProcess
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tests.latro.fake_vllm import FakeVllm, choice
 from tests.latro.hostile import ROWS, Case, Place, refused, snapshot, told_in_one_line
-from tests.latro.real_vllm import free_port
 from tests.latro.test_vllm_answers import HEAD
-from tests.latro.warm_process import WarmProcess
+from tests.warm_process import WarmProcess, free_port
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,27 +10,22 @@ from safetensors.torch import load_file
 
 from tests.latro.last_batches import CASES, PROCESSES, SHARDED, train_case
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def launch(tmp_path_factory, warm):
     """`launch(*options)`: the folder of what several processes made of the cases."""
     done = {}
 
     def run(*options):
         if options not in done:
             done[options] = folder = tmp_path_factory.mktemp("several")
-            command = [
-                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-                *("--nproc-per-node", str(PROCESSES), "-m", "tests.latro.last_batches"),
-                *(str(folder), *options),
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            process = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            warm.run_together(
+                "tests.latro.last_batches",
+                (folder, *options),
+                tmp_path_factory.mktemp("several") / "printed",
+                processes=PROCESSES,
+                timeout=600,
             )
-            assert process.returncode == 0, process.stderr[-4000:]
         return done[options]
 
     return run

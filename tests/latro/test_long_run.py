@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +14,6 @@ from latro.checkpoints import damage
 from latro.long_run import LongRunTrainer
 
 pytestmark = pytest.mark.usefixtures("ordinary_signals")
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -231,21 +226,13 @@ assert trainer.state.global_step == 2
 """
 
 
-def test_two_processes_save_and_stop_together(tiny, tmp_path):
+def test_two_processes_save_and_stop_together(tiny, tmp_path, warm):
     tiny().save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
     run = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    subprocess.run(
-        [
-            *(sys.executable, *launcher, str(tmp_path / "script.py")),
-            *(str(tmp_path / "model"), str(run)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        timeout=240,
-    )
+    arguments = (tmp_path / "model", run)
+    warm.run_together(str(script), arguments, tmp_path / "printed", processes=2)
     assert names(run) == ["checkpoint-2"]
     assert damage(run / "checkpoint-2") is None
     files = json.loads((run / "checkpoint-2" / "checkpoint_manifest.json").read_text())["files"]

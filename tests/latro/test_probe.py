@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
@@ -18,8 +14,6 @@ from latro.probe import probe
 from latro.probing import KINDS, ProbeSettings, gains, probe_model, summary
 from latro.prompts import encode_prompt
 from latro.scoring import Scorer
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -127,21 +121,13 @@ def test_it_leaves_a_json_file_and_a_picture(small, tmp_path, capsys):
     assert "left out" not in shown
 
 
-def test_processes_share_the_problems(small, tmp_path):
+def test_processes_share_the_problems(small, tmp_path, warm):
     argv = [
         *("--num_eval_examples", "4", "--num_samples", "2", "--max_completion_length", "8"),
         # Batches of 3 and of 1, of which one process has nothing.
         *("--batch_size", "1", "--output", str(tmp_path / "shared" / "p.json")),
     ]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"),
-        *("-m", "latro.probe", *argv),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = warm.run_together("latro.probe", argv, tmp_path / "printed", processes=3)
     # Only one process talks.
     assert done.stdout.count("written to") == 1
     alone = small()["problems"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -165,20 +162,15 @@ OPTIONS = (
 )
 
 
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
+def test_two_processes_end_with_the_weights_of_one(tmp_path, warm):
     one, two = tmp_path / "one", tmp_path / "two"
     sft([*OPTIONS, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "latro.sft", *OPTIONS, "--per_device_train_batch_size", "2"),
+    arguments = (
+        *(*OPTIONS, "--per_device_train_batch_size", "2"),
         # A budget that cuts the rows of the two into unequal numbers of pieces.
-        *("--token_budget", "110", "--output_dir", str(two)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
+        *("--token_budget", "110", "--output_dir", two),
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    warm.run_together("latro.sft", arguments, tmp_path / "printed", processes=2)
     logs = [
         [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
         for path in (one, two)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from latro.evaluate import evaluate
 from latro.samples import SAMPLES_FILE
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
+from tests.warm_process import Running
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -159,24 +161,25 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(
 
 
 @pytest.fixture(scope="module")
-def long_run(tokenizer, tmp_path_factory):
-    """Six updates and evaluations in a real process; the command, and the folder of a whole run."""
+def long_run(tokenizer, warm, tmp_path_factory):
+    """What starts a process of six updates and evaluations, and the folder of a whole one."""
     folder = tmp_path_factory.mktemp("long_run")
     make_model("llama", tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
 
-    def command(output: Path, *more: str) -> list[str]:
-        options = (*SMALL, "--max_steps", "6", "--output_dir", str(output), *more)
-        options = ("--model_name_or_path", str(folder / "model"), *options)
-        return [sys.executable, "-m", "latro.train", *options]
+    def start(output: Path, printed: Path, *more: str) -> Running:
+        options = (*SMALL, "--max_steps", "6", "--output_dir", output, *more)
+        options = ("--model_name_or_path", folder / "model", *options)
+        return warm.start("latro.train", options, printed)
 
-    subprocess.run(command(folder / "whole"), cwd=ROOT, check=True)
-    return command, folder / "whole"
+    finished = start(folder / "whole", folder / "printed").wait()
+    assert finished.code == 0, finished
+    return start, folder / "whole"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tmp_path, number):
-    command, whole = long_run
+    start, whole = long_run
     output = tmp_path / "run"
     # Killed, it has what it saved before; asked to end, it saves then and there.
     saving = ("--save_strategy", "no")
@@ -184,28 +187,25 @@ def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tm
     if number == signal.SIGKILL:
         saving = ("--save_strategy", "steps", "--save_steps", "1")
         awaited = "checkpoint-2"
-    process = subprocess.Popen(
-        command(output, *saving), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    process = start(output, tmp_path / "printed", *saving)
     deadline = time.monotonic() + 240
     while not ((output / awaited).exists() and len(logged(output)) > 2):
-        assert process.poll() is None, "the run ended before it could be stopped"
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
-    _, message = process.communicate()
-    assert not (output / "results.json").exists()
+    os.kill(process.pid, number)
+    finished = process.wait()
+    assert not (output / "results.json").exists(), "the run ended before it could be stopped"
+    assert finished.code == (143 if number == signal.SIGTERM else -number)
     if number == signal.SIGTERM:
-        assert process.returncode == 143
-        assert b"with --resume_from_checkpoint true goes on" in message
+        assert "with --resume_from_checkpoint true goes on" in finished.stderr
         (checkpoint,) = output.glob("checkpoint-*")
         assert damage(checkpoint) is None
         assert int(checkpoint.name.rpartition("-")[2]) == logged(output)[-2]["step"] < 6
     # Cut off while a Trainer wrote it in place: the newest whole checkpoint is taken, not this one.
     (output / "checkpoint-99").mkdir()
-    subprocess.run(
-        command(output, *saving, "--resume_from_checkpoint", "true"), cwd=ROOT, check=True
-    )
+    more = (*saving, "--resume_from_checkpoint", "true")
+    finished = start(output, tmp_path / "printed again", *more).wait()
+    assert finished.code == 0, finished
     resumed, straight = (load_file(p / "model.safetensors") for p in (output, whole))
     assert resumed.keys() == straight.keys()
     for name, tensor in straight.items():

@@ -17,7 +17,7 @@ from latro.answer_template import stop_strings
 from latro.rollout import Sample
 from latro.vllm_engine import VllmEngine
 from tests.latro.fake_vllm import FakeVllm, choice
-from tests.latro.real_vllm import free_port
+from tests.warm_process import free_port
 
 TEMPLATE = "The answer is"
 

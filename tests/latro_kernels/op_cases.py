@@ -148,7 +148,7 @@ def assert_compiles_once_for_any_rows(case: Case, backend: str) -> None:
 
     graph = torch.compile(loss, fullgraph=True, backend=counter)
     compiled = replace(case, loss=lambda _, *inputs: graph(*inputs))
-    for N in range(6, 30, 2):
+    for N in (6, 8, 14, 16, 28):
         inputs = case.inputs(N, torch.float32)
         results = compiled.solve(backend, inputs)
     torch.testing.assert_close(results, case.solve(backend, inputs))

@@ -1,8 +1,9 @@
 """Commands of `latro` in processes of their own, without the seconds that importing takes.
 
-A process that has imported everything (`python -m tests.latro.warm_process`) forks a child for each
+A process that has imported everything (`python -m tests.warm_process`) forks a child for each
 command. In the child `main` is called as `python -m` calls it: what it prints goes through its own
 file descriptors, an exit or an error ends it as it ends an interpreter, and signals find a process.
+Several children can be the processes of one run: they find the variables that torchrun sets.
 The server itself computes nothing: after a parallel region of OpenMP a fork would hang.
 """
 
@@ -13,7 +14,9 @@ import gc
 import importlib
 import json
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
 # What these import where they use it.
 _ALSO = ("matplotlib.figure", "peft", "transformers.models.llama.modeling_llama")
@@ -68,12 +71,19 @@ class Running:
         return Finished(os.waitstatus_to_exitcode(status), *texts)
 
 
+def free_port() -> int:
+    """Return the number of a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 class WarmProcess:
     """The client's side; `with` starts the process and ends it."""
 
     def __enter__(self) -> WarmProcess:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.latro.warm_process"],
+            [sys.executable, "-m", "tests.warm_process"],
             cwd=ROOT,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
@@ -100,7 +110,7 @@ class WarmProcess:
         """Start a command.
 
         Args:
-            command: one of `COMMANDS`.
+            command: a module that has a `main`, most often of `COMMANDS`, or a script's path.
             arguments: of its command line.
             folder: where what it prints is kept, made for it.
             cwd: where it runs; None: in `folder`.
@@ -121,6 +131,52 @@ class WarmProcess:
         if stdout:
             (folder / "stdout").touch()
         return Running(self, pid, folder)
+
+    def run_together(
+        self,
+        command: str,
+        arguments: Sequence[object],
+        folder: Path,
+        *,
+        processes: int,
+        timeout: float = 240.0,
+    ) -> Finished:
+        """Run a command in several processes that are one run, and return how they ended.
+
+        They find what `torchrun --standalone` would tell them. All have to end with code 0.
+
+        Args:
+            command: as in `start`; so are the arguments.
+            folder: where what they print is kept, made for it.
+            processes: their number.
+            timeout: seconds that each of them is waited for.
+
+        Returns:
+            The code 0 and what they printed, one process after the other.
+        """
+        port = free_port()
+        started = [
+            self.start(
+                command,
+                arguments,
+                folder / str(rank),
+                cwd=ROOT,
+                environment={
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": str(processes),
+                    "LOCAL_WORLD_SIZE": str(processes),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+            )
+            for rank in range(processes)
+        ]
+        finished = [process.wait(timeout) for process in started]
+        for rank, one in enumerate(finished):
+            assert one.code == 0, f"process {rank} ended with {one.code}: {one.stderr[-4000:]}"
+        stdout = "".join(one.stdout for one in finished)
+        return Finished(0, stdout, "".join(one.stderr for one in finished))
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -181,8 +237,11 @@ def _become(request: Mapping[str, Any]) -> Callable[[], object]:
         opened = os.open(path, flags, 0o666)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.argv = [request["command"], *request["arguments"]]
-    return sys.modules[request["command"]].main
+    command = request["command"]
+    sys.argv = [command, *request["arguments"]]
+    if command.endswith(".py"):
+        return lambda: runpy.run_path(command, run_name="__main__")
+    return importlib.import_module(command).main
 
 
 def _run(main: Callable[[], object]) -> int:
