@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
 # What these import where they use it.
@@ -54,6 +56,14 @@ class Running:
         self.pid = pid
         self._server = server
         self._folder = folder
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+        if self._code is None:
+            status = self._server.ask({"poll": self.pid})
+            self._code = status if status is None else os.waitstatus_to_exitcode(status)
+        return self._code
 
     def wait(self, timeout: float = 60.0) -> Finished:
         """Return how it ended; it is killed, with what it started, where it takes longer.
@@ -154,7 +164,8 @@ class WarmProcess:
         Returns:
             The code 0 and what they printed, one process after the other.
         """
-        port = free_port()
+        # As torchrun does: nobody can take the port between its choice and its use.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         started = [
             self.start(
                 command,
@@ -167,7 +178,9 @@ class WarmProcess:
                     "WORLD_SIZE": str(processes),
                     "LOCAL_WORLD_SIZE": str(processes),
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(port),
+                    "MASTER_PORT": str(store.port),
+                    "TORCHELASTIC_USE_AGENT_STORE": "True",
+                    "TORCHELASTIC_RESTART_COUNT": "0",
                 },
             )
             for rank in range(processes)
@@ -196,7 +209,11 @@ def _serve() -> Callable[[], object] | None:
     children: set[int] = set()
     while line := sys.stdin.readline():
         request = json.loads(line)
-        if "wait" in request:
+        if "poll" in request:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            children.discard(ended)
+            answer = status if ended else None
+        elif "wait" in request:
             answer = _status(request["wait"], request["seconds"])
             children.discard(request["wait"])
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -13,7 +14,20 @@ from latro.terminal import Terminal
 from studies.replicate import __main__ as command
 
 
-@pytest.mark.slow
+@pytest.fixture
+def forked(warm, tmp_path_factory, monkeypatch):
+    """Start cells' commands as forks; `test_cells.py` has them started as they are."""
+    number = itertools.count()
+
+    def start(command, *, cwd, env, stdout, **options):
+        (_, _, module, *arguments) = command
+        printed = tmp_path_factory.getbasetemp() / f"cell {next(number)}"
+        return warm.start(module, arguments, printed, cwd=cwd, stdout=stdout.name, environment=env)
+
+    monkeypatch.setattr("studies.replicate.cells.subprocess.Popen", start)
+
+
+@pytest.mark.usefixtures("forked")
 def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Path):
     small = "--max_steps 1 --pretrain_steps 1 --num_eval_examples 4 --jobs 2"
     names = ["main-llama-arithmetic-sft-answer-1", "main-mistral-arithmetic_choice-latro-1"]
