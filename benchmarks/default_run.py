@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import report
+from benchmarks.common import report
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (
@@ -33,12 +33,15 @@ METRICS = (
 
 
 def run(seed: int, folder: Path) -> dict[str, object]:
-    """Train with one seed; its metrics before and after, and wall-clock seconds."""
+    """Train with one seed; return its metrics before and after, and wall-clock seconds."""
     started = time.perf_counter()
     subprocess.run(
         [
-            *(sys.executable, "-m", "latro.train"),
-            *("--seed", str(seed), "--output_dir", str(folder)),
+            sys.executable,
+            "-m",
+            "latro.train",
+            f"--seed={seed}",
+            f"--output_dir={folder}",
         ],
         cwd=ROOT,
         check=True,

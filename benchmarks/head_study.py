@@ -15,6 +15,15 @@ Sections, each timed beside the bare GEMMs that it is a multiple of:
   with the share of blocks skipped, the errors of the gradients and what bounds them;
 - scaling: full as N and V grow, on two logarithmic axes, with the fitted slopes.
 
+What `grad_filter` skips, told without the op: rows and vocabulary are cut into blocks. With
+upstream gradient g_t, a block's entries of the logits' gradient are −g_t·p_tj, but for targets, and
+none is above |g_t|·exp(max_t − lse_t), where max_t is the row's largest logit in the block. A block
+is skipped where that is below eps in every row of it, and no row's target lies in it; rows go into
+blocks in the order of how many columns they need. So each entry that is lost is below eps, and the
+gradients lose, elementwise, at most
+
+    |ΔdX_th| ≤ eps·Σ_j |W_jh|        |ΔdW_jh| ≤ eps·Σ_t |x_th|
+
 study_head.json, .csv and .png and study_head_scaling.png in --out are written after each shape and
 dtype, whole or not at all. What they held is kept but for what is measured anew, so that a long
 study can be made in parts.
@@ -22,39 +31,57 @@ study can be made in parts.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks import filter_study, report
-from benchmarks.head_study_report import Group, Results
-from benchmarks.logprob_report import BARE_GEMMS, Row
-from benchmarks.measure import DTYPES, PEER_PACKAGES, Limits, bench, multiples, time_all
-from benchmarks.problem import (
+from benchmarks.common import report
+from benchmarks.common.problem import (
     CPU_SHAPES,
     GPU_SHAPES,
     STUDY_SHAPES,
     Problem,
     Shape,
     make_problem,
+    relative_error,
+    solve_fp64,
 )
-from benchmarks.providers import BUDGETS, CANNOT_RUN, PROVIDERS, discover, reason
+from benchmarks.common.providers import BUDGETS, CANNOT_RUN, PROVIDERS, discover, reason, solve
+from benchmarks.head_study_report import Group, Results
+from benchmarks.linear_logprob import (
+    BARE_GEMMS,
+    DTYPES,
+    NO_ERROR,
+    PEER_PACKAGES,
+    Limits,
+    Row,
+    bench,
+    compared,
+    time_all,
+)
+from latro_kernels.cpu import FILTER_COLUMNS, FILTER_ROWS
 
 OURS = {"cpu": "latro-cpu", "cuda": "latro-triton"}
 PEERS = ("unfused", "torch-chunked", "trl", "liger", "liger-flce", "cce", "cce-compile")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
-_FILTER_ROWS = 2048
+_STATES = 2048
+EXPONENTS = (-16, -14, -12, -10, -8)
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure and how long; `shapes` are for all sections but filter and scaling, None for
-    each section's own.
+    """What to measure and how long.
 
+    The `shapes` are for all sections but filter and scaling; None stands for each section's own.
     The small model is trained on the text in the folder `data`. A `quick` plan says nothing about
     speed: what remains of sizes is small, and what compiles is left out.
     """
@@ -72,6 +99,19 @@ class Plan:
     def ours(self) -> str:
         """The provider that is ours on the device."""
         return OURS[self.device.type]
+
+    def group(
+        self, section: str, name: str, *, dtype: str, rows: list[Row], notes: list[str]
+    ) -> Group:
+        """Make a group of what was measured here and now."""
+        return Group(
+            section=section,
+            name=name,
+            dtype=dtype,
+            rows=rows,
+            notes=notes,
+            environment=report.environment(self.device, PEER_PACKAGES),
+        )
 
 
 @dataclass(frozen=True)
@@ -125,16 +165,20 @@ def _comparison(section: str, plan: Plan) -> Iterator[Group]:
         for shape in plan.shapes or default_shapes(section, plan.device):
             print(f"{section}, {shape.name} {dtype}: {', '.join(found)}", file=sys.stderr)
             rows, failed = bench(
-                *(shape, dtype, found, plan.device, plan.limits),
+                shape,
+                dtype,
+                found,
+                device=plan.device,
+                limits=plan.limits,
                 phases=comparison.phases,
                 frozen=comparison.frozen,
             )
             notes = [f"cannot run: {name}: {why}" for name, why in (absent | failed).items()]
-            yield Group(section, shape.name, dtype, rows, notes, _environment(plan))
+            yield plan.group(section, shape.name, dtype=dtype, rows=rows, notes=notes)
 
 
 def default_shapes(section: str, device: torch.device) -> Sequence[Shape]:
-    """The shapes of a section that compares providers."""
+    """Return the shapes of a section that compares providers."""
     if device.type == "cuda":
         return GPU_SHAPES
     # All peers on all shapes would take an hour on two cores.
@@ -143,11 +187,11 @@ def default_shapes(section: str, device: torch.device) -> Sequence[Shape]:
 
 def _filter(plan: Plan) -> Iterator[Group]:
     # Where it is used: transformers takes seconds to import.
-    from benchmarks import small_lm
+    from benchmarks.common import small_lm
 
     settings = small_lm.Settings(vocab=1024, steps=60) if plan.quick else small_lm.Settings()
     try:
-        head = small_lm.trained(plan.data, settings, _FILTER_ROWS, plan.out, plan.device)
+        head = small_lm.trained(plan.data, settings, _STATES, cache=plan.out, device=plan.device)
     except FileNotFoundError as error:
         print(f"filter: skipped, no text to train a small model on: {error}", file=sys.stderr)
         return
@@ -156,27 +200,28 @@ def _filter(plan: Plan) -> Iterator[Group]:
         f"{settings.vocab} if every token were as probable"
     )
     name = f"small-lm-{settings.steps}"
-    grad = torch.randn(_FILTER_ROWS, generator=torch.Generator().manual_seed(0)).to(plan.device)
+    grad = torch.randn(_STATES, generator=torch.Generator().manual_seed(0)).to(plan.device)
     for dtype in plan.dtypes:
         print(f"filter, {dtype}: {note}", file=sys.stderr)
         hidden, weight = (t.to(DTYPES[dtype]).requires_grad_() for t in (head.hidden, head.weight))
-        problem = Problem(hidden, weight, head.target, grad)
+        problem = Problem(hidden, weight, target=head.target, grad=grad)
         try:
-            rows = filter_study.measure(problem, name, dtype, f"{plan.ours}-keep", plan.limits)
+            rows = measure_filter(
+                problem, name, dtype, provider=f"{plan.ours}-keep", limits=plan.limits
+            )
         except CANNOT_RUN as error:
             print(f"filter, {dtype}: skipped: {reason(error)}", file=sys.stderr)
         else:
-            yield Group("filter", name, dtype, rows, [note], _environment(plan))
+            yield plan.group("filter", name, dtype=dtype, rows=rows, notes=[note])
 
 
 def _scaling(plan: Plan) -> Iterator[Group]:
     h, (n, most_n), (v, most_v) = 256, (256, 16384), (8192, 262144)
     if plan.quick:
         h, (n, most_n), (v, most_v) = 64, (64, 256), (1024, 4096)
-    axes = {
-        f"N to {most_n}": [Shape(f"N={size}", size, h, v) for size in _doublings(n, most_n)],
-        f"V to {most_v}": [Shape(f"V={size}", 2 * n, h, size) for size in _doublings(v, most_v)],
-    }
+    over_n = [Shape(f"N={size}", n=size, h=h, v=v) for size in _doublings(n, most_n)]
+    over_v = [Shape(f"V={size}", n=2 * n, h=h, v=size) for size in _doublings(v, most_v)]
+    axes = {f"N to {most_n}": over_n, f"V to {most_v}": over_v}
     # Thirteen shapes share what other sections spend on a few.
     limits = replace(plan.limits, seconds=plan.limits.seconds / 4)
     for dtype in plan.dtypes:
@@ -187,13 +232,9 @@ def _scaling(plan: Plan) -> Iterator[Group]:
             rows: list[Row] = []
             for shape in tqdm(shapes, desc=f"scaling, {axis}, {dtype}"):
                 problem = make_problem(shape, DTYPES[dtype], plan.device)
-                times = time_all(problem, found, limits, ("full",))
-                bare = times[BARE_GEMMS]
-                rows += [
-                    Row(shape, dtype, name, time, multiples(time, bare), {}, {}, None)
-                    for name, time in times.items()
-                ]
-            yield Group("scaling", axis, dtype, rows, notes, _environment(plan))
+                times = time_all(problem, found, limits, phases=("full",))
+                rows += compared(shape, dtype, times, about={})
+            yield plan.group("scaling", axis, dtype=dtype, rows=rows, notes=notes)
 
 
 def _doublings(first: int, last: int) -> Iterator[int]:
@@ -202,5 +243,95 @@ def _doublings(first: int, last: int) -> Iterator[int]:
         first *= 2
 
 
-def _environment(plan: Plan) -> dict[str, object]:
-    return report.environment(plan.device, PEER_PACKAGES)
+@torch.no_grad()
+def evidence(problem: Problem, columns: int) -> tuple[Tensor, Tensor]:
+    """Compute |g_t|·exp(max_t − lse_t) for every row t and block of columns, in fp32.
+
+    Returns:
+        That bound [N, ⌈V / columns⌉], and whether the row's target lies in the block, bool.
+    """
+    weight = problem.weight.float()
+    V = len(weight)
+    chunk = max(1, _CHUNK_BYTES // (4 * V))
+    blocks = []
+    for hidden, grad in zip(problem.hidden.split(chunk), problem.grad.split(chunk), strict=True):
+        logits = hidden.float() @ weight.T
+        lse = logits.logsumexp(1, keepdim=True)
+        padded = F.pad(logits, (0, -V % columns), value=-math.inf)
+        peak = padded.unflatten(1, (-1, columns)).amax(2)
+        blocks.append(grad.abs()[:, None] * (peak - lse).exp())
+    bound = torch.cat(blocks)
+    hit = torch.zeros_like(bound, dtype=torch.bool)
+    return bound, hit.scatter_(1, problem.target[:, None] // columns, True)
+
+
+def skipped(bound: Tensor, hit: Tensor, *, rows: int, eps: float) -> float:
+    """Return the share of blocks of `rows` rows that are skipped.
+
+    The rows with fewest blocks above eps stand first.
+    """
+    above = bound >= eps
+    needed = (above | hit)[above.sum(1).argsort(stable=True)]
+    needed = F.pad(needed, (0, 0, 0, -len(needed) % rows))
+    return 1 - needed.unflatten(0, (-1, rows)).any(1).float().mean().item()
+
+
+def block_shape(weight: Tensor) -> tuple[int, int]:
+    """Return how many rows and columns are left out together on the weight's device."""
+    if weight.device.type == "cpu":
+        return FILTER_ROWS, FILTER_COLUMNS
+    from latro_kernels.triton import tuning
+
+    V, H = weight.shape
+    config = tuning.config(weight.device, weight.dtype, H=H, V=V)
+    return config.rows, config.columns
+
+
+def bounds(problem: Problem, eps: float) -> tuple[float, float]:
+    """Return the most that any entry of dX, and of dW, can lose."""
+    by_column = (
+        tensor.detach().double().abs().sum(0) for tensor in (problem.weight, problem.hidden)
+    )
+    dx, dw = (eps * total.max().item() for total in by_column)
+    return dx, dw
+
+
+def measure_filter(
+    problem: Problem, shape_name: str, dtype: str, *, provider: str, limits: Limits
+) -> list[Row]:
+    """Measure full without filter, and with every eps of `EXPONENTS`.
+
+    Returns:
+        Times, errors over all rows and, as `more`, the percentage of blocks skipped, the gradients'
+        absolute errors and their bounds.
+
+    Raises:
+        Exception of `providers.CANNOT_RUN`: the provider, or its filter, cannot run here.
+    """
+    (N, H), V = problem.hidden.shape, len(problem.weight)
+    logprob = PROVIDERS[provider].find(problem.hidden.device)
+    epsilons = {provider: 0.0} | {f"{provider}, eps 2^{e}": 2.0**e for e in EXPONENTS}
+    found = {name: partial(logprob, grad_filter=eps) for name, eps in epsilons.items()}
+    truth = solve_fp64(problem)
+    rows, columns = block_shape(problem.weight)
+    bound, hit = evidence(problem, columns)
+    about: dict[str, dict[str, object]] = {BARE_GEMMS: {"error": NO_ERROR}}
+    for name, eps in epsilons.items():
+        solution = solve(found[name], problem)
+        error = {
+            "logp": relative_error(solution.logp, truth.logp),
+            "dx": relative_error(solution.dx, truth.dx),
+            "dw": relative_error(solution.dw, truth.dw),
+            "dx_peaked": None,
+        }
+        bound_dx, bound_dw = bounds(problem, eps)
+        more = {
+            "skipped %": 100 * skipped(bound, hit, rows=rows, eps=eps),
+            "dX error": error["dx"] * truth.dx.abs().max().item(),
+            "dX bound": bound_dx,
+            "dW error": error["dw"] * truth.dw.abs().max().item(),
+            "dW bound": bound_dw,
+        }
+        about[name] = {"error": error, "error_rows": N, "more": more}
+    times = time_all(problem, found, limits, phases=("full",))
+    return compared(Shape(shape_name, n=N, h=H, v=V), dtype, times, about=about)

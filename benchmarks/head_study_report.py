@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from benchmarks import logprob_report, report
-from benchmarks.logprob_report import BARE_GEMMS, MEMORY_PHASES, Row
-from benchmarks.problem import Shape
-from benchmarks.timing import Summary
+from benchmarks import linear_logprob
+from benchmarks.common import figures, report
+from benchmarks.common.problem import Shape
+from benchmarks.common.timing import Summary
+from benchmarks.linear_logprob import BARE_GEMMS, MEMORY_PHASES, Row
 
 MULTIPLES = {
     ("forward", ""): {"fp32": 1.05, "bf16": 1.05},
@@ -63,7 +63,7 @@ class Check:
 
 
 class Results:
-    """The groups in the files of a folder: those it held, each until it is put again.
+    """Hold the groups in the files of a folder: those it held, each until it is put again.
 
     Raises:
         ValueError: the folder's study_head.json is not one of this study's.
@@ -88,9 +88,7 @@ class Results:
         """Add a group, in place of one with the same section, shape and dtype; write the files."""
         self._groups[group.key] = group
         groups = self.groups
-        flat = [
-            {"section": of.section} | logprob_report.flat(row) for of in groups for row in of.rows
-        ]
+        flat = [{"section": of.section} | row.flat() for of in groups for row in of.rows]
         columns = dict.fromkeys(name for cells in flat for name in cells)
         report.write_csv(self.out / "study_head.csv", [columns | cells for cells in flat])
         report.write_json(
@@ -101,9 +99,9 @@ class Results:
                 "slopes": {f"{of.name} {of.dtype}": slopes(of) for of in _of(groups, "scaling")},
             },
         )
-        report.write_bytes(self.out / "study_head.png", plot(groups))
+        figures.write(self.out / "study_head.png", plot(groups))
         if scaling := _of(groups, "scaling"):
-            report.write_bytes(self.out / "study_head_scaling.png", plot_scaling(scaling))
+            figures.write(self.out / "study_head_scaling.png", plot_scaling(scaling))
 
 
 def _group(item: dict) -> Group:
@@ -125,7 +123,7 @@ def _of(groups: Iterable[Group], section: str) -> list[Group]:
 
 
 def slopes(group: Group) -> dict[str, float]:
-    """By provider, the slope of log time of full over log N·V, fitted by least squares.
+    """Fit the slope of log time of full over log N·V by least squares, for each provider.
 
     N or V is fixed, so it is the slope over the other: 1 where the cost is linear.
     """
@@ -146,7 +144,7 @@ def _by_provider(group: Group) -> dict[str, list[Row]]:
 
 
 def checks(groups: Iterable[Group]) -> list[Check]:
-    """What is aimed at, for every group that has it."""
+    """Compare every group with what is aimed at for it, if anything is."""
     found = []
     for group in groups:
         where = f"{group.section} {group.name} {group.dtype}"
@@ -155,16 +153,20 @@ def checks(groups: Iterable[Group]) -> list[Check]:
             for name, row in ours.items():
                 if section == group.section and name.endswith(end) and group.dtype in targets:
                     (phase,) = row.times.keys()
-                    found.append(Check(where, name, row.multiples[phase], targets[group.dtype]))
+                    multiple = row.multiples[phase]
+                    found.append(
+                        Check(where, what=name, measured=multiple, target=targets[group.dtype])
+                    )
         if group.section == "peers":
             found += _against_peers(group, where, ours)
         if group.section == "error" and group.dtype == "bf16":
             unfused = next((row for row in group.rows if row.provider == "unfused"), None)
             found += [
                 Check(
-                    *(where, f"{name} / unfused, error of logp"),
-                    row.error["logp"] / unfused.error["logp"],
-                    _BF16_LOGP_ERROR,
+                    where=where,
+                    what=f"{name} / unfused, error of logp",
+                    measured=row.error["logp"] / unfused.error["logp"],
+                    target=_BF16_LOGP_ERROR,
                 )
                 for name, row in ours.items()
                 if unfused is not None
@@ -173,8 +175,9 @@ def checks(groups: Iterable[Group]) -> list[Check]:
 
 
 def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Check]:
-    """Our 64 MiB against every peer in time; all of ours against the unfused loss in time, and the
-    one that keeps nothing in memory.
+    """Compare our 64 MiB with every peer in time, and all of ours with the unfused loss.
+
+    Of ours, the one that keeps nothing is compared with the unfused loss in memory too.
     """
     found = []
     peers = {row.provider: row for row in group.rows if row.provider not in (*ours, BARE_GEMMS)}
@@ -187,14 +190,17 @@ def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Ch
                 target = _UNFUSED_TIME[group.dtype]
                 mine, theirs = row.memory["full"], peer.memory["full"]
                 if name.endswith("recompute") and mine is not None and theirs:
-                    found.append(Check(where, f"{pair}, memory", mine / theirs, _UNFUSED_MEMORY))
+                    memory = mine / theirs
+                    found.append(
+                        Check(where, f"{pair}, memory", measured=memory, target=_UNFUSED_MEMORY)
+                    )
             elif name.endswith("64mib"):
                 target = 1.0
             else:
                 continue
             for phase in (phase for phase in MEMORY_PHASES if phase in row.times):
                 ratio = row.times[phase].median / peer.times[phase].median
-                found.append(Check(where, f"{pair}, {phase}", ratio, target))
+                found.append(Check(where, f"{pair}, {phase}", measured=ratio, target=target))
     return found
 
 
@@ -204,92 +210,86 @@ def show(results: Results) -> None:
     for group in results.groups:
         where = group.environment
         console.print(
-            f"\n{group.section}, {group.name} {group.dtype}: {where['device']}, "
-            f"{where['threads']} threads, torch {where['torch']}, {where['date']}",
+            f"\n{group.section}, {group.name} {group.dtype}: {report.where(where)}, {where['date']}"
         )
         for note in group.notes:
             console.print(note)
-        title = f"{group.section}, "
         console.print(
             _scaling_table(group)
             if group.section == "scaling"
-            else logprob_report.table(group.rows, title)
+            else linear_logprob.table(group.rows, f"{group.section}, ")
         )
-    found = checks(results.groups)
-    if found:
-        table = Table(title="Aims", title_justify="left")
-        for heading in ("table", "what"):
-            table.add_column(heading, no_wrap=True)
-        for heading in ("measured", "at most", "met"):
-            table.add_column(heading, justify="right")
-        for check in found:
-            numbers = f"{check.measured:.3g}", f"{check.target:.3g}"
-            table.add_row(check.where, check.what, *numbers, "yes" if check.met else "no")
-        console.print(table)
+    if found := checks(results.groups):
+        rows = [
+            (of.where, of.what, f"{of.measured:.3g}", f"{of.target:.3g}", "yes" if of.met else "no")
+            for of in found
+        ]
+        headings = ("table", "what", "measured", "at most", "met")
+        console.print(report.table("Aims", headings, rows, names=2))
     console.print(f"written: {results.out}/study_head.*")
 
 
 def _scaling_table(group: Group) -> Table:
     providers = _by_provider(group)
-    table = Table(title=f"scaling, {group.name} {group.dtype}", title_justify="left")
-    for heading in ("N", "H", "V", *(f"{name}\nfull ms" for name in providers)):
-        table.add_column(heading, justify="right")
+    rows = []
     for same_shape in zip(*providers.values(), strict=True):
         shape = same_shape[0].shape
         times = (f"{row.times['full'].median * 1e3:.2f}" for row in same_shape)
-        table.add_row(str(shape.n), str(shape.h), str(shape.v), *times)
-    slope = slopes(group)
+        rows.append((str(shape.n), str(shape.h), str(shape.v), *times))
+    headings = ("N", "H", "V", *(f"{name}\nfull ms" for name in providers))
+    title = f"scaling, {group.name} {group.dtype}"
+    table = report.table(title, headings, rows, names=0)
     table.add_section()
+    slope = slopes(group)
     table.add_row("slope", "", "", *(f"{slope[name]:.3f}" for name in providers))
     return table
 
 
-def plot(groups: Sequence[Group]) -> bytes:
-    """A PNG: one panel a section with its multiples of the bare GEMMs, and the filter's curve."""
-    sections: dict[str, list[Group]] = {}
+def plot(groups: Sequence[Group]) -> Figure:
+    """Draw a panel for each section that compares times, as multiples of the bare GEMMs."""
+    sections: dict[str, list[Row]] = {}
     for group in groups:
         if group.section not in ("scaling", "error"):
-            sections.setdefault(group.section, []).append(group)
-    bars = {
-        section: [row for group in of for row in group.rows if row.provider != BARE_GEMMS]
-        for section, of in sections.items()
-    }
-    if not bars:
-        return _png(Figure())
-    heights = [2 + 0.25 * len(rows) for rows in bars.values()]
+            rows = sections.setdefault(group.section, [])
+            rows += [row for row in group.rows if row.provider != BARE_GEMMS]
+    if not sections:
+        return Figure()
+    heights = [2 + 0.25 * len(rows) for rows in sections.values()]
     figure = Figure(figsize=(10, sum(heights)))
     axes = figure.subplots(
-        len(bars), 1, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.3}
+        len(sections), 1, squeeze=False, gridspec_kw={"height_ratios": heights, "hspace": 0.3}
     )[:, 0]
-    for axis, (section, rows) in zip(axes, bars.items(), strict=True):
+    for axis, (section, rows) in zip(axes, sections.items(), strict=True):
         phase = "forward" if section == "forward" else "full"
+        figures.bars(
+            axis,
+            [row.multiples[phase] for row in rows],
+            [_bar_label(row, phase) for row in rows],
+            height=0.7,
+            color=["C0" if row.provider.startswith("latro-") else "C7" for row in rows],
+        )
         names = [f"{row.shape.name} {row.dtype}  {row.provider}" for row in rows]
-        values = [row.multiples[phase] for row in rows]
-        colors = ["C0" if row.provider.startswith("latro-") else "C7" for row in rows]
-        drawn = axis.barh(range(len(rows)), values, 0.7, color=colors)
-        axis.bar_label(drawn, [_bar_label(row, phase) for row in rows], fontsize=7)
         axis.set_yticks(range(len(rows)), names, fontsize=7)
         axis.axvline(1.0, color="black", linewidth=0.8)
-        axis.set_title(f"{section}: time of {phase} / bare GEMMs")
-        axis.invert_yaxis()
+        axis.set_title(f"{section}: time of {phase} / {BARE_GEMMS}")
         axis.margins(x=0.2)
         if section == "peers":
             axis.set_xscale("log")
-    return _png(figure)
+    return figure
 
 
 def _bar_label(row: Row, phase: str) -> str:
     label = f" {row.multiples[phase]:.2f}"
     peak = row.memory.get(phase)
     if peak is not None:
-        label += f", {peak / 2**20:.0f} MiB"
+        label += f", {report.mib(peak, 0)} MiB"
     if "skipped %" in row.more:
         label += f", {row.more['skipped %']:.0f} % skipped"
     return label
 
 
-def plot_scaling(groups: Sequence[Group]) -> bytes:
-    """A PNG: time of full over N, and over V, on logarithmic axes, with the slopes."""
+def plot_scaling(groups: Sequence[Group]) -> Figure:
+    """Draw times of full over N, and over V, on logarithmic axes, with the slopes."""
     figure = Figure(figsize=(6 * len(groups), 4.5))
     for axis, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups, strict=True):
         over = group.name[0]
@@ -297,9 +297,8 @@ def plot_scaling(groups: Sequence[Group]) -> bytes:
         for provider, rows in _by_provider(group).items():
             sizes = [row.shape.n if over == "N" else row.shape.v for row in rows]
             medians = [row.times["full"].median * 1e3 for row in rows]
-            axis.loglog(
-                *(sizes, medians), marker="o", label=f"{provider}: slope {slope[provider]:.3f}"
-            )
+            label = f"{provider}: slope {slope[provider]:.3f}"
+            axis.loglog(sizes, medians, marker="o", label=label)
         fixed = rows[0].shape
         other = f"V = {fixed.v}" if over == "N" else f"N = {fixed.n}"
         axis.set_xlabel(over)
@@ -308,10 +307,4 @@ def plot_scaling(groups: Sequence[Group]) -> bytes:
         axis.legend(fontsize=8)
         axis.grid(which="both", alpha=0.3)
     figure.tight_layout()
-    return _png(figure)
-
-
-def _png(figure: Figure) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
-    return image.getvalue()
+    return figure

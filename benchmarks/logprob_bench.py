@@ -36,27 +36,35 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks import head_study, head_study_report, logprob_report, report, timing
-from benchmarks.logprob_report import Row
-from benchmarks.measure import DTYPES, PEER_PACKAGES, TRUTH_FLOP, Limits, bench
-from benchmarks.problem import CPU_SHAPES, GPU_SHAPES, SHAPES, Shape
-from benchmarks.providers import PROVIDERS, discover
+from benchmarks import head_study, head_study_report
+from benchmarks.common import figures, report, timing
+from benchmarks.common.problem import CPU_SHAPES, GPU_SHAPES, SHAPES, Shape
+from benchmarks.common.providers import PROVIDERS, discover
+from benchmarks.common.report import choose
+from benchmarks.linear_logprob import (
+    BARE_GEMMS,
+    DTYPES,
+    PEER_PACKAGES,
+    TRUTH_FLOP,
+    Limits,
+    Row,
+    bench,
+    table,
+)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = report.arguments(__doc__, reps=10, quick="one small shape, nothing compiled")
     parser.add_argument("--shapes", help=f"names, comma-separated: {', '.join(SHAPES)}")
     parser.add_argument("--n", type=int, help="rows of one shape of your own")
     parser.add_argument("--hidden", type=int, help="its hidden size")
     parser.add_argument("--vocab", type=int, help="its vocabulary")
     parser.add_argument("--dtype", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--providers", help=f"of {', '.join(PROVIDERS)}; all by default")
-    parser.add_argument("--reps", type=int, default=10, help="most repetitions (default 10)")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -76,10 +84,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder of train.jsonl and test.jsonl, GSM8K's format, for the study's small model "
         "(default: ../shared/data/gsm8k beside the repository)",
     )
-    parser.add_argument("--quick", action="store_true", help="one small shape, nothing compiled")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
     args = parser.parse_args(argv)
 
     try:
@@ -98,25 +102,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def choose(text: str, known: Sequence[str] | dict[str, object], argument: str) -> list[str]:
-    """Split a comma-separated list of names that must all be in `known`."""
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {name!r}")
-    return names
-
-
 def choose_shapes(args: argparse.Namespace) -> list[Shape] | None:
-    """Named shapes, one of the user's own, or the default set of the device; a study has its own
-    defaults, for which None stands."""
+    """Return named shapes, one of the user's own, or the default set of the device.
+
+    A study has its own defaults, for which None stands.
+    """
     own = (args.n, args.hidden, args.vocab)
     if any(own):
         if args.shapes or not all(size and size > 0 for size in own):
             raise ValueError(
                 f"--n, --hidden, --vocab: expected three positive sizes and no --shapes, got {own}"
             )
-        return [Shape("custom", *own)]
+        return [Shape("custom", n=args.n, h=args.hidden, v=args.vocab)]
     if args.shapes:
         return [SHAPES[name] for name in choose(args.shapes, SHAPES, "--shapes")]
     if args.quick:
@@ -131,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    limits = Limits(args.reps, args.seconds, TRUTH_FLOP[device.type])
+    limits = Limits(reps=args.reps, seconds=args.seconds, truth_flop=TRUTH_FLOP[device.type])
     if args.study:
         study(args, device, limits)
     else:
@@ -139,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def study(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
-    """`--study head`: its tables, files and charts."""
+    """Run `--study head`: print its tables, and write its files and charts."""
     plan = head_study.Plan(
         sections=tuple(args.sections),
         shapes=args.shapes,
@@ -154,7 +151,7 @@ def study(args: argparse.Namespace, device: torch.device, limits: Limits) -> Non
 
 
 def benchmark(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
-    """Every provider on every shape, in every dtype."""
+    """Measure every provider on every shape, in every dtype; print the tables last."""
     where = report.environment(device, PEER_PACKAGES)
     rows: list[Row] = []
     cannot_run: dict[tuple[str, str], list[str]] = {}  # (provider, reason) -> where
@@ -164,32 +161,93 @@ def benchmark(args: argparse.Namespace, device: torch.device, limits: Limits) ->
             cannot_run.setdefault(absence, []).append(dtype)
         for shape in args.shapes:
             print(f"{shape.name} {dtype}: {', '.join(found)}", file=sys.stderr)
-            more, reasons = bench(shape, dtype, found, device, limits)
+            more, reasons = bench(shape, dtype, found, device=device, limits=limits)
             rows += more
             for absence in reasons.items():
                 cannot_run.setdefault(absence, []).append(f"{shape.name} {dtype}")
             absent = absences(cannot_run)
             # After each shape: a run that is cut off keeps what it has measured.
-            write(args.out, rows, absent, where)
-    logprob_report.show(rows, absent, where, args.out)
+            write(args.out, rows=rows, absent=absent, where=where)
+    console = report.console()
+    for line in absent:
+        console.print(f"cannot run: {line}")
+    console.print(", ".join(f"{key} {value}" for key, value in where.items()))
+    console.print(f"written: {args.out}/logprob.csv, logprob.json, logprob.png")
+    for group in grouped(rows):
+        console.print(table(group))
 
 
 def absences(cannot_run: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
-    """(provider, reason) -> where, as one line for those that share reason and where."""
+    """Say in one line which providers cannot run in the same places for the same reason.
+
+    Args:
+        cannot_run: places by provider and reason.
+    """
     alike: dict[tuple[str, str], list[str]] = {}
     for (name, why), places in cannot_run.items():
         alike.setdefault((", ".join(places), why), []).append(name)
     return [f"{', '.join(names)} ({places}): {why}" for (places, why), names in alike.items()]
 
 
-def write(out: Path, rows: Sequence[Row], absent: Sequence[str], where: dict[str, object]) -> None:
-    """The three files of the results so far."""
-    report.write_csv(out / "logprob.csv", [logprob_report.flat(row) for row in rows])
+def write(
+    out: Path, *, rows: Sequence[Row], absent: Sequence[str], where: Mapping[str, object]
+) -> None:
+    """Write the three files of the results so far."""
+    report.write_csv(out / "logprob.csv", [row.flat() for row in rows])
     report.write_json(
         out / "logprob.json",
         {"environment": where, "cannot_run": absent, "rows": [asdict(row) for row in rows]},
     )
-    report.write_bytes(out / "logprob.png", logprob_report.plot(rows, where))
+    figures.write(out / "logprob.png", plot(rows, where))
+
+
+def grouped(rows: Sequence[Row]) -> list[list[Row]]:
+    """Group `rows` by shape and dtype, in order of first appearance."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.shape.name, row.dtype), []).append(row)
+    return list(groups.values())
+
+
+def plot(rows: Sequence[Row], where: Mapping[str, object]) -> Figure:
+    """Draw times of full and forward over the bare GEMMs, and peak extra memory of full."""
+    groups = grouped(rows)
+    figure = Figure(figsize=(13, 0.5 + sum(1.1 + 0.42 * len(group) for group in groups)))
+    ratios = [len(group) + 1.5 for group in groups]
+    axes = figure.subplots(
+        len(groups), 2, squeeze=False, gridspec_kw={"height_ratios": ratios, "wspace": 0.3}
+    )
+    for (time_axis, memory_axis), group in zip(axes, groups, strict=True):
+        for below, phase in ((-0.2, "forward"), (0.2, "full")):
+            values = [row.multiples[phase] for row in group]
+            figures.bars(
+                time_axis,
+                values,
+                [f" {value:.2f}" for value in values],
+                below=below,
+                times=[row.times[phase] for row in group],
+                height=0.38,
+                label=phase,
+            )
+        time_axis.axvline(1.0, color="grey", linewidth=0.8)
+        time_axis.set_xscale("log")
+        time_axis.set_title(f"{group[0].shape.name} {group[0].dtype}: time / {BARE_GEMMS}")
+        time_axis.legend(fontsize=7)
+
+        peaks = [row.memory["full"] for row in group]
+        figures.bars(
+            memory_axis,
+            [(peak or 0) / 2**20 for peak in peaks],
+            [f" {report.mib(peak)}" for peak in peaks],
+            height=0.6,
+            color="tab:green",
+        )
+        memory_axis.set_title("full: peak MiB beyond inputs and results")
+        for axis in (time_axis, memory_axis):
+            axis.set_yticks(range(len(group)), [row.provider for row in group])
+            axis.margins(x=0.15)
+    figure.suptitle(report.where(where))
+    return figure
 
 
 if __name__ == "__main__":

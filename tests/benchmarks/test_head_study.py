@@ -6,16 +6,17 @@ import json
 import pytest
 import torch
 
-from benchmarks import filter_study, head_study, logprob_bench, memory, small_lm
+from benchmarks import head_study, logprob_bench
+from benchmarks.common import memory, small_lm
+from benchmarks.common.problem import CPU_SHAPES, STUDY_SHAPES, Problem, Shape
+from benchmarks.common.small_lm import TrainedHead
+from benchmarks.common.timing import Summary
 from benchmarks.head_study import Comparison
 from benchmarks.head_study_report import Group, Results, checks, slopes
-from benchmarks.logprob_report import BARE_GEMMS, Row
-from benchmarks.problem import CPU_SHAPES, STUDY_SHAPES, Shape
-from benchmarks.small_lm import TrainedHead
-from benchmarks.timing import Summary
+from benchmarks.linear_logprob import BARE_GEMMS, Limits, Row
 
 CPU = torch.device("cpu")
-SHAPE = Shape("test", 8, 16, 32)
+SHAPE = Shape("test", n=8, h=16, v=32)
 TINY_RUN = ["--study", "head", "--quick", "--device", "cpu", "--dtype", "fp32"]
 TINY_RUN += ["--n", "33", "--hidden", "48", "--vocab", "301"]
 
@@ -30,14 +31,26 @@ def ran(tmp_path_factory):
     return out
 
 
+def one_time(seconds: float) -> Summary:
+    return Summary(median=seconds, low=seconds, high=seconds, reps=1)
+
+
 def row(provider: str, *, multiple: float = 1.0, memory: int = 0, logp: float = 0.0) -> Row:
-    times = {"full": Summary(multiple, multiple, multiple, 1)}
-    error = {"logp": logp, "dx": 0.0, "dw": 0.0, "dx_peaked": None}
-    return Row(SHAPE, "fp32", provider, times, {"full": multiple}, {"full": memory}, error, 8)
+    return Row(
+        shape=SHAPE,
+        dtype="fp32",
+        provider=provider,
+        times={"full": one_time(multiple)},
+        multiples={"full": multiple},
+        memory={"full": memory},
+        error={"logp": logp, "dx": 0.0, "dw": 0.0, "dx_peaked": None},
+        error_rows=8,
+    )
 
 
 def group(section: str, rows: list[Row], dtype: str = "fp32", name: str = "test") -> Group:
-    return Group(section, name, dtype, rows, [], {"device": "none"})
+    where = {"device": "none"}
+    return Group(section, name, dtype=dtype, rows=rows, notes=[], environment=where)
 
 
 def test_every_section_has_its_rows(ran):
@@ -120,7 +133,7 @@ def test_filter_is_measured_on_the_trained_head(tmp_path, monkeypatch):
     assert "perplexity 12.3" in of.notes[0]
     assert of.rows[0].shape.v == 200
     names = [BARE_GEMMS, "latro-cpu-keep"]
-    names += [f"latro-cpu-keep, eps 2^{exponent}" for exponent in filter_study.EXPONENTS]
+    names += [f"latro-cpu-keep, eps 2^{exponent}" for exponent in head_study.EXPONENTS]
     assert [row.provider for row in of.rows] == names
     assert all(row.more.keys() >= {"skipped %", "dX bound", "dW error"} for row in of.rows[1:])
     (check,) = checks([of])
@@ -135,8 +148,7 @@ def test_file_of_something_else(tmp_path):
 
 def test_slope_is_the_power_of_the_size():
     def timed(provider: str, n: int, seconds: float) -> Row:
-        times = {"full": Summary(seconds, seconds, seconds, 1)}
-        return Row(Shape("", n, 16, 32), "fp32", provider, times, {}, {}, {}, None)
+        return Row(Shape("", n=n, h=16, v=32), "fp32", provider, times={"full": one_time(seconds)})
 
     sizes = (8, 16, 32, 64)
     rows = [timed("linear", n, 3e-3 * n) for n in sizes]
@@ -183,3 +195,77 @@ def test_default_shapes():
     assert logprob_bench.parse_args(["--study", "head", "--device", "cpu"]).shapes is None
     assert head_study.default_shapes("full", CPU) == STUDY_SHAPES
     assert head_study.default_shapes("peers", CPU) == CPU_SHAPES
+
+
+def problem_of(logits: torch.Tensor, target: list[int], grad: list[float]) -> Problem:
+    """Return the head whose logits are given: the hidden states are the unit vectors."""
+    return Problem(
+        hidden=torch.eye(len(logits)).requires_grad_(),
+        weight=logits.T.contiguous().requires_grad_(),
+        target=torch.tensor(target),
+        grad=torch.tensor(grad),
+    )
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_evidence_of_a_case_made_by_hand(chunk_bytes, monkeypatch):
+    monkeypatch.setattr(head_study, "_CHUNK_BYTES", chunk_bytes)
+    p = torch.tensor(
+        [
+            [0.50, 0.25, 0.125, 0.0625, 0.0625],
+            [0.25, 0.25, 0.25, 0.125, 0.125],
+            [0.0625, 0.0625, 0.125, 0.25, 0.50],
+        ]
+    )
+    problem = problem_of(p.log(), target=[0, 1, 4], grad=[1.0, -2.0, 0.5])
+    bound, hit = head_study.evidence(problem, columns=2)
+    # Three blocks of columns, the last of one.
+    torch.testing.assert_close(
+        bound,
+        torch.tensor([[0.5, 0.125, 0.0625], [0.5, 0.5, 0.25], [0.03125, 0.125, 0.25]]),
+    )
+    assert hit.tolist() == [[True, False, False], [True, False, False], [False, False, True]]
+
+
+def test_skipped_puts_rows_together_that_need_as_much():
+    bound = torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.0, 0.0], [0.9, 0.9, 0.9], [0.9, 0.0, 0.0]])
+    hit = torch.zeros(4, 3, dtype=torch.bool)
+    # Rows 1 and 3 make a block of rows, and two of its three blocks of columns are skipped.
+    assert head_study.skipped(bound, hit, rows=2, eps=0.5) == pytest.approx(2 / 6)
+    hit[1, 2] = True
+    assert head_study.skipped(bound, hit, rows=2, eps=0.5) == pytest.approx(1 / 6)
+
+
+def test_bounds_are_sums_of_magnitudes():
+    problem = Problem(
+        hidden=torch.tensor([[1.0, -3.0], [2.0, 1.0]]),
+        weight=torch.tensor([[1.0, 0.5], [-1.0, 0.5], [4.0, -8.0]]),
+        target=torch.tensor([0, 1]),
+        grad=torch.ones(2),
+    )
+    assert head_study.bounds(problem, 0.5) == (0.5 * 9, 0.5 * 4)
+
+
+def test_filter_skips_what_is_improbable_within_the_bound():
+    generator = torch.Generator().manual_seed(0)
+    hidden = 0.25 * torch.randn(48, 16, generator=generator)
+    # Of 960 tokens the first 96 are probable, and the targets are among them.
+    weight = torch.randn(960, 16, generator=generator)
+    weight[:96] *= 4
+    target = torch.randint(96, (48,), generator=generator)
+    grad = torch.randn(48, generator=generator)
+    problem = Problem(hidden.requires_grad_(), weight.requires_grad_(), target=target, grad=grad)
+
+    limits = Limits(reps=1, seconds=1.0, truth_flop=1e9)
+    rows = head_study.measure_filter(problem, "test", "fp32", provider="latro-cpu", limits=limits)
+    assert rows[0].provider == BARE_GEMMS
+    exact, *filtered = rows[1:]
+    assert exact.more["skipped %"] == 0
+    shares = [row.more["skipped %"] for row in filtered]
+    assert shares == sorted(shares)
+    assert 0 < shares[-1] < 100
+    for row in filtered:
+        for gradient in ("dX", "dW"):
+            error = row.more[f"{gradient} error"]
+            assert error <= row.more[f"{gradient} bound"] + 2 * exact.more[f"{gradient} error"]
+    assert filtered[-1].more["dX error"] > 10 * exact.more["dX error"]

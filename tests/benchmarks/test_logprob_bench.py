@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import logprob_bench
-from benchmarks.logprob_report import BARE_GEMMS, ERRORS
-from benchmarks.problem import CPU_SHAPES
+from benchmarks.common.problem import CPU_SHAPES
+from benchmarks.linear_logprob import BARE_GEMMS, ERRORS
 
 TINY_RUN = ["--device", "cpu", "--n", "33", "--hidden", "48", "--vocab", "301", "--reps", "3"]
 

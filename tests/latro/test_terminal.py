@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.table import Table
 
-from benchmarks import report
+from benchmarks.common import report
 from latro.terminal import Terminal, one_line, shown
 
 TEXTS = [

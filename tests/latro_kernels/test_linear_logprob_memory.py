@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks.common import memory
 from latro_kernels import linear_logprob
 from tests.latro_kernels.logprob_cases import problem
 

@@ -1,0 +1,240 @@
+"""Who computes per-token log-probs at the LM head: ours, unfused torch, and the peers.
+
+A provider is looked up by name, because the CPU memory of each is measured in a process of its
+own, which has to find it again. One that is not installed or cannot run says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.common.problem import Problem, Shape, Solution, make_problem
+
+LogprobFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [N, H], weight [V, H], target [N]) -> log-probs [N], differentiable in the first two."""
+
+TINY = Shape("tiny", n=16, h=128, v=512)
+
+CANNOT_RUN = (
+    RuntimeError,  # includes NotImplementedError and torch.OutOfMemoryError
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ImportError,
+    OSError,
+)
+"""What a provider raises where it cannot run: peers check their input by assert, too."""
+
+BUDGETS = {"keep": 1 << 50, "64mib": 64 << 20, "recompute": 0}
+"""memory_budget, in bytes, of `latro-BACKEND-NAME`: all logits are kept from forward to backward,
+those that fit into 64 MiB, or none."""
+
+# Width of TRL's vocabulary tiles: what its trainers pass.
+_TRL_CHUNK_SIZE = 32768
+
+
+class UnavailableError(RuntimeError):
+    """A provider cannot be had here; the message is the reason."""
+
+
+def _require(module: str, install: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UnavailableError(f"not installed ({install})")
+
+
+def _require_gpu(device: torch.device, what: str) -> None:
+    if device.type != "cuda":
+        raise UnavailableError(f"{what} needs a CUDA GPU")
+
+
+_INSTALL_PEERS = "pip install -e '.[bench]'"
+
+
+def _unfused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).float()
+    return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
+
+
+def _find_unfused(device: torch.device) -> LogprobFn:
+    return _unfused
+
+
+def _find_ours(backend: str, options: Mapping[str, object], device: torch.device) -> LogprobFn:
+    if backend in ("triton", "cuda"):
+        _require_gpu(device, f"backend {backend!r}")
+    if backend == "cpu" and device.type != "cpu":
+        raise UnavailableError("backend 'cpu' takes CPU tensors")
+    _require("latro_kernels", "pip install -e .")
+    from latro_kernels import linear_logprob
+
+    return partial(linear_logprob, backend=backend, **options)
+
+
+def _find_torch_chunked(device: torch.device) -> LogprobFn:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise UnavailableError(f"torch {torch.__version__} lacks it (torch >= 2.13 has it)")
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # It warns where it falls back to whole logits; that would not be the chunked loss.
+            warnings.filterwarnings("error", message="linear_cross_entropy: ``options`` ignored")
+            return -F.linear_cross_entropy(
+                hidden, weight, target, reduction="none", options=options
+            )
+
+    return torch_chunked
+
+
+def _find_trl(device: torch.device) -> LogprobFn:
+    _require("trl", _INSTALL_PEERS)
+    from trl.kernels import ChunkedLogProbFunction
+
+    def trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        bias, temperature, softcap, scale, extra_outputs = None, 1.0, None, 1.0, ()
+        # `apply` takes no keywords.
+        return ChunkedLogProbFunction.apply(
+            hidden,
+            weight,
+            bias,
+            target,
+            temperature,
+            _TRL_CHUNK_SIZE,
+            softcap,
+            scale,
+            extra_outputs,
+        )[0]
+
+    return trl
+
+
+def _find_liger(device: torch.device) -> LogprobFn:
+    _require("liger_kernel", _INSTALL_PEERS)
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
+
+    return liger
+
+
+def _find_liger_flce(device: torch.device) -> LogprobFn:
+    _require("liger_kernel", _INSTALL_PEERS)
+    _require_gpu(device, "its Triton kernel")
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def liger_flce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -liger_fused_linear_cross_entropy(hidden, weight, target, reduction="none")
+
+    return liger_flce
+
+
+def _find_cce(impl: str, device: torch.device) -> LogprobFn:
+    _require("cut_cross_entropy", _INSTALL_PEERS)
+    if impl == "cce":
+        _require_gpu(device, "its Triton kernel")
+    from cut_cross_entropy import linear_cross_entropy
+
+    def cce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+
+    return cce
+
+
+@dataclass(frozen=True)
+class Provider:
+    """`find(device)` returns the function, or raises (`CANNOT_RUN`) with the reason.
+
+    A `slow_start` provider compiles for half a minute before its first result.
+    """
+
+    name: str
+    what: str
+    find: Callable[[torch.device], LogprobFn]
+    slow_start: bool = False
+
+
+def _ours() -> Iterator[Provider]:
+    """Yield every backend with its default budget, and with each of `BUDGETS` if it has one."""
+    for backend in ("reference", "cpu", "triton", "cuda"):
+        name, what = f"latro-{backend}", f"ours, backend {backend!r}"
+        yield Provider(name, what, partial(_find_ours, backend, {}))
+        if backend == "reference":
+            continue
+        for suffix, size in BUDGETS.items():
+            find = partial(_find_ours, backend, {"memory_budget": size})
+            yield Provider(f"{name}-{suffix}", f"{what}, memory_budget={size}", find)
+
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        *_ours(),
+        Provider("unfused", "fp32 log_softmax of whole logits, gather", _find_unfused),
+        Provider("torch-chunked", "F.linear_cross_entropy, auto chunks", _find_torch_chunked),
+        Provider("trl", "TRL's chunked log-prob (Triton on GPU, else torch tiles)", _find_trl),
+        Provider(
+            "liger", "Liger's scaled cross-entropy (SM90 kernel, else torch chunks)", _find_liger
+        ),
+        Provider("liger-flce", "Liger's fused linear cross-entropy", _find_liger_flce),
+        Provider("cce", "cut-cross-entropy, gradient filter as shipped", partial(_find_cce, "cce")),
+        Provider(
+            "cce-compile",
+            "cut-cross-entropy's torch.compile of the unfused loss",
+            partial(_find_cce, "torch_compile"),
+            slow_start=True,
+        ),
+    )
+}
+
+
+def solve(logprob: LogprobFn, problem: Problem) -> Solution:
+    """Solve `problem` with `logprob`: one forward, one backward."""
+    logp = logprob(problem.hidden, problem.weight, problem.target)
+    dx, *dw = torch.autograd.grad(logp, problem.differentiable, problem.grad.to(logp.dtype))
+    return Solution(logp.detach(), dx, dw[0] if dw else None)
+
+
+def discover(
+    names: Iterable[str], device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, LogprobFn], dict[str, str]]:
+    """Find each named provider and try it, forward and backward, on a tiny problem.
+
+    Returns:
+        The functions of those that ran, and the reasons of those that did not, by name.
+
+    Raises:
+        ValueError: a name is not in `PROVIDERS`.
+    """
+    problem = make_problem(TINY, dtype, device)
+    found: dict[str, LogprobFn] = {}
+    reasons: dict[str, str] = {}
+    for name in names:
+        if name not in PROVIDERS:
+            raise ValueError(f"providers: expected some of {', '.join(PROVIDERS)}, got {name!r}")
+        try:
+            logprob = PROVIDERS[name].find(device)
+            solve(logprob, problem)
+        except CANNOT_RUN as error:
+            reasons[name] = reason(error)
+        else:
+            found[name] = logprob
+    return found, reasons
+
+
+def reason(error: BaseException) -> str:
+    """Say in one line why `error` stopped a provider."""
+    if isinstance(error, UnavailableError):
+        return str(error)
+    message = str(error).strip()
+    first_line = message.splitlines()[0] if message else "no message"
+    return f"{type(error).__name__}: {first_line}"

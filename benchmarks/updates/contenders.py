@@ -1,0 +1,287 @@
+"""The contenders of `step.py`: `LatroTrainer`, the published algorithm, TRL's `RLOOTrainer`.
+
+Each has models of its own, equal to the others', and does one update of given rollouts or one whole
+step with sampling, up to the gradient; what the optimiser does is the same for all and is left out.
+`counted` tells what went through trunk and head, from hooks on the modules that did the work.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from benchmarks.updates.problem import StepProblem, stops_by_chance
+from benchmarks.updates.published import PublishedSettings, PublishedUpdate
+from latro import LatroConfig, LatroTrainer
+from latro.rollout import Rollout
+from latro.tasks import Arithmetic
+
+Groups = Sequence[Sequence[Rollout]]
+BETA = 0.05
+
+
+@dataclass
+class Pass:
+    """One forward: of the policy or the reference, with the tokens that the trunk read, padding
+    included, and the rows that the head took."""
+
+    model: str
+    with_gradient: bool
+    tokens: int
+    rows: int = 0
+
+
+class Contender(ABC):
+    """One way to do an update.
+
+    Args:
+        problem: what is worked on.
+        folder: for what a Trainer writes.
+        one_batch: whether all sequences go through at once; else in batches of the contender's own.
+
+    Attributes:
+        name: in tables.
+        model: the policy; its gradients are what an update adds to.
+        ref_model: π_0.
+    """
+
+    name: str
+    model: PreTrainedModel
+    ref_model: PreTrainedModel
+
+    @abstractmethod
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None: ...
+
+    @abstractmethod
+    def update(self, groups: Groups) -> Tensor:
+        """Score given rollouts and backpropagate; return the loss, detached."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Sample for the problem's prompts, then score and backpropagate."""
+
+    @contextmanager
+    def counted(self) -> Iterator[list[Pass]]:
+        """Add every forward through a trunk, for as long as this is entered, to a list."""
+        passes: list[Pass] = []
+
+        def read(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            passes.append(Pass(name, torch.is_grad_enabled(), args[0].numel()))
+
+        def took(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            passes[-1].rows += args[0].shape[:-1].numel()
+
+        with ExitStack() as stack:
+            for name, model in (("policy", self.model), ("reference", self.ref_model)):
+                for module, hook in (
+                    (model.get_input_embeddings(), partial(read, name)),
+                    (model.get_output_embeddings(), took),
+                ):
+                    stack.callback(module.register_forward_pre_hook(hook).remove)
+            yield passes
+
+
+class Ours(Contender):
+    """`LatroTrainer` itself; for an update alone its rollout is replaced by the given ones.
+
+    More settings are those of `LatroConfig`.
+    """
+
+    name = "latro"
+
+    def __init__(
+        self, problem: StepProblem, folder: Path, one_batch: bool = False, **settings: object
+    ) -> None:
+        self.problem = problem
+        self.model, self.ref_model = problem.models()
+        self.lengths: list[list[int]] = []
+        """The lengths of the rationales of the last step."""
+        setting = problem.setting
+        rows = problem.rows()
+        config = LatroConfig(
+            output_dir=str(folder),
+            num_generations=setting.K,
+            max_completion_length=setting.rationale[1],
+            per_device_train_batch_size=setting.G,
+            use_cpu=problem.device.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            **{"beta": BETA, **({"token_budget": 1 << 40} if one_batch else {}), **settings},
+        )
+        self._trainer = LatroTrainer(
+            self.model,
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=problem.tokenizer,
+            task=Arithmetic(),
+            ref_model=self.ref_model,
+        )
+        self._inputs = {"examples": rows}
+        self._token_budget = config.token_budget
+
+    def update(self, groups: Groups) -> Tensor:
+        with mock.patch.object(self._trainer, "rollout", return_value=groups):
+            loss = self._trainer.training_step(self.model, self._inputs)
+        if self._trainer.update.token_budget < self._token_budget:
+            raise torch.OutOfMemoryError("the trainer had to split its batches")
+        return loss
+
+    def step(self) -> None:
+        """Do a step as in training; `lengths` then holds the lengths that were drawn."""
+        sample = self._trainer.rollout
+
+        def rollout(examples: Sequence[dict[str, str]]) -> Groups:
+            end = self.problem.tokenizer.eos_token_id
+            with stops_by_chance(self.model, self.problem.setting, end):
+                groups = sample(examples)
+            self.lengths = [[len(r.sampled_ids) for r in group] for group in groups]
+            return groups
+
+        with mock.patch.object(self._trainer, "rollout", rollout):
+            self._trainer.training_step(self.model, self._inputs)
+
+
+class Published(Contender):
+    """The published algorithm (`published_update`), all sequences in one batch, as in ours."""
+
+    name = "published"
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = True) -> None:
+        self.problem = problem
+        self.model, self.ref_model = problem.models()
+        setting = problem.setting
+        self.lengths = [setting.lengths] * setting.G
+        """Where rationales end that the next step samples: it decodes all to the limit."""
+        settings = PublishedSettings(setting.K, setting.rationale[1], beta=BETA)
+        if one_batch:
+            sequences = setting.G * setting.K
+            settings = replace(settings, scoring_batch=sequences, micro_batch=sequences)
+        self._update = PublishedUpdate(self.model, self.ref_model, settings)
+
+    def update(self, groups: Groups) -> Tensor:
+        return self._update.accumulate(groups)
+
+    def step(self) -> None:
+        encode = self.problem.tokenizer.encode
+        samples = iter(self._update.sample([encode(row["prompt"]) for row in self.problem.rows()]))
+        cut = [[next(samples)[: length - 1] for length in group] for group in self.lengths]
+        self.update(self.problem.join_all(cut))
+
+
+class PublishedRecipe(Published):
+    """The published algorithm with the batches of its recipe: 48 sequences scored, 4 trained on."""
+
+    name = "published (by fours)"
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        super().__init__(problem, folder, one_batch=one_batch)
+
+
+class Trl(Contender):
+    """TRL's `RLOOTrainer`, by its default of 8 sequences; it can do a part of the work.
+
+    Its rewards come from functions that are given no model, and its loss has no term for an answer:
+    so it scores and updates x⊕z alone, with a reward that costs nothing, and neither log π(y|x⊕z)
+    nor its gradient is in its figures.
+
+    Raises:
+        ImportError: TRL is not installed.
+    """
+
+    name = "trl (x⊕z only)"
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        from trl import RLOOConfig, RLOOTrainer
+
+        self.problem = problem
+        self.model, reference = problem.models()
+        # It loads its reference from where the policy says that it came from.
+        reference.save_pretrained(folder / "reference")
+        self.model.config._name_or_path = str(folder / "reference")
+        setting = problem.setting
+        sequences = setting.G * setting.K
+        # Its default batch of 8 where that divides the sequences.
+        batch = sequences if one_batch else 8 if sequences % 8 == 0 else setting.K
+        rows = problem.rows()
+        config = RLOOConfig(
+            output_dir=str(folder),
+            num_generations=setting.K,
+            max_completion_length=setting.rationale[1],
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=sequences // batch,
+            beta=BETA,
+            bf16=False,  # the weights have their dtype already
+            activation_checkpointing=False,
+            use_cpu=problem.device.type == "cpu",
+            disable_tqdm=True,
+            report_to="none",
+            save_strategy="no",
+        )
+        self._trainer = RLOOTrainer(
+            self.model,
+            reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=problem.tokenizer,
+        )
+        self.ref_model = self._trainer.ref_model
+        self._micro_steps = self._trainer.current_gradient_accumulation_steps = sequences // batch
+        self._inputs = [row for row in rows for _ in range(setting.K)]
+
+    def update(self, groups: Groups) -> Tensor:
+        sampled = [rollout.sampled_ids for group in groups for rollout in group]
+        with mock.patch.object(self._trainer, "_generate_single_turn", return_value=sampled):
+            return self._train()
+
+    def step(self) -> None:
+        end = self.problem.tokenizer.eos_token_id
+        with stops_by_chance(self.model, self.problem.setting, end):
+            self._train()
+
+    def _train(self) -> Tensor:
+        losses = [
+            self._trainer.training_step(self.model, self._inputs, None)
+            for _ in range(self._micro_steps)
+        ]
+        return torch.stack(losses).sum()
+
+    @contextmanager
+    def counted(self) -> Iterator[list[Pass]]:
+        """Count rows where TRL multiplies by the head's weight, as it does not call the head."""
+        import trl.trainer.utils
+
+        chunked = trl.trainer.utils._ChunkedLogProbFunction
+
+        def apply(hidden: Tensor, *args: object) -> object:
+            passes[-1].rows += hidden.shape[0]
+            return chunked.apply(hidden, *args)
+
+        watched = mock.patch.object(
+            trl.trainer.utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply)
+        )
+        with super().counted() as passes, watched:
+            yield passes
+
+
+MAKERS: dict[str, type[Contender]] = {
+    one.name: one for one in (Ours, Published, PublishedRecipe, Trl)
+}
+
+
+def absent(name: str) -> str | None:
+    """Return why a contender cannot run here; None where it can."""
+    if name == Trl.name and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
+    return None

@@ -1,0 +1,234 @@
+"""Times, counts and peak memory of the step benchmark's contenders."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import memory, timing
+from benchmarks.common.timing import Summary
+from benchmarks.updates.contenders import MAKERS, Contender, Ours, Pass, Published
+from benchmarks.updates.problem import Setting, StepProblem
+
+PHASES = ("update", "step")
+
+
+@dataclass
+class Row:
+    """A contender on one setting.
+
+    Times are in seconds by phase; `ratio` is of their medians, over ours; `peak` is in bytes, of an
+    update, None where it was not measured. Tokens and rows are those of one update of the given
+    rollouts, over all of its passes.
+    """
+
+    contender: str
+    setting: Setting
+    passes: Sequence[Pass]
+    times: dict[str, Summary] = field(default_factory=dict)
+    ratio: dict[str, float] = field(default_factory=dict)
+    peak: int | None = None
+    prompt_tokens: int | None = None
+    """Of the first forward of a step, which reads the prompts, each once or once for each of its
+    samples; None where no step was timed."""
+    gradient_error: float | None = None
+    """Largest difference of a gradient's entry from ours over ours' largest, over the parameters;
+    None where the contender's gradient is another one."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(p.tokens for p in self.passes)
+
+    @property
+    def head_rows(self) -> int:
+        return sum(p.rows for p in self.passes)
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "tokens": self.tokens, "head_rows": self.head_rows}
+
+
+@contextmanager
+def contenders(
+    names: Sequence[str], problem: StepProblem, **options: bool
+) -> Iterator[dict[str, Contender]]:
+    """Make those named on `problem`; their folders are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield {
+            name: MAKERS[name](problem, Path(folder) / str(index), **options)
+            for index, name in enumerate(names)
+        }
+
+
+def first_update(made: Mapping[str, Contender], problem: StepProblem) -> list[Row]:
+    """Do one update each: its time, what went through trunk and head, whose gradient is ours."""
+    groups = problem.groups()
+    clock = timing.clock_for(problem.device)
+    rows: list[Row] = []
+    for name, contender in made.items():
+        with contender.counted() as passes:
+            clock.mark()
+            contender.update(groups)
+            clock.mark()
+        times = {"update": timing.summarize(clock.laps())}
+        rows.append(Row(name, problem.setting, passes, times=times))
+    for row in rows:
+        if isinstance(made[row.contender], Published):
+            row.gradient_error = _gradient_error(made[row.contender], made[Ours.name])
+    for contender in made.values():
+        contender.model.zero_grad()
+    _compare(rows, "update")
+    return rows
+
+
+def _gradient_error(contender: Contender, ours: Contender) -> float:
+    pairs = zip(contender.model.parameters(), ours.model.parameters(), strict=True)
+    return max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item() for p, q in pairs)
+
+
+def _compare(rows: Sequence[Row], phase: str) -> None:
+    (ours,) = (row for row in rows if row.contender == Ours.name)
+    for row in rows:
+        row.ratio[phase] = row.times[phase].median / ours.times[phase].median
+
+
+def time_phase(
+    rows: Sequence[Row],
+    made: Mapping[str, Contender],
+    phase: str,
+    *,
+    problem: StepProblem,
+    reps: int,
+) -> None:
+    """Time one phase of the contenders of `rows`, in turns, into their rows."""
+    groups = problem.groups()
+    if phase == "step":
+        # The published algorithm is given ours' lengths, which are random.
+        ours = made[Ours.name]
+        ours.step()
+        for contender in made.values():
+            if isinstance(contender, Published):
+                contender.lengths = ours.lengths
+
+    def lap(row: Row) -> Callable[[], None]:
+        contender = made[row.contender]
+
+        def run() -> None:
+            contender.model.zero_grad()
+            if phase == "update":
+                contender.update(groups)
+                return
+            with contender.counted() as passes:
+                contender.step()
+            row.prompt_tokens = passes[0].tokens
+
+        return run
+
+    candidates = [timing.Candidate(row.contender, {phase: lap(row)}) for row in rows]
+    clock = timing.clock_for(problem.device)
+    samples = timing.interleave(candidates, clock, reps=reps, warmup=0)
+    for row in rows:
+        row.times[phase] = timing.summarize(samples[row.contender][phase])
+    _compare(rows, phase)
+
+
+def measure_memory(rows: Sequence[Row], device: torch.device) -> None:
+    """Measure an update's peak memory into each row; a failure is printed, and None."""
+    why = memory.can_measure(device)
+    if why is not None:
+        print(f"memory not measured: {why}", file=sys.stderr)
+        return
+    for row in rows:
+        try:
+            if device.type == "cuda":
+                row.peak = _peak(row.contender, row.setting, device)
+            else:
+                row.peak = memory.in_fresh_process(
+                    partial(_peak_on_cpu, threads=torch.get_num_threads()),
+                    row.contender,
+                    row.setting,
+                )
+        except (torch.OutOfMemoryError, BrokenProcessPool) as error:
+            print(f"{row.contender}: memory not measured: {error}", file=sys.stderr)
+
+
+def _peak_on_cpu(name: str, setting: Setting, threads: int) -> int:
+    """Return `_peak` on a CPU; this has to run in a process of its own."""
+    memory.make_malloc_honest()
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    # Loads what is loaded on first use.
+    _peak(name, replace(setting, G=1, K=2, P=4, rationale=(2, 4)), device)
+    return _peak(name, setting, device)
+
+
+def _peak(name: str, setting: Setting, device: torch.device) -> int:
+    """Return peak bytes beyond the weights of policy and reference; gradients are counted."""
+    problem = StepProblem(setting, device)
+    groups = problem.groups()
+    with contenders([name], problem) as made:
+        return memory.peak_extra_bytes(lambda: made[name].update(groups), device)
+
+
+@dataclass(frozen=True)
+class Held:
+    """An update of one batch that fitted on the device."""
+
+    contender: str
+    G: int
+    sequences: int
+    seconds: float
+    peak: int
+    """Bytes, beyond the weights."""
+
+
+def largest(name: str, setting: Setting, device: torch.device, *, limit: int) -> list[Held]:
+    """Update with 1, 2, 4, … prompts, all sequences in one batch, until one does not fit.
+
+    Args:
+        name: a contender.
+        setting: its G is not used.
+        device: whose memory is the limit.
+        limit: most prompts that are tried.
+    """
+    held: list[Held] = []
+    G = 1
+    while limit >= G:
+        try:
+            held.append(_hold(name, replace(setting, G=G), device))
+        except torch.OutOfMemoryError:
+            break
+        finally:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        G *= 2
+    return held
+
+
+def _hold(name: str, setting: Setting, device: torch.device) -> Held:
+    problem = StepProblem(setting, device)
+    groups = problem.groups()
+    with contenders([name], problem, one_batch=True) as made:
+        contender = made[name]
+        peak = memory.peak_extra_bytes(lambda: contender.update(groups), device)
+        clock = timing.clock_for(device)
+        clock.mark()
+        contender.update(groups)
+        clock.mark()
+        (seconds,) = clock.laps()
+    return Held(
+        contender=name,
+        G=setting.G,
+        sequences=setting.G * setting.K,
+        seconds=seconds,
+        peak=peak,
+    )
