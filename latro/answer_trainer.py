@@ -25,7 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from latro import statistics
 from latro.accumulation import Accumulation
-from latro.callbacks import MetricsFiles, Panels, ProgressBar
+from latro.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
 from latro.config import AnswerConfig, DataArguments
 from latro.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.dropout import disable_dropout
@@ -34,18 +34,22 @@ from latro.finite import Finding, FiniteUpdates
 from latro.loading import check_vocabulary
 from latro.long_run import LongRunTrainer
 from latro.memory import FittingUpdate
-from latro.model_card import write_card
-from latro.peft import add_adapter, check_adapter, has_adapter
+from latro.model_card import CARD_FILE, is_own_card, write_card
+from latro.peft import add_adapter, check_adapter, has_adapter, without_wrapper
 from latro.prompts import check_dataset
 from latro.rollout import AnswerJoin, eos_token_ids
 from latro.run_facts import run_of
-from latro.samples import HeldOutSamples
+from latro.run_folder import check_apart
+from latro.run_identity import Facts, data_facts, merged, model_facts
+from latro.samples import SAMPLES_FILE, HeldOutSamples
 from latro.scoring import Scorer
 from latro.stopwatch import Stopwatch
 from latro.tasks import Task
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+
+RESULTS_FILE = "results.json"
 
 
 class AnswerTrainer(LongRunTrainer):
@@ -77,6 +81,10 @@ class AnswerTrainer(LongRunTrainer):
             in training than in evaluation.
     """
 
+    run_files = (
+        *(*LongRunTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE),
+        RESULTS_FILE,
+    )
     sum_names: ClassVar[tuple[str, ...]]
     panels: ClassVar[Panels]
     args: AnswerConfig
@@ -146,6 +154,25 @@ class AnswerTrainer(LongRunTrainer):
         self.add_callback(HeldOutSamples())
         if not args.disable_tqdm:
             self.add_callback(ProgressBar(args.title))
+
+    def _run_identity(self) -> Facts:
+        identity = super()._run_identity()
+        if self._model_facts is None:
+            # Before the first update; later calls find trained weights.
+            self._model_facts = model_facts(self.model, self.processing_class)
+        facts = data_facts(self.train_dataset, self.eval_dataset, self.task.answer_template)
+        return merged(identity, self._model_facts, facts)
+
+    def _check_output(self) -> None:
+        base = without_wrapper(self.model).config.name_or_path
+        check_apart(self.args.output_dir, [("model", base)])
+        card = Path(self.args.output_dir) / CARD_FILE
+        if self._owns_output and not self.args.overwrite_output_dir and not is_own_card(card):
+            raise ValueError(
+                f"output_dir: {card} is no model card of this run, which would write over it; move "
+                "it away, or pass --overwrite_output_dir true"
+            )
+        super()._check_output()
 
     @property
     @abstractmethod

@@ -17,8 +17,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from latro.config import ASSETS, AnswerConfig
-from latro.errors import one_line
 from latro.precedence import by_precedence
+from latro.terminal import one_line
 
 
 class _FileParser(HfArgumentParser):
@@ -130,7 +130,7 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have. Brackets
         # in brackets end in a RecursionError.
-        raise ValueError(f"--config: {path} is not YAML: {one_line(error)}") from error
+        raise ValueError(f"--config: {path} is not YAML: {one_line(str(error))}") from error
     if not isinstance(written, dict):
         raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")
     return {k: typed.get(k, v) if isinstance(v, dict) else v for k, v in written.items()}

@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from latro.files import replacing
+from latro.files import append, replacing
 from latro.reporting import Report
 from latro.terminal import Terminal
 
@@ -53,10 +53,8 @@ class MetricsFiles(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            path = Path(args.output_dir) / METRICS_FILE
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps(state.log_history[-1]) + "\n")
+            line = json.dumps(state.log_history[-1]) + "\n"
+            append(Path(args.output_dir) / METRICS_FILE, line)
 
     def on_save(
         self,

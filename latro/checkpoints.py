@@ -1,9 +1,9 @@
 """Checkpoint folders that are there whole or not at all, and that show what damaged them later.
 
-A checkpoint is written under `.partial/` in the run's folder and renamed to `checkpoint-N` when all
-of it stands there, the manifest last; a checkpoint that goes is renamed away before it is deleted.
-So no crash leaves half a `checkpoint-N`. What a disk or a copy does to one afterwards is found by
-the manifest, `checkpoint_manifest.json`:
+A checkpoint is written under `.latro-partial/` in the run's folder and renamed to `checkpoint-N`
+when all of it stands there, the manifest last; a checkpoint that goes is renamed away before it is
+deleted. So no crash leaves half a `checkpoint-N`. What a disk or a copy does to one afterwards is
+found by the manifest, `checkpoint_manifest.json`:
 
     {"files": {"model.safetensors": {"bytes": 3639592, "crc32": "1c291ca3"}, ...}}
 
@@ -28,7 +28,7 @@ from latro.files import write_json
 
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
-PARTIAL = ".partial"
+PARTIAL = ".latro-partial"
 
 # What JSON of another shape than expected raises; RecursionError where it is nested too deep.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
@@ -215,7 +215,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def publish(folder: Path, run_dir: Path) -> Path:
-    """Give a checkpoint under `.partial/`, all written, its manifest and its place in `run_dir`.
+    """Give a checkpoint, all written, its manifest and its place in `run_dir`.
 
     A checkpoint of the same step, of before the run was taken back to an earlier one, makes room.
     """
@@ -226,6 +226,15 @@ def publish(folder: Path, run_dir: Path) -> Path:
         _put_away(place)
     folder.rename(place)
     return place
+
+
+def publish_files(folder: Path, place: Path) -> None:
+    """Move what is in `folder` to its place, over what has the same names there."""
+    for path in sorted(folder.iterdir()):
+        target = place / path.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)
+        path.replace(target)
 
 
 def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
-from torch import distributed
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
-from latro.answer_trainer import AnswerTrainer
+from latro.answer_trainer import RESULTS_FILE, AnswerTrainer
 from latro.arguments import parse_arguments
 from latro.callbacks import METRICS_FILE, PLOT_FILE
 from latro.checkpoints import check_checkpoint, last_whole_checkpoint
@@ -22,7 +21,8 @@ from latro.interruption import TrainingInterrupted
 from latro.loading import load_model, load_splits, load_task
 from latro.model_card import CARD_FILE
 from latro.peft import lora_config
-from latro.terminal import Terminal, one_line
+from latro.run_folder import check_apart
+from latro.terminal import Terminal
 
 _SHOWN = (
     ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
@@ -64,6 +64,14 @@ def run_training(
     # none of the user's business here.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    check_apart(
+        args.output_dir,
+        (
+            ("model_name_or_path", model_args.model_name_or_path),
+            ("dataset_name", data_args.dataset_name),
+            ("dataset_path", data_args.dataset_path),
+        ),
+    )
     resume = _checkpoint(args)
     task = load_task(data_args)
     train_dataset, eval_dataset = load_splits(
@@ -90,6 +98,19 @@ def run_training(
         f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
         f"{task.description}, {trainer.targets}, into {args.output_dir}"
     )
+    with trainer.holding_output():
+        results = _train(trainer, resume, console)
+    if args.push_to_hub:
+        # Once more, over what `save_model` pushed: the card and the results are there only now.
+        trainer.push_to_hub()
+    return results
+
+
+def _train(
+    trainer: AnswerTrainer, resume: str | None, console: Terminal
+) -> dict[str, dict[str, float]]:
+    """Train, evaluate and save; returns the metrics before and after."""
+    args = trainer.args
     trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signal is not None:
         raise TrainingInterrupted(
@@ -107,22 +128,27 @@ def run_training(
     results = {"base": base[0]} if base else {}
     results["final"] = final[-1]
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / "results.json", results)
+        write_json(Path(args.output_dir) / RESULTS_FILE, _without_infinite(results))
     # Again, now that the last evaluation is known.
     trainer.create_model_card()
-    if args.push_to_hub:
-        # Once more, over what `save_model` pushed: the card and the results are there only now.
-        trainer.push_to_hub()
-    console.print(_table(results, len(eval_dataset)))
+    console.print(_table(results, len(trainer.eval_dataset)))
     if best is not None:
         console.print(
             f"the best by {args.metric_for_best_model} is taken, of update {best} of "
             f"{trainer.state.global_step}"
         )
     console.print(
-        f"model, {CARD_FILE}, {METRICS_FILE}, {PLOT_FILE} and results.json: {args.output_dir}"
+        f"model, {CARD_FILE}, {METRICS_FILE}, {PLOT_FILE} and {RESULTS_FILE}: {args.output_dir}"
     )
     return results
+
+
+def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """As JSON has it: null where an answer is impossible, whose log-probability is −∞."""
+    return {
+        name: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        for name, metrics in results.items()
+    }
 
 
 def _best_step(args: AnswerConfig, state: TrainerState) -> int | None:
@@ -145,10 +171,13 @@ def _checkpoint(args: AnswerConfig) -> str | None:
     if asked and asked.lower() != "false":
         check_checkpoint(asked)
         return asked
+    if args.overwrite_output_dir:
+        return None
     if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
         raise ValueError(
             f"output_dir: {args.output_dir} has the checkpoints of an earlier run; resume it with "
-            "--resume_from_checkpoint true, or name another folder"
+            "--resume_from_checkpoint true, name another folder, or delete them by "
+            "--overwrite_output_dir true"
         )
     return None
 
@@ -160,27 +189,3 @@ def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
     for title, key, form in _SHOWN:
         table.add_row(title, *(form.format(metrics[key]) for metrics in results.values()))
     return table
-
-
-def exit_with(prog: str, train: Callable[[], object]) -> None:
-    """Run `train`: errors in input, or of a server it needs, as one line and not as a traceback.
-
-    Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
-    one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
-    that a signal ends. 0 would tell a scheduler that there is nothing left to do.
-    """
-    try:
-        train()
-        _leave_group()
-    except (ValueError, FloatingPointError, ConnectionError) as error:
-        sys.exit(one_line(f"{prog}: {error}"))
-    except TrainingInterrupted as interrupted:
-        print(one_line(f"{prog}: {interrupted}"), file=sys.stderr)
-        _leave_group()
-        sys.exit(128 + interrupted.signal)
-
-
-def _leave_group() -> None:
-    """Leave the processes' group before the exit, in which a lost connection would be an abort."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -15,11 +15,11 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
 from latro.objectives import OBJECTIVES
+from latro.ranges import above_zero, at_least, check_numbers
 from latro.refused import check_loader, check_refused
 from latro.reporting import check_trackers
 from latro.tasks import FORMATS, GRADERS, TASKS
 
-_FP32 = torch.finfo(torch.float32)
 """What scoring computes with."""
 
 ASSETS = Path(__file__).parent / "assets"
@@ -86,6 +86,9 @@ class AnswerConfig(TrainingArguments):
         3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
     )
     backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    overwrite_output_dir: bool = setting(
+        False, "Begin also where the output folder has files of the same names, and delete those."
+    )
 
     def __post_init__(self) -> None:
         check_refused(self)
@@ -99,6 +102,8 @@ class AnswerConfig(TrainingArguments):
             # Without it the Trainer makes no group of processes that have no GPU: each would be a
             # run of its own, all of them in one folder.
             self.use_cpu = True
+        # Of what transformers itself trips over, its messages do not name the argument.
+        check_numbers(self)
         super().__post_init__()
         if is_torchelastic_launched() and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError(
@@ -106,6 +111,8 @@ class AnswerConfig(TrainingArguments):
                 f"over which they make no group; got {self.use_cpu}"
             )
         check_loader(self.accelerator_config)
+        # By now mappings that were given as text are read.
+        check_numbers(self)
         if by_metric:
             # A part of a negative metric would make a threshold that a worse model passes.
             told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}
@@ -116,6 +123,8 @@ class AnswerConfig(TrainingArguments):
         at_least("max_completion_length", self.max_completion_length, 1)
         at_least("token_budget", self.token_budget, 1)
         at_least("max_skipped_updates", self.max_skipped_updates, 0)
+        if self.num_eval_examples is not None:
+            at_least("num_eval_examples", self.num_eval_examples, 1)
         _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True")
@@ -145,6 +154,12 @@ class AnswerConfig(TrainingArguments):
                 "metric_for_best_model: expected a choice on problems held out of training "
                 "(--eval_split validation); chosen on the test split a model's accuracy there is "
                 "no longer that of a model that has not seen it"
+            )
+        by_evaluation = self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
+        if by_evaluation and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                "eval_strategy: expected steps or epoch, since the best model is told by its "
+                "evaluation, got no"
             )
         if (
             self.load_best_model_at_end
@@ -232,6 +247,7 @@ class LatroConfig(AnswerConfig):
         at_least("answer_weight", self.answer_weight, 0)
         at_least("rlpr_min_std", self.rlpr_min_std, 0)
         above_zero("temperature", self.temperature)
+        at_least("num_completions_to_print", self.num_completions_to_print, 0)
         _one_of("objective", self.objective, tuple(OBJECTIVES))
         _one_of("kl", self.kl, ("reward", "k3", "exact"))
         _one_of("unfinished", self.unfinished, ("floor", "exclude"))
@@ -371,35 +387,6 @@ class DataArguments:
             raise ValueError(
                 f"answer_template: expected words without white space around them, got {template!r}"
             )
-
-
-def at_least(name: str, value: float, least: float, why: str = "") -> None:
-    """Raise for a setting that is no number, below `least`, NaN or infinite in fp32."""
-    check_number(name, value)
-    if not value >= least:
-        raise ValueError(
-            f"{name}: expected at least {least}{f' ({why})' if why else ''}, got {value}"
-        )
-    if value > _FP32.max:
-        raise ValueError(f"{name}: expected at most {_FP32.max:.3g}, got {value}")
-
-
-def above_zero(name: str, value: float) -> None:
-    """Raise for a setting that is no number above 0, or not one that fp32 holds in full."""
-    check_number(name, value)
-    if not value > 0:
-        raise ValueError(f"{name}: expected more than 0, got {value}")
-    if not _FP32.tiny <= value <= _FP32.max:
-        raise ValueError(
-            f"{name}: expected a number from {_FP32.tiny:.3g} to {_FP32.max:.3g}, as fp32 has "
-            f"them, got {value}"
-        )
-
-
-def check_number(name: str, value: object) -> None:
-    """Raise TypeError for a setting that is no number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
 
 
 def _one_of(name: str, value: str, choices: Sequence[str]) -> None:

@@ -1,8 +1,133 @@
-"""Errors as a command shows them: those of its input and surroundings in one line."""
+"""Errors that come from outside, such as a full disk or a damaged file, in one line with the path.
+
+Where such an error is caught it gets the name of what was written or read, since most libraries
+leave that out; the commands end with its line and exit code 1. An error in the program itself keeps
+its traceback.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
 
-def one_line(error: object) -> str:
-    """The text of an error, or of anything else, without line ends and indents."""
-    return " ".join(str(error).split())
+from safetensors import SafetensorError
+from torch import distributed
+
+from latro.interruption import TrainingInterrupted
+from latro.terminal import one_line
+
+# What input and surroundings raise: bad values, updates that are not finite, files, disks, servers
+# and the hub (`OSError` with its kin), cut weights, and packages that are not installed.
+_FROM_OUTSIDE = (ValueError, FloatingPointError, OSError, SafetensorError, ImportError)
+
+# torch raises RuntimeError, and tokenizers Exception itself, where a file cannot be written or
+# read. Other errors have classes of their own, also those that inherit from these.
+_UNTYPED = (RuntimeError, Exception)
+_DAMAGE = (
+    *(OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
+)
+
+
+class writing:
+    """Within, an error in writing names `path`, a file or a folder.
+
+    Raises:
+        OSError: `path` or a file in it could not be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def __enter__(self) -> writing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if isinstance(error, OSError):
+            raise named(error, self.path) from error
+        if kind in _UNTYPED or isinstance(error, SafetensorError):
+            folder = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
+            raise OSError(
+                f"{self.path}: cannot be written: {one_line(str(error))}; "
+                f"{shutil.disk_usage(folder).free:,} bytes are free on that disk"
+            ) from error
+
+
+def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The error with the path: what it names itself if that lies in `path`, else `path`.
+
+    What a library names may be a temporary file; most of a write's errors name nothing.
+    """
+    if error.strerror is None:
+        return OSError(f"{path}: {error}")
+    inside = isinstance(error.filename, str) and Path(path) in Path(error.filename).parents
+    return OSError(error.errno, error.strerror, error.filename if inside else os.fspath(path))
+
+
+class reading:
+    """Within, an error in reading names `path`, a file or a folder, behind the argument it is of.
+
+    Raises:
+        ValueError: `path` or a file in it is damaged, or cannot be read.
+    """
+
+    def __init__(self, argument: str, path: str | os.PathLike[str]) -> None:
+        self.argument = argument
+        self.path = path
+
+    def __enter__(self) -> reading:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind in _UNTYPED or isinstance(error, _DAMAGE):
+            raise ValueError(
+                f"{self.argument}: {self.path} cannot be read: {one_line(told(error))}"
+            ) from error
+
+
+def told(error: BaseException | None) -> str:
+    """What an error says: of the system's the path and the reason, without the number."""
+    if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def exit_with(prog: str, run: Callable[[], object]) -> None:
+    """Run a command: errors from outside end it with one line, and not with a traceback.
+
+    Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
+    one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
+    that a signal ends. 0 would tell a scheduler that there is nothing left to do.
+    """
+    try:
+        run()
+        _leave_group()
+    except _FROM_OUTSIDE as error:
+        sys.exit(one_line(f"{prog}: {told(error)}"))
+    except TrainingInterrupted as interrupted:
+        print(one_line(f"{prog}: {interrupted}"), file=sys.stderr)
+        _leave_group()
+        sys.exit(128 + interrupted.signal)
+
+
+def _leave_group() -> None:
+    """Leave the processes' group before the exit, in which a lost connection would be an abort."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

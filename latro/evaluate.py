@@ -5,7 +5,6 @@ An evaluation that was killed goes on from its lines when it is started again.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,14 +19,16 @@ from transformers.utils import logging as transformers_logging
 
 from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, setting
+from latro.errors import exit_with
 from latro.evaluation import EvaluationSettings, evaluate_model
 from latro.few_shot import draw_examples
 from latro.files import check_output, write_json
 from latro.graded import intervals_of
 from latro.journal import Journal, crc32, weights_crc32
 from latro.loading import load_held_out, load_model, load_task, load_train
+from latro.run_folder import lock_of, locked_by_all
 from latro.scoring import Scorer
-from latro.terminal import Terminal, one_line
+from latro.terminal import Terminal
 
 
 @dataclass
@@ -70,7 +71,15 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, EvaluateArguments), argv, prog="python -m latro.evaluate"
     )
-    check_output(args.output, data_args.dataset_name)
+    lines = Path(args.output).with_suffix(".jsonl")
+    journal = lines.with_suffix(".settings.json")
+    sources = (data_args.dataset_name, data_args.dataset_path, model_args.model_name_or_path)
+    check_output(args.output, *sources, beside=(".jsonl", ".settings.json"))
+    if Path(args.output).exists() and not journal.exists():
+        raise ValueError(
+            f"output: {args.output} is there without {journal.name}, which would say that an "
+            "evaluation wrote it; name another file"
+        )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = EvaluationSettings(
@@ -98,7 +107,6 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "settings": asdict(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    lines = Path(args.output).with_suffix(".jsonl")
     # Where lines go, how many are made at once and which votes are taken leaves them as they are.
     apart = ("output", "overwrite", "batch_size", "majority")
     identity = {
@@ -108,26 +116,28 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": result["versions"],
     }
     started = time.perf_counter()
-    metrics, records = evaluate_model(
-        scorer,
-        tokenizer,
-        task,
-        dataset,
-        settings,
-        accelerator=processes,
-        examples=examples,
-        journal=Journal(lines, identity, args.overwrite),
-    )
-    intervals = intervals_of(records, settings.majority)
-    result = {
-        "metrics": metrics,
-        "intervals": intervals,
-        **result,
-        "examples": examples,
-        "seconds": time.perf_counter() - started,
-    }
+    with locked_by_all(lock_of(args.output), f"output: {args.output}"):
+        metrics, records = evaluate_model(
+            scorer,
+            tokenizer,
+            task,
+            dataset,
+            settings,
+            accelerator=processes,
+            examples=examples,
+            journal=Journal(lines, identity, args.overwrite),
+        )
+        intervals = intervals_of(records, settings.majority)
+        result = {
+            "metrics": metrics,
+            "intervals": intervals,
+            **result,
+            "examples": examples,
+            "seconds": time.perf_counter() - started,
+        }
+        if processes.is_main_process:
+            write_json(args.output, result)
     if processes.is_main_process:
-        write_json(args.output, result)
         title = f"{task.description}, {len(dataset)} problems"
         if examples:
             title += f", {len(examples)}-shot"
@@ -150,12 +160,8 @@ def _table(
 
 
 def main() -> None:
-    """The command: errors in the user's input as one line, not as a traceback."""
-    try:
-        evaluate()
-    except (ValueError, ConnectionError) as error:
-        sys.exit(one_line(f"latro.evaluate: {error}"))
-    PartialState().destroy_process_group()
+    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    exit_with("latro.evaluate", evaluate)
 
 
 if __name__ == "__main__":

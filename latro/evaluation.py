@@ -15,13 +15,13 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latro.config import above_zero, at_least, check_number
 from latro.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import metrics_of
 from latro.journal import Journal
 from latro.layout import answer_sums, plan
 from latro.prompts import check_dataset, encode_prompt
+from latro.ranges import above_zero, at_least, check_number
 from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.tasks import Task

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from latro.errors import named
 
 
 @contextmanager
@@ -17,21 +19,50 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Whoever reads `path` sees the old content or the new one, never a part: the rename is atomic
     within one file system, which is why the temporary file lies in the same folder.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        )
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         # mkstemp's files are for their owner alone; an output file follows the umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
+    except OSError as error:
+        if temporary is not None and error.filename not in (None, str(temporary)):
+            raise  # Of another file, which the block has to do with.
+        raise named(error, path) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def append(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
+    """Add `text` to the end of a file; `durable`: so that it outlasts the machine's power.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise named(error, path) from error
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -41,16 +72,19 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str]) -> None:
-    """Check, before any work is done, that a result can be written, and over no data.
+def check_output(
+    output: str | os.PathLike[str], *sources: str | None, beside: Sequence[str] = ()
+) -> None:
+    """Check, before any work is done, that a result can be written, and over nothing that it needs.
 
     Args:
         output: a JSON file; what goes beside it has its name, with another suffix.
-        source: what the result is made from, a file or the name of a data set.
+        sources: what the result is made from: files, folders, or names of data sets and models.
+        beside: the other suffixes.
 
     Raises:
         ValueError: `output` has another suffix than .json, is a folder or lies where no file can be
-            written, or is `source`.
+            written, or it or what goes beside it is one of the sources, or a file in one.
     """
     output = Path(output)
     if output.suffix != ".json":
@@ -60,5 +94,11 @@ def check_output(output: str | os.PathLike[str], source: str | os.PathLike[str])
     folder = next(p for p in output.absolute().parents if p.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ValueError(f"output: expected a place that can be written to, got {output}")
-    if os.path.exists(source) and os.path.realpath(output) == os.path.realpath(source):
-        raise ValueError(f"output: {output} is the data itself; name another file")
+    for path in (output, *(output.with_suffix(suffix) for suffix in beside)):
+        for source in sources:
+            if source is None or not (path.exists() and os.path.exists(source)):
+                continue
+            if path.resolve() == Path(source).resolve():
+                raise ValueError(f"output: {path} is the data itself; name another file")
+            if Path(source).resolve() in path.resolve().parents:
+                raise ValueError(f"output: {path} is a file of {source}; name another file")

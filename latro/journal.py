@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latro.files import write_json
+from latro.files import append, write_json
 
 
 class Journal:
@@ -80,10 +80,7 @@ class Journal:
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write the lines of a batch, so that they outlast this process and the machine's power."""
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, "".join(lines), durable=True)
 
     def _check(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
         try:

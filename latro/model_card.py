@@ -172,6 +172,17 @@ def write_card(run: Run, folder: str | os.PathLike[str]) -> None:
         temporary.write_text(str(model_card(run)), encoding="utf-8")
 
 
+def is_own_card(path: Path) -> bool:
+    """Whether `path` is a card as `write_card` leaves it, or there is none."""
+    if not path.exists():
+        return True
+    try:
+        tags = ModelCard.load(path, ignore_metadata_errors=True).data.tags
+    except ValueError:
+        return False
+    return "latro" in (tags or ())
+
+
 def model_card(run: Run) -> ModelCard:
     """The card of `run`."""
     parts = [_summary(run), _results(run), _curve(run), _samples(run)]

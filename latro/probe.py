@@ -5,7 +5,6 @@ It writes a JSON file and a picture beside it; `latro.probing` tells what is mea
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from latro.arguments import parse_arguments
 from latro.config import DataArguments, ModelArguments, setting
+from latro.errors import exit_with
 from latro.files import check_output, replacing, write_json
 from latro.loading import load_held_out, load_model, load_task
 from latro.probing import KINDS, ProbeSettings, draw, probe_model, summary
+from latro.run_folder import lock_of, locked_by_all
 from latro.scoring import Scorer
-from latro.terminal import Terminal, one_line
+from latro.terminal import Terminal
 
 
 @dataclass
@@ -33,6 +34,7 @@ class ProbeArguments:
     _argument_group_name = "probe"
 
     output: str = setting("probe.json", "The JSON file to write; the picture goes beside it.")
+    overwrite: bool = setting(False, "Write over an output that is there already.")
     eval_split: str = setting(
         "validation", "Which problems: validation, since it is before training, or test."
     )
@@ -54,7 +56,27 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, ProbeArguments), argv, prog="python -m latro.probe"
     )
-    check_output(args.output, data_args.dataset_name)
+    sources = (data_args.dataset_name, data_args.dataset_path, model_args.model_name_or_path)
+    check_output(args.output, *sources, beside=(".png",))
+    # Before the model is loaded: it sets which device is this process's.
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    with locked_by_all(lock_of(args.output), f"output: {args.output}"):
+        return _probe(model_args, data_args, args, processes=processes)
+
+
+def _probe(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: ProbeArguments,
+    *,
+    processes: PartialState,
+) -> dict[str, Any]:
+    picture = Path(args.output).with_suffix(".png")
+    for path in (Path(args.output), picture):
+        if path.exists() and not args.overwrite:
+            raise ValueError(
+                f"output: {path} is there already; name another file, or pass --overwrite true"
+            )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = ProbeSettings(
@@ -66,8 +88,6 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     task = load_task(data_args)
     dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
-    # Before the model is loaded: it sets which device is this process's.
-    processes = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
     records = probe_model(scorer, tokenizer, task, dataset, settings, accelerator=processes)
@@ -81,7 +101,6 @@ def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     if not processes.is_main_process:
         return result
-    picture = Path(args.output).with_suffix(".png")
     with replacing(picture) as temporary:
         draw(records).savefig(temporary, format="png", dpi=120)
         write_json(args.output, result)
@@ -114,12 +133,8 @@ def _with_error(figure: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    """The command: errors in the user's input as one line, not as a traceback."""
-    try:
-        probe()
-    except (ValueError, ConnectionError) as error:
-        sys.exit(one_line(f"latro.probe: {error}"))
-    PartialState().destroy_process_group()
+    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    exit_with("latro.probe", probe)
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from latro.config import at_least
 from latro.evaluation import answer_logp, check_temperature
 from latro.generation import TransformersEngine, seed_of
 from latro.graded import standard_error
 from latro.prompts import check_dataset, check_rationales, encode_prompt
+from latro.ranges import at_least
 from latro.rollout import AnswerJoin, Rollout, Sample, decode, eos_token_ids
 from latro.scoring import Scorer
 from latro.tasks import Task

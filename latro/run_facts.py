@@ -38,7 +38,7 @@ _TRAINERS = (
 _LEFT_OUT = {
     *("eval_split", "num_eval_examples", "token_budget", "max_skipped_updates", "backend"),
     *("rollout_engine", "vllm_url", "vllm_weights_dir"),
-    *("log_completions", "num_completions_to_print"),
+    *("log_completions", "num_completions_to_print", "overwrite_output_dir"),
 }
 
 

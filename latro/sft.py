@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latro.command import exit_with, run_training
+from latro.command import run_training
 from latro.config import SftConfig
+from latro.errors import exit_with
 from latro.sft_trainer import SftTrainer
 
 PROG = "latro.sft"
@@ -26,7 +27,7 @@ def sft(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.command.exit_with` tells."""
+    """The command, with exit codes as `latro.errors.exit_with` tells."""
     exit_with(PROG, sft)
 
 

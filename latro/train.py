@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latro.command import exit_with, run_training
+from latro.command import run_training
 from latro.config import LatroConfig
+from latro.errors import exit_with
 from latro.trainer import LatroTrainer
 
 PROG = "latro.train"
@@ -26,7 +27,7 @@ def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.command.exit_with` tells."""
+    """The command, with exit codes as `latro.errors.exit_with` tells."""
     exit_with(PROG, train)
 
 

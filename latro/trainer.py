@@ -51,6 +51,7 @@ from latro.peft import AdapterOff, check_ties, has_adapter
 from latro.prompts import check_dataset, encode_prompt
 from latro.reporting import SequenceReports, sinks_of
 from latro.rollout import Rollout, RolloutEngine, Sample, eos_token_ids
+from latro.run_identity import Facts, weights_fingerprint
 from latro.scoring import Scorer
 from latro.statistics import rollout_sums
 from latro.tasks import Task
@@ -205,6 +206,13 @@ class LatroTrainer(AnswerTrainer):
             *(dataset, "train_dataset", model, self.join.tokenizer, self.join),
             args.max_completion_length,
         )
+
+    def _run_identity(self) -> Facts:
+        identity = super()._run_identity()
+        if isinstance(self.ref_scorer, Scorer):
+            weights = weights_fingerprint(self.ref_scorer.model)
+            identity["decides"]["reference weights"] = weights
+        return identity
 
     # The update.
 

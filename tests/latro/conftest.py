@@ -124,6 +124,8 @@ def make_trainer(
             "max_steps": 4,
             "disable_tqdm": True,
             "save_strategy": "no",
+            # Tests compare trainings, all of them in one folder.
+            "overwrite_output_dir": True,
             **settings,
         }
         return LatroTrainer(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from latro.checkpoints import (
     MANIFEST,
+    PARTIAL,
     check_checkpoint,
     damage,
     last_whole_checkpoint,
@@ -276,7 +277,7 @@ def test_published_it_takes_the_place_of_one_of_the_same_step(checkpoint, tmp_pa
     for content in ("first", "second"):
         folder = checkpoint(3, manifest=False)
         (folder / "note").write_text(content)
-        (run_dir / ".partial").mkdir(parents=True, exist_ok=True)
+        (run_dir / PARTIAL).mkdir(parents=True, exist_ok=True)
         publish(folder, run_dir)
         assert (run_dir / "checkpoint-3" / "note").read_text() == content
         assert damage(run_dir / "checkpoint-3") is None
@@ -286,7 +287,7 @@ def test_published_it_takes_the_place_of_one_of_the_same_step(checkpoint, tmp_pa
 @pytest.mark.parametrize("make", [as_file, as_link_loop, as_dangling_link])
 def test_published_it_takes_the_place_of_what_is_no_folder(checkpoint, tmp_path, make):
     run_dir = tmp_path / "run"
-    (run_dir / ".partial").mkdir(parents=True)
+    (run_dir / PARTIAL).mkdir(parents=True)
     make(run_dir / "checkpoint-3")
     publish(checkpoint(3, manifest=False), run_dir)
     assert damage(run_dir / "checkpoint-3") is None

@@ -8,6 +8,7 @@ import pytest
 from datasets import load_dataset
 
 from latro.evaluate import EvaluateArguments, evaluate, main
+from latro.run_folder import lock_of, locked
 from latro.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +169,38 @@ def test_a_bad_call_writes_nothing(output, argv, message):
     with pytest.raises(ValueError, match=message):
         evaluate(["--output", str(output), *argv])
     assert not output.parent.exists()
+
+
+def test_a_file_that_no_evaluation_wrote_is_kept(output):
+    output.parent.mkdir(exist_ok=True, parents=True)
+    output.write_text("mine")
+    for more in ((), ("--overwrite",)):
+        with pytest.raises(ValueError, match=r"^output: .* is there without .*\.settings\.json"):
+            evaluate([*FEW, "--output", str(output), *more])
+    assert output.read_text() == "mine"
+
+
+def test_two_evaluations_at_once_on_one_output(output):
+    with (
+        locked(lock_of(output), "output: it"),
+        pytest.raises(ValueError, match=r"^output: .* is in use by process \d+ on .*; wait until"),
+    ):
+        evaluate([*FEW, "--output", str(output)])
+    assert not output.exists()
+    evaluate([*FEW, "--output", str(output)])
+    assert sorted(p.name for p in output.parent.iterdir() if p.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "x.json"])
+def test_the_model_s_own_files_are_no_output(tiny, tokenizer, tmp_path, name):
+    tiny().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "x.settings.json").touch()
+    before = (tmp_path / "config.json").read_bytes()
+    argv = (*FEW, "--model_name_or_path", str(tmp_path), "--output", str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"^output: .* is a file of "):
+        evaluate([*argv, "--overwrite"])
+    assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_a_vote_is_of_all_samples_unless_it_is_said():

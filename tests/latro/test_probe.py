@@ -13,6 +13,7 @@ from PIL import Image
 from latro.probe import probe
 from latro.probing import KINDS, ProbeSettings, gains, probe_model, summary
 from latro.prompts import encode_prompt
+from latro.run_folder import lock_of, locked
 from latro.scoring import Scorer
 
 
@@ -105,6 +106,28 @@ def small(tmp_path):
         )
 
     return run
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.png"])
+def test_what_is_there_is_written_over_only_when_asked(small, tmp_path, name):
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_text("mine")
+    with pytest.raises(ValueError, match=rf"^output: .*{name} is there already"):
+        small()
+    assert path.read_text() == "mine"
+    small("--overwrite", "true")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["p.json", "p.png"]
+    assert path.read_bytes() != b"mine"
+
+
+def test_two_probes_at_once_on_one_output(small, tmp_path):
+    with (
+        locked(lock_of(tmp_path / "out" / "p.json"), "output: it"),
+        pytest.raises(ValueError, match=r"^output: .* is in use by process"),
+    ):
+        small()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_leaves_a_json_file_and_a_picture(small, tmp_path, capsys):

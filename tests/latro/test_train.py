@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -160,6 +161,20 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(
     assert results["final"]["eval_answer_logp"] == pytest.approx(likelihood, rel=1e-5)
 
 
+def test_an_impossible_answer_is_no_error_at_the_end(tmp_path, monkeypatch, capsys):
+    def evaluate_model(*args, **options):
+        metrics, records = evaluation.evaluate_model(*args, **options)
+        return metrics | {"answer_logp": -math.inf}, records
+
+    monkeypatch.setattr("latro.answer_trainer.evaluate_model", evaluate_model)
+    output = tmp_path / "run"
+    train([*SMALL, "--max_steps", "1", "--save_strategy", "no", "--output_dir", str(output)])
+    results = json.loads((output / "results.json").read_text())
+    assert results["final"]["eval_answer_logp"] is None
+    assert "-inf" in capsys.readouterr().out
+    assert (output / "README.md").exists()
+
+
 @pytest.fixture(scope="module")
 def long_run(tokenizer, warm, tmp_path_factory):
     """What starts a process of six updates and evaluations, and the folder of a whole one."""
@@ -279,7 +294,7 @@ def test_weights_that_are_nan_are_refused(tiny, tokenizer, tmp_path):
 def test_a_tokenizer_larger_than_the_model_is_refused(tiny, tokenizer, tmp_path):
     tiny(vocab_size=100).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the tokenizer has \d+ tokens but .* has 100"):
+    with pytest.raises(ValueError, match=r"tokenizer has tokens up to the id \d+, but .* has 100"):
         train(["--model_name_or_path", str(tmp_path), *SMALL])
 
 
