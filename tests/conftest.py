@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -19,7 +20,16 @@ import torch
 from tests.warm_process import WarmProcess
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Of pytest-xdist: it would hand out files by their number of tests, and so leave a long file of
+    # one test to one worker when the others have nothing more to do.
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda i: (not i.get_closest_marker("long"), -tests[i.path], i.path))
     if torch.cuda.is_available():
         return
     for item in items:

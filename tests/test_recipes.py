@@ -28,6 +28,8 @@ from latro.config import (
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RUNS = sorted(RECIPES.glob("*.yaml"))

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM
 from latro.config import SMALL_MODEL
 from latro.train import train
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PROMPTS = 4
 """Of an update, over all processes."""

@@ -13,7 +13,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from latro.callbacks import MetricsFiles
 
-pytestmark = pytest.mark.usefixtures("ordinary_signals")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ordinary_signals")]
 
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_answer_logp"}
 STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.latro.last_batches import CASES, PROCESSES, SHARDED, train_case
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, warm):

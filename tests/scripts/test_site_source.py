@@ -15,6 +15,8 @@ pytest.importorskip("latex2mathml", reason="not installed: pip install -e '.[doc
 
 from scripts import site_source
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 PAGE = "kernels/linear_logprob.html"
 """The page with the most formulas."""

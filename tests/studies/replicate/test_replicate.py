@@ -13,6 +13,8 @@ import pytest
 from latro.terminal import Terminal
 from studies.replicate import __main__ as command
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def forked(warm, tmp_path_factory, monkeypatch):
