@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -272,20 +271,18 @@ def peak_memory(
     }
 
 
-def peak_memory_on_cpu(
-    name: str,
+def peak_memory_at(
     shape: Shape,
     *,
+    logprob: LogprobFn | str,
     make: Callable[[Shape], Problem],
     phases: Sequence[str],
-    threads: int,
 ) -> dict[str, int]:
-    """Measure `peak_memory` of a provider on a CPU; this has to run in a process of its own."""
-    memory.make_malloc_honest()
-    torch.set_num_threads(threads)
-    logprob = PROVIDERS[name].find(torch.device("cpu"))
-    peak_memory(logprob, make(TINY), phases)
-    return peak_memory(logprob, make(shape), phases)
+    """Measure `peak_memory` of a provider, which may be given by name, at `shape`."""
+    problem = make(shape)
+    if isinstance(logprob, str):
+        logprob = PROVIDERS[logprob].find(problem.hidden.device)
+    return peak_memory(logprob, problem, phases)
 
 
 def measure_memory(
@@ -298,18 +295,21 @@ def measure_memory(
     phases: Sequence[str] = MEMORY_PHASES,
 ) -> dict[str, int | None]:
     """Measure `peak_memory` as is honest on `device`; a failure is printed, and gives `None`."""
-    why = memory.can_measure(device)
-    if why is None:
-        try:
-            if device.type == "cuda":
-                return dict(peak_memory(logprob, make(shape), phases))
-            threads = torch.get_num_threads()
-            call = partial(peak_memory_on_cpu, make=make, phases=tuple(phases), threads=threads)
-            return dict(memory.in_fresh_process(call, name, shape))
-        except (*CANNOT_RUN, BrokenProcessPool) as error:
-            why = reason(error)
-    print(f"{name}: memory not measured: {why}", file=sys.stderr)
-    return {phase: None for phase in MEMORY_PHASES if phase in phases}
+    peaks = memory.measured(
+        partial(
+            peak_memory_at,
+            # Another process is given the name: not every function pickles.
+            logprob=logprob if device.type == "cuda" else name,
+            make=make,
+            phases=tuple(phases),
+        ),
+        shape,
+        device,
+        tiny=TINY,
+        name=name,
+        failures=CANNOT_RUN,
+    )
+    return dict(peaks or dict.fromkeys(phase for phase in MEMORY_PHASES if phase in phases))
 
 
 def measure_errors(

@@ -23,13 +23,17 @@ from __future__ import annotations
 import ctypes
 import gc
 import multiprocessing
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -68,6 +72,45 @@ def make_malloc_honest() -> None:
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 16)
     libc.mallopt(_M_TRIM_THRESHOLD, 1 << 16)
     libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
+
+
+def measured(
+    measure: Callable[[P], T],
+    problem: P,
+    device: torch.device,
+    *,
+    tiny: P,
+    name: str,
+    failures: tuple[type[BaseException], ...],
+) -> T | None:
+    """Return `measure(problem)`, which calls `peak_extra_bytes`, from where it is honest.
+
+    Args:
+        measure: this has to pickle on a CPU.
+        problem: what is measured.
+        device: on a CPU a process of its own measures.
+        tiny: what that process measures first, for what is loaded on first use.
+        name: whose memory it is; printed, with the reason, where None is returned.
+        failures: what `measure` may raise where it cannot run.
+    """
+    why: object = can_measure(device)
+    if why is None:
+        try:
+            if device.type == "cuda":
+                return measure(problem)
+            call = partial(_measured_honestly, tiny=tiny, threads=torch.get_num_threads())
+            return in_fresh_process(call, measure, problem)
+        except (*failures, BrokenProcessPool) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+    print(f"{name}: memory not measured: {why}", file=sys.stderr)
+    return None
+
+
+def _measured_honestly(measure: Callable[[P], T], problem: P, *, tiny: P, threads: int) -> T:
+    make_malloc_honest()
+    torch.set_num_threads(threads)
+    measure(tiny)
+    return measure(problem)
 
 
 def _status_bytes(field: str) -> int:

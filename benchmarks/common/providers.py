@@ -121,10 +121,7 @@ def _find_liger(device: torch.device) -> LogprobFn:
     _require("liger_kernel", _INSTALL_PEERS)
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
-    def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, target)
-
-    return liger
+    return _negated(LigerFusedLinearScaledCrossEntropyFunction.apply)
 
 
 def _find_liger_flce(device: torch.device) -> LogprobFn:
@@ -132,10 +129,7 @@ def _find_liger_flce(device: torch.device) -> LogprobFn:
     _require_gpu(device, "its Triton kernel")
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    def liger_flce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -liger_fused_linear_cross_entropy(hidden, weight, target, reduction="none")
-
-    return liger_flce
+    return _negated(liger_fused_linear_cross_entropy, reduction="none")
 
 
 def _find_cce(impl: str, device: torch.device) -> LogprobFn:
@@ -144,10 +138,12 @@ def _find_cce(impl: str, device: torch.device) -> LogprobFn:
         _require_gpu(device, "its Triton kernel")
     from cut_cross_entropy import linear_cross_entropy
 
-    def cce(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return -linear_cross_entropy(hidden, weight, target, reduction="none", impl=impl)
+    return _negated(linear_cross_entropy, reduction="none", impl=impl)
 
-    return cce
+
+def _negated(loss: LogprobFn, **options: object) -> LogprobFn:
+    """Make log-probs of a cross-entropy."""
+    return lambda hidden, weight, target: -loss(hidden, weight, target, **options)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,10 @@ BETA = 0.05
 
 @dataclass
 class Pass:
-    """One forward: of the policy or the reference, with the tokens that the trunk read, padding
-    included, and the rows that the head took."""
+    """One forward of the policy or the reference.
+
+    `tokens` are those that the trunk read, padding included, and `rows` those that the head took.
+    """
 
     model: str
     with_gradient: bool
@@ -154,7 +156,7 @@ class Ours(Contender):
 
 
 class Published(Contender):
-    """The published algorithm (`published_update`), all sequences in one batch, as in ours."""
+    """The published algorithm (`updates.published`), all sequences in one batch, as in ours."""
 
     name = "published"
 

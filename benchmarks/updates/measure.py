@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,9 +24,17 @@ PHASES = ("update", "step")
 class Row:
     """A contender on one setting.
 
-    Times are in seconds by phase; `ratio` is of their medians, over ours; `peak` is in bytes, of an
-    update, None where it was not measured. Tokens and rows are those of one update of the given
-    rollouts, over all of its passes.
+    Attributes:
+        contender: its name.
+        setting: the sizes of the update.
+        passes: the forwards of one update of the given rollouts.
+        times: seconds by phase.
+        ratio: by phase, the median over that of ours.
+        peak: bytes of an update, None where they were not measured.
+        prompt_tokens: what the first forward of a step reads: prompts, each once or once for each
+            of its samples; None where no step was timed.
+        gradient_error: the largest difference of a gradient's entry from ours over ours' largest,
+            over the parameters; None where the contender's gradient is another one.
     """
 
     contender: str
@@ -38,11 +44,7 @@ class Row:
     ratio: dict[str, float] = field(default_factory=dict)
     peak: int | None = None
     prompt_tokens: int | None = None
-    """Of the first forward of a step, which reads the prompts, each once or once for each of its
-    samples; None where no step was timed."""
     gradient_error: float | None = None
-    """Largest difference of a gradient's entry from ours over ours' largest, over the parameters;
-    None where the contender's gradient is another one."""
 
     @property
     def tokens(self) -> int:
@@ -142,35 +144,18 @@ def time_phase(
 
 def measure_memory(rows: Sequence[Row], device: torch.device) -> None:
     """Measure an update's peak memory into each row; a failure is printed, and None."""
-    why = memory.can_measure(device)
-    if why is not None:
-        print(f"memory not measured: {why}", file=sys.stderr)
-        return
     for row in rows:
-        try:
-            if device.type == "cuda":
-                row.peak = _peak(row.contender, row.setting, device)
-            else:
-                row.peak = memory.in_fresh_process(
-                    partial(_peak_on_cpu, threads=torch.get_num_threads()),
-                    row.contender,
-                    row.setting,
-                )
-        except (torch.OutOfMemoryError, BrokenProcessPool) as error:
-            print(f"{row.contender}: memory not measured: {error}", file=sys.stderr)
+        row.peak = memory.measured(
+            partial(_peak, row.contender, device=device),
+            row.setting,
+            device,
+            tiny=replace(row.setting, G=1, K=2, P=4, rationale=(2, 4)),
+            name=row.contender,
+            failures=(torch.OutOfMemoryError,),
+        )
 
 
-def _peak_on_cpu(name: str, setting: Setting, threads: int) -> int:
-    """Return `_peak` on a CPU; this has to run in a process of its own."""
-    memory.make_malloc_honest()
-    torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    # Loads what is loaded on first use.
-    _peak(name, replace(setting, G=1, K=2, P=4, rationale=(2, 4)), device)
-    return _peak(name, setting, device)
-
-
-def _peak(name: str, setting: Setting, device: torch.device) -> int:
+def _peak(name: str, setting: Setting, *, device: torch.device) -> int:
     """Return peak bytes beyond the weights of policy and reference; gradients are counted."""
     problem = StepProblem(setting, device)
     groups = problem.groups()
@@ -180,14 +165,13 @@ def _peak(name: str, setting: Setting, device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Held:
-    """An update of one batch that fitted on the device."""
+    """An update of one batch that fitted on the device; `peak` is in bytes beyond the weights."""
 
     contender: str
     G: int
     sequences: int
     seconds: float
     peak: int
-    """Bytes, beyond the weights."""
 
 
 def largest(name: str, setting: Setting, device: torch.device, *, limit: int) -> list[Held]:

@@ -143,7 +143,7 @@ class PublishedUpdate:
 
     @torch.no_grad()
     def _advantage(self, rationales: _Rows, answers: _Rows) -> Tensor:
-        """[B]: each sequence's reward, less its KL, less the mean of the others in its group."""
+        """Compute each sequence's reward, less its KL, less its group's mean of the others: [B]."""
         logp, ref_logp, reward = [], [], []
         for start in range(0, len(rationales.scored), self.settings.scoring_batch):
             batch = slice(start, start + self.settings.scoring_batch)
