@@ -36,13 +36,7 @@ def run(seed: int, folder: Path) -> dict[str, object]:
     """Train with one seed; return its metrics before and after, and wall-clock seconds."""
     started = time.perf_counter()
     subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "latro.train",
-            f"--seed={seed}",
-            f"--output_dir={folder}",
-        ],
+        [sys.executable, "-m", "latro.train", f"--seed={seed}", f"--output_dir={folder}"],
         cwd=ROOT,
         check=True,
     )

@@ -79,12 +79,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    seed: int = 0,
-    frozen: bool = False,
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, seed: int = 0, frozen: bool = False
 ) -> Problem:
     """Draw inputs whose logits have standard deviation about 3, as language models' have.
 

@@ -210,9 +210,5 @@ def _hold(name: str, setting: Setting, device: torch.device) -> Held:
         clock.mark()
         (seconds,) = clock.laps()
     return Held(
-        contender=name,
-        G=setting.G,
-        sequences=setting.G * setting.K,
-        seconds=seconds,
-        peak=peak,
+        contender=name, G=setting.G, sequences=setting.G * setting.K, seconds=seconds, peak=peak
     )

@@ -131,14 +131,15 @@ class StepProblem:
             for _ in range(count or self.setting.G)
         ]
 
-    def groups(self, lengths: Sequence[Sequence[int]] | None = None) -> list[list[Rollout]]:
-        """Make rollouts of G prompts whose rationales have `lengths`, or those of the setting."""
+    def groups(self) -> list[list[Rollout]]:
+        """Make rollouts of G prompts whose rationales have the lengths of the setting."""
         tokens = random.Random(1)
-        samples = [
-            [self._words(tokens, length - 1) for length in of_group]
-            for of_group in lengths or [self.setting.lengths] * self.setting.G
-        ]
-        return self.join_all(samples)
+        return self.join_all(
+            [
+                [self._words(tokens, length - 1) for length in self.setting.lengths]
+                for _ in range(self.setting.G)
+            ]
+        )
 
     def join_all(self, samples: Sequence[Sequence[list[int]]]) -> list[list[Rollout]]:
         """Make rollouts of the prompts, each sample ended by the end token."""

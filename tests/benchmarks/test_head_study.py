@@ -221,8 +221,7 @@ def test_evidence_of_a_case_made_by_hand(chunk_bytes, monkeypatch):
     bound, hit = head_study.evidence(problem, columns=2)
     # Three blocks of columns, the last of one.
     torch.testing.assert_close(
-        bound,
-        torch.tensor([[0.5, 0.125, 0.0625], [0.5, 0.5, 0.25], [0.03125, 0.125, 0.25]]),
+        bound, torch.tensor([[0.5, 0.125, 0.0625], [0.5, 0.5, 0.25], [0.03125, 0.125, 0.25]])
     )
     assert hit.tolist() == [[True, False, False], [True, False, False], [False, False, True]]
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -75,3 +77,32 @@ def test_resident_set_agrees_with_the_profiler_where_torch_allocates_everything(
 def test_errors_come_back():
     with pytest.raises(ValueError, match="from the other process"):
         memory.in_fresh_process(raises)
+
+
+def counted(problem: list[str]) -> tuple[int, list[str]]:
+    """Return which process this is, and everything that it has been called with."""
+    CALLS.append(problem)
+    return os.getpid(), CALLS
+
+
+CALLS: list[list[str]] = []
+
+
+def test_a_process_of_its_own_measures_something_tiny_first():
+    found = memory.measured(counted, ["real"], CPU, tiny=["tiny"], name="name", failures=())
+    process, calls = found
+    assert process != os.getpid()
+    assert calls == [["tiny"], ["real"]]
+
+
+def fail(problem: str) -> int:
+    raise NotImplementedError(f"no kernel for this\n{problem}")
+
+
+def test_a_failure_is_printed_and_others_are_raised(capsys):
+    failures = (NotImplementedError,)
+    assert memory.measured(fail, "real", CPU, tiny="tiny", name="name", failures=failures) is None
+    said = "name: memory not measured: NotImplementedError: no kernel for this\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(NotImplementedError):
+        memory.measured(fail, "real", CPU, tiny="tiny", name="name", failures=())
