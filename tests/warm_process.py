@@ -71,14 +71,16 @@ class Running:
         Raises:
             TimeoutError: it took longer; the message has what it printed.
         """
-        status = self._server.ask({"wait": self.pid, "seconds": timeout})
+        if self._code is None:
+            status = self._server.ask({"wait": self.pid, "seconds": timeout})
+            self._code = status if status is None else os.waitstatus_to_exitcode(status)
         texts = [
             (self._folder / name).read_text(encoding="utf-8", errors="replace")
             for name in ("stdout", "stderr")
         ]
-        if status is None:
+        if self._code is None:
             raise TimeoutError(f"killed after {timeout:g} s, having printed {texts}")
-        return Finished(os.waitstatus_to_exitcode(status), *texts)
+        return Finished(self._code, *texts)
 
 
 def free_port() -> int:
@@ -128,6 +130,7 @@ class WarmProcess:
             environment: on top of this process's; what libraries read at import is read already.
         """
         folder.mkdir(parents=True)
+        (folder / "stdout").touch()
         pid = self.ask(
             {
                 "command": command,
@@ -138,8 +141,6 @@ class WarmProcess:
                 "environment": {**os.environ, **(environment or {})},
             }
         )
-        if stdout:
-            (folder / "stdout").touch()
         return Running(self, pid, folder)
 
     def run_together(
@@ -149,20 +150,22 @@ class WarmProcess:
         folder: Path,
         *,
         processes: int,
+        code: int = 0,
         timeout: float = 240.0,
     ) -> Finished:
         """Run a command in several processes that are one run, and return how they ended.
 
-        They find what `torchrun --standalone` would tell them. All have to end with code 0.
+        They find what `torchrun --standalone` would tell them.
 
         Args:
             command: as in `start`; so are the arguments.
             folder: where what they print is kept, made for it.
             processes: their number.
+            code: the one that each of them has to end with.
             timeout: seconds that each of them is waited for.
 
         Returns:
-            The code 0 and what they printed, one process after the other.
+            That code and what they printed, one process after the other.
         """
         # As torchrun does: nobody can take the port between its choice and its use.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -187,9 +190,9 @@ class WarmProcess:
         ]
         finished = [process.wait(timeout) for process in started]
         for rank, one in enumerate(finished):
-            assert one.code == 0, f"process {rank} ended with {one.code}: {one.stderr[-4000:]}"
+            assert one.code == code, f"process {rank} ended with {one.code}: {one.stderr[-4000:]}"
         stdout = "".join(one.stdout for one in finished)
-        return Finished(0, stdout, "".join(one.stderr for one in finished))
+        return Finished(code, stdout, "".join(one.stderr for one in finished))
 
     def ask(self, request: Mapping[str, Any]) -> Any:
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -6,11 +6,7 @@ import errno
 import json
 import os
 import pickle
-import resource
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,6 @@ from latro.errors import exit_with, reading, writing
 from latro.files import append, replacing, write_json
 from latro.run_identity import RUN_FILE
 from latro.train import train
-
-ROOT = Path(__file__).parents[2]
 
 
 def full(path=None):
@@ -241,18 +235,21 @@ def line_of(*argv):
     return str(caught.value)
 
 
-def test_a_disk_that_takes_no_checkpoint_ends_a_run_in_one_line(tmp_path):
+LIMITED = """
+import resource
+from latro import train
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+train.main()
+"""
+
+
+def test_a_disk_that_takes_no_checkpoint_ends_a_run_in_one_line(tmp_path, warm):
     output = tmp_path / "run"
-    limit = (1_000_000, 1_000_000)
-    done = subprocess.run(
-        [sys.executable, "-m", "latro.train", *RUN, "--output_dir", str(output)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    assert done.returncode == 1
+    script = tmp_path / "limited.py"
+    script.write_text(LIMITED)
+    arguments = (*RUN, "--output_dir", output)
+    done = warm.start(str(script), arguments, tmp_path / "printed").wait()
+    assert done.code == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith(f"latro.train: {output}/.latro-partial/checkpoint-1")
     assert "Traceback" not in done.stderr

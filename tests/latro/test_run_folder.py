@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from latro.config import SMALL_MODEL
 from latro.run_folder import LOCK_FILE, check_apart, delete, locked, to_replace
 from latro.train import train
 
-ROOT = Path(__file__).parents[2]
 RUN = (
     *("--num_train_examples", "4", "--num_eval_examples", "2", "--max_steps", "1"),
     *("--num_generations", "2", "--max_completion_length", "4", "--use_cpu", "true"),
@@ -31,17 +29,19 @@ with locked(Path(sys.argv[1]), "output_dir: it"):
 
 
 @pytest.fixture
-def holder(tmp_path):
+def holder(tmp_path, warm):
     """A process that holds the lock of the folder `run`."""
-    lock = tmp_path / "run" / LOCK_FILE
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(lock)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    script = tmp_path / "holder.py"
+    script.write_text(HOLDER)
+    printed = tmp_path / "printed by the holder"
+    process = warm.start(str(script), [tmp_path / "run" / LOCK_FILE], printed)
+    while (printed / "stdout").read_text() != "held\n":
+        assert process.poll() is None, process.wait()
+        time.sleep(0.02)
     yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_a_folder_that_another_process_trains_in_is_refused(holder, tmp_path, make_trainer):
@@ -54,7 +54,7 @@ def test_a_folder_that_another_process_trains_in_is_refused(holder, tmp_path, ma
 
 
 def test_a_killed_process_leaves_no_lock(holder, tmp_path, make_trainer):
-    holder.send_signal(signal.SIGKILL)
+    os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
     assert (tmp_path / "run" / LOCK_FILE).exists()
     make_trainer(max_steps=1).train()
@@ -248,17 +248,9 @@ processes.destroy_process_group()
 """
 
 
-def test_all_processes_learn_that_the_main_one_is_refused(holder, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    script = (str(tmp_path / "script.py"), str(tmp_path / "run" / LOCK_FILE))
-    done = subprocess.run(
-        [sys.executable, *launcher, *script],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        timeout=240,
-        capture_output=True,
-        text=True,
-    )
+def test_all_processes_learn_that_the_main_one_is_refused(holder, tmp_path, warm):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    lock = tmp_path / "run" / LOCK_FILE
+    done = warm.run_together(str(script), [lock], tmp_path / "printed", processes=2)
     assert sorted(done.stdout.split("\n")[:2]) == ["refused 0", "refused 1"]

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +17,6 @@ from latro.sft import sft
 from latro.sft_trainer import SftTrainer
 from latro.train import train
 
-ROOT = Path(__file__).parents[2]
 DEFAULTS = {"num_generations": 2, "max_completion_length": 4, "save_strategy": "steps"}
 
 
@@ -292,7 +287,7 @@ def test_the_command_refuses_another_run(tmp_path):
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
 
 
-def test_processes_are_told_and_as_many_prompts_an_update_go_on(tmp_path):
+def test_processes_are_told_and_as_many_prompts_an_update_go_on(tmp_path, warm):
     argv = [
         *("--model_name_or_path", str(SMALL_MODEL), "--num_train_examples", "8"),
         *("--num_eval_examples", "2", "--eval_on_start", "false", "--max_steps", "2"),
@@ -302,27 +297,14 @@ def test_processes_are_told_and_as_many_prompts_an_update_go_on(tmp_path):
     ]
     train([*argv, "--per_device_train_batch_size", "2"])
     resume = ("--resume_from_checkpoint", str(tmp_path / "run" / "checkpoint-1"))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
-    def on_two(batch):
-        return subprocess.run(
-            [
-                *(sys.executable, *launcher, "-m", "latro.train", *argv, *resume),
-                *("--per_device_train_batch_size", batch),
-            ],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+    def on_two(batch, code):
+        arguments = [*argv, *resume, "--per_device_train_batch_size", batch]
+        printed = tmp_path / f"printed with {batch}"
+        return warm.run_together("latro.train", arguments, printed, processes=2, code=code)
 
-    refused = on_two("2")
-    assert refused.returncode == 1
-    assert "prompts an update was 2, now 4" in refused.stderr
-    done = on_two("1")
-    assert done.returncode == 0, done.stderr
+    assert "prompts an update was 2, now 4" in on_two("2", code=1).stderr
+    done = on_two("1", code=0)
     assert "processes was 1, now 2" in done.stderr
 
 
