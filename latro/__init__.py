@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from latro.config import LatroConfig, SftConfig
+from latro.config.training import LatroConfig, SftConfig
 from latro.sft_trainer import SftTrainer
 from latro.trainer import LatroTrainer
 

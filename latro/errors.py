@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import sys
 import zipfile
 from collections.abc import Callable
@@ -20,7 +21,6 @@ from types import TracebackType
 from safetensors import SafetensorError
 from torch import distributed
 
-from latro.interruption import TrainingInterrupted
 from latro.terminal import one_line
 
 # What input and surroundings raise: bad values, updates that are not finite, files, disks, servers
@@ -34,6 +34,17 @@ _DAMAGE = (
     *(OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError),
     *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
+
+
+class TrainingInterrupted(Exception):
+    """A run ended at signal `number`, after so many updates, with a checkpoint in `output_dir`."""
+
+    def __init__(self, number: int, updates: int, output_dir: str) -> None:
+        super().__init__(
+            f"{signal.Signals(number).name}: stopped after update {updates}, with a checkpoint in "
+            f"{output_dir}; the same command with --resume_from_checkpoint true goes on from there"
+        )
+        self.signal = number
 
 
 class writing:

@@ -17,17 +17,17 @@ from accelerate import PartialState
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from latro.arguments import parse_arguments
-from latro.config import DataArguments, ModelArguments, setting
+from latro.config.command_line import parse_arguments
+from latro.config.training import DataArguments, ModelArguments, setting
 from latro.errors import exit_with
-from latro.evaluation import EvaluationSettings, evaluate_model
-from latro.few_shot import draw_examples
+from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
+from latro.evaluation.few_shot import draw_examples
+from latro.evaluation.metrics import intervals_of
+from latro.evaluation.resume import Journal, crc32, weights_crc32
 from latro.files import check_output, write_json
-from latro.graded import intervals_of
-from latro.journal import Journal, crc32, weights_crc32
 from latro.loading import load_held_out, load_model, load_task, load_train
-from latro.run_folder import lock_of, locked_by_all
-from latro.scoring import Scorer
+from latro.model.scoring import Scorer
+from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 
 

@@ -29,10 +29,10 @@ from transformers.utils import (
     has_file,
 )
 
-from latro.config import SMALL_MODEL, DataArguments, ModelArguments
-from latro.distribution import whole_on_load
-from latro.peft import require_peft
-from latro.prompts import prompt_text
+from latro.config.training import SMALL_MODEL, DataArguments, ModelArguments
+from latro.model.adapters import require_peft
+from latro.model.distribution import whole_on_load
+from latro.rollout.prompts import prompt_text
 from latro.tasks import TASKS, Task, get_task, read_own_data
 
 if TYPE_CHECKING:

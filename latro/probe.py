@@ -1,6 +1,6 @@
 """`python -m latro.probe`: how likely answers are without and with rationales, before any training.
 
-It writes a JSON file and a picture beside it; `latro.probing` tells what is measured.
+It writes a JSON file and a picture beside it; `latro.evaluation.likelihood` tells what is measured.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from accelerate import PartialState
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
-from latro.arguments import parse_arguments
-from latro.config import DataArguments, ModelArguments, setting
+from latro.config.command_line import parse_arguments
+from latro.config.training import DataArguments, ModelArguments, setting
 from latro.errors import exit_with
+from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.files import check_output, replacing, write_json
 from latro.loading import load_held_out, load_model, load_task
-from latro.probing import KINDS, ProbeSettings, draw, probe_model, summary
-from latro.run_folder import lock_of, locked_by_all
-from latro.scoring import Scorer
+from latro.model.scoring import Scorer
+from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latro.command import run_training
-from latro.config import SftConfig
+from latro.cli import run_training
+from latro.config.training import SftConfig
 from latro.errors import exit_with
 from latro.sft_trainer import SftTrainer
 

@@ -5,8 +5,8 @@ For rows of a prompt x, a written rationale z and an answer y, with T target tok
     loss = −1/T Σ [log π(z|x) + log π(y|x⊕z)]        or, with target "answer",  −1/T Σ log π(y|x)
 
 Prompts and answers are the tokens that evaluation and LaTRO take for the same row, and the answer
-ends as an assistant's turn does (`latro.rollout`). T counts the tokens of all accumulation steps
-and processes, so that each weighs the same however an update is cut up.
+ends as an assistant's turn does (`latro.rollout.sequences`). T counts the tokens of all
+accumulation steps and processes, so that each weighs the same however an update is cut up.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from latro.accumulation import Accumulation
-from latro.answer_trainer import AnswerTrainer
-from latro.config import AnswerConfig, SftConfig
-from latro.layout import Batch, Group, answer_sums
-from latro.prompts import check_dataset, check_rationales, encode_prompt
-from latro.rollout import Rollout, Sample
+from latro.base_trainer import AnswerTrainer
+from latro.config.training import AnswerConfig, SftConfig
+from latro.model.packing import Batch, Group, answer_sums
+from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
+from latro.rollout.sequences import Rollout, Sample
 from latro.tasks import Task
+from latro.update.accumulation import Accumulation
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from latro.command import run_training
-from latro.config import LatroConfig
+from latro.cli import run_training
+from latro.config.training import LatroConfig
 from latro.errors import exit_with
 from latro.trainer import LatroTrainer
 

@@ -11,8 +11,8 @@ With kl="k3" or "exact" the KL stands in the loss, and not in the reward.
 One policy forward over x⊕z⊕y gives both log-probs, since attention is causal; one reference
 forward gives log π_0, or the hidden states that an exact KL needs; the objective, LaTRO or a
 relative of it (`latro.objectives`), turns them into one coefficient per row; one backward follows
-(`latro.update`). The optimiser, schedule, precision, accumulation, checkpoints, callbacks and
-reporting are the Trainer's.
+(`latro.update.gradient`). The optimiser, schedule, precision, accumulation, checkpoints, callbacks
+and reporting are the Trainer's.
 """
 
 from __future__ import annotations
@@ -28,35 +28,36 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from latro import statistics
-from latro.answer_trainer import AnswerTrainer
-from latro.callbacks import CompletionsTable
-from latro.config import AnswerConfig, LatroConfig
-from latro.distribution import (
+from latro.base_trainer import AnswerTrainer
+from latro.config.training import AnswerConfig, LatroConfig
+from latro.engines.transformers import TransformersEngine, seed_of
+from latro.engines.vllm import VllmEngine
+from latro.model.adapters import check_ties, has_adapter
+from latro.model.distribution import (
     follow_fp32_weights,
     gathered,
     is_sharded,
     prepare_reference,
 )
-from latro.finite import Finding
-from latro.generation import TransformersEngine, seed_of
-from latro.initial import (
+from latro.model.initial import (
+    AdapterOff,
     InitialAdapter,
     adds_nothing,
     initial_of_checkpoint,
     trained_weights,
 )
+from latro.model.scoring import Scorer
 from latro.objectives import PLAIN_OBJECTIVES
-from latro.peft import AdapterOff, check_ties, has_adapter
-from latro.prompts import check_dataset, encode_prompt
-from latro.reporting import SequenceReports, sinks_of
-from latro.rollout import Rollout, RolloutEngine, Sample, eos_token_ids
-from latro.run_identity import Facts, weights_fingerprint
-from latro.scoring import Scorer
-from latro.statistics import rollout_sums
+from latro.reporting.callbacks import CompletionsTable
+from latro.reporting.trackers import SequenceReports, sinks_of
+from latro.rollout.prompts import check_dataset, encode_prompt
+from latro.rollout.sequences import Rollout, RolloutEngine, Sample, eos_token_ids
+from latro.run.identity import Facts, weights_fingerprint
 from latro.tasks import Task
-from latro.update import Update
-from latro.vllm_engine import VllmEngine
+from latro.update import metrics as statistics
+from latro.update.gradient import Update
+from latro.update.metrics import rollout_sums
+from latro.update.nonfinite import Finding
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -203,8 +204,12 @@ class LatroTrainer(AnswerTrainer):
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
     ) -> None:
         check_dataset(
-            *(dataset, "train_dataset", model, self.join.tokenizer, self.join),
-            args.max_completion_length,
+            dataset,
+            name="train_dataset",
+            model=model,
+            tokenizer=self.join.tokenizer,
+            join=self.join,
+            max_completion_length=args.max_completion_length,
         )
 
     def _run_identity(self) -> Facts:

@@ -17,8 +17,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
-from latro.arguments import parse_arguments
-from latro.config import (
+from latro.config.command_line import parse_arguments
+from latro.config.training import (
     SMALL_MODEL,
     DataArguments,
     LatroConfig,

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from benchmarks.updates.problem import StepProblem, stops_by_chance
 from benchmarks.updates.published import PublishedSettings, PublishedUpdate
 from latro import LatroConfig, LatroTrainer
-from latro.rollout import Rollout
+from latro.rollout.sequences import Rollout
 from latro.tasks import Arithmetic
 
 Groups = Sequence[Sequence[Rollout]]

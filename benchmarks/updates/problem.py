@@ -27,8 +27,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from latro.generation import caches_in
-from latro.rollout import AnswerJoin, Rollout, Sample
+from latro.engines.transformers import caches_in
+from latro.rollout.sequences import AnswerJoin, Rollout, Sample
 
 TEMPLATE = "The answer is"
 _NAMED = ("<eos>", "<unk>", *TEMPLATE.split())  # every other word is its token id, written out

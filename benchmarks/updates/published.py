@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from latro.rollout import Rollout
+from latro.rollout.sequences import Rollout
 
 
 @dataclass(frozen=True)

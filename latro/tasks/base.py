@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset
 
-from latro.answer_template import template_pattern
+from latro.rollout.answer_template import template_pattern
 
 SEVERAL = ""
 """The canonical form of a statement that names several answers, or none that can be told."""

@@ -32,7 +32,7 @@ from typing import Any
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from latro.prompts import prompt_text
+from latro.rollout.prompts import prompt_text
 
 from .base import Task, draw, stable_bucket
 from .choice import ChoiceTask

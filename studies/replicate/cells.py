@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from latro.callbacks import METRICS_FILE
 from latro.files import write_json
+from latro.reporting.callbacks import METRICS_FILE
 from latro.terminal import Terminal
 from latro_kernels import environment
 from studies.replicate.study import Cell, base_folder

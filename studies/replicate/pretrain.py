@@ -43,7 +43,7 @@ from transformers import (
     set_seed,
 )
 
-from latro.config import SMALL_MODEL, setting
+from latro.config.training import SMALL_MODEL, setting
 from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
 from latro.tasks.arithmetic_choice import ArithmeticChoice
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
-from latro.rollout import AnswerJoin, Rollout, Sample
+from latro.rollout.sequences import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.fake_vllm import FakeVllm

@@ -15,7 +15,7 @@ from accelerate import PartialState, accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro import LatroConfig, LatroTrainer
-from latro.config import SMALL_MODEL, SftConfig
+from latro.config.training import SMALL_MODEL, SftConfig
 from latro.sft_trainer import SftTrainer
 from latro.tasks import get_task
 from tests.latro.fsdp_on_cpu import ShardingState

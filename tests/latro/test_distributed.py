@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from latro.config import SMALL_MODEL
+from latro.config.training import SMALL_MODEL
 from latro.train import train
 
 pytestmark = pytest.mark.long

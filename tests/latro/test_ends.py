@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from latro import LatroConfig, LatroTrainer, SftConfig, SftTrainer
-from latro.evaluation import EvaluationSettings, evaluate_model
-from latro.probing import ProbeSettings, probe_model
-from latro.scoring import Scorer
+from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
+from latro.evaluation.likelihood import ProbeSettings, probe_model
+from latro.model.scoring import Scorer
 from tests.latro import frames
 
 FRAMES = {
@@ -68,8 +68,8 @@ def test_in_probe_and_evaluation(chat, tiny, task, dataset, monkeypatch):
         scored.extend(rollouts)
         return [-1.0] * len(rollouts)
 
-    monkeypatch.setattr("latro.probing.answer_logp", answer_logp)
-    monkeypatch.setattr("latro.evaluation.answer_logp", answer_logp)
+    monkeypatch.setattr("latro.evaluation.likelihood.answer_logp", answer_logp)
+    monkeypatch.setattr("latro.evaluation.accuracy.answer_logp", answer_logp)
     worked = dataset.add_column("rationale", ["So it is."] * len(dataset))
     scorer = Scorer(tiny(vocab_size=len(tokenizer)))
     shape = {"num_samples": 2, "max_completion_length": 6}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from latro.checkpoints import MANIFEST, PARTIAL, damage
-from latro.config import SMALL_MODEL
+from latro.config.training import SMALL_MODEL
 from latro.errors import exit_with, reading, writing
 from latro.files import append, replacing, write_json
-from latro.run_identity import RUN_FILE
+from latro.run.checkpoints import MANIFEST, PARTIAL, damage
+from latro.run.identity import RUN_FILE
 from latro.train import train
 
 
@@ -144,8 +144,8 @@ def run(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("latro.long_run.write_identity", full()),
-        ("latro.checkpoints.write_manifest", full()),
+        ("latro.run.resumable.write_identity", full()),
+        ("latro.run.checkpoints.write_manifest", full()),
         ("transformers.trainer.torch.save", RuntimeError("[enforce fail] unexpected pos")),
         ("transformers.modeling_utils.safe_save_file", SafetensorError("No space left on device")),
         ("transformers.trainer.TrainerState.save_to_json", full()),

@@ -8,7 +8,7 @@ import pytest
 from datasets import load_dataset
 
 from latro.evaluate import EvaluateArguments, evaluate, main
-from latro.run_folder import lock_of, locked
+from latro.run.folder import lock_of, locked
 from latro.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
@@ -59,7 +59,7 @@ def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
     assert evaluate(argv)["metrics"] == whole["metrics"]
     assert lines.read_bytes() == b"".join(there)
     # Votes are counted anew from the lines: nothing is generated for them.
-    monkeypatch.delattr("latro.evaluation.TransformersEngine.generate")
+    monkeypatch.delattr("latro.evaluation.accuracy.TransformersEngine.generate")
     argv[argv.index("--majority") + 1] = "1"
     assert evaluate(argv)["metrics"]["maj@1"] == whole["metrics"]["accuracy_sampled"]
 

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from latro.config import SMALL_MODEL
+from latro.config.training import SMALL_MODEL
 from tests.latro.hostile import ROWS, Case, Place, refused
 from tests.warm_process import WarmProcess
 

@@ -10,11 +10,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from latro.evaluation.likelihood import KINDS, ProbeSettings, gains, probe_model, summary
+from latro.model.scoring import Scorer
 from latro.probe import probe
-from latro.probing import KINDS, ProbeSettings, gains, probe_model, summary
-from latro.prompts import encode_prompt
-from latro.run_folder import lock_of, locked
-from latro.scoring import Scorer
+from latro.rollout.prompts import encode_prompt
+from latro.run.folder import lock_of, locked
 
 
 @pytest.fixture

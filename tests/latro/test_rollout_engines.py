@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from latro.answer_template import stop_strings
-from latro.rollout import Rollout, Sample
+from latro.rollout.answer_template import stop_strings
+from latro.rollout.sequences import Rollout, Sample
 from tests.latro.fake_vllm import FakeVllm
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from latro import SftConfig, SftTrainer
-from latro.prompts import encode_prompt
-from latro.rollout import AnswerJoin, decode
+from latro.rollout.prompts import encode_prompt
+from latro.rollout.sequences import AnswerJoin, decode
 from latro.sft import sft
 
 ROOT = Path(__file__).parents[2]

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latro.layout import collate
+from latro.model.packing import collate
+from latro.model.scoring import Scorer
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
-from latro.rollout import Sample
-from latro.scoring import Scorer
+from latro.rollout.sequences import Sample
 from latro_kernels import GroupLayout
 from tests.latro.objective_cases import surrogate
 
@@ -512,7 +512,7 @@ def test_an_optimizer_shows_the_weights_of_each_mode(make_trainer, monkeypatch):
         seen.append(optimizer.face)
         return {}, []
 
-    monkeypatch.setattr("latro.answer_trainer.evaluate_model", evaluate_model)
+    monkeypatch.setattr("latro.base_trainer.evaluate_model", evaluate_model)
     rollout = trainer.rollout
     trainer.rollout = lambda examples: seen.append(optimizer.face) or rollout(examples)
     trainer.train()

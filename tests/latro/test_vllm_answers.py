@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from latro.vllm_client import LARGEST_ANSWER, Client
-from latro.vllm_engine import VllmEngine
+from latro.engines.vllm import VllmEngine
+from latro.engines.vllm_client import LARGEST_ANSWER, Client
 from tests.latro.fake_vllm import FakeVllm, choice
 
 COMPLETIONS = "/v1/completions"
@@ -272,7 +272,7 @@ BROKEN = {
 def test_a_broken_connection_is_told_without_what_came(
     fake: FakeVllm, engine_of: Any, monkeypatch: Any, speak: Any, told: str
 ) -> None:
-    monkeypatch.setattr("latro.vllm_client.Hangup.wait", lambda self, seconds: None)
+    monkeypatch.setattr("latro.engines.vllm_client.Hangup.wait", lambda self, seconds: None)
     engine = engine_of(fake.url)
     fake.speaks[COMPLETIONS] = speak
     with pytest.raises(ConnectionError, match=f"{COMPLETIONS}: .*{told}") as caught:

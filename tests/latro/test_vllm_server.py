@@ -19,8 +19,8 @@ from peft import LoraConfig
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
-from latro.rollout import Sample, decode
-from latro.vllm_engine import VllmEngine
+from latro.engines.vllm import VllmEngine
+from latro.rollout.sequences import Sample, decode
 from scripts.make_tiny_model import make_model
 from tests.latro.real_vllm import serve
 

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from latro import LatroConfig, LatroTrainer
-from latro.config import SMALL_MODEL
-from latro.generation import caches_in
-from latro.layout import Size, plan
-from latro.rollout import Rollout
+from latro.config.training import SMALL_MODEL
+from latro.engines.transformers import caches_in
+from latro.model.packing import Size, plan
+from latro.rollout.sequences import Rollout
 from latro.tasks import get_task
 from scripts import scaling_table
 from scripts.scaling_table import LLAMA_1B, LLAMA_8B, LLAMA_70B, Model, Work, main, render

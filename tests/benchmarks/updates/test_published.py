@@ -8,7 +8,7 @@ import torch
 from benchmarks.updates.contenders import Ours
 from benchmarks.updates.problem import QUICK, StepProblem
 from benchmarks.updates.published import PublishedSettings, PublishedUpdate
-from latro.rollout import Sample
+from latro.rollout.sequences import Sample
 
 TEMPLATE_IDS = [2, 3, 4]  # "The answer is" of the benchmark's tokenizer
 

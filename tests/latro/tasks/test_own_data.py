@@ -11,11 +11,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from latro.evaluate import evaluate
-from latro.prompts import prompt_text
+from latro.rollout.prompts import prompt_text
 from latro.tasks import read_own_data
 from latro.train import train
+from tests.latro.rollout.test_prompts import CHAT
 from tests.latro.tasks.test_records import ROWS, written
-from tests.latro.test_prompts import CHAT
 
 COLOURS = ["red", "blue", "green"]
 

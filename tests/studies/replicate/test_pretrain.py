@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latro.config import SMALL_MODEL
+from latro.config.training import SMALL_MODEL
 from studies.replicate.pretrain import (
     ARCHITECTURES,
     IGNORE_INDEX,

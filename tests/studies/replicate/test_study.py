@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import yaml
 
-from latro.config import ASSETS
+from latro.config.training import ASSETS
 from studies.replicate.study import (
     ABLATIONS,
     ARCHITECTURES,

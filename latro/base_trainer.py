@@ -1,0 +1,434 @@
+"""`AnswerTrainer`: what the trainers on prompts with known answers share."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_callback import (
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
+from transformers.trainer_utils import TrainOutput
+
+from latro.config.training import AnswerConfig, DataArguments
+from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
+from latro.loading import check_vocabulary
+from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper
+from latro.model.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
+from latro.model.dropout import disable_dropout
+from latro.model.scoring import Scorer
+from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
+from latro.reporting.held_out_samples import SAMPLES_FILE, HeldOutSamples
+from latro.reporting.model_card import CARD_FILE, is_own_card, write_card
+from latro.reporting.run_summary import run_of
+from latro.rollout.prompts import check_dataset
+from latro.rollout.sequences import AnswerJoin, eos_token_ids
+from latro.run.folder import check_apart
+from latro.run.identity import Facts, data_facts, merged, model_facts
+from latro.run.resumable import LongRunTrainer
+from latro.run.stopwatch import Stopwatch
+from latro.tasks import Task
+from latro.update import metrics as statistics
+from latro.update.accumulation import Accumulation
+from latro.update.nonfinite import Finding, FiniteUpdates
+from latro.update.out_of_memory import FittingUpdate
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+RESULTS_FILE = "results.json"
+
+
+class AnswerTrainer(LongRunTrainer):
+    """Trains a causal language model on prompts, and evaluates it by the answers it states.
+
+    Args:
+        model: what is trained. Its dropout is set to 0. Of a `PeftModel` the adapter is trained.
+        args: the settings.
+        train_dataset: rows with `prompt` and `answer`.
+        processing_class: the model's tokenizer.
+        task: its answer template opens answers; it grades in evaluation.
+        eval_dataset: held-out rows for `evaluate()`.
+        peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
+        callbacks: added to the Trainer's own.
+        temperature: of the policy, in the loss and in evaluation.
+
+    Class attributes:
+        sum_names: of the sums that `update` returns.
+        panels: of the plot, a title and the names of what is drawn.
+
+    Attributes:
+        scorer: of `model`.
+        update: what gives the gradient; set by the class that inherits.
+        data: the arguments that the rows were loaded by, where a command loaded them: the model
+            card tells how to evaluate again.
+
+    Raises:
+        ValueError: a row that cannot be trained on, or a model that cannot be scored, or is another
+            in training than in evaluation.
+    """
+
+    run_files = (
+        *(*LongRunTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE),
+        RESULTS_FILE,
+    )
+    sum_names: ClassVar[tuple[str, ...]]
+    panels: ClassVar[Panels]
+    args: AnswerConfig
+    model: PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase
+    update: Accumulation
+    data: DataArguments | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: AnswerConfig,
+        train_dataset: Dataset | None,
+        processing_class: PreTrainedTokenizerBase,
+        task: Task,
+        *,
+        eval_dataset: Dataset | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        temperature: float = 1.0,
+    ) -> None:
+        if peft_config is not None:
+            # The Trainer would seed only after the adapter's weights are drawn.
+            set_seed(args.seed)
+            model = add_adapter(model, peft_config)
+        check_vocabulary(model, processing_class, "processing_class")
+        self.task = task
+        self.join = AnswerJoin(
+            processing_class, task.answer_template, eos_token_ids(model, processing_class)
+        )
+        # The Trainer makes the output folder, so all that may be wrong is looked at before.
+        if train_dataset is not None:
+            self._check_train_dataset(train_dataset, model, args)
+        if eval_dataset is not None:
+            check_dataset(
+                eval_dataset,
+                name="eval_dataset",
+                model=model,
+                tokenizer=processing_class,
+                join=self.join,
+                max_completion_length=args.max_completion_length,
+            )
+        if has_adapter(model):
+            check_adapter(model)
+            if args.gradient_checkpointing:
+                # A reentrant checkpoint has no gradient where none of its inputs requires one.
+                # Older transformers do not see to that for a PeftModel.
+                model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_collate,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=list(callbacks),
+        )
+        disable_dropout(model)
+        keep_output_dtype(self.accelerator)
+        keep_fp32_weights(model, self.accelerator)
+        self._stopwatch = Stopwatch(self.args.device)
+        self.scorer = Scorer(model, temperature=temperature, backend=args.backend)
+        self._finite_updates = FiniteUpdates(
+            self.sum_names, args.max_skipped_updates, self.accelerator
+        )
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._flos = 0
+        for shown in (ProgressCallback, PrinterCallback):
+            self.remove_callback(shown)
+        self.add_callback(MetricsFiles(self.panels))
+        self.add_callback(HeldOutSamples())
+        if not args.disable_tqdm:
+            self.add_callback(ProgressBar(args.title))
+
+    def _run_identity(self) -> Facts:
+        identity = super()._run_identity()
+        if self._model_facts is None:
+            # Before the first update; later calls find trained weights.
+            self._model_facts = model_facts(self.model, self.processing_class)
+        facts = data_facts(self.train_dataset, self.eval_dataset, self.task.answer_template)
+        return merged(identity, self._model_facts, facts)
+
+    def _check_output(self) -> None:
+        base = without_wrapper(self.model).config.name_or_path
+        check_apart(self.args.output_dir, [("model", base)])
+        card = Path(self.args.output_dir) / CARD_FILE
+        if self._owns_output and not self.args.overwrite_output_dir and not is_own_card(card):
+            raise ValueError(
+                f"output_dir: {card} is no model card of this run, which would write over it; move "
+                "it away, or pass --overwrite_output_dir true"
+            )
+        super()._check_output()
+
+    @property
+    @abstractmethod
+    def targets(self) -> str:
+        """What is learnt from each prompt, in words."""
+
+    @abstractmethod
+    def _check_train_dataset(
+        self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
+    ) -> None:
+        """Raises ValueError for a row that cannot be trained on; `join` and `task` are there."""
+
+    # The update.
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the Trainer's, but an epoch's last batch has the prompts that are left alone.
+
+        Every batch is made as a single process makes it, and cut into the processes' shares.
+
+        Raises:
+            ValueError: the trainer has no training dataset.
+        """
+        if self.train_dataset is None:
+            raise ValueError("train_dataset: expected a dataset, got None")
+        accelerator = self.accelerator
+        given = accelerator.dataloader_config
+        accelerator.dataloader_config = replace(given, split_batches=True, even_batches=False)
+        try:
+            return self._get_dataloader(
+                dataset=self.train_dataset,
+                description="Training",
+                batch_size=self._train_batch_size * accelerator.num_processes,
+                sampler_fn=self._get_train_sampler,
+                is_training=True,
+            )
+        finally:
+            accelerator.dataloader_config = given
+
+    def _set_update(self, update: Accumulation) -> None:
+        self.update = update
+        self._fitting_update = FittingUpdate(update)
+
+    @abstractmethod
+    def _num_items(self, examples: Sequence[Any]) -> int:
+        """How many of what the loss is a mean of a collated batch has."""
+
+    @abstractmethod
+    def _backpropagate(
+        self, examples: Sequence[Any], num_items: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add the gradient of a collated batch; the loss, detached, and sums by `sum_names`.
+
+        `num_items`: of the whole update, over all processes; None: it has this batch alone.
+        """
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # Each training begins here, also one that `auto_find_batch_size` begins again.
+        self._begin_training()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin_training(self) -> None:
+        """Forget what a training before, which an error may have ended anywhere, left behind."""
+        self._fitting_update.reset()
+        self._finite_updates.reset()
+        self._stopwatch.read()
+        self._sums.clear()
+        self._flos = 0
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """As the Trainer's; items are what the loss is a mean of, over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self._is_done():
+            # Whoever has no share of an epoch's last batch takes part in the update all the same.
+            batches += [self.data_collator([]) for _ in range(num_batches - len(batches))]
+        own = sum(self._num_items(batch["examples"]) for batch in batches)
+        return batches, sum(gather_object([own]))
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: int | None = None,
+    ) -> Tensor:
+        """Backpropagate one batch of rows; returns the detached loss."""
+        started = time.perf_counter()
+        model.train()
+        self._set_optimizer_mode("train")
+        self.scorer.caller = model
+        self.scorer.sharded = is_sharded(self.accelerator)
+        loss, sums = self._backpropagate(inputs["examples"], num_items_in_batch)
+        self._flos += self._update_flos()
+        # The step's one wait for the device.
+        finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
+        if finding.sums is not None:
+            self._record(dict(zip(self.sum_names, finding.sums, strict=True)))
+        self._sums["skipped_updates"] += finding.skipped
+        self._sums["updates"] += self.accelerator.sync_gradients
+        # The statistics have waited for the device, so the clock tells the whole step.
+        self._sums["time_step"] += time.perf_counter() - started
+        for name, seconds in self._stopwatch.read().items():
+            self._sums[name] += seconds
+        self._end_step(finding)
+        return loss
+
+    def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
+        # Schedule-free optimisers have the weights of each in turn in the model's place.
+        switch = getattr(self.optimizer, mode, None)
+        if callable(switch):
+            switch()
+
+    def _end_step(self, finding: Finding) -> None:
+        """Called when a step is done; for classes that inherit."""
+
+    def _update_flos(self) -> int:
+        # 2 FLOP a parameter and token: forward, and twice that backward.
+        return 6 * self.model.num_parameters() * self.update.trunk_tokens
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the last update; the Trainer adds them up."""
+        flos, self._flos = self._flos, 0
+        return flos
+
+    # What is logged.
+
+    def _record(self, sums: dict[str, float]) -> None:
+        """Add a step's statistics to the sums."""
+        for name, value in sums.items():
+            self._sums[name] += value
+        self._sums["trunk_tokens"] += self.update.trunk_tokens
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the update's own statistics since the last log."""
+        if "loss" in logs and self._sums["updates"]:
+            logs = {**logs, **self._averages()}
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def _averages(self) -> dict[str, float]:
+        """Over all processes, and the largest memory of them."""
+        memory = statistics.peak_memory_gib(self.args.device)
+        sums = dict(self._sums)
+        if self.accelerator.num_processes > 1:
+            everyone = gather_object([(sums, memory)])
+            sums = statistics.over_processes([s for s, _ in everyone])
+            memory = max(m for _, m in everyone)
+        return self._metrics(sums) | {"peak_memory_gib": memory}
+
+    @abstractmethod
+    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """What is logged, from the sums over the updates since the last log."""
+
+    # Evaluation.
+
+    @property
+    def evaluation_settings(self) -> EvaluationSettings:
+        """How `evaluate` does it."""
+        return EvaluationSettings(
+            max_completion_length=self.args.max_completion_length,
+            batch_size=self.args.per_device_eval_batch_size,
+            temperature=self.scorer.temperature,
+            seed=self.args.seed,
+            token_budget=self.update.token_budget,
+        )
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy and sampled accuracy on held-out rows; see `latro.evaluation.accuracy`.
+
+        Raises:
+            ValueError: neither the call nor the trainer has an evaluation dataset.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if dataset is None:
+            raise ValueError("eval_dataset: expected a dataset, got None")
+        started = time.perf_counter()
+        self._set_optimizer_mode("eval")
+        self.scorer.caller = self.model_wrapped
+        with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
+            metrics, records = evaluate_model(
+                self.scorer,
+                self.processing_class,
+                self.task,
+                dataset,
+                self.evaluation_settings,
+                accelerator=self.accelerator,
+            )
+        if dataset is self.eval_dataset and self.is_world_process_zero():
+            HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
+        metrics["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # The model card.
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with a model card where it is no checkpoint."""
+        if not _internal_call:
+            self._set_optimizer_mode("eval")
+        super().save_model(output_dir, _internal_call)
+        if not _internal_call:
+            # Over the one that PEFT puts beside an adapter.
+            self._write_card(Path(output_dir or self.args.output_dir))
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """Write `latro.reporting.model_card`'s card of the run into the output folder.
+
+        Args:
+            language: of the data, for the hub.
+            license: of the model, for the hub.
+            tags: more of them, for the hub.
+            model_name: in place of the output folder's.
+            finetuned_from: a hub id, where the model's config does not tell it.
+            dataset_tags: a hub id, where the task has none.
+            tasks, dataset, dataset_args: not used; the Trainer's have them.
+        """
+        told = {
+            "language": language,
+            "licence": license,
+            "tags": [tags] if isinstance(tags, str) else tags,
+            "name": model_name,
+            "base_model": finetuned_from,
+            "dataset": dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags,
+        }
+        given = {name: value for name, value in told.items() if value}
+        self._write_card(Path(self.args.output_dir), **given)
+
+    def _write_card(self, folder: Path, **told: Any) -> None:
+        if self.is_world_process_zero():
+            write_card(replace(run_of(self, folder), **told), folder)
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch is its rows: tokenising them belongs to the update."""
+    return {"examples": examples}

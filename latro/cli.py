@@ -1,0 +1,191 @@
+"""What the training commands share: from the command line to the files that a run leaves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+from transformers import TrainerState
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
+
+from latro.base_trainer import RESULTS_FILE, AnswerTrainer
+from latro.config.command_line import parse_arguments
+from latro.config.training import AnswerConfig, DataArguments, ModelArguments, PeftArguments
+from latro.errors import TrainingInterrupted
+from latro.files import write_json
+from latro.loading import load_model, load_splits, load_task
+from latro.model.adapters import lora_config
+from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE
+from latro.reporting.model_card import CARD_FILE
+from latro.run.checkpoints import check_checkpoint, last_whole_checkpoint
+from latro.run.folder import check_apart
+from latro.terminal import Terminal
+
+_SHOWN = (
+    ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
+    ("sampled accuracy", "eval_accuracy_sampled", "{:.1%}"),
+    ("rationale length, tokens", "eval_rationale_length", "{:.1f}"),
+    ("mean log π(y|x⊕z), nats", "eval_answer_logp", "{:.2f}"),
+)
+
+
+def run_training(
+    trainer_class: type[AnswerTrainer],
+    config_class: type[AnswerConfig],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    small_settings: str = "default.yaml",
+) -> dict[str, dict[str, float]]:
+    """Run a command line; returns the metrics before ("base") and after ("final").
+
+    There is no "base" where `eval_on_start` is false.
+
+    Args:
+        trainer_class: takes a model, settings, a dataset, a tokenizer and a task, as
+            `AnswerTrainer` does.
+        config_class: of its settings.
+        argv: the command line; None: the process's own.
+        prog: the command, "latro.train".
+        small_settings: in `latro/assets`, for the model that ships.
+
+    Raises:
+        ValueError: bad settings, model or data; the output folder is then as it was.
+        TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
+    """
+    classes = (ModelArguments, PeftArguments, DataArguments, config_class)
+    model_args, peft_args, data_args, args = parse_arguments(
+        classes, argv, prog=f"python -m {prog}", small_settings=small_settings
+    )
+    # The library's remarks on its own defaults, and its bars for each file read or written, are
+    # none of the user's business here.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    check_apart(
+        args.output_dir,
+        (
+            ("model_name_or_path", model_args.model_name_or_path),
+            ("dataset_name", data_args.dataset_name),
+            ("dataset_path", data_args.dataset_path),
+        ),
+    )
+    resume = _checkpoint(args)
+    task = load_task(data_args)
+    train_dataset, eval_dataset = load_splits(
+        task, data_args, args.seed, args.eval_split, args.num_eval_examples
+    )
+    peft_config = lora_config(peft_args, model_args.model_revision)
+    model, tokenizer = load_model(model_args)
+    if args.eval_on_start is None:
+        args.eval_on_start = True
+    trainer = trainer_class(
+        model,
+        args,
+        train_dataset,
+        tokenizer,
+        task,
+        eval_dataset=eval_dataset,
+        peft_config=peft_config,
+    )
+    trainer.data = data_args
+    whole, trained = (trainer.model.num_parameters(only_trainable=t) for t in (False, True))
+    share = "" if whole == trained else f", {trained:,} of them trained"
+    console = Terminal(quiet=not trainer.is_world_process_zero())
+    console.print(
+        f"{whole:,} parameters{share}; {len(train_dataset):,} prompts of "
+        f"{task.description}, {trainer.targets}, into {args.output_dir}"
+    )
+    with trainer.holding_output():
+        results = _train(trainer, resume, console)
+    if args.push_to_hub:
+        # Once more, over what `save_model` pushed: the card and the results are there only now.
+        trainer.push_to_hub()
+    return results
+
+
+def _train(
+    trainer: AnswerTrainer, resume: str | None, console: Terminal
+) -> dict[str, dict[str, float]]:
+    """Train, evaluate and save; returns the metrics before and after."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.interruption.signal is not None:
+        raise TrainingInterrupted(
+            trainer.interruption.signal, trainer.state.global_step, args.output_dir
+        )
+    trainer.save_model()
+    best = _best_step(args, trainer.state)
+    evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
+    final = [e for e in evaluations if e["step"] == (best or trainer.state.global_step)]
+    if not final:
+        trainer.evaluate()
+        final = [trainer.state.log_history[-1]]
+    trainer.save_state()
+    base = [e for e in evaluations if e["step"] == 0]
+    results = {"base": base[0]} if base else {}
+    results["final"] = final[-1]
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / RESULTS_FILE, _without_infinite(results))
+    # Again, now that the last evaluation is known.
+    trainer.create_model_card()
+    console.print(_table(results, len(trainer.eval_dataset)))
+    if best is not None:
+        console.print(
+            f"the best by {args.metric_for_best_model} is taken, of update {best} of "
+            f"{trainer.state.global_step}"
+        )
+    console.print(
+        f"model, {CARD_FILE}, {METRICS_FILE}, {PLOT_FILE} and {RESULTS_FILE}: {args.output_dir}"
+    )
+    return results
+
+
+def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """As JSON has it: null where an answer is impossible, whose log-probability is −∞."""
+    return {
+        name: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        for name, metrics in results.items()
+    }
+
+
+def _best_step(args: AnswerConfig, state: TrainerState) -> int | None:
+    """The update of the checkpoint that was loaded at the end as the best; None: none was."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return None
+    return int(state.best_model_checkpoint.rpartition("-")[2])
+
+
+def _checkpoint(args: AnswerConfig) -> str | None:
+    """The folder to resume from, or None.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is damaged, or one would be mixed with another
+            run's.
+    """
+    asked = args.resume_from_checkpoint
+    if asked and asked.lower() in ("true", "latest"):
+        return last_whole_checkpoint(args.output_dir)
+    if asked and asked.lower() != "false":
+        check_checkpoint(asked)
+        return asked
+    if args.overwrite_output_dir:
+        return None
+    if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+        raise ValueError(
+            f"output_dir: {args.output_dir} has the checkpoints of an earlier run; resume it with "
+            "--resume_from_checkpoint true, name another folder, or delete them by "
+            "--overwrite_output_dir true"
+        )
+    return None
+
+
+def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
+    table = Table(title=f"{problems} held-out problems")
+    for column in ("", *results):
+        table.add_column(column, justify="right" if column else "left")
+    for title, key, form in _SHOWN:
+        table.add_row(title, *(form.format(metrics[key]) for metrics in results.values()))
+    return table

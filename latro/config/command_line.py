@@ -1,0 +1,194 @@
+"""From the command line and a YAML file to dataclasses of settings."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import sys
+import types
+from collections.abc import Sequence
+from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from latro.config.precedence import by_precedence
+from latro.config.training import ASSETS, AnswerConfig
+from latro.terminal import one_line
+
+
+class _FileParser(HfArgumentParser):
+    """Raises ValueError for bad input, where the command line's ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _AsWritten(yaml.SafeLoader):
+    """Reads scalars as the text that they are, but null."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _WithExponents(yaml.SafeLoader):
+    """Reads 1e-6 as a number, which YAML 1.1 has as 1.0e-6 alone."""
+
+
+_WithExponents.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_arguments(
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    small_settings: str = "default.yaml",
+) -> tuple[Any, ...]:
+    """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
+
+    What is given also beats a setting of a weaker source that would overrule it, or that belongs to
+    what it replaces (`latro.config.precedence`).
+
+    The YAML file takes the names and values of the command line, and lists, mappings and null.
+    Without `--model_name_or_path` the small model that ships is meant, and the settings made for
+    it (`small_settings`, a file in `latro/assets`) stand in for the defaults.
+
+    Raises:
+        ValueError: an unknown argument, or a YAML file that is missing, malformed or has a value
+            that its argument does not take.
+    """
+    # argparse's own usage would be four screens of brackets.
+    usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
+    parser = HfArgumentParser(classes, prog=prog, usage=usage, allow_abbrev=False)
+    parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
+    _group_help(parser, classes)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    named, _ = _preparse(argv)
+    file = _parse_yaml(classes, _read_yaml(named.config), named.config) if named.config else {}
+    small = {}
+    if named.model_name_or_path is None and file.get("model_name_or_path") is None:
+        path = ASSETS / small_settings
+        known = {f.name for cls in classes for f in dataclasses.fields(cls)}
+        small = {k: v for k, v in _read_yaml(path).items() if k in known}
+        small = _parse_yaml(classes, small, path)
+    # For --help; what is given beats them.
+    parser.set_defaults(**small | file)
+    settings = by_precedence(small, file, _given(parser, argv))
+    parsed = tuple(
+        cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings})
+        for cls in classes
+    )
+    for part in parsed:
+        # accelerate's file names a precision too, which transformers takes where none is true.
+        if isinstance(part, TrainingArguments) and settings.get(part.mixed_precision) is False:
+            part.mixed_precision = "no"
+    return parsed
+
+
+def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+    """What the command line itself gives, by field, without any default."""
+    absent = object()
+    names = {action.dest: absent for action in parser._actions}
+    # argparse fills in a default where the namespace has no such name yet.
+    parsed, unknown = parser.parse_known_args(argv, argparse.Namespace(**names))
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"unknown argument {' '.join(unknown)}{hint}")
+    return {name: value for name, value in vars(parsed).items() if value is not absent}
+
+
+def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    first.add_argument("--model_name_or_path", "--model-name-or-path")
+    return first.parse_known_args(argv)
+
+
+def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file's arguments: text as it is written, so that `no` is no false; mappings as YAML."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        written = yaml.load(text, _AsWritten)
+        typed = yaml.load(text, _WithExponents)
+    except FileNotFoundError:
+        raise ValueError(f"--config: no such file: {path}") from None
+    except OSError as error:
+        raise ValueError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have. Brackets
+        # in brackets end in a RecursionError.
+        raise ValueError(f"--config: {path} is not YAML: {one_line(str(error))}") from error
+    if not isinstance(written, dict):
+        raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")
+    return {k: typed.get(k, v) if isinstance(v, dict) else v for k, v in written.items()}
+
+
+def _parse_yaml(
+    classes: Sequence[type], arguments: dict[str, Any], path: str | os.PathLike[str]
+) -> dict[str, Any]:
+    """Values by the names of their fields; text is read as on the command line."""
+    parser = _FileParser(classes, add_help=False, allow_abbrev=False)
+    # What takes no value is --no_NAME.
+    options = {o: a for o, a in parser._option_string_actions.items() if a.nargs != 0}
+    hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
+    settings = {}
+    for name, value in arguments.items():
+        option = options.get(f"--{name}")
+        if option is None:
+            near = difflib.get_close_matches(
+                str(name), [o.removeprefix("--") for o in options], n=1
+            )
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"--config: {path}: unknown argument {name!r}{hint}")
+        if option.dest in settings:
+            raise ValueError(f"--config: {path}: {option.dest} is given twice, as {name} too")
+        if isinstance(value, str):
+            try:
+                parsed, _ = parser.parse_known_args([f"--{name}={value}"])
+            except ValueError as error:
+                raise ValueError(f"--config: {path}: {error}") from error
+            settings[option.dest] = getattr(parsed, option.dest)
+        elif type(value) in _kinds(hints[option.dest]):
+            settings[option.dest] = value
+        else:
+            raise ValueError(f"--config: {path}: argument {name} does not take {value!r}")
+    return settings
+
+
+def _kinds(hint: Any) -> set[type]:
+    """The classes of values that an annotation admits."""
+    union = get_origin(hint) in (Union, types.UnionType)
+    return {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
+
+
+def _group_help(parser: HfArgumentParser, classes: Sequence[type]) -> None:
+    """Put a method's own settings before the hundred that come from the Trainer, in `--help`."""
+    options = parser._optionals._group_actions
+    for config in classes:
+        if not issubclass(config, AnswerConfig):
+            continue
+        inherited = {f.name for f in dataclasses.fields(TrainingArguments)} - _redefined(config)
+        own = {f.name for f in dataclasses.fields(config)} - inherited
+        for title, names in ((config.title, own), ("transformers.TrainingArguments", inherited)):
+            group = parser.add_argument_group(title)
+            for action in [a for a in options if a.dest in names]:
+                options.remove(action)
+                group._group_actions.append(action)
+
+
+def _redefined(config: type[AnswerConfig]) -> set[str]:
+    ours = [c for c in config.__mro__ if issubclass(c, AnswerConfig)]
+    return {name for c in ours for name in inspect.get_annotations(c)}

@@ -1,0 +1,394 @@
+"""The settings: `LatroConfig`, and the model's, the adapter's and the data's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.distributed import is_torchelastic_launched
+from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.training_args import ParallelMode
+
+from latro.config.ranges import above_zero, at_least, check_numbers
+from latro.config.trackers import check_trackers
+from latro.config.unsupported import check_loader, check_refused
+from latro.objectives import OBJECTIVES
+from latro.tasks import FORMATS, GRADERS, TASKS
+
+"""What scoring computes with."""
+
+ASSETS = Path(__file__).parent / "assets"
+SMALL_MODEL = ASSETS / "small"
+# What tells a better model from a worse one by its evaluation; more is better for each.
+BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
+# Steps by the metric of an evaluation, and takes it for a loss unless it is told.
+_SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+
+
+def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
+    """A dataclass field that the command line shows with a help text and other names."""
+    metadata: dict[str, Any] = {"help": text, **kwargs}
+    if aliases:
+        metadata["aliases"] = [f"--{alias}" for alias in aliases]
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class AnswerConfig(TrainingArguments):
+    """`transformers.TrainingArguments` with what training on prompts with answers needs.
+
+    Class attributes:
+        title: of the method, for messages and help.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    title: ClassVar[str]
+
+    # The parents' fields with a default of ours.
+    per_device_eval_batch_size: int = setting(64, "Prompts per device and evaluation batch.")
+    logging_steps: float = setting(1, "Log every so many updates.")
+    remove_unused_columns: bool | None = setting(
+        False, "Not used: the prompt and answer columns are no arguments of the model."
+    )
+    eval_on_start: bool | None = setting(  # type: ignore[assignment]
+        None,
+        "Evaluate before the first update of a run; without it a command does.",
+        nargs="?",
+        const=True,
+    )
+    dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
+    # The parent's takes one name on the command line.
+    report_to: list[str] = field(  # type: ignore[assignment]
+        default_factory=list,
+        metadata={"help": "Whom to report to: tensorboard, wandb, trackio; several, all or none."},
+    )
+
+    eval_split: str = setting(
+        "validation", "Held-out problems: validation, so that no choice is made on the test split."
+    )
+    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
+    max_completion_length: int = setting(
+        500, "The longest rationale that is sampled, in tokens.", "response_length"
+    )
+    token_budget: int = setting(
+        16384,
+        "Tokens of one micro-batch through the trunk, halved where memory runs out; results do not "
+        "depend on it.",
+    )
+    max_skipped_updates: int = setting(
+        3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
+    )
+    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    overwrite_output_dir: bool = setting(
+        False, "Begin also where the output folder has files of the same names, and delete those."
+    )
+
+    def __post_init__(self) -> None:
+        check_refused(self)
+        by_metric = self.lr_scheduler_type in _SCHEDULERS_BY_METRIC
+        if self.metric_for_best_model is None and (  # type: ignore[has-type]
+            self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST or by_metric
+        ):
+            # The Trainer's own default is a loss on held-out rows, which nobody computes here.
+            self.metric_for_best_model = BEST_MODEL_METRICS[0]
+        if not self.deepspeed and not torch.accelerator.is_available():
+            # Without it the Trainer makes no group of processes that have no GPU: each would be a
+            # run of its own, all of them in one folder.
+            self.use_cpu = True
+        # Of what transformers itself trips over, its messages do not name the argument.
+        check_numbers(self)
+        super().__post_init__()
+        if is_torchelastic_launched() and self.parallel_mode != ParallelMode.DISTRIBUTED:
+            raise ValueError(
+                f"use_cpu: expected True with several processes on a {self.device.type} device, "
+                f"over which they make no group; got {self.use_cpu}"
+            )
+        check_loader(self.accelerator_config)
+        # By now mappings that were given as text are read.
+        check_numbers(self)
+        if by_metric:
+            # A part of a negative metric would make a threshold that a worse model passes.
+            told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}
+            given: Any = self.lr_scheduler_kwargs  # type: ignore[has-type]
+            self.lr_scheduler_kwargs = told | (given or {})
+        check_trackers(self.report_to)
+        self._check_best_model()
+        at_least("max_completion_length", self.max_completion_length, 1)
+        at_least("token_budget", self.token_budget, 1)
+        at_least("max_skipped_updates", self.max_skipped_updates, 0)
+        if self.num_eval_examples is not None:
+            at_least("num_eval_examples", self.num_eval_examples, 1)
+        _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns: expected False, got True")
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"{self.n_gpu} GPUs in one process: expected one process per GPU; start with "
+                "`accelerate launch -m` or `torchrun -m`, or set CUDA_VISIBLE_DEVICES"
+            )
+        if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
+            raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
+            # Every trainable weight has a gradient in every backward.
+            self.ddp_find_unused_parameters = False
+
+    def _check_best_model(self) -> None:
+        if self.metric_for_best_model is None:
+            return
+        if self.metric_for_best_model.removeprefix("eval_") not in {
+            name.removeprefix("eval_") for name in BEST_MODEL_METRICS
+        }:
+            raise ValueError(
+                f"metric_for_best_model: expected one of {', '.join(BEST_MODEL_METRICS)}, got "
+                f"{self.metric_for_best_model!r}"
+            )
+        if self.eval_split == "test":
+            raise ValueError(
+                "metric_for_best_model: expected a choice on problems held out of training "
+                "(--eval_split validation); chosen on the test split a model's accuracy there is "
+                "no longer that of a model that has not seen it"
+            )
+        by_evaluation = self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST
+        if by_evaluation and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                "eval_strategy: expected steps or epoch, since the best model is told by its "
+                "evaluation, got no"
+            )
+        if (
+            self.load_best_model_at_end
+            and self.save_strategy == SaveStrategy.STEPS
+            and self.eval_strategy == IntervalStrategy.STEPS
+            and self.save_steps != self.eval_steps
+        ):
+            raise ValueError(
+                "load_best_model_at_end: expected a checkpoint of every model that is evaluated "
+                "(save_steps as eval_steps, or save_strategy best), got save_steps "
+                f"{self.save_steps} and eval_steps {self.eval_steps}"
+            )
+
+
+@dataclass
+class LatroConfig(AnswerConfig):
+    """The settings of LaTRO.
+
+    A batch is a batch of prompts: `per_device_train_batch_size` prompts give
+    `per_device_train_batch_size · num_generations` sequences, and `num_train_epochs` counts passes
+    over the prompts. Defaults are those of the paper (arXiv 2411.04282).
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    title = "LaTRO"
+
+    # The parents' fields with a default of ours.
+    output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
+    learning_rate: float = setting(5e-7, "The initial learning rate.")
+    per_device_train_batch_size: int = setting(3, "Prompts per device and step.")
+
+    num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
+    temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    objective: str = setting(
+        "latro",
+        "What is maximised: the answers' log-likelihood or a relative of it; latro/objectives.py.",
+        choices=list(OBJECTIVES),
+    )
+    rlpr_min_std: float = setting(
+        0.01, "For rlpr: groups whose rewards, from 0 to 1, spread no further are dropped."
+    )
+    beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
+    kl: str = setting(
+        "reward",
+        "The KL's form: of sampled tokens in the reward, as the paper has it; exact over the "
+        "vocabulary, in reward and loss, the same gradient with less noise; or the k3 estimate, in "
+        "the loss.",
+        choices=["reward", "k3", "exact"],
+    )
+    answer_weight: float = setting(
+        1.0, "λ, the weight of the answer's likelihood gradient; rlpr has none."
+    )
+    unfinished: str = setting(
+        "floor",
+        "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
+        choices=["floor", "exclude"],
+    )
+    rollout_engine: str = setting(
+        "transformers",
+        "What samples rationales: transformers in this process, or a vLLM server at --vllm_url.",
+        choices=["transformers", "vllm"],
+    )
+    vllm_url: str = setting("http://127.0.0.1:8000", "Of `vllm serve`; see latro.engines.vllm.")
+    vllm_weights_dir: str | None = setting(
+        None,
+        "Where the server reads each update's weights; a folder in /dev/shm saves the disk. "
+        "Without it: vllm_weights in the output folder.",
+    )
+    importance_cap: float | None = setting(
+        None,
+        "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM drew it with. "
+        "Without it every token weighs 1, and the ratio is logged.",
+    )
+    log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
+    num_completions_to_print: int = setting(
+        4, "Rows of that table, and of the one that trackers get; 0: no table."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
+        at_least("beta", self.beta, 0)
+        at_least("answer_weight", self.answer_weight, 0)
+        at_least("rlpr_min_std", self.rlpr_min_std, 0)
+        above_zero("temperature", self.temperature)
+        at_least("num_completions_to_print", self.num_completions_to_print, 0)
+        _one_of("objective", self.objective, tuple(OBJECTIVES))
+        _one_of("kl", self.kl, ("reward", "k3", "exact"))
+        _one_of("unfinished", self.unfinished, ("floor", "exclude"))
+        _one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        if self.importance_cap is not None:
+            above_zero("importance_cap", self.importance_cap)
+            if self.rollout_engine != "vllm":
+                raise ValueError(
+                    "importance_cap: expected rollout_engine='vllm' with it, since transformers "
+                    f"samples from the policy itself; got {self.rollout_engine!r}"
+                )
+
+
+@dataclass
+class SftConfig(AnswerConfig):
+    """The settings of supervised fine-tuning.
+
+    Raises:
+        ValueError: a setting out of its range.
+    """
+
+    title = "SFT"
+
+    # The parents' fields with a default of ours.
+    output_dir: str = setting("runs/sft", "Where checkpoints, metrics and the model go.")
+    learning_rate: float = setting(1e-5, "The initial learning rate.")
+
+    target: str = setting(
+        "rationale",
+        "What is learnt: the written rationale with the answer after it, or the answer alone.",
+        choices=["rationale", "answer"],
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _one_of("target", self.target, ("rationale", "answer"))
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and how it is loaded."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = setting(
+        None, "A hub id or a model directory; without it the small model that ships."
+    )
+    model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
+    dtype: str = setting(
+        "auto",
+        "Of the weights; auto: as they were saved, and fp32 for what mixed precision trains.",
+        choices=["auto", "float32", "bfloat16", "float16"],
+    )
+    attn_implementation: str | None = setting(
+        None,
+        "transformers' name; without it flash_attention_2 where flash-attn is installed and dtype "
+        "is given as bfloat16 or float16, else its default.",
+    )
+    trust_remote_code: bool = setting(False, "Run model code that comes with a hub model.")
+
+
+@dataclass
+class PeftArguments:
+    """Whether an adapter is trained instead of the model, by TRL's names and defaults.
+
+    Raises:
+        ValueError: a setting out of its range, or one for an adapter without `use_peft`.
+    """
+
+    _argument_group_name = "adapter"
+
+    use_peft: bool = setting(False, "Train a LoRA adapter by PEFT; the model stays as it is.")
+    lora_r: int = setting(16, "r, the rank.")
+    lora_alpha: int = setting(32, "α: what the adapter adds is scaled by α/r.")
+    lora_dropout: float = setting(
+        0.0, "0 alone: a rationale is scored by the policy that sampled it."
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of layers, or all-linear; without it PEFT's choice for the architecture."
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of modules that are trained whole, and saved with the adapter."},
+    )
+    use_rslora: bool = setting(False, "Scale by α/√r.")
+    use_dora: bool = setting(False, "DoRA: the direction by LoRA, the magnitude by itself.")
+
+    def __post_init__(self) -> None:
+        if not self.use_peft:
+            for f in dataclasses.fields(self):
+                if getattr(self, f.name) != f.default:
+                    raise ValueError(f"{f.name}: expected --use_peft true with it")
+        at_least("lora_r", self.lora_r, 1)
+        if self.lora_dropout:
+            raise ValueError(
+                "lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), "
+                f"got {self.lora_dropout}"
+            )
+
+
+@dataclass
+class DataArguments:
+    """Which problems.
+
+    Raises:
+        ValueError: an answer template that is empty, or begins or ends with white space.
+    """
+
+    _argument_group_name = "data"
+
+    dataset_name: str = setting(
+        "arithmetic",
+        f"A task: {', '.join(sorted(TASKS))}. Or data of your own: a file ({', '.join(FORMATS)}), "
+        "a folder with a file a split, or a hub id.",
+    )
+    dataset_config: str | None = setting(None, "Of your own data on the hub, where it has several.")
+    dataset_path: str | None = setting(
+        None, "A folder with a task's raw files; without it they come from the hub."
+    )
+    num_train_examples: int | None = setting(None, "Use so many training problems.")
+    answer_template: str | None = setting(
+        None, 'What an answer is stated behind; without it "The answer is".'
+    )
+    grader: str | None = setting(
+        None,
+        "How your own data is graded; without it: choice where there are choices, number where "
+        "all answers are numbers, else exact.",
+        choices=list(GRADERS),
+    )
+
+    def __post_init__(self) -> None:
+        template = self.answer_template
+        if template is not None and (not template or template != template.strip()):
+            raise ValueError(
+                f"answer_template: expected words without white space around them, got {template!r}"
+            )
+
+
+def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

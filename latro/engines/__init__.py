@@ -1,0 +1,1 @@
+"""What samples rationales: transformers in this process, or a vLLM server."""

@@ -1,0 +1,312 @@
+"""Rollouts with transformers' own `generate`: K completions per prompt from one shared prefill."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.utils import ModelOutput
+
+from latro.model.adapters import without_wrapper
+from latro.rollout.answer_template import ending_pattern
+from latro.rollout.long_rope import long_rope_boundary
+from latro.rollout.sequences import Sample, decode_batch, eos_token_ids
+
+
+def seed_of(*entropy: int) -> int:
+    """A seed from 0 to 2⁶³ − 1, another one for any other sequence of non-negative integers."""
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class TransformersEngine:
+    """Samples from the policy in this process.
+
+    A prompt's samples depend on its seed, the weights and nothing else: not on the prompts beside
+    it, nor on how many processes share them. The global random state is left alone.
+
+    Args:
+        model: a causal language model; put into eval mode while it generates.
+        tokenizer: decodes the text that a template is looked for in.
+
+    Raises:
+        ValueError: the model does not keep what it has read in a cache of transformers, and so may
+            not know padding from tokens, and its samples could not share what reads their prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.boundary = long_rope_boundary(model)
+        if not without_wrapper(model)._supports_default_dynamic_cache():
+            raise ValueError(
+                "model: expected one that generates with a cache of transformers, got "
+                f"{type(without_wrapper(model)).__name__}, whose cache is its own"
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None = None,
+    ) -> list[list[Sample]]:
+        """As `RolloutEngine.generate` says.
+
+        A LongRoPE model takes the frequencies of the longest sequence for all that it is handed, so
+        prompts on different sides of its boundary do not go together, and a completion ends, as by
+        the length limit, before its sequence would go past the boundary.
+
+        Raises:
+            ValueError: a prompt has as many tokens as the boundary.
+        """
+        limits = [_limit(len(prompt), max_new_tokens, self.boundary) for prompt in prompts]
+        samples: dict[int, list[Sample]] = {}
+        for kind in dict.fromkeys(limits):
+            together = [i for i, limit in enumerate(limits) if limit == kind]
+            batch = self._generate_batch(
+                [prompts[i] for i in together],
+                num_samples=num_samples,
+                max_new_tokens=kind.new_tokens,
+                temperature=temperature,
+                seeds=[seeds[i] for i in together],
+                template=template,
+            )
+            samples.update(zip(together, batch, strict=True))
+        return [samples[i] for i in range(len(prompts))]
+
+    def _generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None,
+    ) -> list[list[Sample]]:
+        """`generate` for prompts that may go together."""
+        model = self.model
+        eos = eos_token_ids(model, self.tokenizer)
+        device = model.device
+        width = max(len(p) for p in prompts)
+        # The padding is masked, so its id is never seen by a real token and any id will do.
+        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        sampling = [SeededSampling(seeds, num_samples, temperature, device)] if temperature else []
+
+        was_training = model.training
+        model.eval()
+        # A model's own generation config may cut the distribution (top-k, top-p, penalties).
+        # Samples from a cut distribution are not samples of the policy: a plain one stands in.
+        plain = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=eos or None,
+            pad_token_id=eos[0] if eos else 0,
+        )
+        # PEFT's wrapper hands its own to the model inside of it, and leaves it there.
+        owners = (model, without_wrapper(model))
+        own_configs = [owner.generation_config for owner in owners]
+        for owner in owners:
+            owner.generation_config = plain
+        try:
+            # Up to their last token but one the longest prompts just beyond LongRoPE's boundary
+            # are within it, and would be read with the other frequencies.
+            apart = self.boundary is not None and width - 1 == self.boundary
+            shared = {} if width == 1 or apart else _prefill(model, ids, mask)
+            for cache in shared.values():
+                # Layers of linear attention can be reordered, and not repeated.
+                cache.reorder_cache(torch.arange(len(ids)).repeat_interleave(num_samples))
+                if not _knows_its_length(cache):
+                    ids, mask = ids[:, -1:], mask[:, -1:]
+            start = ids.shape[1]
+            stop = TemplateStop(self.tokenizer, start, len(prompts) * num_samples, eos, template)
+            output = model.generate(
+                input_ids=ids.repeat_interleave(num_samples, dim=0),
+                attention_mask=mask.repeat_interleave(num_samples, dim=0),
+                **shared,
+                logits_processor=LogitsProcessorList(sampling),
+                stopping_criteria=StoppingCriteriaList([stop]),
+                # Where weights are sharded they are gathered for the whole call, so that no step
+                # waits for other processes.
+                synced_gpus=False,
+            )
+        finally:
+            for owner, own_config in zip(owners, own_configs, strict=True):
+                owner.generation_config = own_config
+            model.train(was_training)
+
+        rows = output[:, start:].tolist()
+        samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
+        return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
+
+    def update_weights(
+        self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Nothing to do: the policy is here."""
+
+
+class _Limit(NamedTuple):
+    """What prompts have in common that may go through a LongRoPE model together."""
+
+    long: bool
+    new_tokens: int
+
+
+def _limit(prompt_length: int, max_new_tokens: int, boundary: int | None) -> _Limit:
+    if boundary is None:
+        return _Limit(False, max_new_tokens)
+    if prompt_length > boundary:
+        return _Limit(True, max_new_tokens)
+    if prompt_length == boundary:
+        raise ValueError(
+            f"prompts: expected fewer or more than {boundary} tokens, the most that the model's "
+            f"short rotary frequencies are for, got {prompt_length}, which leaves no room for a "
+            "completion"
+        )
+    return _Limit(False, min(max_new_tokens, boundary - prompt_length))
+
+
+class SeededSampling(LogitsProcessor):
+    """Leaves one token a row, drawn from softmax(logits / T) with the prompt's own random numbers.
+
+    One number u a row, and the first token whose cumulative probability exceeds it: a number a
+    token, as other ways take, costs more than the rest of a decoding step's head.
+
+    Args:
+        seeds: one per prompt.
+        num_samples: consecutive rows of one prompt.
+        temperature: T, more than 0.
+        device: where the logits are.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], num_samples: int, temperature: float, device: torch.device
+    ) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.num_samples = num_samples
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
+        # fp64, so that the sum keeps the digits of tokens of little probability.
+        cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.cat([self._numbers(g, scores.device) for g in self.generators])[:, None]
+        # "Exceeds", not "reaches": a token of probability 0 is never the first to.
+        chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
+        chosen.clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
+
+    def _numbers(self, generator: torch.Generator, device: torch.device) -> Tensor:
+        return torch.rand(self.num_samples, dtype=torch.float64, device=device, generator=generator)
+
+
+class TemplateStop(StoppingCriteria):
+    """Ends a row where its decoded text shows `template` whole, and keeps each row's length.
+
+    Where the template ends in a word, that takes one token more, the one that tells that the word
+    has ended (`latro.rollout.answer_template.ending_pattern`).
+
+    Decoded text is matched and not token ids, because the same words can be cut into tokens in
+    many ways. The lengths make padding unnecessary for finding ends, so that a tokenizer whose
+    padding token is its end token is no special case.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_length: int,
+        num_rows: int,
+        eos_token_ids: Sequence[int],
+        template: str | None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.prompt_length = prompt_length
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.pattern = ending_pattern(template) if template else None
+        # A token stands for at least one byte, or for nothing visible at the start of the window;
+        # the characters on both sides of the template count, of up to 4 bytes each.
+        self.window = len(template.encode()) + 12 if template else 1
+        self.lengths = [0] * num_rows
+        self.done = [False] * num_rows
+
+    def __call__(
+        self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
+    ) -> Tensor:
+        start = max(self.prompt_length, input_ids.shape[1] - self.window)
+        tails = input_ids[:, start:].tolist()
+        # Of a match where the window begins it is not seen what stands before. It is an old one.
+        cut = int(start > self.prompt_length)
+        open_rows = [row for row, done in enumerate(self.done) if not done]
+        texts = (
+            decode_batch(self.tokenizer, [tails[row] for row in open_rows])
+            if self.pattern
+            else [""] * len(open_rows)
+        )
+        for row, text in zip(open_rows, texts, strict=True):
+            self.lengths[row] = input_ids.shape[1] - self.prompt_length
+            self.done[row] = tails[row][-1] in self.eos_token_ids or (
+                self.pattern is not None and self.pattern.search(text, cut) is not None
+            )
+        return torch.tensor(self.done, device=input_ids.device)
+
+
+def caches_in(output: ModelOutput) -> dict[str, Cache]:
+    """The caches that a model's output holds, by their names in this version of transformers."""
+    return {name: value for name, value in output.items() if isinstance(value, Cache)}
+
+
+def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Cache]:
+    """The cache of every prompt token but the last, which generation reads itself, by its name.
+
+    The model makes the cache and names it: generation hands it back to the model's forward by the
+    same name, which differs between versions of transformers.
+
+    Raises:
+        ValueError: the model returns no cache, so that K samples would read their prompt K times.
+    """
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    # The whole model and not its trunk alone: sharding engines want to be called at the root.
+    output = model(
+        input_ids=ids[:, :-1],
+        attention_mask=mask[:, :-1],
+        position_ids=positions[:, :-1],
+        use_cache=True,
+        logits_to_keep=1,
+        return_dict=True,
+    )
+    kept = caches_in(output)
+    if len(kept) != 1:
+        raise ValueError(
+            "model: expected one that returns a cache of transformers, which the samples of a "
+            f"prompt can share, got {type(without_wrapper(model)).__name__}, which returns "
+            f"{', '.join(output)}"
+        )
+    return kept
+
+
+def _knows_its_length(cache: Cache) -> bool:
+    """Whether `generate` can tell how many tokens a cache holds, so that it leaves those out."""
+    try:
+        cache.get_seq_length()
+    except ValueError:
+        # Each of its layers keeps a state of one size, however much it has read.
+        return False
+    return True

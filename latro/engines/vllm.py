@@ -1,0 +1,369 @@
+"""Rollouts from a vLLM server: paged attention and continuous batching do the sampling.
+
+The server runs beside the trainer, on GPUs of its own or on the same machine:
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
+
+`processed_logprobs` makes it report log-probs under softmax(logits / temperature), the distribution
+that it samples from; the dev mode opens the routes that load weights. Those are for a private
+network: whoever reaches them can change the model. On a CPU it takes --no-enable-chunked-prefill
+too, since vLLM 0.32 ends there at a seeded prompt that it reads in pieces; and a model whose
+embeddings are tied cannot be updated there, since the packed head stays the old one.
+
+After each update the policy is written as safetensors into a folder that the server reads too, and
+the server loads it in place and forgets its cached prefixes, whose keys and values are the old
+policy's. On one machine a folder in memory (/dev/shm) saves the disk. Every set of weights has a
+version of its own, which the server must still name before it samples: a server that was restarted,
+or that another run has taken, is an error and never a stale rollout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import fcntl
+import os
+import re
+import shutil
+import sys
+import tempfile
+import uuid
+import weakref
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.engines.vllm_client import LARGEST_ANSWER, SERVE, Answer, Client, Hangup
+from latro.model.adapters import check_ties, has_adapter
+from latro.rollout.answer_template import stop_strings
+from latro.rollout.sequences import Sample
+
+# Each is named, since the server takes what is not from the model's own generation config.
+_WHOLE_DISTRIBUTION = {
+    "top_k": 0,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+_PROBE = "The answer is 42."
+_CHECK_SECONDS = 60.0
+_MAX_CONNECTIONS = 256
+_BYTES_PER_TOKEN = 1024  # of an answer: an id and a log-prob take 30, a token's text some more
+# Of a probability of 1, in the coarsest dtype that a server computes in.
+_LOGP_ROUNDING = torch.finfo(torch.bfloat16).eps
+_SHOWN_CHARACTERS = 200
+_WEIGHTS = re.compile(r"step-\d+-\w+")  # folders of weights, as `update_weights` names them
+
+
+class VllmEngine:
+    """A `RolloutEngine` that samples from `vllm serve`.
+
+    Seeds decide the samples as far as the server's arithmetic does: its batches are made as
+    requests arrive, and a sum's rounding depends on the batch.
+
+    Args:
+        url: of the server, "http://127.0.0.1:8000".
+        tokenizer: the policy's; the server must have the same.
+        eos_token_ids: every token that ends a completion.
+        weights_dir: a folder that this process writes and the server reads, under the same path and
+            as the same user; made where it is missing. One set of weights lies there while the
+            server loads it, and none between updates; what a run that was killed left there goes
+            at the start of the next.
+        vocab_size: token ids that the policy takes; None: as many as the tokenizer has.
+        timeout: seconds that one request may take, its wait in the server's queue included.
+
+    Raises:
+        ValueError: no server at `url`, or one that does not serve this policy's rollouts; or a
+            `weights_dir` that is no folder.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_token_ids: Sequence[int],
+        weights_dir: str | Path,
+        vocab_size: int | None = None,
+        timeout: float = 1800.0,
+    ) -> None:
+        self.eos_token_ids = list(eos_token_ids)
+        self.weights_dir = Path(weights_dir).absolute()
+        if self.weights_dir.exists() and not self.weights_dir.is_dir():
+            raise ValueError(f"vllm_weights_dir: expected a folder, got {self.weights_dir}")
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.timeout = timeout
+        self._client = Client(url)
+        self.url = self._client.url
+        self._run = uuid.uuid4().hex[:8]
+        self._version: str | None = None
+        self._holds_weights_dir = False
+        try:
+            served = self._request("/v1/models", timeout=_CHECK_SECONDS).at("data", 0)
+            self._model = served.at("id").of(str)
+            self._max_length = served.at("max_model_len").of(int)
+            self._on_cpu = self._check_settings()
+            self._check_tokenizer(tokenizer)
+        except ConnectionError as error:
+            raise ValueError(f"vllm_url: {error}; start the server with `{SERVE}`") from error
+        _remove_leftovers(self.weights_dir)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None = None,
+    ) -> list[list[Sample]]:
+        """Sample `num_samples` completions of each prompt from the model's whole distribution.
+
+        All prompts are under way at once, so the server batches them. `Sample.logp` is the server's
+        log-prob of each token under softmax(logits / temperature), and None at temperature 0.
+
+        Raises:
+            ValueError: a prompt too long for the server, or a server that has other weights than
+                this engine gave it last.
+            ConnectionError: the server went away, failed, took longer than `timeout` or answered
+                with other than the samples it was asked for; the requests beside it are ended.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"seeds: expected {len(prompts)}, one per prompt, got {len(seeds)}")
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if longest > self._max_length:
+            raise ValueError(
+                f"vllm_url: {self.url} takes {self._max_length} tokens per sequence and the "
+                f"longest prompt with its rationale has {longest}; serve with "
+                f"--max-model-len {longest}"
+            )
+        self._check_version()
+
+        hangup = Hangup()
+
+        def sample(prompt: Sequence[int], seed: int) -> list[Sample]:
+            answer = self._request(
+                "/v1/completions",
+                {
+                    "model": self._model,
+                    "prompt": list(prompt),
+                    "n": num_samples,
+                    "max_tokens": max_new_tokens,
+                    "temperature": temperature,
+                    # Sample j gets seed + j there: neighbouring seeds would share their draws.
+                    "seed": Random(seed).getrandbits(62),
+                    "stop": [] if template is None else stop_strings(template),
+                    "stop_token_ids": self.eos_token_ids,
+                    "skip_special_tokens": False,
+                    "return_token_ids": True,
+                    "logprobs": 0,
+                }
+                | _WHOLE_DISTRIBUTION,
+                # A choice repeats its prompt's ids.
+                largest=LARGEST_ANSWER
+                + _BYTES_PER_TOKEN * num_samples * (len(prompt) + max_new_tokens),
+                hangup=hangup,
+            )
+            samples = self._samples(answer, num_samples, max_new_tokens)
+            return samples if temperature > 0 else [Sample(s.ids) for s in samples]
+
+        with ThreadPoolExecutor(min(len(prompts), _MAX_CONNECTIONS) or 1) as pool:
+            pairs = zip(prompts, seeds, strict=True)
+            futures = [pool.submit(sample, prompt, seed) for prompt, seed in pairs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                # After a failure nothing is left to wait for; the queue goes before the requests,
+                # whose threads would take from it.
+                pool.shutdown(wait=False, cancel_futures=True)
+                hangup()
+        return [future.result() for future in futures]
+
+    def update_weights(
+        self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Make the server sample from `model` as it is now; one process of several calls this.
+
+        Adapters of PEFT are merged into a copy of the model, on the model's device.
+
+        Raises:
+            ConnectionError: the server could not load the weights, and must be started anew.
+            ValueError: the embeddings are tied, and the server runs on a CPU, or head and embedding
+                are two all the same.
+        """
+        if weights is None:
+            check_ties(model)
+        if self._on_cpu and model.config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"vllm_url: {self.url} runs on a CPU, where vLLM keeps the old head of a model "
+                "whose embeddings are tied; serve on a GPU, or take rollout_engine=transformers"
+            )
+        version = f"{self._run}-{step}"
+        self.weights_dir.mkdir(parents=True, exist_ok=True)
+        if not self._holds_weights_dir:
+            self._holds_weights_dir = True
+            weakref.finalize(self, os.close, _lock(self.weights_dir))
+        with tempfile.TemporaryDirectory(prefix=f"step-{step}-", dir=self.weights_dir) as folder:
+            if weights is None:
+                _merged(model).save_pretrained(folder)
+            else:
+                model.save_pretrained(folder, state_dict=weights)
+            try:
+                self._request(
+                    "/collective_rpc",
+                    {"method": "reload_weights", "kwargs": {"weights_path": folder}},
+                )
+            except ConnectionError as error:
+                raise ConnectionError(
+                    f"{error}; the server could not load {folder}: it must serve the same "
+                    "architecture and read that folder. Start it anew, its weights may be in pieces"
+                ) from error
+        if self._request("/reset_prefix_cache", {}).at("success").value is not True:
+            raise ConnectionError(
+                f"{self.url} kept its prefix cache, which is of the old weights: requests that are "
+                "not this run's hold it"
+            )
+        self._request("/update_weight_version", {"new_version": version})
+        self._version = version
+
+    def _check_settings(self) -> bool:
+        """Of the server; whether it runs on a CPU."""
+        info = self._request("/server_info?config_format=json", timeout=_CHECK_SECONDS)
+        config = info.at("vllm_config")
+        mode = config.at("model_config", "logprobs_mode").of(str)
+        if mode != "processed_logprobs":
+            raise ValueError(
+                f"vllm_url: {self.url} reports {mode}, which leave the temperature out; serve with "
+                "--logprobs-mode processed_logprobs"
+            )
+        on_cpu: bool = config.at("device_config", "device").value == "cpu"
+        if on_cpu and config.at("scheduler_config", "enable_chunked_prefill").of(bool):
+            raise ValueError(
+                f"vllm_url: {self.url} runs on a CPU, where vLLM ends at a seeded prompt that it "
+                "reads in pieces; serve with --no-enable-chunked-prefill"
+            )
+        return on_cpu
+
+    def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        ids = tokenizer.encode(_PROBE, add_special_tokens=False)
+        probe = {"prompt": _PROBE, "add_special_tokens": False}
+        answer = self._request("/tokenize", probe, timeout=_CHECK_SECONDS)
+        theirs = answer.at("tokens").of(list)
+        if theirs != ids:
+            raise ValueError(
+                f"vllm_url: {self.url} serves {self._model}, whose tokenizer is not the policy's: "
+                f"{_PROBE!r} is {str(theirs)[:_SHOWN_CHARACTERS]} there and {ids} here"
+            )
+
+    def _check_version(self) -> None:
+        # The process that gave no weights does not know their version.
+        if self._version is None:
+            return
+        version = self._request("/weight_info").at("weight_version").of(str)
+        if version != self._version:
+            raise ValueError(
+                f"vllm_url: {self.url} has the weights {version!r} and not {self._version!r}: it "
+                "was restarted, or another run uses it"
+            )
+
+    def _samples(self, answer: Answer, num_samples: int, max_new_tokens: int) -> list[Sample]:
+        choices = answer.at("choices").parts()
+        by_index = {choice.at("index").of(int): choice for choice in choices}
+        if len(choices) != num_samples or sorted(by_index) != list(range(num_samples)):
+            raise ConnectionError(
+                f"{answer.source}: gave {len(choices)} of {num_samples} completions, or two of one "
+                "index"
+            )
+        for choice in choices:
+            reason = choice.at("finish_reason").of(str)
+            if reason not in ("stop", "length"):
+                raise ConnectionError(
+                    f"{answer.source}: {choice.place} of {num_samples} completions was ended by "
+                    f"{reason[:_SHOWN_CHARACTERS]!r}, expected stop or length"
+                )
+        return [self._sample(by_index[index], max_new_tokens) for index in range(num_samples)]
+
+    def _sample(self, choice: Answer, max_new_tokens: int) -> Sample:
+        ids = choice.at("token_ids").parts()
+        logps = choice.at("logprobs", "token_logprobs").parts()
+        if not 1 <= len(ids) <= max_new_tokens or len(logps) != len(ids):
+            raise ConnectionError(
+                f"{choice.source}: expected 1 to {max_new_tokens} tokens, a log-prob each, at "
+                f"{choice.place}, got {len(ids)} and {len(logps)} log-probs"
+            )
+        for token in ids:
+            if not 0 <= token.of(int) < self.vocab_size:
+                raise ConnectionError(
+                    f"{token.source}: expected a token id below {self.vocab_size} at "
+                    f"{token.place}, got {str(token.value)[:_SHOWN_CHARACTERS]}"
+                )
+        return Sample([token.value for token in ids], [_logp(logp) for logp in logps])
+
+    def _request(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        timeout: float | None = None,
+        largest: int = LARGEST_ANSWER,
+        hangup: Hangup | None = None,
+    ) -> Answer:
+        return self._client.request(
+            path, body, timeout=timeout or self.timeout, largest=largest, hangup=hangup
+        )
+
+
+def _logp(logp: Answer) -> float:
+    """A log-prob, finite and of a probability; JSON's whole numbers are numbers too."""
+    value = logp.value if type(logp.value) is int else logp.of(float)
+    # NaN is within no bounds, and a whole number has no largest.
+    if not -sys.float_info.max <= value <= _LOGP_ROUNDING:
+        raise ConnectionError(
+            f"{logp.source}: expected a finite log-prob of at most 0 at {logp.place}, got "
+            f"{str(value)[:_SHOWN_CHARACTERS]}"
+        )
+    return float(value)
+
+
+def _lock(folder: Path) -> int:
+    """Share the lock that tells others that a run has weights in the folder, while it lives."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    # Some network file systems have no locks of folders; then nobody tidies up there.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove weights that a killed run left; where another run uses the folder, none."""
+    if not folder.is_dir():
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return
+    else:
+        for place in folder.iterdir():
+            if _WEIGHTS.fullmatch(place.name) and place.is_dir() and not place.is_symlink():
+                shutil.rmtree(place)
+    finally:
+        os.close(descriptor)
+
+
+def _merged(model: PreTrainedModel) -> PreTrainedModel:
+    if not has_adapter(model):
+        return model
+    # Merging in place and out again would round the frozen weights at every update.
+    peft_model: Any = copy.deepcopy(model)
+    return peft_model.merge_and_unload()

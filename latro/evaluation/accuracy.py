@@ -1,0 +1,307 @@
+"""Accuracy of a model on a task: greedy, sampled, by majority, with the answer's likelihood."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from latro.config.ranges import above_zero, at_least, check_number
+from latro.engines.transformers import TransformersEngine, seed_of
+from latro.evaluation.few_shot import SEPARATOR, cut_at_separator, with_examples
+from latro.evaluation.metrics import metrics_of
+from latro.evaluation.resume import Journal
+from latro.model.packing import answer_sums, plan
+from latro.model.scoring import Scorer
+from latro.rollout.prompts import check_dataset, encode_prompt
+from latro.rollout.sequences import AnswerJoin, Rollout, Sample, decode, eos_token_ids
+from latro.tasks import Task
+
+# Room for the answer after a rationale of full length, where the data's own answers are shorter.
+ANSWER_TOKENS = 32
+
+# The columns of a row that its record has.
+_SHOWN = ("prompt", "answer", "ground_truth")
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How to evaluate.
+
+    Attributes:
+        num_samples: completions per problem, sampled at `temperature`; 0: greedy only.
+        majority: the k of maj@k, each at most `num_samples`.
+        max_completion_length: tokens of a rationale; the answer may take 32 more, or as many as
+            the longest of the data.
+        batch_size: problems per batch and process; results do not depend on it, up to the rounding
+            of the model's arithmetic.
+        temperature: of sampling.
+        seed: decides the samples.
+        token_budget: padded tokens of one scoring batch.
+        progress: show a progress bar.
+    """
+
+    num_samples: int = 1
+    majority: tuple[int, ...] = ()
+    max_completion_length: int = 500
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    token_budget: int = 16384
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
+            at_least(name, getattr(self, name), least)
+        check_temperature(self.temperature)
+        for k in self.majority:
+            if not 1 <= k <= self.num_samples:
+                raise ValueError(
+                    f"majority: expected k from 1 to num_samples = {self.num_samples}, got {k}"
+                )
+
+
+def evaluate_model(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    dataset: Dataset,
+    settings: EvaluationSettings,
+    *,
+    accelerator: Accelerator | PartialState | None = None,
+    examples: Sequence[Mapping[str, Any]] = (),
+    journal: Journal | None = None,
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Generate, grade and score.
+
+    Several processes share the problems, and each returns the results of all.
+
+    Args:
+        scorer: of the model; used for log π(y|x⊕z).
+        tokenizer: the model's.
+        task: grades the completions.
+        dataset: rows of the task; at least one.
+        settings: how many samples, how long, and so on.
+        accelerator: knows the processes; None: there is one.
+        examples: rows of the training split, shown worked before each problem
+        (`latro.evaluation.few_shot`). journal: takes the records batch by batch, and may hold those
+        of a run that was killed.
+
+    Raises:
+        ValueError: the dataset lacks a column, a row of it does not fit the model, or the journal
+            is of another evaluation.
+
+    Returns:
+        Metrics, and one record per problem: `index`, its row's `prompt`, `answer` and, if it has
+        one, `ground_truth`, and the lists of completions `greedy` and, with samples, `sampled`,
+        each completion with `text`, `predicted` (the answer it states, or None), `correct`,
+        `finished`, `rationale_tokens` and `answer_logp` (log π(y|x⊕z), nats).
+        Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
+        error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
+        `unfinished` (share that states no answer and does not end) and `answer_logp` (mean), each
+        over the samples, or over the greedy completions without samples.
+    """
+    model = scorer.model
+    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
+    longest = check_dataset(
+        dataset, "dataset", model, tokenizer, join, settings.max_completion_length
+    )
+    separator = None
+    shown = dataset
+    if examples:
+        shown = with_examples(dataset, examples, task.answer_template, tokenizer)
+        longest = check_dataset(
+            shown, "dataset", model, tokenizer, join, settings.max_completion_length
+        )
+        # A turn of a conversation has its own end.
+        separator = None if tokenizer.chat_template else SEPARATOR
+    prompts = [encode_prompt(tokenizer, prompt, join.encoder) for prompt in shown["prompt"]]
+    max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:
+        # Each problem fits with a rationale and its answer, which is scored behind whatever was
+        # sampled. One limit for all, so that batches do not matter.
+        max_new_tokens = min(max_new_tokens, positions - longest.prompt_and_answer)
+    evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
+
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    batch_size = settings.batch_size * world
+    records = journal.open(prompts, batch_size) if journal and rank == 0 else []
+    if journal and world > 1:
+        (records,) = broadcast_object_list([records])
+    with tqdm(
+        total=len(dataset),
+        initial=len(records),
+        desc="evaluating",
+        unit="problem",
+        dynamic_ncols=True,
+        disable=not settings.progress or rank > 0,
+        # A file wants a line now and then, not ten a second.
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for start in range(len(records), len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))[rank::world]
+            batch = evaluator([_Problem(i, dataset[i], prompts[i]) for i in indices])
+            if world > 1:
+                batch = sorted(gather_object(batch), key=lambda record: record["index"])
+            if journal and rank == 0:
+                journal.append(batch)
+            records += batch
+            bar.set_postfix(_accuracies(records), refresh=False)
+            bar.update(len(batch))
+    return metrics_of(records, settings.majority), records
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise for one that nothing can be sampled or scored at."""
+    check_number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature: expected a number above 0, got {temperature}; greedy completions are "
+            "made in any case"
+        )
+    above_zero("temperature", temperature)
+
+
+@torch.no_grad()
+def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) -> list[float]:
+    """log π(y|x⊕z) of each rollout, in nats, in micro-batches under a token budget."""
+    was_training = scorer.model.training
+    scorer.model.eval()
+    values: dict[int, float] = {}
+    alone = [[rollout] for rollout in rollouts]
+    for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
+        (piece,) = micro.pieces
+        batch = scorer.collate(piece)
+        of_each = answer_sums(scorer(batch).logp, batch)
+        values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
+    scorer.model.train(was_training)
+    # Micro-batches go by length; the caller's order is another.
+    return [values[id(r)] for r in rollouts]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One row of the dataset."""
+
+    index: int
+    row: Mapping[str, Any]
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True)
+class _Completion:
+    """One completion of a problem."""
+
+    text: str
+    """What the record shows: without the end token, or what ends it."""
+    stated: str
+    """What is graded: without end tokens and padding behind it."""
+    rollout: Rollout
+    """What is scored."""
+
+
+@dataclass(frozen=True)
+class _Evaluator:
+    """From problems to their records."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    join: AnswerJoin
+    settings: EvaluationSettings
+    separator: str | None
+    max_new_tokens: int
+    """Of a completion: a rationale and its answer."""
+
+    def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
+        shown = [name for name in _SHOWN if problems and name in problems[0].row]
+        records = [{"index": p.index} | {name: p.row[name] for name in shown} for p in problems]
+        # The last batch of several processes may have nothing for some.
+        if not problems:
+            return records
+        modes = [("greedy", 0.0, 1)]
+        if self.settings.num_samples:
+            modes.append(("sampled", self.settings.temperature, self.settings.num_samples))
+        for name, temperature, num_samples in modes:
+            groups = self._generate(problems, temperature, num_samples)
+            rollouts = [completion.rollout for group in groups for completion in group]
+            logps = iter(answer_logp(self.scorer, rollouts, self.settings.token_budget))
+            for problem, record, group in zip(problems, records, groups, strict=True):
+                record[name] = [
+                    self._record(problem.row, completion, next(logps)) for completion in group
+                ]
+        return records
+
+    def _generate(
+        self, problems: Sequence[_Problem], temperature: float, num_samples: int
+    ) -> list[list[_Completion]]:
+        """Each problem's completions."""
+        engine = TransformersEngine(self.scorer.model, self.tokenizer)
+        samples = engine.generate(
+            [problem.prompt_ids for problem in problems],
+            num_samples=num_samples,
+            max_new_tokens=self.max_new_tokens,
+            temperature=temperature,
+            seeds=[seed_of(self.settings.seed, problem.index) for problem in problems],
+            template=self.separator,
+        )
+        return [
+            [self._ended(problem, sample) for sample in group]
+            for problem, group in zip(problems, samples, strict=True)
+        ]
+
+    def _ended(self, problem: _Problem, sample: Sample) -> _Completion:
+        kept = cut_at_separator(self.tokenizer, sample.ids) if self.separator else None
+        if kept is not None:
+            # The separator ends a completion as an end token does; what it is made of is dropped.
+            text = decode(self.tokenizer, sample.ids).partition(SEPARATOR)[0]
+            rollout = self._joined(problem, Sample(kept), text)
+            return _Completion(text, text, replace(rollout, finished=True))
+        ids = sample.ids
+        ended = ids[:-1] if ids and ids[-1] in self.join.eos_token_ids else ids
+        stated = decode(self.tokenizer, self.join.without_ends(ids))
+        text = decode(self.tokenizer, ended)
+        return _Completion(text, stated, self._joined(problem, sample, stated))
+
+    def _joined(self, problem: _Problem, sample: Sample, stated: str) -> Rollout:
+        """The known answer in the place of the one that counts; of the first where none does."""
+        starts = [match.start() for match in self.join.pattern.finditer(stated)]
+        counted = 0
+        for index, end in enumerate([*starts[1:], len(stated)]):
+            if self.task.extract(stated[:end], problem.row) is not None:
+                counted = index
+                break
+        return self.join(problem.prompt_ids, sample, problem.row["answer"], statement=counted)
+
+    def _record(
+        self, row: Mapping[str, Any], completion: _Completion, logp: float
+    ) -> dict[str, Any]:
+        predicted = self.task.extract(completion.stated, row)
+        return {
+            "text": completion.text,
+            "predicted": predicted,
+            "correct": self.task.is_correct(predicted, row),
+            "finished": completion.rollout.finished,
+            "rationale_tokens": len(completion.rollout.rationale_ids),
+            "answer_logp": logp,
+        }
+
+
+def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of the problems so far, for the progress bar."""
+    shown = {}
+    for name in ("greedy", "sampled"):
+        grades = [c["correct"] for record in records for c in record.get(name, ())]
+        if grades:
+            shown[name] = f"{sum(grades) / len(grades):.1%}"
+    return shown

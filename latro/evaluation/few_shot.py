@@ -1,0 +1,123 @@
+"""Worked examples before a problem, and where a completion ends that goes on with more of them.
+
+With a chat template examples are earlier turns of user and assistant. Without one they are text:
+
+    problem␣solution ⏎⏎ problem␣solution ⏎⏎ ... problem
+
+A solution is the rationale, where the row has one, and the answer behind the answer template. The
+white space between problem and solution is the problem's own, or one space where it has none at its
+end.
+
+A model that was only pre-trained does not stop at its answer: it writes the separator, an empty
+line, and invents the next problem, whose answer is not to be taken for this one's. So in text a
+completion ends where its first separator begins. No solution shown has an empty line in it (those
+of the data are closed up), and what follows the examples' form is never cut short.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from latro.rollout.answer_template import template_pattern
+from latro.rollout.prompts import Prompt, prompt_text
+from latro.rollout.sequences import decode
+
+SEPARATOR = "\n\n"
+
+
+def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dict[str, Any]]:
+    """The same rows of the training split in every call: with a rationale, where any row has one.
+
+    Args:
+        train: rows of the task's training split.
+        problems: rows that are evaluated; a training row with the prompt of one is no example.
+        num_shots: how many; 0 or more.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    asked = {prompt_text(prompt) for prompt in problems["prompt"]}
+    rows = [row for row in train if prompt_text(row["prompt"]) not in asked]
+    rows = [row for row in rows if row.get("rationale")] or rows
+    if num_shots > len(rows):
+        raise ValueError(
+            f"num_shots: expected at most {len(rows)}, the training rows that can be shown and are "
+            f"not evaluated, got {num_shots}; of a single file the test split is every row: take "
+            "eval_split=validation, or a folder with train and test"
+        )
+    return random.Random(0).sample(rows, num_shots)
+
+
+def with_examples(
+    dataset: Dataset,
+    examples: Sequence[Mapping[str, Any]],
+    answer_template: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Dataset:
+    """The dataset with examples in front of each prompt.
+
+    Args:
+        dataset: with the column prompt: text, or messages.
+        examples: rows with prompt, answer and, perhaps, rationale; none: nothing changes.
+        answer_template: the words an answer begins with.
+        tokenizer: whether it has a chat template decides between messages and text.
+    """
+    if not examples:
+        return dataset
+    solved = [(row["prompt"], _solution(row, answer_template)) for row in examples]
+    prompts: list[Prompt]
+    if tokenizer.chat_template:
+        prompts = [_conversation(prompt, solved) for prompt in dataset["prompt"]]
+    else:
+        texts = [_joined(prompt_text(prompt), solution) for prompt, solution in solved]
+        shown = "".join(text + SEPARATOR for text in texts)
+        prompts = [shown + prompt_text(prompt) for prompt in dataset["prompt"]]
+    return dataset.remove_columns("prompt").add_column("prompt", prompts)
+
+
+def cut_at_separator(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
+    """The tokens before the first separator, less one that reaches into it; None: there is none."""
+    text = decode(tokenizer, ids)
+    end = text.find(SEPARATOR)
+    if end < 0:
+        return None
+    # The last tokens go one by one: generation stops at the separator, so that few stand behind.
+    count = len(ids)
+    while count and len(decode(tokenizer, ids[:count])) > end:
+        count -= 1
+    return ids[:count]
+
+
+def _solution(row: Mapping[str, Any], answer_template: str) -> str:
+    rationale = (row.get("rationale") or "").strip()
+    # A rationale ends where it states an answer itself.
+    rationale = template_pattern(answer_template).split(rationale, maxsplit=1)[0].rstrip()
+    solution = f"{rationale} {answer_template.strip()} {row['answer']}".strip()
+    return re.sub(r"\n\s*\n", "\n", solution)
+
+
+def _joined(prompt: str, solution: str) -> str:
+    return f"{prompt}{'' if prompt[-1].isspace() else ' '}{solution}"
+
+
+def _conversation(prompt: Prompt, solved: Sequence[tuple[Prompt, str]]) -> list[dict[str, str]]:
+    """Earlier turns between the problem's own system message, where it has one, and the rest."""
+    own = _messages(prompt)
+    system = own[:1] if own[0]["role"] == "system" else []
+    turns = []
+    for asked, solution in solved:
+        turns += [m for m in _messages(asked) if m["role"] != "system"]
+        turns.append({"role": "assistant", "content": solution})
+    return [*system, *turns, *own[len(system) :]]
+
+
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [dict(message) for message in prompt]

@@ -1,0 +1,271 @@
+"""How likely right answers are: without a rationale, behind a written one, behind a model's own.
+
+For a problem x with the answer y, a written rationale z* and rationales z of the model itself:
+
+    none       log π(y|x)
+    gold       log π(y|x⊕z*)
+    greedy     log π(y|x⊕z), z of the likeliest tokens
+    sampled    log π(y|x⊕z), z sampled
+
+That a model's own likelihood tells good rationales from none is what LaTRO rests on (arXiv
+2411.04282); this measures it for a model before anything is trained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from latro.config.ranges import at_least
+from latro.engines.transformers import TransformersEngine, seed_of
+from latro.evaluation.accuracy import answer_logp, check_temperature
+from latro.evaluation.metrics import standard_error
+from latro.model.scoring import Scorer
+from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
+from latro.rollout.sequences import AnswerJoin, Rollout, Sample, decode, eos_token_ids
+from latro.tasks import Task
+
+# What stands before the answer, and its name in pictures and tables.
+KINDS = {
+    "none": "none",
+    "gold": "written",
+    "greedy": "own, greedy",
+    "sampled": "own, sampled",
+}
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How to probe.
+
+    Attributes:
+        num_samples: sampled rationales per problem; 0: the greedy one alone.
+        max_completion_length: the longest rationale of the model's own, in tokens.
+        batch_size: problems per batch.
+        temperature: of sampling.
+        seed: decides the samples.
+        token_budget: tokens of one scoring batch.
+    """
+
+    num_samples: int = 4
+    max_completion_length: int = 500
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    token_budget: int = 16384
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_samples", 0), ("max_completion_length", 1), ("batch_size", 1)):
+            at_least(name, getattr(self, name), least)
+        check_temperature(self.temperature)
+
+
+def probe_model(
+    scorer: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    dataset: Dataset,
+    settings: ProbeSettings,
+    *,
+    accelerator: Accelerator | PartialState | None = None,
+) -> list[dict[str, Any]]:
+    """Score each problem's answer with and without rationales.
+
+    Several processes share the problems, and each returns the records of all.
+
+    Args:
+        scorer: of the model.
+        tokenizer: the model's.
+        task: its answer template ends rationales and opens answers.
+        dataset: rows of the task; at least one. `gold` is left out where it has no column
+            `rationale`, and for a row whose rationale is empty.
+        settings: how many samples, how long, and so on.
+        accelerator: knows the processes; None: there is one.
+
+    Raises:
+        ValueError: the dataset lacks a column, or a row of it does not fit the model.
+
+    Returns:
+        One record per problem: `index`, `prompt` and `answer`, and for each of `KINDS` a list of
+        {`rationale`: its text, `answer_logp`: log π(y|·) in nats, `answer_tokens`: tokens of y}.
+    """
+    model = scorer.model
+    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
+    check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
+    if "rationale" in dataset.column_names:
+        check_rationales(dataset, "dataset", model, join)
+    engine = TransformersEngine(model, tokenizer)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    batch_size = settings.batch_size * world
+    records: list[dict[str, Any]] = []
+    with tqdm(
+        total=len(dataset),
+        desc="probing",
+        unit="problem",
+        dynamic_ncols=True,
+        disable=rank > 0,
+        # A file wants a line now and then, not ten a second.
+        mininterval=0.1 if sys.stderr.isatty() else 10,
+    ) as bar:
+        for start in range(0, len(dataset), batch_size):
+            indices = range(start, min(start + batch_size, len(dataset)))
+            # The last batch of several processes may have nothing for some.
+            own = indices[rank::world]
+            groups = _rollouts(
+                [(index, dataset[index]) for index in own],
+                engine=engine,
+                join=join,
+                settings=settings,
+            )
+            flat = [r for group in groups for rollouts in group.values() for r in rollouts]
+            logps = iter(answer_logp(scorer, flat, settings.token_budget))
+            batch = []
+            for index, group in zip(own, groups, strict=True):
+                row = dataset[index]
+                record = {"index": index, "prompt": row["prompt"], "answer": row["answer"]}
+                for kind, rollouts in group.items():
+                    record[kind] = [
+                        {
+                            "rationale": decode(tokenizer, rollout.rationale_ids),
+                            "answer_logp": next(logps),
+                            "answer_tokens": len(rollout.answer_ids),
+                        }
+                        for rollout in rollouts
+                    ]
+                batch.append(record)
+            if world > 1:
+                batch = sorted(gather_object(batch), key=lambda record: record["index"])
+            records += batch
+            bar.update(len(indices))
+    return records
+
+
+def _rollouts(
+    problems: Sequence[tuple[int, Mapping[str, Any]]],
+    *,
+    engine: TransformersEngine,
+    join: AnswerJoin,
+    settings: ProbeSettings,
+) -> list[dict[str, list[Rollout]]]:
+    """Return the answer of each problem, an index and a row, behind each kind of rationale."""
+    if not problems:
+        return []
+    prompts = [encode_prompt(join.tokenizer, row["prompt"], join.encoder) for _, row in problems]
+    seeds = [seed_of(settings.seed, index) for index, _ in problems]
+    own = {}
+    for kind, temperature, count in (
+        ("greedy", 0.0, 1),
+        ("sampled", settings.temperature, settings.num_samples),
+    ):
+        if count:
+            own[kind] = engine.generate(
+                prompts,
+                num_samples=count,
+                max_new_tokens=settings.max_completion_length,
+                temperature=temperature,
+                seeds=seeds,
+                template=join.template,
+            )
+    groups = []
+    for place, (prompt, (_, row)) in enumerate(zip(prompts, problems, strict=True)):
+        group = {"none": [join(prompt, Sample([]), row["answer"])]}
+        if row.get("rationale", "").strip():
+            group["gold"] = [join.written(prompt, row["rationale"], row["answer"])]
+        for kind, samples in own.items():
+            group[kind] = [join(prompt, sample, row["answer"]) for sample in samples[place]]
+        groups.append(group)
+    return groups
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the records come to, for each of `KINDS` that they have.
+
+    Returns:
+        By kind: `problems`; `sequence` and `token`, the mean log π(y|·) of an answer and of a token
+        of one, in nats, each {`mean`, `stderr`}. A kind other than none has `sequence_gain` and
+        `token_gain` as well, the same problem's difference to none, and `helps`, the share of
+        rationales that make the answer likelier. Several rationales of a problem count as their
+        mean, and standard errors are over problems.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for kind in (k for k in KINDS if any(k in record for record in records)):
+        there = [record for record in records if kind in record]
+        result[kind] = {"problems": len(there)}
+        for unit in ("sequence", "token"):
+            result[kind][unit] = _mean_and_error([_values(r, kind, unit) for r in there])
+            if kind != "none":
+                result[kind][f"{unit}_gain"] = _mean_and_error(
+                    [gains(record, kind, unit) for record in there]
+                )
+        if kind != "none":
+            helped = [[gain > 0 for gain in gains(r, kind, "sequence")] for r in there]
+            result[kind]["helps"] = fmean(map(fmean, helped))
+    return result
+
+
+def gains(record: Mapping[str, Any], kind: str, unit: str) -> list[float]:
+    """What each rationale of a kind adds to log π(y|x), of the "sequence" or a "token" of it."""
+    (none,) = _values(record, "none", unit)
+    return [value - none for value in _values(record, kind, unit)]
+
+
+def _values(record: Mapping[str, Any], kind: str, unit: str) -> list[float]:
+    return [
+        entry["answer_logp"] / (entry["answer_tokens"] if unit == "token" else 1)
+        for entry in record[kind]
+    ]
+
+
+def _mean_and_error(values: Sequence[Sequence[float]]) -> dict[str, float]:
+    means = [fmean(v) for v in values]
+    return {"mean": fmean(means), "stderr": standard_error(means)}
+
+
+def draw(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Histograms over problems: log π(y|·) by kind, and what rationales add to log π(y|x)."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    likelihoods, added = {}, {}
+    for kind in (k for k in KINDS if any(k in record for record in records)):
+        there = [record for record in records if kind in record]
+        likelihoods[kind] = [_values(record, kind, "sequence") for record in there]
+        if kind != "none":
+            added[kind] = [gains(record, kind, "sequence") for record in there]
+    left, right = figure.subplots(1, 2)
+    _histograms(left, likelihoods)
+    left.set_xlabel("log-likelihood of the right answer, nats")
+    _histograms(right, added)
+    right.set_xlabel("what a rationale adds to it, nats")
+    right.axvline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def _histograms(axis: Any, kinds: Mapping[str, Sequence[Sequence[float]]]) -> None:
+    """One line a kind over the same bins; of each the values of every problem's rationales."""
+    axis.hist(
+        [[value for values in problems for value in values] for problems in kinds.values()],
+        # A problem counts once, however many rationales it has.
+        weights=[
+            [1 / len(values) / len(problems) for values in problems for _ in values]
+            for problems in kinds.values()
+        ],
+        bins=40,
+        histtype="step",
+        linewidth=1.5,
+        color=[f"C{list(KINDS).index(kind)}" for kind in kinds],
+        label=[KINDS[kind] for kind in kinds],
+    )
+    axis.set_ylabel("share of problems")
+    axis.grid(alpha=0.3)
+    axis.legend(title="rationale")

@@ -1,0 +1,1 @@
+"""The model under training: scoring, packing, attention, adapters, distribution."""

@@ -1,0 +1,220 @@
+"""Adapters by PEFT: what can be trained, the model under one, and the weight of a head with one.
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) adds scaling · B·A to a frozen weight, and B is 0 at the
+start. So a model with a new adapter is its own reference: with it off it is π_0, and the KL to it
+is exactly 0 before the first update, without a second copy of the weights. `latro.model.initial`
+has the reference of an adapter that came trained.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+
+    from latro.config.training import PeftArguments
+
+
+def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
+    """PEFT's own settings from the command line's; None without `use_peft`.
+
+    Args:
+        args: the settings.
+        revision: of the base model on the hub, noted for whoever loads the adapter.
+
+    Raises:
+        ValueError: PEFT is not installed.
+    """
+    if not args.use_peft:
+        return None
+    require_peft("use_peft")
+    from peft import LoraConfig
+
+    targets: list[str] | str | None = args.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        # PEFT takes a list for names, and a string for a pattern or for this word.
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        modules_to_save=args.lora_modules_to_save,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        revision=None if revision == "main" else revision,
+    )
+
+
+def require_peft(name: str) -> None:
+    """Raises ValueError where PEFT is not installed; `name` is the argument that needs it."""
+    if not is_peft_available():
+        raise ValueError(
+            f"{name}: needs the package peft, which is not installed: "
+            "pip install 'latro-kernels[peft]'"
+        )
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether `model` is PEFT's wrapper of a model."""
+    if not is_peft_available():
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def without_wrapper(model: Any) -> PreTrainedModel:
+    """The model inside of PEFT's wrapper, its adapters in their places; or the model itself."""
+    return model.get_base_model() if has_adapter(model) else model
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """`peft.get_peft_model(model, peft_config)`, for settings that can be trained with LaTRO.
+
+    Raises:
+        TypeError: `peft_config` is none of PEFT's.
+        ValueError: PEFT is not installed, the model has an adapter already, or dropout is asked
+            for: a rationale is scored by the policy that sampled it.
+    """
+    require_peft("peft_config")
+    from peft import PeftConfig, get_peft_model
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"peft_config: expected a peft.PeftConfig, got {type(peft_config).__name__}"
+        )
+    if has_adapter(model):
+        raise ValueError(
+            "peft_config: expected a model without adapter, got one that has one; leave "
+            "peft_config out to train that one, or merge it first (merge_and_unload)"
+        )
+    dropout = getattr(peft_config, "lora_dropout", 0.0)
+    if dropout:
+        raise ValueError(
+            f"lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), got "
+            f"{dropout}"
+        )
+    _check_kind(peft_config)
+    return get_peft_model(model, peft_config)
+
+
+def check_adapter(model: PeftModel) -> None:
+    """Check that a model with adapters can be trained.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    for config in model.peft_config.values():
+        _check_kind(config)
+    merged = model.get_model_status().merged_adapters
+    if merged:
+        raise ValueError(f"model: its adapters {merged} are merged; call unmerge_adapter() first")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "model: none of its weights requires a gradient; load the adapter with "
+            "is_trainable=True"
+        )
+
+
+def _check_kind(config: PeftConfig) -> None:
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config: {config.peft_type} adds tokens to every prompt; expected an "
+            "adapter of the model's layers, like LoRA"
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config: alora_invocation_tokens switch the adapter on inside of a sequence, "
+            "which packed rows cannot follow"
+        )
+
+
+def check_ties(model: PreTrainedModel | PeftModel) -> None:
+    """Check that head and embedding are one where the model's config ties them.
+
+    A server builds its model by that config, and takes the embedding for its head.
+
+    Raises:
+        ValueError: they are two, be it by what an adapter adds to one of them.
+    """
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    # The weights of a layer with an adapter that adds to them are those under it.
+    if head.weight is not embedding.weight or _adds_to(head) or _adds_to(embedding):
+        raise ValueError(
+            "rollout_engine: expected head and embedding to be one, as the model's config ties "
+            "them and vLLM with it, got two, or an adapter on them; leave them out of the adapter, "
+            "take rollout_engine=transformers, or serve and train a copy of the model that is "
+            "saved untied"
+        )
+
+
+def _adds_to(layer: nn.Module) -> bool:
+    """Whether an adapter adds something to the weights of `layer`, or to rows of them."""
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adds = isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return adds and not isinstance(layer, ModulesToSaveWrapper)
+
+
+def head_without_adapter(head: Any) -> Any:
+    """The head that an adapter lies on, or the head itself."""
+    if not is_peft_available():
+        return head
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+
+def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight [V, H] and bias [V] that make a head's logits, with its active adapters.
+
+    Of LoRA weight + Σ scaling · B·A over the active adapters, in the weight's dtype and
+    differentiable in A and B; of `modules_to_save` the copy that is trained; with adapters off or
+    merged the head's own.
+
+    Raises:
+        ValueError: an adapter that is no sum with a product of two matrices, like DoRA.
+    """
+    weight, bias = head.weight, getattr(head, "bias", None)
+    if not is_peft_available():
+        return weight, bias
+    from peft.tuners.lora import Linear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adapted = isinstance(head, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    # The attributes of a ModulesToSaveWrapper are those of the copy that its forward calls.
+    if not adapted or isinstance(head, ModulesToSaveWrapper) or head.disable_adapters:
+        return weight, bias
+    # FSDP makes a class of its own of each that it shards, with the forward that it had.
+    if not isinstance(head, Linear) or type(head).forward is not Linear.forward:
+        raise ValueError(f"model: expected a head without adapter, or with LoRA's, got {head}")
+    if head.merged:
+        return weight, bias
+    for name in head.active_adapters:
+        if name in head.lora_variant:
+            raise ValueError(
+                f"model: expected plain LoRA on the head, got {type(head.lora_variant[name])}; "
+                "leave the head out of target_modules"
+            )
+        if name not in head.lora_A:
+            continue
+        weight = weight + head.get_delta_weight(name).to(weight.dtype)
+        added = head.lora_B[name].bias
+        if added is not None:
+            added = head.scaling[name] * added.to(weight.dtype)
+            bias = added if bias is None else bias + added
+    return weight, bias

@@ -1,0 +1,234 @@
+"""Models over many devices: precision, whole weights for generation, the reference in shards.
+
+DDP keeps a whole copy of the weights in each process. FSDP2 and DeepSpeed ZeRO-3 keep a shard, and
+gather a layer's weights for each of its forwards. Decoding calls a forward for every token, so for
+its duration the weights are gathered once and kept; where they do not fit, a rollout engine outside
+of the process is the way (`latro.engines.vllm`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
+
+from latro.model.scoring import Scorer
+
+logger = logging.getLogger(__name__)
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process holds a part of each weight only."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED:
+        return accelerator.state.deepspeed_plugin.zero_stage == 3
+    return kind == DistributedType.FSDP
+
+
+def keep_output_dtype(accelerator: Accelerator) -> None:
+    """Have FSDP2 return what forwards return, log-probs in fp32 among it.
+
+    accelerate's policy for mixed precision would cast it all. To be called before a model is
+    sharded.
+    """
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+
+
+def keep_fp32_weights(model: nn.Module, accelerator: Accelerator) -> None:
+    """Under mixed precision have the optimiser step fp32 weights, whatever they were saved in.
+
+    bf16 keeps 8 bits: to a weight of 0.02 an update of 5e-7 is nothing. FSDP2 and DeepSpeed make
+    fp32 weights of their own.
+    """
+    kind = accelerator.distributed_type
+    half = [p for p in model.parameters() if p.requires_grad and p.dtype in _HALF]
+    if not half or kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    if accelerator.mixed_precision == "no":
+        logger.warning(
+            "the weights are trained in %s, where small updates are lost in rounding: take --bf16 "
+            "true, or --dtype float32",
+            half[0].dtype,
+        )
+        return
+    for parameter in half:
+        parameter.data = parameter.data.float()
+
+
+def follow_fp32_weights(
+    ref_model: PreTrainedModel, policy: nn.Module, accelerator: Accelerator
+) -> None:
+    """Make fp32 of the reference's half precision weights that the policy has in fp32.
+
+    Under mixed precision `keep_fp32_weights` made the policy's so. A layer that autocast leaves
+    alone would round the reference's in another way, and the KL would begin above 0.
+    """
+    if accelerator.mixed_precision == "no":
+        return
+    of_policy = dict(policy.named_parameters())
+    for name, parameter in ref_model.named_parameters():
+        half = parameter.dtype in _HALF
+        if half and name in of_policy and of_policy[name].dtype == torch.float32:
+            parameter.data = parameter.data.float()
+
+
+@contextlib.contextmanager
+def whole_on_load() -> Iterator[None]:
+    """Within, transformers loads whole models under ZeRO-3 too, to be sharded by the Trainer.
+
+    A model that is sharded as it is loaded could neither be checked nor copied for a reference.
+    """
+    config = hf_deepspeed.deepspeed_config()
+    if config is None:
+        yield
+        return
+    handle = hf_deepspeed._hf_deepspeed_config_weak_ref()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed.set_hf_deepspeed_config(handle)
+
+
+@contextlib.contextmanager
+def gathered(scorer: Scorer, accelerator: Accelerator) -> Iterator[None]:
+    """Within, every weight of the scorer's model is whole, and no forward waits for others.
+
+    All processes must enter and leave together.
+    """
+    wrapper = scorer.caller
+    scorer.caller = scorer.model
+    try:
+        if wrapper is scorer.model and not isinstance(wrapper, FSDPModule):
+            # Before training an engine has not taken the model over.
+            yield
+        elif not is_sharded(accelerator):
+            yield
+        elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+            from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+            with unwrap_model_for_generation(wrapper):
+                yield
+        else:
+            with _unsharded(scorer.model, accelerator):
+                yield
+    finally:
+        scorer.caller = wrapper
+
+
+@contextlib.contextmanager
+def _unsharded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[None]:
+    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        # As accelerate had set it: blocks and the embedding give their weights back after a
+        # forward. The head and what is left in the root do not: their backward comes first.
+        reshard = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+        kept = {model, *_tail(model)}
+        for module in modules:
+            module.set_reshard_after_forward(reshard and module not in kept, recurse=False)
+            module.reshard()
+
+
+def _tail(model: PreTrainedModel) -> list[nn.Module]:
+    """The head with what shares its weights or its place at the end of the forward."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    blocks = {m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent}
+    inside = {m for block in blocks for m in block.modules()}
+    modules: Iterator[nn.Module] = model.modules()
+    return [
+        m
+        for m in modules
+        if isinstance(m, FSDPModule) and m not in inside and (m is not embedding or tied)
+    ]
+
+
+def like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Tensor:
+    """A copy of process 0's `whole` as the engine keeps `parameter`: its device, dtype and shard.
+
+    All processes must call this together.
+    """
+    dtype = parameter.dtype
+    # Under ZeRO-3 a parameter outside of a forward is empty, and whole where it can be written.
+    device = accelerator.device
+    if isinstance(parameter, DTensor):
+        return distribute_tensor(
+            whole.to(device, dtype), parameter.device_mesh, parameter.placements
+        )
+    copy = whole.to(device, dtype, copy=True)
+    return broadcast(copy) if accelerator.num_processes > 1 else copy
+
+
+@contextlib.contextmanager
+def writable(
+    model: nn.Module, parameters: Sequence[nn.Parameter], accelerator: Accelerator
+) -> Iterator[None]:
+    """Within, `parameters` of `model` can be written to, and the next forward sees what they are.
+
+    All processes must enter and leave together, and write the same.
+    """
+    if is_sharded(accelerator) and accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
+            yield
+        return
+    modules: Iterator[nn.Module] = model.modules()
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            # Some are whole from a forward that no backward followed.
+            module.reshard()
+    yield
+
+
+def prepare_reference(ref_scorer: Scorer, accelerator: Accelerator) -> None:
+    """Shard a frozen model as the policy is; nothing to do where each process has all of it."""
+    if not is_sharded(accelerator):
+        return
+    model = ref_scorer.model
+    ref_scorer.sharded = True
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        import deepspeed
+
+        # Without an optimiser, which is how ZeRO-3 shards what is not trained. What is "auto" the
+        # Trainer fills in for the policy, later; here DeepSpeed's own defaults do.
+        config = _without_auto(accelerator.state.deepspeed_plugin.deepspeed_config)
+        for name in ("optimizer", "scheduler", "train_batch_size", "gradient_accumulation_steps"):
+            config.pop(name, None)
+        config["train_micro_batch_size_per_gpu"] = 1
+        ref_scorer.caller, *_ = deepspeed.initialize(model=model, config=config)
+        ref_scorer.caller.eval()
+        return
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    ref_scorer.caller = fsdp2_prepare_model(accelerator, model)
+
+
+def _without_auto(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_auto(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if value != "auto"
+    }

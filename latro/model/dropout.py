@@ -1,0 +1,103 @@
+"""No dropout: a rationale must be scored by the policy that sampled it.
+
+Models keep their rates in `nn.Dropout`, in floats that they hand to a function, and in configs that
+some read in every forward. What no name tells is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from latro.model.adapters import without_wrapper
+from latro.model.logits import trunk_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_SIGNS = ("drop", "jitter")
+# Phi-MoE has one by this name that tells which experts are tied, in evaluation too. Where it is a
+# rate, routers keep a copy by another name.
+_NO_RATE = "router_jitter_noise"
+# Enough for a layer that draws at some tokens alone.
+_NUM_TOKENS = 64
+
+
+@torch.no_grad()
+def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
+    """Set every rate of dropout, LayerDrop and routers' noise to 0, in the model's configs too.
+
+    To be called before an engine takes the model over. Mode and random state stay as they are.
+
+    Raises:
+        ValueError: with all that it computes something else in training than in evaluation; or it
+            names no trunk.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NUM_TOKENS
+    ids = torch.arange(1, min(limit, _NUM_TOKENS) + 1, device=model.device)[None]
+    ids %= model.get_input_embeddings().weight.shape[0]
+
+    def hidden() -> Tensor:
+        trunk = trunk_of(without_wrapper(model))
+        return trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
+
+    with _mode_and_random_state_kept(model):
+        model.eval()
+        evaluated = hidden()
+        for module in model.modules():
+            _set_rates_to_zero(module)
+        model.train()
+        before = _random_state(model.device)
+        trained = hidden()
+        draws = not torch.equal(_random_state(model.device), before)
+    # Training may take another path through the same layers, and round differently: half the digits
+    # are enough then. What is drawn has to change nothing.
+    eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
+    allowed = 0.0 if draws else eps**0.5 * evaluated.abs().max()
+    if (trained - evaluated).abs().max() > allowed:
+        does = "draws random numbers" if draws else "computes something else"
+        raise ValueError(
+            f"model: {type(without_wrapper(model)).__name__} {does} in training mode, though every "
+            "dropout is set to 0; a rationale has to be scored by the policy that sampled it"
+        )
+
+
+def _set_rates_to_zero(module: nn.Module) -> None:
+    if isinstance(module, nn.Dropout):
+        module.p = 0.0
+    for holder in (module, getattr(module, "config", None)):
+        if not isinstance(holder, (nn.Module, PreTrainedConfig)):
+            continue
+        for name, value in list(vars(holder).items()):
+            if name == _NO_RATE or not any(sign in name for sign in _SIGNS):
+                continue
+            if _is_rate(value):
+                setattr(holder, name, 0.0)
+            elif type(value) is dict:
+                # PEFT's layers have a rate for each adapter.
+                value.update({key: 0.0 for key, rate in value.items() if _is_rate(rate)})
+
+
+def _is_rate(value: object) -> bool:
+    return isinstance(value, float) and 0 < value <= 1
+
+
+@contextmanager
+def _mode_and_random_state_kept(model: nn.Module) -> Iterator[None]:
+    device = next(model.parameters()).device
+    was_training = model.training
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(was_training)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    state = torch.get_rng_state()
+    return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state

@@ -1,0 +1,303 @@
+"""From rollouts to what the model and the kernels read: inputs, head rows, micro-batches.
+
+A head row is a pair of a position, whose hidden state predicts, and the token predicted there.
+Sequence s has its rationale rows first and its answer rows after them:
+
+    rationale row i   position P − 1 + i                 target sampled_ids[i]
+    answer row j      position P − 1 + answer_start + j  target answer_ids[j]
+
+with P the prompt's length. The two may share a position: the hidden state after the last word of a
+rationale predicts the token that ended it and, in another row, the first token of the answer.
+Plain answers (`Rollout.plain`) go through the trunk with their group. They have head rows for the
+answer's own tokens alone, which stand after the rows of all sequences.
+
+A batch is packed, every prompt once with its K branches after it (`latro.model.attention`), which
+is P + Σ (branch lengths) positions a group; or, for models that cannot, padded, each sequence a row
+of its own with its own copy of the prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from latro.model.attention import SharedPrefix
+from latro.rollout.sequences import Rollout
+from latro_kernels import GroupLayout
+
+Group = Sequence[Rollout]
+"""Rollouts of one prompt."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """What goes through the trunk at once: N head rows of S sequences, M of Q plain answers."""
+
+    input_ids: Tensor
+    """int64 [B, T]: packed, B = 1; padded, a sequence a row, padded at the right, where under a
+    causal mask no real position sees the padding."""
+    position_ids: Tensor | None
+    """int64 [1, T], of the unpacked sequences; None where padded: then they are 0 to T − 1."""
+    shared_prefix: SharedPrefix | None
+    """The packed row's segments; None where padded."""
+    positions: Tensor
+    """int64 [N + M], into the flattened [B·T] positions."""
+    target: Tensor
+    """int64 [N + M], the token that each row predicts."""
+    offsets: Tensor
+    """int64 [2·S + 1], as in `GroupLayout`."""
+    own_answer: Tensor
+    """bool [N], the rows of the answers' own tokens: without those of template and end."""
+    finished: Tensor
+    """bool [S]."""
+    engine_logp: Tensor | None
+    """fp32 [N], log-prob of each rationale token as the engine that drew it tells, NaN at answers;
+    None where it does not tell."""
+    plain_offsets: Tensor
+    """int64 [Q + 1], from 0 to M: where among these rows each plain answer begins and ends."""
+    num_rows: int
+    """N."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Whole groups that go through together, in one piece where the token budget allows."""
+
+    pieces: list[list[Group]]
+    """Each piece holds groups, or parts of them."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for piece in self.pieces for group in piece for rollout in group]
+
+
+def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
+    """A `Batch` on `device` of the rollouts of `groups`, in their order."""
+    make = _pack if packed else _pad
+    input_ids, position_ids, shared_prefix, row_positions = make(groups, device)
+    placed = list(zip((r for group in groups for r in group), row_positions, strict=True))
+    placed.sort(key=lambda pair: pair[0].plain)
+    sequences = [r for r, _ in placed if not r.plain]
+    plain = [r for r, _ in placed if r.plain]
+    counts = [n for r in sequences for n in (len(r.sampled_ids), len(r.answer_ids))]
+    plain_counts = [len(r.own_rows) for r in plain]
+    return Batch(
+        input_ids=input_ids,
+        position_ids=position_ids,
+        shared_prefix=shared_prefix,
+        positions=torch.tensor([p for _, rows in placed for p in rows], device=device),
+        target=torch.tensor([token for r, _ in placed for token in _targets(r)], device=device),
+        offsets=torch.tensor(list(accumulate(counts, initial=0)), device=device),
+        own_answer=torch.tensor(
+            [own for r in sequences for own in _own_answer(r)], dtype=torch.bool, device=device
+        ),
+        finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
+        plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
+        num_rows=sum(counts),
+        engine_logp=_engine_logp(sequences, device),
+    )
+
+
+def _targets(rollout: Rollout) -> list[int]:
+    """The token of each head row."""
+    if rollout.plain:
+        return [rollout.answer_ids[j] for j in rollout.own_rows]
+    return rollout.sampled_ids + rollout.answer_ids
+
+
+def _own_answer(rollout: Rollout) -> list[bool]:
+    """Whether each head row of a sequence is one of the answer's own tokens."""
+    rows = [False] * len(rollout.sampled_ids)
+    return rows + [j in rollout.own_rows for j in range(len(rollout.answer_ids))]
+
+
+def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor | None:
+    rows: list[float] = []
+    for rollout in sequences:
+        if rollout.sampled_logp is None:
+            return None
+        rows += rollout.sampled_logp + [math.nan] * len(rollout.answer_ids)
+    return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
+
+
+def _pad(
+    groups: Sequence[Group], device: torch.device
+) -> tuple[Tensor, None, None, list[list[int]]]:
+    rollouts = [rollout for group in groups for rollout in group]
+    inputs = [r.input_ids for r in rollouts]
+    width = max(map(len, inputs))
+    positions: list[list[int]] = []
+    for index, rollout in enumerate(rollouts):
+        first = index * width + len(rollout.prompt_ids) - 1
+        positions.append(_row_positions(rollout, first, first + 1))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
+    return ids, None, None, positions
+
+
+def _pack(
+    groups: Sequence[Group], device: torch.device
+) -> tuple[Tensor, Tensor, SharedPrefix, list[list[int]]]:
+    ids: list[int] = []
+    position_ids: list[int] = []
+    positions: list[list[int]] = []
+    lengths: list[int] = []
+    prefixes: list[int] = []
+    for group in groups:
+        prompt_ids = group[0].prompt_ids
+        prompt = len(lengths)
+        ids += prompt_ids
+        position_ids += range(len(prompt_ids))
+        lengths.append(len(prompt_ids))
+        prefixes.append(-1)
+        end = len(ids) - 1
+        for rollout in group:
+            positions.append(_row_positions(rollout, end, len(ids)))
+            branch = rollout.branch_ids
+            if branch:
+                ids += branch
+                position_ids += range(len(prompt_ids), len(prompt_ids) + len(branch))
+                lengths.append(len(branch))
+                prefixes.append(prompt)
+    return (
+        torch.tensor([ids], device=device),
+        torch.tensor([position_ids], device=device),
+        SharedPrefix(tuple(lengths), tuple(prefixes), device),
+        positions,
+    )
+
+
+def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:
+    """Where the head rows of a sequence stand, given its prompt's last and its branch's first."""
+
+    def at(place: int) -> int:
+        # What stands this many tokens into the branch predicts from the token before it.
+        return branch_start + place - 1 if place else prompt_end
+
+    rationale = [] if rollout.plain else [at(i) for i in range(len(rollout.sampled_ids))]
+    answer = rollout.own_rows if rollout.plain else range(len(rollout.answer_ids))
+    return rationale + [at(rollout.answer_start + j) for j in answer]
+
+
+def answer_sums(logp: Tensor, batch: Batch) -> Tensor:
+    """log π(y|x⊕z) of each of a batch's sequences, in nats, fp64 [S], from its rows' [N + M]."""
+    until = torch.cat([logp.new_zeros(1, dtype=torch.float64), logp.double().cumsum(0)])
+    return until[batch.offsets[2::2]] - until[batch.offsets[1::2]]
+
+
+def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int) -> GroupLayout:
+    """The layout of the rows of `batches` one after the other, averaged over `num_groups`."""
+    return GroupLayout(
+        offsets=_join_offsets([b.offsets for b in batches], [b.num_rows for b in batches]),
+        num_generations=num_generations,
+        finished=torch.cat([b.finished for b in batches]),
+        num_groups=num_groups,
+    )
+
+
+def plain_offsets(batches: Sequence[Batch]) -> Tensor:
+    """The `Batch.plain_offsets` of the plain rows of `batches` one after the other."""
+    counts = [b.target.shape[0] - b.num_rows for b in batches]
+    return _join_offsets([b.plain_offsets for b in batches], counts)
+
+
+def _join_offsets(offsets: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """Offsets of rows one after the other; `counts`: the rows that each has."""
+    starts = list(accumulate(counts, initial=0))
+    joined = [o[:-1] + start for o, start in zip(offsets, starts, strict=False)]
+    return torch.cat([*joined, offsets[-1][-1:] + starts[-2]])
+
+
+@dataclass(frozen=True)
+class Size:
+    """Positions that groups take in one batch: add sizes to have that of both together."""
+
+    packed: int = 0
+    width: int = 0
+    count: int = 0
+
+    @classmethod
+    def of(cls, group: Group) -> Size:
+        branches = [len(r.branch_ids) for r in group]
+        prompt = len(group[0].prompt_ids)
+        return cls(prompt + sum(branches), prompt + max(branches), len(branches))
+
+    def __add__(self, other: Size) -> Size:
+        return Size(
+            self.packed + other.packed, max(self.width, other.width), self.count + other.count
+        )
+
+    def tokens(self, *, packed: bool) -> int:
+        return self.packed if packed else self.width * self.count
+
+
+@dataclass
+class _Bin:
+    """A micro-batch while it is filled."""
+
+    long: bool
+    size: Size
+    groups: list[Group]
+
+
+def plan(
+    groups: Sequence[Group], token_budget: int, *, packed: bool, boundary: int | None = None
+) -> list[MicroBatch]:
+    """Put whole groups into micro-batches of at most `token_budget` positions each.
+
+    The largest come first, each into the first micro-batch that has room. A group over the budget
+    is a micro-batch of its own in several pieces, each within the budget; a single sequence over it
+    is a piece of its own.
+
+    Args:
+        groups: of at least one rollout each.
+        token_budget: positions of one batch, padding included.
+        packed: whether batches will be packed or padded.
+        boundary: sequences of more tokens than this never share a piece with others, since a model
+            takes one set of rotary frequencies for all that it is handed (`long_rope_boundary`).
+    """
+    planned: list[MicroBatch] = []
+    bins: list[_Bin] = []
+    sized = [(Size.of(group), group) for group in groups]
+    for size, group in sorted(sized, key=lambda s: s[0].tokens(packed=packed), reverse=True):
+        sides = _sides(group, boundary)
+        if len(sides) > 1 or size.tokens(packed=packed) > token_budget:
+            parts = [p for side in sides for p in _split(side, token_budget, packed=packed)]
+            planned.append(MicroBatch([[part] for part in parts]))
+            continue
+        long = _is_long(group[0], boundary)
+        for bin in bins:
+            together = bin.size + size
+            if bin.long == long and together.tokens(packed=packed) <= token_budget:
+                bin.size = together
+                bin.groups.append(group)
+                break
+        else:
+            bins.append(_Bin(long, size, [group]))
+    return planned + [MicroBatch([bin.groups]) for bin in bins]
+
+
+def _sides(group: Group, boundary: int | None) -> list[Group]:
+    short = [r for r in group if not _is_long(r, boundary)]
+    long = [r for r in group if _is_long(r, boundary)]
+    # A piece keeps the order of its group, but a group in pieces need not: its rows are summed.
+    return [side for side in (short, long) if side]
+
+
+def _is_long(rollout: Rollout, boundary: int | None) -> bool:
+    return boundary is not None and len(rollout.input_ids) > boundary
+
+
+def _split(group: Group, token_budget: int, *, packed: bool) -> Sequence[Group]:
+    """Parts of a group, each within the budget or a single sequence."""
+    parts: list[list[Rollout]] = []
+    for rollout in group:
+        if parts and Size.of([*parts[-1], rollout]).tokens(packed=packed) <= token_budget:
+            parts[-1].append(rollout)
+        else:
+            parts.append([rollout])
+    return parts

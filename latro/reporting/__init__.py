@@ -1,0 +1,1 @@
+"""What a run tells: metrics, plots, trackers, samples and the model card."""

@@ -1,0 +1,188 @@
+"""What a run leaves to look at: a progress bar, `metrics.jsonl`, `progress.png`, sample tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from latro.files import append, replacing
+from latro.reporting.trackers import Report
+from latro.terminal import Terminal
+
+METRICS_FILE = "metrics.jsonl"
+PLOT_FILE = "progress.png"
+
+Panels = Sequence[tuple[str, Sequence[str]]]
+"""Four plots: of each its title, and the names of the metrics in it."""
+
+
+class MetricsFiles(TrainerCallback):
+    """Appends every log to `metrics.jsonl`; draws `progress.png` at each evaluation, each save and
+    the end.
+
+    At the start of training the file is rewritten from the trainer's state. A resumed run thus
+    drops what an interrupted one logged after its last checkpoint, and a line that it left torn.
+    """
+
+    def __init__(self, panels: Panels) -> None:
+        self.panels = panels
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            with replacing(Path(args.output_dir) / METRICS_FILE) as temporary:
+                temporary.write_text("".join(json.dumps(e) + "\n" for e in state.log_history))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            line = json.dumps(state.log_history[-1]) + "\n"
+            append(Path(args.output_dir) / METRICS_FILE, line)
+
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            draw_progress(state.log_history, Path(args.output_dir) / PLOT_FILE, self.panels)
+
+    on_evaluate = on_save
+    on_train_end = on_save
+
+
+def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -> None:
+    """Draw metrics over the updates into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for name in names:
+            points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            if points:
+                # A line through two or three evaluations hides where they were made.
+                marker = "o" if len(points) < 30 else None
+                axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
+        if len(names) > 1 and axis.lines:
+            axis.legend()
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        axis.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+class ProgressBar(TrainerCallback):
+    """One bar over the updates, with the figures that tell whether a run goes well."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                unit="update",
+                dynamic_ncols=True,
+                # A file wants a line now and then, not ten a second.
+                mininterval=0.1 if sys.stderr.isatty() else 10,
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is None or not logs:
+            return
+        if "reward" in logs:
+            self.bar.set_postfix(
+                reward=f"{logs['reward']:.2f}",
+                kl=f"{logs['kl']:.2f}",
+                length=f"{logs['rationale_length']:.0f}",
+                refresh=False,
+            )
+        elif "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+        elif "eval_accuracy_greedy" in logs:
+            sampled = logs.get("eval_accuracy_sampled", float("nan"))
+            self.bar.write(
+                f"update {state.global_step}: held-out accuracy "
+                f"{logs['eval_accuracy_greedy']:.3f} greedy, {sampled:.3f} sampled"
+            )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class CompletionsTable:
+    """Prints the rationales of one prompt whenever the run logs."""
+
+    def __init__(self, console: Terminal | None = None) -> None:
+        self.console = console or Terminal()
+
+    def __call__(self, step: int, report: Report) -> None:
+        """Print a report's samples, if it has any."""
+        if not report.samples:
+            return
+        first = report.samples[0]
+        table = Table(title=f"update {step}", caption=f"{first.prompt!r} → {first.answer!r}")
+        table.add_column("sampled rationale", overflow="fold")
+        table.add_column("reward", justify="right")
+        table.add_column("advantage", justify="right")
+        for sample in report.samples:
+            # repr: line ends are to be seen.
+            cells = (repr(sample.rationale), f"{sample.reward:.2f}", f"{sample.advantage:+.2f}")
+            table.add_row(*cells)
+        self.console.print(table)

@@ -1,0 +1,230 @@
+"""Prompts as token ids, checked before anything is trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.rollout.chat_template import leaves_out_the_user, render, tokenizer_name
+from latro.rollout.encoding import TextEncoder
+from latro.rollout.long_rope import long_rope_boundary
+from latro.rollout.sequences import AnswerJoin, Sample
+
+# A text, or a conversation: {"role", "content"} messages.
+Prompt = str | Sequence[Mapping[str, str]]
+
+_SHOWN = 60  # characters of a prompt in a message
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one string, to show, to compare and to look up by; a model reads another form.
+
+    A conversation of one message of the user is the string that the message holds.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoder: TextEncoder | None = None
+) -> list[int]:
+    """Token ids of a prompt: in the chat template's frame where the tokenizer has one.
+
+    What spells a special token in a prompt is text; the frame has the special tokens.
+
+    With a chat template a string is one message of the user. The template is applied once, and it
+    writes its own beginning-of-sequence token, so the tokenizer adds none. Without a template a
+    string, or one message of the user, is read as it is: the tokenizer adds what it always adds,
+    less an end-of-sequence token at the end. A string that begins with the spelled token which the
+    tokenizer adds there has it once.
+
+    Args:
+        tokenizer: any.
+        prompt: a string, or messages.
+        encoder: of this tokenizer, for many prompts; it is made where there is none.
+
+    Raises:
+        ValueError: the template refuses the messages or takes too much to render them
+            (`latro.rollout.chat_template`); or there is none and they are not one of the user.
+    """
+    encoder = encoder or TextEncoder(tokenizer)
+    if tokenizer.chat_template:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if any(encoder.spells_special(message["content"]) for message in prompt):
+            quoted = [{**m, "content": encoder.quoted(m["content"])} for m in prompt]
+            return encoder.unquoted(render(tokenizer, quoted, add_generation_prompt=True))
+        text = render(tokenizer, prompt, add_generation_prompt=True)
+        return list(tokenizer.encode(text, add_special_tokens=False))
+    if not isinstance(prompt, str) and [message["role"] for message in prompt] != ["user"]:
+        raise ValueError(
+            f"{tokenizer_name(tokenizer)} has no chat template: expected a string, or one message "
+            f"of the user, as the prompt; got {len(prompt)} messages ending in "
+            f"{prompt[-1]['role']!r}"
+        )
+    text = prompt_text(prompt)
+    ids = encoder(text, add_special_tokens=True)
+    opening = tokenizer.bos_token
+    if opening and text.startswith(opening) and ids[:1] == [tokenizer.bos_token_id]:
+        ids = encoder(text.removeprefix(opening), add_special_tokens=True)
+    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
+    return ids
+
+
+class Longest(NamedTuple):
+    """The most tokens that any row of a dataset has; answers with template and end."""
+
+    answer: int
+    prompt_and_answer: int
+
+
+def check_dataset(
+    dataset: Dataset,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    join: AnswerJoin,
+    max_completion_length: int,
+) -> Longest:
+    """Reject a dataset that some row of would fail in the middle of a run.
+
+    Args:
+        dataset: with the columns prompt and answer.
+        name: what the messages call it.
+        model: its `max_position_embeddings` is the limit.
+        tokenizer: the model's.
+        join: makes the answer's tokens.
+        max_completion_length: the longest rationale, in tokens.
+
+    Returns:
+        Its longest lengths.
+
+    Raises:
+        ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
+            tokenizer cannot render, or a row that does not fit the model with a rationale of full
+            length, or would change its rotary frequencies within one; names the row and how its
+            prompt begins. Or a chat template that renders prompts as one in which users say
+            different things.
+    """
+    missing = {"prompt", "answer"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(
+            f"{name}: expected the columns prompt and answer, got {dataset.column_names}"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name}: expected at least one row, got none")
+    longest = Longest(0, 0)
+    boundary = long_rope_boundary(model)
+    rendered = _Rendered(tokenizer, name)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, (prompt, answer) in enumerate(
+        zip(dataset["prompt"], dataset["answer"], strict=True)
+    ):
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(
+                f"{name}: row {index}: expected a non-empty answer, got {answer!r}; "
+                f"{_beginning(prompt)}"
+            )
+        try:
+            ids = encode_prompt(tokenizer, prompt, join.encoder)
+        except ValueError as error:
+            raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
+        if not ids:
+            raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
+        rendered.add(index, prompt, ids)
+        answer_tokens = len(join(ids, Sample([]), answer).answer_ids)
+        longest = Longest(
+            max(longest.answer, answer_tokens),
+            max(longest.prompt_and_answer, len(ids) + answer_tokens),
+        )
+        needed = len(ids) + max_completion_length + answer_tokens
+        if limit is not None and needed > limit:
+            raise ValueError(
+                f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
+                f"{max_completion_length} and its answer takes {needed} positions, but the model "
+                f"has {limit}; lower max_completion_length or drop the row; {_beginning(prompt)}"
+            )
+        # The answer's last token is not read.
+        if boundary is not None and max_completion_length and len(ids) <= boundary < needed - 1:
+            raise ValueError(
+                f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
+                f"{max_completion_length} and its answer goes past the {boundary} up to which the "
+                "model has its short rotary frequencies, and a rationale sampled with these would "
+                "be scored with the long ones; lower max_completion_length or drop the row; "
+                f"{_beginning(prompt)}"
+            )
+    if tokenizer.chat_template and leaves_out_the_user(tokenizer):
+        raise ValueError(
+            f"{name}: the chat template of {tokenizer_name(tokenizer)} leaves out what users say"
+        )
+    return longest
+
+
+class _Rendered:
+    """The prompts of a dataset as a chat template renders them, to see that it tells them apart."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        # By a hash: the ids of all prompts together would be many.
+        self.first: dict[int, tuple[int, Prompt]] = {}
+
+    def add(self, index: int, prompt: Prompt, ids: list[int]) -> None:
+        """Raise ValueError where a prompt in which users say something else has the same ids."""
+        if not self.tokenizer.chat_template:
+            return
+        first, other = self.first.setdefault(hash(tuple(ids)), (index, prompt))
+        if _said(other) != _said(prompt) and encode_prompt(self.tokenizer, other) == ids:
+            raise ValueError(
+                f"{self.name}: row {index}: the chat template of {tokenizer_name(self.tokenizer)} "
+                f"renders it as it does row {first}, whose users say something else; "
+                f"{_beginning(prompt)}"
+            )
+
+
+def _said(prompt: Prompt) -> list[str]:
+    """What users say in a prompt, as far as a template may be expected to keep it."""
+    said = (
+        [prompt]
+        if isinstance(prompt, str)
+        else [message["content"] for message in prompt if message["role"] == "user"]
+    )
+    return [" ".join(text.casefold().split()) for text in said]
+
+
+def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: AnswerJoin) -> None:
+    """Reject a dataset with a written rationale that is too long for the model.
+
+    Args:
+        dataset: with the columns prompt, rationale and answer, as `check_dataset` takes it.
+        name: what the messages call it.
+        model: its `max_position_embeddings` is the limit.
+        join: makes the rationale's and the answer's tokens.
+
+    Raises:
+        ValueError: such a row; names it and how its prompt begins.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None:
+        return
+    for index, row in enumerate(dataset):
+        prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.encoder)
+        needed = len(join.written(prompt_ids, row["rationale"], row["answer"]).input_ids)
+        if needed > limit:
+            raise ValueError(
+                f"{name}: row {index}: prompt, rationale and answer take {needed} positions, but "
+                f"the model has {limit}; drop the row; {_beginning(row['prompt'])}"
+            )
+
+
+def _beginning(prompt: Prompt) -> str:
+    """For messages: in a split that a hash cut, a row's index is not its line in the file."""
+    text = " ".join(prompt_text(prompt).split())
+    return f"its prompt begins {text[:_SHOWN]!r}"

@@ -1,0 +1,74 @@
+"""Renders chat templates in a process of its own, under limits; see `chat_template`.
+
+A chat template is a program that comes with a model. It may loop for ever, or ask in one call for
+more memory than there is, which nothing in the same process could end. Here the kernel does: a
+limit of processor time a rendering, which other work on the machine does not use up, and one of
+memory.
+
+The argument is sys.path as JSON. Each line of the standard input is JSON of the arguments of a
+rendering, and is answered by a line of JSON: {"text": ...}, {"refusal": ...} where the template
+raises an error, or {"excess": ...} where it passes a limit, after which this process may be gone.
+What modules print on their import goes to the standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from types import TracebackType
+
+SECONDS = 5
+MEMORY_BYTES = 2 << 30
+CHARACTERS = 1 << 24
+
+# What expressions of a template may raise, besides Jinja's own errors.
+FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def main() -> None:
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+    def answer(**reply: str) -> None:
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+    sys.path[:] = json.loads(sys.argv[1])
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def tell(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        memory = f"takes more than {MEMORY_BYTES >> 30} GiB of memory"
+        answer(excess=memory if kind is MemoryError else f"fails with {kind.__name__}: {error}")
+
+    sys.excepthook = tell
+    limit(resource.RLIMIT_CORE, 0)
+    limit(resource.RLIMIT_AS, MEMORY_BYTES)
+    for line in sys.stdin:
+        request = json.loads(line)
+        limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + SECONDS)
+        try:
+            (text,), _ = render_jinja_template(**request)
+        except (TemplateError, *FAULTS) as error:
+            # Jinja's own class is what a template raises to say something.
+            said = "" if type(error) is TemplateError else f"{type(error).__name__}: "
+            answer(refusal=f"{said}{error}")
+            continue
+        if len(text) <= CHARACTERS:
+            answer(text=text)
+        else:
+            answer(excess=f"renders {len(text)} characters, more than {CHARACTERS}")
+
+
+def limit(what: int, amount: int) -> None:
+    """Lower a limit of this process to `amount`, or to what is allowed where that is less."""
+    _, hard = resource.getrlimit(what)
+    allowed = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+    resource.setrlimit(what, (allowed, hard))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""One folder, one run: who may write into an output folder, and over what.
+
+While a process trains it holds a lock in the folder; the kernel frees it when the process ends, in
+whatever way. A run that begins writes over nothing that it finds, unless it is told to
+(`--overwrite_output_dir`); one that resumes from a checkpoint in the folder goes on with its own
+files. The folder may not be the place of the model or the data that the run reads.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from latro.run.checkpoints import PARTIAL
+
+# Pushed to the hub are no files whose names begin so: it tells the machine's name.
+LOCK_FILE = "_latro.lock"
+
+# Of the model's files those whose names depend on its size.
+_WEIGHTS = re.compile(
+    r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(adapter_)?model\.safetensors\.index\.json"
+)
+_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+# What file systems say that know no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_logger = logging.getLogger(__name__)
+
+
+def lock_of(output: str | os.PathLike[str]) -> Path:
+    """The lock of an output file, beside it."""
+    return Path(output).with_name(f".{Path(output).stem}{LOCK_FILE}")
+
+
+@contextmanager
+def locked(path: Path, used: str) -> Iterator[None]:
+    """Hold the file `path` as this process's alone; it is gone when the block ends.
+
+    Folders on the way to it are made, and removed again if nothing else came into them.
+
+    Args:
+        path: the file.
+        used: what the file stands for, as messages name it, "output_dir: runs/latro".
+
+    Raises:
+        ValueError: another process holds it.
+        OSError: it cannot be made.
+    """
+    missing = [folder for folder in path.absolute().parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = _open_locked(path, used)
+    try:
+        yield
+    finally:
+        # Before the lock is given up, so that it is nobody else's file.
+        path.unlink(missing_ok=True)
+        os.close(handle)
+        for folder in missing:
+            if not folder.is_dir() or any(folder.iterdir()):
+                break
+            folder.rmdir()
+
+
+def _open_locked(path: Path, used: str) -> int:
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it a moment ago has deleted it: this one may have no name any more.
+            if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+                os.close(handle)
+                continue
+            os.truncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        except BlockingIOError as error:
+            holder = os.pread(handle, 1000, 0).decode("utf-8", "replace") or "another process"
+            os.close(handle)
+            raise ValueError(
+                f"{used} is in use by {holder}; wait until that ends, or name another"
+            ) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
+            _logger.warning(
+                "%s: its file system knows no locks; see to it that nothing else uses it", used
+            )
+        return handle
+
+
+@contextmanager
+def locked_by_all(path: Path, used: str) -> Iterator[None]:
+    """As `locked`, for processes that work together: the main one holds it for all.
+
+    Raises:
+        ValueError: another run's process holds it, in all of them.
+        OSError: it cannot be made; ValueError in all but the main process.
+    """
+    with ExitStack() as stack:
+        error: ValueError | OSError | None = None
+        if PartialState().is_main_process:
+            try:
+                stack.enter_context(locked(path, used))
+            except (ValueError, OSError) as refused:
+                error = refused
+        raise_in_all(error)
+        yield
+
+
+def raise_in_all(error: ValueError | OSError | None) -> None:
+    """Raise the main process's error in every process, so that none waits for one that is gone.
+
+    Args:
+        error: the main process's, None where it has none; the others' is not looked at.
+
+    Raises:
+        ValueError: in the other processes, with the error's text.
+    """
+    processes = PartialState()
+    told: list[str | None] = [None if error is None else str(error)]
+    if processes.num_processes > 1:
+        broadcast_object_list(told)
+    if error is not None and processes.is_main_process:
+        raise error
+    if told[0] is not None:
+        raise ValueError(told[0])
+
+
+def check_apart(
+    output_dir: str | os.PathLike[str], sources: Iterable[tuple[str, str | None]]
+) -> None:
+    """Check that a run's folder is not, and does not hold, what the run reads.
+
+    Args:
+        output_dir: the folder; it need not be there.
+        sources: arguments with their values, paths or the names of models and data sets.
+
+    Raises:
+        ValueError: it does; names the argument.
+    """
+    folder = Path(output_dir).resolve()
+    for argument, value in sources:
+        if not value or not os.path.exists(value):
+            continue
+        source = Path(value).resolve()
+        if folder == source or folder in source.parents:
+            raise ValueError(
+                f"output_dir: {output_dir} is or holds {argument}'s {value}, which the run reads "
+                "and must not write over; name a folder of the run's own"
+            )
+
+
+def to_replace(folder: Path, names: Collection[str], *, overwrite: bool) -> list[Path]:
+    """What a run that begins finds in its folder and would write over.
+
+    Args:
+        folder: the run's; it need not be there.
+        names: of the files that the run writes there, but checkpoints and weights.
+        overwrite: whether it may.
+
+    Raises:
+        ValueError: there is some, and `overwrite` is false.
+    """
+    if not folder.is_dir():
+        return []
+    found = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name in (*names, PARTIAL)
+        or _WEIGHTS.fullmatch(path.name)
+        or _CHECKPOINT.fullmatch(path.name)
+    ]
+    if found and not overwrite:
+        listed = ", ".join(path.name for path in found[:5]) + (", …" if found[5:] else "")
+        raise ValueError(
+            f"output_dir: {folder} has {listed} already, which this run would write over; name "
+            "another folder, go on with a run of before by --resume_from_checkpoint true, or "
+            "delete what is there by --overwrite_output_dir true"
+        )
+    return found
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Delete files, folders with what is in them, and links without what they lead to."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -1,0 +1,119 @@
+"""Stops a run at SIGTERM or SIGINT after the update it is at, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+
+class Interruption(TrainerCallback):
+    """A callback, and a context that holds the signal handlers while a run trains.
+
+    Schedulers send SIGTERM some time before they kill; Ctrl-C is SIGINT. At the first of either the
+    update goes on to its end, a checkpoint follows, and training stops without a further
+    evaluation, which is made when the run goes on (`latro.run.due`): a scheduler's patience must
+    outlast one update, an evaluation under way, and the saving. After the last update it is left to
+    the trainer to save (`after_training`). A second Ctrl-C is Python's KeyboardInterrupt at once; a
+    second SIGTERM changes nothing, since schedulers send several. A signal that the parent had the
+    process ignore stays ignored. With several processes a signal at one of them stops all at the
+    same update.
+
+    Python takes signals in the main thread only: trained in another, a run has no handlers.
+    """
+
+    signal: int | None
+    """The number of the signal that stopped the last run; None: it went to its end."""
+
+    def __init__(self) -> None:
+        self.signal = None
+        self._received = 0
+        self._process = os.getpid()
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        self.signal = None
+        self._received = 0
+        self._process = os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            # None: a handler that Python did not install and cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._received and self.signal is None and error is None:
+            # It came when all was done, and there is nothing to stop: it does what it would.
+            signal.raise_signal(self._received)
+
+    def after_training(self, args: TrainingArguments) -> bool:
+        """Whether a signal came after the last update had ended; it is `signal` then.
+
+        Evaluation and saving follow that update. All processes must ask together.
+        """
+        if self.signal is None:
+            self.signal = self._highest_received(args) or None
+            return self.signal is not None
+        return False
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # A data loader's worker: it ends with its parent.
+        if number == signal.SIGINT and self._received:
+            raise KeyboardInterrupt
+        if not self._received:
+            name = signal.Signals(number).name
+            # To stderr, and not by print: the signal may have interrupted one.
+            os.write(2, f"\n{name}: saving after this update\n".encode())
+        self._received = number
+
+    def _highest_received(self, args: TrainingArguments) -> int:
+        if args.world_size == 1:
+            return self._received
+        # All ranks must leave the loop at the same update, or those left would wait for ever.
+        highest = torch.tensor(self._received, device=args.device)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        return int(highest)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        number = self._highest_received(args)
+        if number:
+            self.signal = number
+            # What was summed up since the last log is in no checkpoint.
+            control.should_log |= args.logging_strategy != IntervalStrategy.NO
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.signal is not None:
+            control.should_save = False
+            control.should_evaluate = False

@@ -1,0 +1,1 @@
+"""One update's gradient, and what happens when it is not finite or does not fit."""

@@ -1,0 +1,120 @@
+"""What an update tells of itself: sums over its rows and sequences, and the averages logged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latro.rollout.sequences import Rollout
+from latro_kernels import GroupAdvantage
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """Sequences of one micro-batch, whole groups, and what the objective made of them."""
+
+    rollouts: list[Rollout]
+    reward: Tensor
+    """[S] fp32, nats in LaTRO, on the device."""
+    advantage: Tensor
+    """[S] fp32, on the device."""
+
+
+NAMES = (
+    "answer_logp",
+    "kl",
+    "advantage_squared",
+    "flat_groups",
+    "entropy",
+    "rationale_rows",
+)
+
+
+def micro_batch_sums(
+    advantage: GroupAdvantage, entropy: Tensor, offsets: Tensor, num_generations: int
+) -> Tensor:
+    """Sums over a micro-batch of what `NAMES` names, fp64 [6], left on the device."""
+    flat = (advantage.advantage.view(-1, num_generations) == 0).all(dim=1)
+    # A row is a rationale's where it stands in an even segment.
+    row = torch.arange(entropy.shape[0], device=entropy.device)
+    rationale = torch.searchsorted(offsets, row, right=True) % 2 == 1
+    return torch.stack(
+        [
+            advantage.answer_logp.double().sum(),
+            advantage.kl.double().sum(),
+            advantage.advantage.double().square().sum(),
+            flat.double().sum(),
+            (entropy.double() * rationale).sum(),
+            rationale.double().sum(),
+        ]
+    )
+
+
+def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """What the rollouts of an update add to the sums."""
+    rollouts = [rollout for group in groups for rollout in group]
+    return {
+        "sequences": len(rollouts),
+        "groups": len(groups),
+        "rationale_tokens": sum(len(r.rationale_ids) for r in rollouts),
+        "unfinished": sum(not r.finished for r in rollouts),
+        "rows": sum(len(r.sampled_ids) + len(r.answer_ids) for r in rollouts),
+    }
+
+
+def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The sums of all processes, and of `importance_ratio_max` the largest.
+
+    Updates and seconds, which pass for all at once, are averaged. A process with no step that was
+    finite has no statistics of any.
+    """
+    total: dict[str, float] = {}
+    for name in {name for s in sums for name in s}:
+        together = sum(s.get(name, 0.0) for s in sums)
+        shared = name.endswith("updates") or name.startswith("time_")
+        total[name] = together / len(sums) if shared else together
+    if "importance_ratio_max" in total:
+        total["importance_ratio_max"] = max(s.get("importance_ratio_max", 0.0) for s in sums)
+    return total
+
+
+def averages(sums: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of the updates since the last log, from the sums over all of them.
+
+    Where none of them was finite there is nothing to tell but that, and the times.
+    """
+    updates = max(1.0, sums["updates"])
+    metrics = {"skipped_updates": sums["skipped_updates"]}
+    for name in ("time_rollout", "time_score", "time_backward", "time_step"):
+        metrics[name] = sums[name] / updates
+    if not sums.get("sequences"):
+        return metrics
+    sequences, groups = sums["sequences"], sums["groups"]
+    metrics |= {
+        "reward": sums["answer_logp"] / sequences,
+        "kl": sums["kl"] / sequences,
+        "entropy": sums["entropy"] / max(1.0, sums["rationale_rows"]),
+        # About 0, which is the mean of leave-one-out advantages.
+        "advantage_std": (sums["advantage_squared"] / sequences) ** 0.5,
+        "groups_without_advantage": sums["flat_groups"] / groups,
+        "rationale_length": sums["rationale_tokens"] / sequences,
+        "unfinished": sums["unfinished"] / sequences,
+        "rows_per_second": sums["rows"] / sums["time_step"],
+        "trunk_tokens": sums["trunk_tokens"] / updates,
+    }
+    if "importance_ratio" in sums:
+        metrics["importance_ratio"] = sums["importance_ratio"] / max(1.0, sums["rationale_rows"])
+        metrics["importance_ratio_max"] = sums["importance_ratio_max"]
+    return metrics
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Of the device since the start; of the process, resident, on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from accelerate import ParallelismConfig
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from latro import LatroConfig
+from latro.config.command_line import parse_arguments
+from latro.config.training import DataArguments, ModelArguments, PeftArguments, SftConfig
+from latro.config.unsupported import _REFUSED
+
+CLASSES = (ModelArguments, DataArguments, LatroConfig)
+
+
+def parse(*argv: str):
+    return parse_arguments(CLASSES, argv, prog="latro")
+
+
+def test_defaults_are_the_papers():
+    _, _, args = parse("--model_name_or_path", "some/model")
+    assert (args.num_generations, args.max_completion_length) == (16, 500)
+    assert (args.learning_rate, args.beta, args.temperature) == (5e-7, 0.05, 1.0)
+    assert (args.answer_weight, args.kl, args.unfinished) == (1.0, "reward", "floor")
+    assert args.objective == "latro"
+    assert args.lr_scheduler_type == "linear"
+    assert args.warmup_steps == 0
+
+
+def test_published_names_are_aliases():
+    _, _, args = parse(
+        *("--model_name_or_path", "m", "--rloo_k", "4", "--kl_coef", "0.25"),
+        *("--response_length", "77"),
+    )
+    assert (args.num_generations, args.beta, args.max_completion_length) == (4, 0.25, 77)
+
+
+def test_without_a_model_the_small_ones_settings_stand_in():
+    model, data, args = parse()
+    assert model.model_name_or_path is None
+    assert data.dataset_name == "arithmetic"
+    assert args.learning_rate > 5e-7
+    assert parse("--learning_rate", "0.5")[2].learning_rate == 0.5
+
+
+def test_several_trackers_are_named_one_after_another(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert parse("--report_to", "tensorboard", "wandb")[2].report_to == ["tensorboard", "wandb"]
+    assert parse("--report_to", "none")[2].report_to == []
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model_name_or_path: m\nnum_generations: 8\nbeta: 0.25\nlearning_rate: 1e-6\n")
+    _, _, args = parse("--config", str(path), "--beta", "0.5")
+    assert (args.num_generations, args.beta, args.learning_rate) == (8, 0.5, 1e-6)
+
+
+def parse_yaml(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return parse("--config", str(path))
+
+
+def test_yaml_is_read_as_the_command_line_is(tmp_path):
+    model, _, args = parse_yaml(
+        tmp_path,
+        "model-name-or-path: m\nrloo_k: 4\nresponse_length: 7\nsave_strategy: no\n"
+        "eval_strategy: no\nresume_from_checkpoint: true\nuse_cpu: yes\nnum_eval_examples: null\n"
+        "model_revision: 1.0\nlr_scheduler_kwargs: {min_lr: 1e-7, deep: {on: yes}}\n"
+        "report_to: []\noptim_target_modules: [no, 1]\n",
+    )
+    assert (model.model_name_or_path, model.model_revision) == ("m", "1.0")
+    assert (args.num_generations, args.max_completion_length) == (4, 7)
+    assert (args.save_strategy, args.eval_strategy) == ("no", "no")
+    assert (args.resume_from_checkpoint, args.use_cpu) == ("true", True)
+    assert args.num_eval_examples is None
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-7, "deep": {True: True}}
+    assert (args.report_to, args.optim_target_modules) == ([], ["no", "1"])
+
+
+def test_an_alias_in_yaml_wins_over_the_small_models_settings(tmp_path):
+    assert parse()[2].num_generations == 8
+    assert parse_yaml(tmp_path, "rloo_k: 5")[2].num_generations == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("num_generation: 8", "unknown argument 'num_generation'; did you mean num_generations?"),
+        ("save_strategy: never", "argument --save_strategy.*: invalid choice: 'never'"),
+        ("dtype: half", "argument --dtype: invalid choice: 'half'"),
+        ("grader: x", "argument --grader: invalid choice: 'x'"),
+        ("learning_rate: fast", "argument --learning_rate.*: invalid float value: 'fast'"),
+        ("learning_rate: null", "argument learning_rate does not take None"),
+        ("beta: {a: 1}", "argument beta does not take {'a': 1}"),
+        ("no_dataloader_in_order: true", "unknown argument 'no_dataloader_in_order'"),
+        ("help: true", "unknown argument 'help'"),
+        ("- a\n- b", "expected lines of `name: value`"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"run.yaml.*{message}".replace("?", r"\?")):
+        parse("--config", str(path))
+
+
+def test_missing_yaml(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        parse("--config", str(tmp_path / "none.yaml"))
+
+
+def test_an_evaluation_at_the_start_is_asked_for_or_refused():
+    assert parse()[2].eval_on_start is None
+    assert parse("--eval_on_start")[2].eval_on_start is True
+    assert parse("--eval_on_start", "false")[2].eval_on_start is False
+
+
+def test_unknown_argument():
+    with pytest.raises(ValueError, match="--num_generatoins"):
+        parse("--model_name_or_path", "m", "--num_generatoins", "4")
+
+
+@pytest.mark.parametrize("name", ["temperature", "beta", "answer_weight", "rlpr_min_std"])
+@pytest.mark.parametrize("value", [True, "1.0", None])
+def test_a_number_is_no_text(name, value, tmp_path):
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got {type(value).__name__}$"):
+        LatroConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_generations": 1}, "num_generations: expected at least 2 .leave-one-out.*got 1"),
+        ({"max_completion_length": 0}, "max_completion_length: expected at least 1, got 0"),
+        ({"token_budget": 0}, "token_budget"),
+        ({"beta": -0.1}, "beta: expected at least 0, got -0.1"),
+        ({"beta": float("nan")}, "beta"),
+        ({"answer_weight": -1.0}, "answer_weight"),
+        ({"temperature": 0.0}, "temperature: expected more than 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature: expected more than 0, got nan"),
+        ({"temperature": 1e-50}, "temperature: expected a number from 1.18e-38 to .*, got 1e-50"),
+        ({"temperature": float("inf")}, "temperature: expected a number from .*, got inf"),
+        ({"beta": float("inf")}, "beta: expected at most 3.4e.38, got inf"),
+        ({"beta": 1e39}, "beta: expected at most 3.4e.38, got 1e.39"),
+        ({"answer_weight": 1e39}, "answer_weight: expected at most"),
+        ({"objective": "grpo"}, "objective: expected one of latro, verifree, jepo, rlpr, sft, got"),
+        ({"rlpr_min_std": -0.1}, "rlpr_min_std: expected at least 0, got -0.1"),
+        ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),
+        ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
+        ({"backend": "tpu"}, "backend: expected one of auto"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"torch_compile": True}, "torch_compile: expected it left out .what would be compiled"),
+        (
+            {"accelerator_config": {"split_batches": True}},
+            "accelerator_config: expected split_batches left out .*of each device.*, got True",
+        ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "accelerator_config: expected dispatch_batches left out .*rows are text.*, got True",
+        ),
+        (
+            {"accelerator_config": {"use_seedable_sampler": False}},
+            "accelerator_config: expected use_seedable_sampler left out .*resume.*, got False",
+        ),
+        ({"torch_compile_mode": "default"}, "torch_compile_mode: expected it left out"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha: .* noise would be in scoring alone"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor: .*got 0.1"),
+        ({"torch_empty_cache_steps": 4}, "torch_empty_cache_steps"),
+        ({"bf16_full_eval": True}, "bf16_full_eval"),
+        ({"fp16_full_eval": True}, "fp16_full_eval"),
+        ({"include_num_input_tokens_seen": True}, "include_num_input_tokens_seen"),
+        ({"include_num_input_tokens_seen": "all"}, "include_num_input_tokens_seen"),
+        ({"optim": "adalomo"}, "optim: .*inside of a backward"),
+        ({"optim": OptimizerNames.LOMO}, "optim: .*inside of a backward"),
+        ({"optim": "galore_adamw_layerwise"}, "optim: .*inside of a backward"),
+        ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
+        ({"eval_accumulation_steps": 2}, "eval_accumulation_steps"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics"),
+        ({"do_predict": True}, "do_predict: .* no batches of predictions"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches: .*got False"),
+        ({"length_column_name": "tokens"}, "length_column_name"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: .*changes the model's layers.*got True"),
+        ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config: .*changes the model's"),
+        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: .*SIGTERM and SIGINT are answ"),
+        ({"use_cache": True}, "use_cache: .*says itself whether it keeps a cache"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices: .*got False"),
+        (
+            {"parallelism_config": ParallelismConfig(tp_size=2)},
+            "parallelism_config: expected processes that share the data alone",
+        ),
+    ],
+)
+def test_settings_out_of_range(tmp_path, setting, message):
+    with pytest.raises(ValueError, match=message):
+        LatroConfig(output_dir=str(tmp_path / "run"), **setting)
+    assert not (tmp_path / "run").exists()
+
+
+# Fields of TrainingArguments that a trainer of ours takes as transformers' own does, or checks.
+_TAKEN = """
+accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2
+adam_epsilon auto_find_batch_size bf16 data_seed dataloader_drop_last dataloader_in_order
+dataloader_multiprocessing_context dataloader_num_workers dataloader_persistent_workers
+dataloader_pin_memory dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb
+ddp_find_unused_parameters ddp_static_graph ddp_timeout debug deepspeed disable_tqdm do_eval
+do_train eval_delay eval_on_start eval_steps eval_strategy fp16 fsdp fsdp_config full_determinism
+gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs greater_is_better
+hub_always_push hub_model_id hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip
+learning_rate load_best_model_at_end local_rank log_level log_level_replica log_on_each_node
+logging_first_step logging_nan_inf_filter logging_steps logging_strategy lr_scheduler_kwargs
+lr_scheduler_type max_grad_norm max_steps metric_for_best_model num_train_epochs optim_args
+optim_target_modules output_dir parallelism_config per_device_eval_batch_size
+per_device_train_batch_size project push_to_hub remove_unused_columns report_to
+restore_callback_states_from_checkpoint resume_from_checkpoint run_name save_on_each_node
+save_only_model save_steps save_strategy save_total_limit seed skip_memory_metrics tf32
+trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu warmup_steps weight_decay
+"""
+
+
+def test_every_setting_of_transformers_is_taken_or_refused():
+    """One that a new version brings is neither until somebody has looked at it."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    taken = set(_TAKEN.split())
+    assert fields - taken - set(_REFUSED) == set()
+    assert taken & set(_REFUSED) == set()
+
+
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+
+
+@pytest.mark.parametrize("name", [None, "accuracy_greedy", "eval_accuracy_sampled", "answer_logp"])
+def test_a_better_model_has_more_of_the_metric(tmp_path, name):
+    args = LatroConfig(
+        output_dir=str(tmp_path), **BEST, save_steps=2, eval_steps=2, metric_for_best_model=name
+    )
+    assert args.metric_for_best_model == (name or "eval_accuracy_greedy")
+    assert args.greater_is_better is True
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_by_the_metric_is_told_that_more_is_better(tmp_path, name):
+    settings = {"output_dir": str(tmp_path), "lr_scheduler_type": name, "eval_strategy": "steps"}
+    args = LatroConfig(**settings)
+    assert args.metric_for_best_model == "eval_accuracy_greedy"
+    assert args.lr_scheduler_kwargs == {"mode": "max", "threshold_mode": "abs"}
+    args = LatroConfig(**settings, lr_scheduler_kwargs='{"mode": "min", "patience": 3}')
+    assert args.lr_scheduler_kwargs == {"mode": "min", "threshold_mode": "abs", "patience": 3}
+
+
+def test_a_plateau_of_accuracy_lowers_the_learning_rate(make_trainer, monkeypatch):
+    planted = iter([0.1, 0.2, 0.2, 0.2])
+    monkeypatch.setattr(
+        "latro.base_trainer.evaluate_model",
+        lambda *args, **options: ({"accuracy_greedy": next(planted)}, []),
+    )
+    trainer = make_trainer(
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.5},
+        eval_strategy="steps",
+        eval_steps=1,
+        learning_rate=0.5,
+        max_completion_length=2,
+    )
+    trainer.train()
+    rates = [e["learning_rate"] for e in trainer.state.log_history if "learning_rate" in e]
+    assert rates == [0.5, 0.5, 0.5, 0.25]
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_without_a_best_model_there_is_no_metric_for_it(tmp_path):
+    args = LatroConfig(output_dir=str(tmp_path), eval_split="test")
+    assert args.metric_for_best_model is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_split": "test"}, r"held out of training \(--eval_split validation\)"),
+        ({"metric_for_best_model": "loss"}, "expected one of eval_accuracy_greedy, .*got 'loss'"),
+        ({"save_steps": 4}, "got save_steps 4 and eval_steps 2"),
+        ({"save_strategy": "best", "eval_split": "test"}, "held out of training"),
+    ],
+)
+def test_a_best_model_that_cannot_be_chosen(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        LatroConfig(
+            output_dir=str(tmp_path), **{**BEST, "save_steps": 2, "eval_steps": 2, **settings}
+        )
+
+
+def test_help_has_groups_with_ours_first(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = capsys.readouterr().out
+    titles = ["\nmodel:", "\ndata:", "\nLaTRO:", "\ntransformers.TrainingArguments:"]
+    places = [text.index(title) for title in titles]
+    assert text.startswith("usage: latro [--config FILE]")
+    assert places == sorted(places)
+    assert places[2] < text.index("K, rationales sampled") < places[3]
+    assert places[3] < text.index("--adam_beta1 ADAM_BETA1")
+
+
+CLASSES_OF_A_RUN = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
+FILE = """
+model_name_or_path: m
+max_steps: 120
+warmup_steps: 10
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1e-7}
+optim: adamw_torch
+optim_args: rank=1
+bf16: true
+eval_strategy: epoch
+save_strategy: no
+logging_strategy: no
+activation_checkpointing: true
+use_peft: true
+lora_r: 8
+rollout_engine: vllm
+importance_cap: 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("--num_train_epochs 2", {"num_train_epochs": 2, "max_steps": -1}),
+        ("--max_steps 3", {"max_steps": 3}),
+        ("--lr_scheduler_type linear", {"lr_scheduler_kwargs": None}),
+        (
+            "--lr_scheduler_type cosine_with_min_lr",
+            {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        ),
+        ("--optim sgd", {"optim": "sgd", "optim_args": None}),
+        ("--optim_args rank=2", {"optim": "adamw_torch", "optim_args": "rank=2"}),
+        ("--fp16 true", {"fp16": True, "bf16": False}),
+        ("--bf16 false", {"bf16": False, "fp16": False}),
+        ("--fp16 false", {"bf16": True, "fp16": False}),
+        ("--eval_steps 7", {"eval_strategy": "steps", "eval_steps": 7}),
+        ("--save_steps 7", {"save_strategy": "steps", "save_steps": 7}),
+        ("--logging_steps 7", {"logging_strategy": "steps", "logging_steps": 7}),
+        ("--save_steps 7 --save_strategy epoch", {"save_strategy": "epoch"}),
+        ("--gradient_checkpointing false", {"activation_checkpointing": False}),
+        ("--use_peft false", {"use_peft": False, "lora_r": 16}),
+        ("--use_peft true", {"lora_r": 8}),
+        ("--rollout_engine transformers", {"importance_cap": None}),
+        ("--rollout_engine vllm", {"importance_cap": 2.0}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_command_line_beats_what_would_overrule_it_in_a_file(tmp_path, given, expected):
+    path = tmp_path / "run.yaml"
+    path.write_text(FILE)
+    argv = ("--config", str(path), "--use_cpu", "true", *given.split())
+    parsed = parse_arguments(CLASSES_OF_A_RUN, argv, prog="latro")
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert {name: values[name] for name in expected} == expected
+
+
+def test_a_file_beats_what_would_overrule_it_in_the_small_models_settings(tmp_path):
+    args = parse_yaml(tmp_path, "num_train_epochs: 2\nsave_steps: 5\n")[2]
+    assert (args.num_train_epochs, args.max_steps) == (2, -1)
+    assert (args.save_strategy, args.save_steps) == ("steps", 5)
+    # Together in one file they are as transformers has them.
+    args = parse_yaml(tmp_path, "num_train_epochs: 2\nmax_steps: 5\nsave_strategy: no\n")[2]
+    assert (args.max_steps, args.save_strategy) == (5, "no")
+
+
+def test_the_command_line_alone_asks_for_evaluations_by_their_interval():
+    args = parse("--model_name_or_path", "m", "--eval_steps", "7")[2]
+    assert (args.eval_strategy, args.eval_steps) == ("steps", 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"beta: 1\nkl_coef: 2\n", "beta is given twice, as kl_coef too"),
+        (b"beta: \xff\n", "is not YAML: .*utf-8"),
+        (b"lr_scheduler_kwargs: {day: 2024-13-45}\n", "is not YAML: month must be in"),
+        (b"? [a]\n: 1\n", "is not YAML: .*unhashable"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_settings_is_named_in_one_line(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(text)
+    with pytest.raises(ValueError, match=f"^--config: .*run.yaml.*{message}") as caught:
+        parse("--config", str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        parse("--config", str(tmp_path))
+
+
+def test_the_command_line_beats_the_precision_that_accelerate_was_given(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse("--use_cpu", "true")[2].mixed_precision == "bf16"
+    assert parse("--use_cpu", "true", "--bf16", "false")[2].mixed_precision == "no"
+    assert parse("--use_cpu", "true", "--fp16", "false")[2].mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize("config", [LatroConfig, SftConfig])
+def test_without_an_accelerator_it_is_the_cpu(config, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert config().use_cpu
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    assert not config().use_cpu
+
+
+def test_processes_that_make_no_group_are_refused(monkeypatch):
+    # A launcher's process on a device over which accelerate makes no group, such as Apple's.
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("latro.config.training.is_torchelastic_launched", lambda: True)
+    with pytest.raises(ValueError, match=r"use_cpu: expected True with several processes on a"):
+        LatroConfig()

@@ -1,0 +1,250 @@
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import GenerationConfig
+
+from latro.model import attention as module
+from latro.model.attention import SharedPrefix, allow_shared_prefix
+from latro.model.packing import collate, plan
+from latro.model.scoring import Scorer
+
+CPU = torch.device("cpu")
+WINDOWS = {
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "phi3": {"sliding_window": 7},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+    "gemma2": {"sliding_window": 7},
+}
+
+
+@pytest.fixture
+def sharper():
+    """Larger weights, so that what is attended to matters."""
+
+    def sharpen(model):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(3)
+        return model
+
+    return sharpen
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_log_probs_and_gradients_equal_the_padded_forwards(
+    tiny, rollouts, sharper, architecture, windowed
+):
+    options = WINDOWS[architecture] if windowed else {}
+    model = sharper(tiny(architecture, **options)).double()
+    groups = rollouts(3, 4)
+    upstream = torch.randn(collate(groups, CPU, packed=True).num_rows, dtype=torch.float64)
+    results = []
+    for packed in (True, False):
+        own = copy.deepcopy(model)
+        scorer = Scorer(own, backend="reference")
+        assert scorer.packed
+        logp = scorer(collate(groups, CPU, packed=packed)).logp
+        (upstream * logp).sum().backward()
+        results.append((logp, {name: p.grad for name, p in own.named_parameters()}))
+    (packed_logp, packed_grads), (padded_logp, padded_grads) = results
+    # transformers' norms, and softmax in eager attention, are fp32 even in an fp64 model.
+    torch.testing.assert_close(packed_logp, padded_logp, rtol=1e-5, atol=1e-5)
+    for name, theirs in padded_grads.items():
+        scale = theirs.abs().max()
+        torch.testing.assert_close(packed_grads[name], theirs, rtol=0, atol=2e-5 * scale, msg=name)
+
+
+def test_activation_checkpointing_attends_in_the_same_way(tiny, rollouts, sharper):
+    model = sharper(tiny())
+    groups = rollouts(2, 4)
+    grads = []
+    for checkpointing in (False, True):
+        own = copy.deepcopy(model).train()
+        if checkpointing:
+            own.activation_checkpointing_enable({"use_reentrant": False})
+        scorer = Scorer(own)
+        scorer(scorer.collate(groups)).logp.sum().backward()
+        grads.append([p.grad for p in own.parameters()])
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_generation_is_as_it_was(tiny, tokenizer, sharper, architecture):
+    model = sharper(tiny(architecture))
+    ids = torch.tensor([tokenizer.encode("Tom has 9 pens. Tom gets 12.")])
+    config = GenerationConfig(do_sample=False, max_new_tokens=12, pad_token_id=0)
+    before = model.generate(ids, generation_config=config)
+    assert allow_shared_prefix(model)
+    assert torch.equal(model.generate(ids, generation_config=config), before)
+    assert allow_shared_prefix(model)
+    assert model.config._attn_implementation in ("latro_sdpa", "latro_eager")
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, window, softcap):
+    """The variable-length path, on a stand-in that computes what the fused kernels document."""
+    generator = torch.Generator().manual_seed(0)
+    lengths, prefixes = (5, 3, 8, 4, 1, 2), (-1, 0, 0, -1, 3, 3)
+    q, k, v = (torch.randn(1, heads, sum(lengths), 8, generator=generator) for heads in (4, 2, 2))
+    layout = SharedPrefix(lengths, prefixes, CPU)
+    k, v = (t[:, :, layout.key_index] for t in (k, v))
+    expected = module._by_segment(q, k, v, layout, 0.3, window or float("inf"), softcap)
+
+    def stand_in(
+        q,
+        k,
+        v,
+        query_starts,
+        key_starts,
+        longest_q,
+        longest_k,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+    ):
+        assert causal
+        assert longest_q == query_starts.diff().max()
+        assert longest_k == key_starts.diff().max()
+        out = []
+        for s in range(len(query_starts) - 1):
+            rows = slice(query_starts[s], query_starts[s + 1])
+            keys = slice(key_starts[s], key_starts[s + 1])
+            for row in range(rows.start, rows.stop):
+                last = keys.stop - (rows.stop - row)
+                first = keys.start if window_size[0] < 0 else max(keys.start, last - window_size[0])
+                own_k = k[first : last + 1].repeat_interleave(2, dim=1)
+                own_v = v[first : last + 1].repeat_interleave(2, dim=1)
+                scores = torch.einsum("hd,khd->hk", q[row], own_k) * softmax_scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out.append(torch.einsum("hk,khd->hd", scores.softmax(-1), own_v))
+        return torch.stack(out)
+
+    monkeypatch.setattr(module, "_flash_attention", lambda: stand_in)
+    ours = module._fused(q, k, v, layout, 0.3, window or float("inf"), softcap)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "undefined symbol"),
+        ("import a_package_that_it_needs", "No module named 'a_package_that_it_needs'"),
+    ],
+)
+def test_a_flash_attn_that_is_broken_is_not_passed_over(monkeypatch, tmp_path, text, error):
+    (tmp_path / "flash_attn.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=error):
+        module._flash_attention.__wrapped__()
+
+
+def test_without_flash_attn_torchs_kernel_is_taken(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert module._flash_attention.__wrapped__() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [float("inf"), 40])
+def test_the_fused_kernel_is_as_right_as_torchs_on_a_gpu(window):
+    device = torch.device("cuda")
+    layout = SharedPrefix((50, 33, 8, 71), (-1, 0, 0, -1), device)
+    exact = [torch.randn(1, h, 162, 64, device=device, dtype=torch.float64) for h in (4, 2, 2)]
+    upstream = torch.randn(1, 162, 4, 64, device=device, dtype=torch.float64)
+
+    def run(way, dtype):
+        q, k, v = (t.to(dtype).requires_grad_() for t in exact)
+        keys = [module._Gather.apply(t, layout.key_index) for t in (k, v)]
+        out = way(q, *keys, layout, 0.125, window, None)
+        return [out, *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
+
+    assert module._has_fused(exact[0].bfloat16(), exact[2], None)
+    truth = run(module._by_segment, torch.float64)
+    fused, plain = (run(way, torch.bfloat16) for way in (module._fused, module._by_segment))
+    for ours, theirs, true in zip(fused, plain, truth, strict=True):
+        allowed = 2 * (theirs.double() - true).abs().max() + 1e-5
+        assert (ours.double() - true).abs().max() <= allowed
+
+
+def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
+    """K gradients of one size summed in bf16 lose what is below half a digit of the sum."""
+    layout = SharedPrefix((2, *[1] * 600), (-1, *[0] * 600), CPU)
+    x = torch.zeros(1, 1, 602, 1, dtype=torch.bfloat16, requires_grad=True)
+    module._Gather.apply(x, layout.key_index).sum().backward()
+    assert x.grad[0, 0, :2, 0].tolist() == [600.0, 600.0]
+    assert x.grad[0, 0, 2:, 0].eq(1).all()
+
+
+def test_the_last_queries_see_the_window_that_ends_with_them():
+    q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9, 9))
+    out = module._one_segment(q, k, v, 0.5, 4, None)
+    for i in range(3):
+        seen = slice(6 + i - 3, 6 + i + 1)
+        alone = scaled_dot_product_attention(
+            q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen], scale=0.5
+        )
+        torch.testing.assert_close(out[:, :, i : i + 1], alone)
+
+
+def test_a_model_that_cannot_is_run_padded_and_says_so(tiny, rollouts, caplog, monkeypatch):
+    monkeypatch.setattr(module, "_layer_type", lambda layer: "chunked_attention")
+    scorer = Scorer(tiny())
+    assert not scorer.packed
+    (told,) = [r.message for r in caplog.records if "own copy of the prompt, padded" in r.message]
+    assert "(a packed row in a layer of type chunked_attention)" in told
+    groups = rollouts(2, 4)
+    assert scorer.collate(groups).shared_prefix is None
+    assert torch.isfinite(scorer(scorer.collate(groups)).logp).all()
+
+
+def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch, caplog):
+    """A model whose attention ignores the segments is not trusted with a packed row."""
+    own = module._by_segment
+
+    def careless(query, key, value, layout, *rest):
+        # Every branch reads the first prompt.
+        start = sum(layout.key_lengths[: layout.prefixes[1:].index(-1) + 2])
+        key[:, :, start : start + layout.lengths[0]] = key[:, :, : layout.lengths[0]]
+        return own(query, key, value, layout, *rest)
+
+    monkeypatch.setattr(module, "_by_segment", careless)
+    assert not Scorer(tiny()).packed
+    assert "(its hidden states differ by " in caplog.text
+
+
+def test_long_rope_sequences_are_kept_apart(tiny, rollouts, sharper):
+    """Rows past the original length take the long frequencies, and no others do."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 24,
+    }
+    model = sharper(tiny("phi3", rope_parameters=rope, original_max_position_embeddings=24))
+    scorer = Scorer(model)
+    assert scorer.boundary == 24
+    groups = rollouts(3, 4)
+    lengths = [len(r.input_ids) for group in groups for r in group]
+    assert min(lengths) <= 24 < max(lengths)
+    planned = plan(groups, 10**6, packed=True, boundary=scorer.boundary)
+    for piece in [piece for micro in planned for piece in micro.pieces]:
+        together = scorer(scorer.collate(piece)).logp
+        alone = [scorer(collate([[r]], CPU, packed=False)).logp for g in piece for r in g]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+    mixed = scorer(collate(groups, CPU, packed=False)).logp
+    alone = [scorer(collate([[r]], CPU, packed=False)).logp for g in groups for r in g]
+    # Which is what would happen without a boundary.
+    assert (mixed - torch.cat(alone)).abs().max() > 1e-3

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from latro.model.packing import collate
+from latro.model.scoring import Scorer
+from scripts.make_tiny_model import ARCHITECTURES
+from tests.latro.other_models import other_model
+
+CPU = torch.device("cpu")
+
+
+def full_logits_logp(model, rollouts, temperature):
+    """Each row's log-prob from the model's own logits, one unpadded sequence at a time."""
+    rows = []
+    for r in rollouts:
+        logits = model(input_ids=torch.tensor([r.input_ids])).logits[0].double() / temperature
+        logp = logits.log_softmax(-1)
+        first = len(r.prompt_ids) - 1
+        rows += [logp[first + i, token] for i, token in enumerate(r.sampled_ids)]
+        first += r.answer_start
+        rows += [logp[first + j, token] for j, token in enumerate(r.answer_ids)]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperature):
+    # Values away from 1 (or from "none"), so that a scale left out or applied twice shows.
+    options = {
+        "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+        "mistral": {"sliding_window": 8},
+        "phi3": {"sliding_window": 8},
+        "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 0.25},
+    }.get(architecture, {})
+    model = tiny(architecture, **options)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    groups = rollouts(2, 4)
+    expected = full_logits_logp(model, [r for group in groups for r in group], temperature)
+    scorer = Scorer(model, temperature=temperature)
+    assert scorer.packed
+    for packed in (True, False):
+        scores = scorer(collate(groups, CPU, packed=packed))
+        torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["stablelm", "nemotron", "mamba", "llama4_text", "qwen3_next"]
+)
+def test_what_cannot_be_packed_is_scored_padded(tokenizer, rollouts, caplog, architecture):
+    model = other_model(architecture, tokenizer)
+    groups = rollouts(2, 4)
+    expected = full_logits_logp(model, [r for group in groups for r in group], 1.0)
+    scorer = Scorer(model)
+    assert not scorer.packed
+    assert "own copy of the prompt, padded" in caplog.text
+    logp = scorer(scorer.collate(groups)).logp
+    torch.testing.assert_close(logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_running_out_of_memory_does_not_count_as_being_unable_to_pack(tiny, monkeypatch):
+    def attend(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("latro.model.attention._by_segment", attend)
+    with pytest.raises(torch.OutOfMemoryError):
+        Scorer(tiny())
+
+
+def test_a_model_whose_trunk_is_not_found_is_refused(monkeypatch):
+    # As code of a model's own may have it.
+    monkeypatch.setattr(GPT2LMHeadModel, "base_model_prefix", "misspelt")
+    monkeypatch.setattr(GPT2LMHeadModel, "get_output_embeddings", lambda self: self.lm_head)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(ValueError, match="a trunk and a head, got GPT2LMHeadModel, which names no"):
+        Scorer(model)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kl_equals_that_of_the_models_own_logits(tiny, rollouts, architecture):
+    options = {
+        "gemma2": {"final_logit_softcapping": 2.0, "sliding_window": 8},
+        "cohere": {"logit_scale": 0.25},
+        "granite": {"logits_scaling": 0.25},
+    }.get(architecture, {})
+    models = [tiny(architecture, seed=seed, **options) for seed in (1, 2)]
+    (group,) = rollouts(1, 4)
+    batch = collate([group], CPU, packed=True)
+    expected = []
+    for r in group:
+        log_p, log_q = (
+            (m(input_ids=torch.tensor([r.input_ids])).logits[0].double() / 0.7).log_softmax(-1)
+            for m in models
+        )
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        first = len(r.prompt_ids) - 1
+        answer = first + r.answer_start
+        expected += [kl[first : first + len(r.sampled_ids)], kl[answer:][: len(r.answer_ids)]]
+    policy, initial = (Scorer(m, temperature=0.7) for m in models)
+    row_kl = policy(batch, initial.reference(batch)).row_kl
+    torch.testing.assert_close(row_kl.double(), torch.cat(expected), rtol=1e-4, atol=1e-6)
+    assert (policy(batch, policy.reference(batch)).row_kl == 0).all()
+
+
+def test_padding_and_company_change_nothing(tiny, rollouts):
+    scorer = Scorer(tiny())
+    (group,) = rollouts(1, 4)
+    together = scorer(scorer.collate([group])).logp
+    apart = torch.cat([scorer(scorer.collate([[r]])).logp for r in group])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_scores_in_its_dtype(tiny, rollouts):
+    model = tiny()
+    (group,) = rollouts(1, 4)
+    scorer = Scorer(model)
+    batch = scorer.collate([group])
+    exact = scorer(batch).logp
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = scorer(batch).logp
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1
+    rounded.sum().backward()
+    assert model.get_output_embeddings().weight.grad.dtype == torch.float32
+
+
+def test_a_model_with_logits_of_its_own_making_is_refused(tiny):
+    model = tiny()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+
+    def doubled(module, args, output):
+        output.logits = output.logits * 2
+        return output
+
+    model.register_forward_hook(doubled)
+    with pytest.raises(ValueError, match="does not compute its logits as"):
+        Scorer(model)
+
+
+def test_the_checks_of_a_model_are_not_of_tf32(tiny):
+    """TF32 rounds by more than a check of an fp32 model allows."""
+    matmul = torch.backends.cuda.matmul
+    model = tiny()
+    seen = []
+    model.model.register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+    given = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        Scorer(model)
+        assert set(seen) == {"ieee"}
+        assert torch.get_float32_matmul_precision() == "high"
+        assert matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(given)
+
+
+def test_nan_weights_are_named(tiny):
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="logits are not finite"):
+        Scorer(model)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+from PIL import Image
+from transformers import TrainerControl, TrainerState
+
+from latro.reporting.callbacks import MetricsFiles, draw_progress
+from latro.trainer import LatroTrainer
+
+
+def test_metrics_are_appended_and_rewritten_at_the_start(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    state = TrainerState()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 7, "rew')
+    files = MetricsFiles(LatroTrainer.panels)
+    state.log_history = [{"step": 1, "reward": -2.0}]
+    files.on_train_begin(args, state, TrainerControl())
+    state.log_history.append({"step": 2, "reward": -1.0})
+    files.on_log(args, state, TrainerControl())
+    assert [json.loads(line) for line in path.read_text().splitlines()] == state.log_history
+
+
+def test_progress_is_drawn(tmp_path):
+    path = tmp_path / "progress.png"
+    draw_progress([], path, LatroTrainer.panels)
+    empty = Image.open(path).tobytes()
+    history = [{"step": i, "reward": -5.0 + i, "kl": 0.1 * i} for i in range(5)]
+    history += [{"step": 0, "eval_accuracy_greedy": 0.1, "eval_accuracy_sampled": 0.2}]
+    draw_progress(history, path, LatroTrainer.panels)
+    with Image.open(path) as drawn:
+        assert drawn.size == (1080, 720)
+        assert drawn.tobytes() != empty
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+
+from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
+from latro.rollout.sequences import AnswerJoin, Sample
+from tests.latro.frames import framed
+
+USER = {"role": "user", "content": "How many?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+REPLY = {"role": "assistant", "content": "Of what?"}
+CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]"
+
+
+@pytest.fixture
+def with_bos(tokenizer):
+    """A tokenizer that opens every text with a beginning-of-sequence token, as Llama's does."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>"})
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    assert made.encode("pens")[0] == made.bos_token_id
+    return made
+
+
+def test_a_plain_prompt_is_tokenised_as_the_tokenizer_does(tokenizer, with_bos):
+    assert encode_prompt(tokenizer, "How many?") == tokenizer.encode("How many?")
+    assert encode_prompt(with_bos, "How many?") == with_bos.encode("How many?")
+
+
+def test_a_chat_template_writes_the_only_beginning_of_sequence(with_bos):
+    with_bos.chat_template = CHAT
+    ids = encode_prompt(with_bos, "How many?")
+    assert with_bos.decode(ids) == "<s>[user]How many?[reply]"
+    assert ids.count(with_bos.bos_token_id) == 1
+
+
+def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {made.eos_token}", special_tokens=[(made.eos_token, made.eos_token_id)]
+    )
+    assert made.encode("pens")[-1] == made.eos_token_id
+    assert encode_prompt(made, "How many?") == tokenizer.encode("How many?")
+
+
+# As Llama 3 writes it: its beginning-of-sequence token, and a frame of special tokens a message.
+LLAMA_CHAT = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+    "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+
+
+def test_messages_go_through_the_chat_template_once(with_bos):
+    marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    with_bos.add_special_tokens({"additional_special_tokens": marks})
+    with_bos.chat_template = LLAMA_CHAT
+    ids = encode_prompt(with_bos, [SYSTEM, USER, REPLY, {"role": "user", "content": "Pens."}])
+    spelled = "".join(
+        f"<|start_header_id|>{role}<|end_header_id|>\n\n{content}"
+        for role, content in (
+            ("system", "Be brief.<|eot_id|>"),
+            ("user", "How many?<|eot_id|>"),
+            ("assistant", "Of what?<|eot_id|>"),
+            ("user", "Pens.<|eot_id|>"),
+            ("assistant", ""),
+        )
+    )
+    assert with_bos.decode(ids) == f"<s>{spelled}"
+    assert ids.count(with_bos.bos_token_id) == 1
+    reference = with_bos.apply_chat_template(
+        [USER], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert encode_prompt(with_bos, [USER]) == encode_prompt(with_bos, "How many?") == reference
+
+
+def test_a_plain_prompt_that_opens_with_the_beginning_token_has_it_once(with_bos):
+    assert encode_prompt(with_bos, "<s>How many?") == encode_prompt(with_bos, "How many?")
+
+
+def test_without_a_template_one_message_of_the_user_is_a_string(tokenizer, with_bos):
+    for one in (tokenizer, with_bos):
+        assert encode_prompt(one, [USER]) == encode_prompt(one, "How many?")
+
+
+@pytest.mark.parametrize("prompt", [[SYSTEM, USER], [REPLY]])
+def test_without_a_template_a_conversation_is_refused(tokenizer, prompt):
+    made = copy.deepcopy(tokenizer)
+    made.name_or_path = "org/base"
+    with pytest.raises(ValueError, match=r"tokenizer org/base has no chat template: .* messages"):
+        encode_prompt(made, prompt)
+
+
+def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_bos):
+    # As Gemma's does.
+    with_bos.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}{% endfor %}"
+    )
+    model = tiny(vocab_size=len(with_bos))
+    join = AnswerJoin(with_bos, "The answer is", [with_bos.eos_token_id])
+    dataset = Dataset.from_list([{"prompt": p, "answer": "3"} for p in ([USER], [SYSTEM, USER])])
+    check_dataset(dataset.select([0]), "train_dataset", model, with_bos, join, 8)
+    with pytest.raises(
+        ValueError, match=r"train_dataset: row 1: the chat template .*System role not supported"
+    ):
+        check_dataset(dataset, "train_dataset", model, with_bos, join, 8)
+
+
+LONG = "Tom has many pens. " * 9
+
+
+@pytest.mark.parametrize("prompt", [LONG, [{"role": "user", "content": LONG}]])
+def test_a_row_that_does_not_fit_is_named_by_how_its_prompt_begins(tiny, tokenizer, prompt):
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+    model = tiny(max_position_embeddings=64)
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "3", "rationale": "So. " * 60}])
+    begins = f"its prompt begins '{LONG[:60]}'$"
+    with pytest.raises(ValueError, match=rf"data: row 0: a prompt of .* drop the row; {begins}"):
+        check_dataset(rows, "data", model, tokenizer, join, 64)
+    with pytest.raises(ValueError, match=rf"data: row 0: prompt, .* drop the row; {begins}"):
+        check_rationales(rows, "data", model, join)
+    empty = Dataset.from_list([{"prompt": prompt, "answer": " "}])
+    with pytest.raises(ValueError, match=rf"row 0: expected a non-empty answer, .*; {begins}"):
+        check_dataset(empty, "data", model, tokenizer, join, 64)
+
+
+def test_a_prompt_as_text():
+    assert prompt_text("How many?") == prompt_text([USER]) == "How many?"
+    assert prompt_text([SYSTEM, USER]) == "system: Be brief.\nuser: How many?"
+
+
+def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, tokenizer):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny("phi3", rope_parameters=rope | factors, original_max_position_embeddings=24)
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+
+    def check(prompt_ids, max_completion_length):
+        dataset = Dataset.from_list([{"prompt": tokenizer.decode(prompt_ids), "answer": "7"}])
+        check_dataset(dataset, "data", model, tokenizer, join, max_completion_length)
+
+    word = tokenizer.encode(" pens")
+    (token,) = word
+    answer = len(join([token], Sample([]), "7").answer_ids)
+    # All but the answer's last token are read: exactly 24 of them.
+    most = 24 - 10 - (answer - 1)
+    check([token] * 10, most)
+    with pytest.raises(ValueError, match=r"row 0: a prompt of 10 tokens .* goes past the 24 up to"):
+        check([token] * 10, most + 1)
+    with pytest.raises(ValueError, match="a prompt of 24 tokens with a rationale of 1 and its"):
+        check([token] * 24, 1)
+    check([token] * 25, 500)
+    # Without sampling a sequence is read once, with one set of frequencies or the other.
+    check([token] * 24, 0)
+
+
+def refusal(tiny, tokenizer, template, *prompts):
+    made = framed(tokenizer, template)
+    made.name_or_path = "org/hostile"
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "3"} for prompt in prompts])
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    with pytest.raises(ValueError, match="the chat template of the tokenizer org/hostile") as error:
+        check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "reason"),
+    [
+        ("[user][/user]", ["One and one?"], "leaves out what users say"),
+        ("{{ messages[0].text }}!", ["One and one?", "Two?"], "row 1: .* as it does row 0"),
+        ("{{ messages[0].content[:5] }}", ["What is 2?", "Is it?", "What is 3?"], "row 2: .*row 0"),
+    ],
+)
+def test_a_template_that_drops_what_users_say_is_refused(
+    tiny, tokenizer, template, prompts, reason
+):
+    message = refusal(tiny, tokenizer, template, *prompts)
+    assert re.match(f"data: .*{reason}", message)
+    assert "\n" not in message
+
+
+def test_prompts_that_say_the_same_may_be_rendered_as_the_same(tiny, tokenizer):
+    made = framed(
+        tokenizer, "{% for m in messages if m.role == 'user' %}{{ m.content | trim }}{% endfor %}"
+    )
+    prompts = ["How many?", " How many?\n", [SYSTEM, USER], [USER], "How?"]
+    rows = Dataset.from_list(
+        [
+            {
+                "prompt": p if isinstance(p, list) else [{"role": "user", "content": p}],
+                "answer": "3",
+            }
+            for p in prompts
+        ]
+    )
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+
+
+def test_a_template_that_takes_all_memory_is_refused_with_its_row(tiny, tokenizer):
+    template = "{{ messages[0].content * (1 if messages[0].content == 'One?' else 10 ** 11) }}"
+    message = refusal(
+        tiny,
+        tokenizer,
+        f"{{% if messages[1] is not defined %}}{template}{{% endif %}}",
+        "One?",
+        "Two?",
+    )
+    assert message.startswith("data: row 1: ")
+    assert "takes more than 2 GiB of memory; its prompt begins 'Two?'" in message

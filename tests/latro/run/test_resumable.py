@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback, TrainingArguments
+
+from latro.run.checkpoints import PARTIAL, damage
+from latro.run.folder import LOCK_FILE
+from latro.run.resumable import LongRunTrainer
+
+pytestmark = pytest.mark.usefixtures("ordinary_signals")
+
+
+@pytest.fixture
+def make_trainer(tiny, tmp_path):
+    """`make_trainer(**settings)`: a plain language model's trainer on eight rows."""
+
+    def make(callbacks=None, model=None, **settings):
+        ids = list(range(5, 21))
+        dataset = Dataset.from_dict({"input_ids": [ids] * 8, "labels": [ids] * 8})
+        settings = {"max_steps": 4, "save_steps": 1, "per_device_train_batch_size": 2, **settings}
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to=[],
+            logging_steps=1,
+            **settings,
+        )
+        return LongRunTrainer(
+            model=tiny() if model is None else model,
+            args=args,
+            train_dataset=dataset,
+            eval_dataset=dataset,
+            callbacks=callbacks,
+        )
+
+    return make
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_appears_when_it_is_whole(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2, save_total_limit=1)
+    save_rng_state = trainer._save_rng_state
+    during = []
+
+    def spy(folder):
+        during.append(names(tmp_path / "run"))
+        save_rng_state(folder)
+
+    trainer._save_rng_state = spy
+    trainer.train()
+    own = [PARTIAL, LOCK_FILE]
+    assert during == [own, [*own, "checkpoint-1"]]
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert damage(tmp_path / "run" / "checkpoint-2") is None
+
+
+def test_what_a_crash_left_is_gone_after_the_next_start(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+
+    def crash(folder):
+        if trainer.state.global_step == 2:
+            raise SystemExit
+
+    trainer._save_rng_state = crash
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert names(tmp_path / "run") == [PARTIAL, "checkpoint-1"]
+    trainer = make_trainer(max_steps=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert names(tmp_path / "run") == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_that_a_checkpoint_lacks_are_named(make_trainer, tiny, tmp_path, tied):
+    make_trainer(max_steps=1, model=tiny(tie_word_embeddings=tied)).train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    trainer = make_trainer(max_steps=2, model=tiny(tie_word_embeddings=tied))
+    trainer.train(resume_from_checkpoint=str(folder))
+    weights = load_file(folder / "model.safetensors")
+    weights["x.weight"] = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors")
+    trainer = make_trainer(max_steps=2, model=tiny(tie_word_embeddings=tied))
+    message = r"got 1 missing \(model\.norm\.weight\) and 1 unexpected \(x\.weight\)"
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=str(folder))
+
+
+def test_the_best_model_is_known_by_its_last_name(make_trainer, tmp_path):
+    trainer = make_trainer(
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        save_total_limit=2,
+    )
+    trainer.train()
+    # The loss falls from step to step, so the first checkpoint stays, and the last.
+    run = tmp_path / "run"
+    assert names(run) == ["checkpoint-1", "checkpoint-4"]
+    for folder in run.iterdir():
+        assert damage(folder) is None
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == str(run / "checkpoint-1")
+
+
+def test_resumed_from_the_last_update_it_makes_none(make_trainer):
+    make_trainer(max_steps=3).train()
+    trainer = make_trainer(max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+class Signal(TrainerCallback):
+    """Sends this process a signal during an update."""
+
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer([Signal(signal.SIGTERM, 1)], save_strategy="no", eval_strategy="epoch")
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+class SignalAtTheEnd(TrainerCallback):
+    """Sends this process SIGTERM at an event after the last update."""
+
+    def __init__(self, event):
+        setattr(self, event, self.send)
+
+    def send(self, args, state, control, **kwargs):
+        if state.global_step == state.max_steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("event", ["on_evaluate", "on_train_end"])
+def test_a_signal_after_the_last_update_leaves_a_checkpoint_too(make_trainer, tmp_path, event):
+    settings = {"save_strategy": "no", "eval_strategy": "epoch", "max_steps": 4}
+    trainer = make_trainer([SignalAtTheEnd(event)], **settings)
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert names(tmp_path / "run") == ["checkpoint-4"]
+    assert damage(tmp_path / "run" / "checkpoint-4") is None
+    resumed = make_trainer(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+    assert resumed.interruption.signal is None
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_is_saved_is_not_saved_again(make_trainer, tmp_path):
+    trainer = make_trainer([SignalAtTheEnd("on_train_end")], save_strategy="steps", save_steps=2)
+    save_rng_state = trainer._save_rng_state
+    saved = []
+    trainer._save_rng_state = lambda folder: saved.append(folder) or save_rng_state(folder)
+    trainer.train()
+    assert trainer.interruption.signal == signal.SIGTERM
+    assert len(saved) == 2
+
+
+def test_weights_alone_are_not_resumed_from(make_trainer, tmp_path):
+    make_trainer(max_steps=2, save_only_model=True).train()
+    for resume in (True, str(tmp_path / "run" / "checkpoint-1")):
+        with pytest.raises(ValueError, match="lacks the state of optimiser or schedule"):
+            make_trainer(max_steps=2).train(resume_from_checkpoint=resume)
+
+
+def test_an_error_leaves_the_handlers_as_they_were(make_trainer):
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make_trainer()
+    trainer.training_step = lambda *args: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+SCRIPT = """
+import os, signal, sys
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
+from latro.run.resumable import LongRunTrainer
+
+class Signal(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+model, output = sys.argv[1:]
+ids = list(range(5, 21))
+dataset = Dataset.from_dict({"input_ids": [ids] * 16, "labels": [ids] * 16})
+args = TrainingArguments(
+    output_dir=output, use_cpu=True, disable_tqdm=True, report_to=[], save_strategy="no",
+    max_steps=4, per_device_train_batch_size=1,
+)
+trainer = LongRunTrainer(
+    model=AutoModelForCausalLM.from_pretrained(model),
+    args=args,
+    train_dataset=dataset,
+    callbacks=[Signal()],
+)
+trainer.train()
+assert trainer.interruption.signal == signal.SIGTERM, args.process_index
+assert trainer.state.global_step == 2
+"""
+
+
+def test_two_processes_save_and_stop_together(tiny, tmp_path, warm):
+    tiny().save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    run = tmp_path / "run"
+    arguments = (tmp_path / "model", run)
+    warm.run_together(str(script), arguments, tmp_path / "printed", processes=2)
+    assert names(run) == ["checkpoint-2"]
+    assert damage(run / "checkpoint-2") is None
+    files = json.loads((run / "checkpoint-2" / "checkpoint_manifest.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= set(files)

@@ -1,0 +1,150 @@
+"""The structure: which layer imports which, and how functions are called, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    {"assets", "objectives", "terminal"},
+    {"errors"},
+    {"files"},
+    {"rollout"},
+    {"tasks"},
+    {"config"},
+    {"model"},
+    {"run"},
+    {"engines", "update"},
+    {"evaluation"},
+    {"reporting"},
+    {"loading"},
+    {"base_trainer"},
+    {"sft_trainer", "trainer"},
+    {"cli"},
+    {"evaluate", "probe", "sft", "train"},
+)
+"""The rooms of `latro`, lowest first: each imports those before it, and none beside it."""
+RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
+SOURCES = sorted(
+    path
+    for folder in ("latro", "latro_kernels", "studies", "benchmarks", "scripts", "examples")
+    for path in (ROOT / folder).rglob("*.py")
+)
+CALLERS = [path for path in SOURCES if path.relative_to(ROOT).parts[0] != "latro_kernels"]
+"""Sources whose calls are looked at: the kernels' drivers still pass pointers in tuples."""
+MOST_POSITIONAL = 8
+OVERRIDDEN = {"create_model_card"}
+"""Methods whose arguments transformers has chosen."""
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for path in SOURCES}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of this repository that a module imports, those inside of functions too."""
+    name = name_of(path)
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *filter(None, [base])])
+            # A name may be a module of the package it is imported from; the kernels' package has
+            # functions by the names of its modules.
+            found = [
+                base
+                if f"{base}.{alias.name}" not in MODULES
+                or (base == "latro_kernels" and not name.startswith("latro_kernels."))
+                else f"{base}.{alias.name}"
+                for alias in node.names
+            ]
+        else:
+            continue
+        yield from (module for module in found if module in MODULES and module != name)
+
+
+IMPORTS = {name: sorted(set(imported(path))) for name, path in MODULES.items()}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith("latro.")], ids=str)
+def test_a_room_imports_only_rooms_below_it(module):
+    room = room_of(module)
+    assert room in RANK, f"{room} stands in no layer"
+    for other in IMPORTS[module]:
+        if other.startswith("latro.") and room_of(other) != room:
+            assert RANK[room_of(other)] < RANK[room], f"{module} imports {other}"
+
+
+def test_no_imports_go_in_a_circle():
+    """The kernels' drivers are left out: some import the records of the op that they drive."""
+    done = {name for name in MODULES if name.startswith("latro_kernels")}
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in IMPORTS[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in IMPORTS:
+        visit(module, ())
+
+
+def test_the_trainer_imports_public_names_of_the_kernels_only():
+    for module, others in IMPORTS.items():
+        if module.split(".")[0] == "latro":
+            inner = [other for other in others if other.startswith("latro_kernels.")]
+            assert not inner, f"{module} imports {inner}"
+
+
+def test_the_kernels_import_nothing_of_ours():
+    for module, others in IMPORTS.items():
+        if module.split(".")[0] == "latro_kernels":
+            assert all(other.split(".")[0] == "latro_kernels" for other in others), module
+
+
+@pytest.mark.parametrize("path", CALLERS, ids=name_of)
+def test_no_call_hides_its_arguments_in_a_starred_tuple(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            hidden = [
+                argument
+                for argument in node.args
+                if isinstance(argument, ast.Starred)
+                and isinstance(argument.value, (ast.Tuple, ast.List))
+            ]
+            assert not hidden, f"{path.name}, line {node.lineno}: name the arguments"
+
+
+@pytest.mark.parametrize("path", CALLERS, ids=name_of)
+def test_no_function_takes_more_than_eight_positional_arguments(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.FunctionDef) or _is_kernel(node):
+            continue
+        positional = [a.arg for a in node.args.posonlyargs + node.args.args]
+        positional = [name for name in positional if name not in ("self", "cls")]
+        if node.name in OVERRIDDEN:
+            continue
+        assert len(positional) <= MOST_POSITIONAL, f"{path.name}, line {node.lineno}: {node.name}"
+
+
+def _is_kernel(node: ast.FunctionDef) -> bool:
+    """Whether a function is compiled by Triton, which passes its arguments by their names."""
+    return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
