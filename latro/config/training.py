@@ -22,7 +22,7 @@ from latro.tasks import FORMATS, GRADERS, TASKS
 
 """What scoring computes with."""
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 SMALL_MODEL = ASSETS / "small"
 # What tells a better model from a worse one by its evaluation; more is better for each.
 BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
