@@ -23,6 +23,9 @@ from transformers import (
 from examples import hf_trainer, plain_loop
 from latro_kernels import linear_logprob
 
+# TRL turns on, and off while it samples, what transformers calls by another name now.
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+
 QUIET = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
 
 
