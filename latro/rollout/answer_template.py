@@ -15,6 +15,10 @@ import re
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 
 
+MOST_STOP_STRINGS = 4
+"""A vLLM server refuses a request with more, unless it was told otherwise when it started."""
+
+
 def template_pattern(template: str) -> re.Pattern[str]:
     """Return the pattern that every statement's template matches, in the order of the text.
 
@@ -55,16 +59,16 @@ def ending_pattern(text: str) -> re.Pattern[str]:
 def stop_strings(text: str) -> list[str]:
     """Return strings that a completion which holds one matches `ending_pattern`.
 
-    They are for servers that stop at strings, and the common ones of all there are: where another
-    stands, a completion is longer than need be.
+    They are for servers that stop at strings, which take no more than a few, and are the likeliest
+    of all there are. Where a template stands otherwise, a completion is longer than need be.
     """
     if text.isspace():
         return [text]
     words = text.strip()
-    before = (" ", "\n", "*") if _begins_in_a_word(words) else ("",)
-    behind = (" ", "\n", ":", "*") if ends_in_a_word(words) else ("",)
+    before = (" ", "\n") if _begins_in_a_word(words) else ("",)
+    behind = (" ", ":") if ends_in_a_word(words) else ("",)
     cases = dict.fromkeys((words, words[0].swapcase() + words[1:]))
-    return [b + case + e for case in cases for b in before for e in behind]
+    return [b + case + e for e in behind for case in cases for b in before][:MOST_STOP_STRINGS]
 
 
 def _begins_in_a_word(template: str) -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from latro.rollout.answer_template import (
+    MOST_STOP_STRINGS,
     ending_pattern,
     ends_in_a_word,
     stop_strings,
@@ -65,7 +66,7 @@ def test_a_completion_ends_where_its_template_is_known_to_be_whole(template, tex
 @pytest.mark.parametrize("template", ["The answer is", "Answer:", "####", "\n\n", "答案是", " A"])
 def test_where_a_server_stops_at_a_string_a_completion_has_ended(template):
     strings = stop_strings(template)
-    assert len(set(strings)) == len(strings) <= 24
+    assert len(set(strings)) == len(strings) <= MOST_STOP_STRINGS
     for string in strings:
         assert ending_pattern(template).search(string)
         assert string.strip(" \n:*").casefold() in template.strip().casefold()
@@ -73,10 +74,5 @@ def test_where_a_server_stops_at_a_string_a_completion_has_ended(template):
 
 def test_the_usual_statements_are_among_a_servers_strings():
     strings = stop_strings("The answer is")
-    for text in (
-        "So. The answer is 5",
-        "so the answer is: 5",
-        "\nThe answer is\n5",
-        "**The answer is** 5",
-    ):
+    for text in ("So. The answer is 5", "so the answer is 5", "6 - 1 = 5.\nThe answer is 5"):
         assert any(string in text for string in strings)
