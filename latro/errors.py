@@ -32,7 +32,8 @@ _FROM_OUTSIDE = (ValueError, FloatingPointError, OSError, SafetensorError, Impor
 _UNTYPED = (RuntimeError, Exception)
 _DAMAGE = (
     *(OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
+    # An unpickler that is given text pops from an empty stack.
+    *(pickle.UnpicklingError, zipfile.BadZipFile, IndexError),
 )
 
 

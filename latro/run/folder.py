@@ -150,11 +150,12 @@ def check_apart(
     Raises:
         ValueError: it does; names the argument.
     """
-    folder = Path(output_dir).resolve()
+    # `Path.resolve` raises RuntimeError at links that lead to each other.
+    folder = Path(os.path.realpath(output_dir))
     for argument, value in sources:
         if not value or not os.path.exists(value):
             continue
-        source = Path(value).resolve()
+        source = Path(os.path.realpath(value))
         if folder == source or folder in source.parents:
             raise ValueError(
                 f"output_dir: {output_dir} is or holds {argument}'s {value}, which the run reads "
