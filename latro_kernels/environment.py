@@ -26,6 +26,8 @@ def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str,
     """
     on_gpu = device.type == "cuda"
     return {
+        # First: torch's own __version__ tells the build too, which its metadata may leave out.
+        **{package: _version(package) for package in packages},
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "device": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
         "threads": torch.get_num_threads(),
@@ -33,7 +35,6 @@ def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        **{package: _version(package) for package in packages},
     }
 
 
