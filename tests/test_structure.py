@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    {"assets", "objectives", "terminal"},
+    {"assets", "objectives", "terminal", "worker"},
     {"errors"},
     {"files"},
     {"rollout"},

@@ -7,16 +7,10 @@ no more.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
-import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from latro.rollout.template_worker import SECONDS
+from latro.worker import Worker, WorkerEndedError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 # Words of no template; letters alone, so that nothing is escaped.
@@ -49,9 +44,8 @@ def render(
 
     Raises:
         TemplateRefusalError: the template raises an error on the messages.
-        ValueError: it takes more time, memory or characters than it may
-        (`latro.rollout.template_worker`
-            has the limits).
+        ValueError: it takes more time, memory or characters than it may; `template_worker` has the
+            limits.
     """
     request = {
         "conversations": [[dict(message) for message in messages]],
@@ -59,7 +53,7 @@ def render(
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
     }
-    reply = _worker(os.getpid()).ask(request)
+    reply = _ask(request)
     if "text" in reply:
         return reply["text"]
     template = f"the chat template of {tokenizer_name(tokenizer)}"
@@ -139,65 +133,22 @@ def _line(message: str) -> str:
     return " ".join(message.split())
 
 
-class _Worker:
-    """The process that renders. One request is under way at a time."""
-
-    def __init__(self) -> None:
-        # It is read, and closed, when the process has ended. A pipe would fill up unread.
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            # Isolated: no file in this package's folder or the current one stands in for a module.
-            [sys.executable, "-I", str(_WORKER), json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            encoding="utf-8",
-            # A pool of threads for each core would take all of the address space that is allowed.
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            # A signal to the run's processes is the run's to handle.
-            start_new_session=True,
-        )
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
-        """Return the reply: `text`, `refusal` or `excess`."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            try:
-                self._process.stdin.write(json.dumps(request) + "\n")
-                self._process.stdin.flush()
-                line = self._process.stdout.readline()
-            except BrokenPipeError:
-                line = ""
-            if not line:
-                return {"excess": self._end()}
-            reply = json.loads(line)
-            if "excess" in reply:
-                self._end()
-            return reply
-
-    def close(self) -> str:
-        """End the process, which ends with its input; return what it wrote of errors."""
-        atexit.unregister(self.close)
-        self._process.communicate()
-        with self._errors:
-            self._errors.seek(0)
-            return self._errors.read()
-
-    def _end(self) -> str:
-        """End the process, or what is left of it, and return what it ended of."""
+def _ask(request: Mapping[str, Any]) -> dict[str, str]:
+    """Return the reply of the process that renders: `text`, `refusal` or `excess`."""
+    try:
+        reply = _worker(os.getpid()).ask(request)
+    except WorkerEndedError as ended:
+        told = f"ends the process that renders it: {ended}"
+        if ended.code == -signal.SIGXCPU:
+            told = f"does not end within {SECONDS} seconds"
+        reply = {"excess": told}
+    if "excess" in reply:
+        # The process is gone, or about to be.
         _worker.cache_clear()
-        errors = self.close().splitlines()
-        code = self._process.returncode
-        if code == -signal.SIGXCPU:
-            return f"does not end within {SECONDS} seconds"
-        told = signal.Signals(-code).name if code < 0 else [str(code), *errors][-1]
-        return f"ends the process that renders it: {told}"
+    return reply
 
 
 @functools.cache
-def _worker(pid: int) -> _Worker:
-    """The worker of the process `pid`, which is this one: one forked from it needs its own."""
-    return _Worker()
+def _worker(pid: int) -> Worker:
+    """Return the worker of the process `pid`, which is this one."""
+    return Worker(_WORKER)

@@ -1,5 +1,7 @@
 """Reads mathematics with math-verify, in a process of its own: a line of JSON in, a line out.
 
+The argument is sys.path as JSON.
+
     {"truth": "x(x+1)", "stated": "x^2+x"}  ->  "x**2 + x"
 
 The line out is the canonical string of what was stated, that of the truth where the two are equal,
@@ -16,11 +18,9 @@ import signal
 import sys
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-# This is run as a script, whose folder Python looks for modules in; those here are no such names.
-sys.path = [path for path in sys.path if Path(path).absolute() != Path(__file__).parent]
+sys.path[:] = json.loads(sys.argv[1])
 import sympy  # noqa: E402
 from latex2sympy2_extended.logic import And  # noqa: E402
 from math_verify import LatexExtractionConfig, parse, verify  # noqa: E402

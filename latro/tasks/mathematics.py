@@ -9,14 +9,13 @@ longer than five seconds is none. Decimals are made fractions before, so that no
 from __future__ import annotations
 
 import importlib
-import json
+import os
 import re
-import subprocess
-import sys
 import threading
-import weakref
 from itertools import pairwise
 from pathlib import Path
+
+from latro.worker import Worker, WorkerEndedError
 
 from .base import SEVERAL
 from .markup import first_sentence, folded
@@ -66,7 +65,7 @@ class MathReader:
                 f"got {error}"
             ) from error
         self._lock = threading.Lock()
-        self._worker: subprocess.Popen[str] | None = None
+        self._worker: Worker | None = None
         self._read: dict[tuple[str, str], str | None] = {}
 
     def stated(self, statement: str, truth: str) -> str | None:
@@ -94,30 +93,13 @@ class MathReader:
             return self._read[key]
 
     def _asked(self, latex: str, truth: str) -> str | None:
-        if self._worker is None:
-            self._worker = subprocess.Popen(
-                [sys.executable, str(_WORKER)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-            )
-            weakref.finalize(self, _stop, self._worker)
-        assert self._worker.stdin is not None
-        assert self._worker.stdout is not None
-        self._worker.stdin.write(json.dumps({"truth": truth, "stated": latex}) + "\n")
-        self._worker.stdin.flush()
-        line = self._worker.stdout.readline()
-        if line:
-            return json.loads(line)
-        _stop(self._worker)  # its alarm or the limit of memory ended it
-        self._worker = None
-        return None
-
-
-def _stop(worker: subprocess.Popen[str]) -> None:
-    worker.kill()
-    worker.communicate()
+        if self._worker is None or self._worker.owner != os.getpid():
+            self._worker = Worker(_WORKER)
+        try:
+            return self._worker.ask({"truth": truth, "stated": latex})
+        except WorkerEndedError:  # by its alarm or the limit of memory
+            self._worker = None
+            return None
 
 
 def _mathematics(statement: str) -> str | None:

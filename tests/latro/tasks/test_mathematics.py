@@ -171,7 +171,7 @@ def test_a_missing_package_is_named(monkeypatch):
 def test_the_process_ends_with_its_reader():
     reader = MathReader()
     assert reader.stated(" $x$", "x") == "x"
-    worker = reader._worker
+    worker = reader._worker._process
     assert isinstance(worker, subprocess.Popen)
     del reader
     assert worker.poll() is not None
