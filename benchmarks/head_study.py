@@ -67,7 +67,7 @@ from benchmarks.linear_logprob import (
     compared,
     time_all,
 )
-from latro_kernels.cpu import FILTER_COLUMNS, FILTER_ROWS
+from latro_kernels.linear_logprob.cpu import FILTER_COLUMNS, FILTER_ROWS
 
 OURS = {"cpu": "latro-cpu", "cuda": "latro-triton"}
 PEERS = ("unfused", "torch-chunked", "trl", "liger", "liger-flce", "cce", "cce-compile")
@@ -280,10 +280,10 @@ def block_shape(weight: Tensor) -> tuple[int, int]:
     """Return how many rows and columns are left out together on the weight's device."""
     if weight.device.type == "cpu":
         return FILTER_ROWS, FILTER_COLUMNS
-    from latro_kernels.triton import tuning
+    from latro_kernels.linear_logprob.triton import blocks
 
     V, H = weight.shape
-    config = tuning.config(weight.device, weight.dtype, H=H, V=V)
+    config = blocks.config(weight.device, weight.dtype, H=H, V=V)
     return config.rows, config.columns
 
 

@@ -189,6 +189,6 @@ def _add(out: Tensor, gradient: Gradient, other: Tensor, *, first: bool) -> None
     if gradient.active is None:
         add_product(out, gradient.dz, other, first=first)
     else:
-        from latro_kernels.triton.sparse_product import add_sparse_product
+        from latro_kernels.linear_logprob.triton.sparse_product import add_sparse_product
 
         add_sparse_product(out, gradient.dz, gradient.active, other, first=first)

@@ -52,9 +52,8 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.cpu import multiplies_bf16
 from latro_kernels.dispatch import resolve
-from latro_kernels.head import absent, autocast_dtype
+from latro_kernels.head import absent, autocast_dtype, multiplies_bf16
 from latro_kernels.kl_tiles import Head, Heads, RowGrad
 
 

@@ -122,7 +122,7 @@ def stages(out: Path, wheels: Path | None, installed: Path, data: Path | None) -
                 (
                     python,
                     "-m",
-                    "latro_kernels.triton.tuning",
+                    "latro_kernels.linear_logprob.triton.tuning",
                     "--hidden",
                     "4096",
                     "--vocab",
@@ -195,10 +195,10 @@ def nothing_to_build() -> str | None:
 
 def fastest_block() -> str:
     """Name the last shape that was saved."""
-    from latro_kernels.triton import tuning
+    from latro_kernels.linear_logprob.triton import blocks
 
-    entry = json.loads(tuning.SAVED.read_text())[-1]
-    block = tuning.Config(**entry["config"])
+    entry = json.loads(blocks.SAVED.read_text())[-1]
+    block = blocks.Config(**entry["config"])
     return (
         f"{block.rows} × {block.columns} × {block.depth}, {block.stages} stages: "
         f"{entry['milliseconds']:.2f} ms"

@@ -131,7 +131,7 @@ struct State {
   }
 };
 
-// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.py.
+// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
 struct RowGrad {
   float grad_logp, grad_entropy;  // upstream; grad_entropy 0 where there is none
   float logp, entropy, peak, log_total;

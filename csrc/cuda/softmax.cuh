@@ -145,7 +145,7 @@ __device__ inline State merge_block(State state) {
   return merge_warp(state);
 }
 
-// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.py.
+// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
 struct RowGrad {
   float grad_logp, grad_entropy, logp, entropy, peak, log_total;
 

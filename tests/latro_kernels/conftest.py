@@ -42,8 +42,9 @@ def gate() -> Callable[[str, Tensor, Tensor, Tensor], None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a test's problem has several blocks of rows and slices of vocabulary."""
-    from latro_kernels import kl_tiles, tiles
+    from latro_kernels import kl_tiles
     from latro_kernels.head import Head
+    from latro_kernels.linear_logprob import tiles
 
     def shape(head: Head | kl_tiles.Head) -> tuple[int, int]:
         return max(1, min(24, len(head.hidden))), min(192, len(head.weight))

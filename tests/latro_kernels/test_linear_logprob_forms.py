@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import linear_logprob
-from latro_kernels.cpu import FILTER_COLUMNS, FILTER_ROWS
+from latro_kernels.linear_logprob.cpu import FILTER_COLUMNS, FILTER_ROWS
 from tests.latro_kernels.logprob_cases import (
     Problem,
     assert_filter_keeps_its_bound,

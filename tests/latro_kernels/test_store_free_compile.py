@@ -21,10 +21,10 @@ from tests.latro_kernels.gpu_resources import (
 
 pytest.importorskip("triton")
 
-from latro_kernels.triton import sparse_product, tuning
-from latro_kernels.triton.fused_forward import forward_kernel, merge_kernel
-from latro_kernels.triton.fused_gradient import grad_kernel, rescale_kernel
-from latro_kernels.triton.store_free import GROUP, TILES
+from latro_kernels.linear_logprob.triton import blocks, sparse_product
+from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
+from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
+from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, rescale_kernel
 
 # Bytes of a thread, where 128 sums stand in its registers.
 MAX_STACK = 320
@@ -71,9 +71,9 @@ LAUNCHES = [
 @pytest.mark.parametrize(("capability", "by_descriptor", "features"), LAUNCHES)
 @pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
 def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, features: str) -> None:
-    config = tuning.start(capability // 10, torch.bfloat16)
+    config = blocks.start(capability // 10, torch.bfloat16)
     flags = {p.name: p.name in FEATURES[features] for p in kernel.params if p.is_constexpr}
-    blocks = {
+    described = {
         "hidden": (config.rows, config.depth),
         "weight": (config.columns, config.depth),
     }
@@ -88,7 +88,7 @@ def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, feature
     }
     if kernel is forward_kernel:
         constants["TILES"] = TILES
-    types = signature(kernel, "bf16", blocks if by_descriptor else None)
+    types = signature(kernel, "bf16", described if by_descriptor else None)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     found = compile_kernel(kernel, types, constants, capability, **options)
     limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
@@ -102,7 +102,7 @@ def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, feature
 @pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
 def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
     """They run where there is a filter."""
-    config = tuning.start(capability // 10, torch.float32)
+    config = blocks.start(capability // 10, torch.float32)
     chosen = (*FEATURES["all"], "HAS_ROWS")
     constants = {p.name: p.name in chosen for p in kernel.params if p.is_constexpr}
     constants |= {"BLOCK_N": config.rows, "BLOCK_V": config.columns, "BLOCK_H": config.depth}
@@ -120,7 +120,7 @@ def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
-    config = tuning.start(capability // 10, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    config = blocks.start(capability // 10, torch.bfloat16 if dtype == "bf16" else torch.float32)
     # dz, whose columns stand side by side, and dz transposed.
     for rows, depth, unit_step in (
         (config.rows, config.columns, "a_col_step"),

@@ -169,7 +169,7 @@ def test_a_signature_names_every_parameter() -> None:
 @each_launch
 @pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
 def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> None:
-    from latro_kernels.triton import linear_logprob as kernels
+    from latro_kernels.linear_logprob.triton import tiles as kernels
 
     name, _, dtype = kernel.partition("-")
     function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel

@@ -14,8 +14,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from latro_kernels.triton import tuning
-from latro_kernels.triton.tuning import Config
+from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton.blocks import Config
 
 SMALL, WIDE = Config(64, 64, 32, 4, 2), Config(128, 256, 64, 8, 3)
 
@@ -27,37 +27,45 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         {"device": "A", "dtype": "bf16", "H": 4096, "V": 128256, "config": vars(WIDE)},
     ]
     (tmp_path / "tuned.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(tuning, "SAVED", tmp_path / "tuned.json")
-    tuning._saved.cache_clear()
+    monkeypatch.setattr(blocks, "SAVED", tmp_path / "tuned.json")
+    blocks.saved.cache_clear()
     yield
-    tuning._saved.cache_clear()
+    blocks.saved.cache_clear()
 
 
 def test_the_saved_shape_of_the_head_most_alike(saved: None) -> None:
-    assert tuning._nearest("A", "bf16", 1024, 50257) == SMALL
-    assert tuning._nearest("A", "bf16", 3584, 152064) == WIDE
-    assert tuning._nearest("A", "bf16", 4096, 32768) == WIDE
+    assert blocks._nearest("A", "bf16", 1024, 50257) == SMALL
+    assert blocks._nearest("A", "bf16", 3584, 152064) == WIDE
+    assert blocks._nearest("A", "bf16", 4096, 32768) == WIDE
 
 
 def test_nothing_saved_for_a_chip_or_a_dtype(saved: None) -> None:
-    assert tuning._nearest("B", "bf16", 4096, 128256) is None
-    assert tuning._nearest("A", "fp16", 4096, 128256) is None
+    assert blocks._nearest("B", "bf16", 4096, 128256) is None
+    assert blocks._nearest("A", "fp16", 4096, 128256) is None
 
 
 @pytest.mark.parametrize(("generation", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])
 def test_a_start_for_every_chip(generation: int, known: int) -> None:
-    assert tuning.start(generation, torch.bfloat16) == tuning.start(known, torch.bfloat16)
-    assert tuning.start(generation, torch.float32) == tuning.start(known, torch.float32)
+    assert blocks.start(generation, torch.bfloat16) == blocks.start(known, torch.bfloat16)
+    assert blocks.start(generation, torch.float32) == blocks.start(known, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_start_is_among_what_is_timed(dtype: torch.dtype) -> None:
-    assert {tuning.start(g, dtype) for g in (8, 9, 10)} <= set(tuning.candidates(dtype))
+    assert {blocks.start(g, dtype) for g in (8, 9, 10)} <= set(blocks.candidates(dtype))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_nothing_is_measured() -> None:
-    command = [sys.executable, "-m", "latro_kernels.triton.tuning", "--hidden", "8", "--vocab", "9"]
+    command = [
+        sys.executable,
+        "-m",
+        "latro_kernels.linear_logprob.triton.tuning",
+        "--hidden",
+        "8",
+        "--vocab",
+        "9",
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "no CUDA GPU to measure on" in result.stderr

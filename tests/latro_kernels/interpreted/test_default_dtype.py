@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latro_kernels.triton import store_free
+from latro_kernels.linear_logprob.triton import fused as driver
 from tests.latro_kernels.op_cases import CASES, assert_default_dtype_does_not_matter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -19,5 +19,5 @@ def test_any_default_dtype(
     small_tiles: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store_free, "TILE_ROWS", 4)
+    monkeypatch.setattr(driver, "TILE_ROWS", 4)
     assert_default_dtype_does_not_matter(CASES[name], "triton", dtype, torch.bfloat16, 6)

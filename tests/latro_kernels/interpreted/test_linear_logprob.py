@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latro_kernels.triton import linear_logprob as kernels
-from latro_kernels.triton import store_free
+from latro_kernels.linear_logprob.triton import fused as driver
+from latro_kernels.linear_logprob.triton import tiles as kernels
 from tests.latro_kernels.logprob_cases import fused, problem, solve, solve_all, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -85,7 +85,7 @@ def test_first_slices_of_minus_infinity(
     small_tiles: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(store_free, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(driver, "TILE_COLUMNS", 64)
     given = problem((5, 9, 300), dtype, bias=True)
     given.bias[:200] = -torch.inf
     given = replace(given, target=200 + given.target % 100)

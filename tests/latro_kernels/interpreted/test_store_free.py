@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from latro_kernels.head_gradient import Tile
-from latro_kernels.triton import store_free, tuning
+from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton import fused as driver
 from tests.latro_kernels.logprob_cases import (
     assert_filter_keeps_its_bound,
     fused,
@@ -40,11 +41,11 @@ CASES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows and slices of the vocabulary, groups and splits of several blocks."""
-    monkeypatch.setattr(store_free, "TILE_ROWS", 40)
-    monkeypatch.setattr(store_free, "TILE_COLUMNS", 192)
-    monkeypatch.setattr(store_free, "FROZEN_TILE_ROWS", 24)
-    monkeypatch.setattr(store_free, "TILES", 2)
-    monkeypatch.setattr(store_free, "GROUP", 2)
+    monkeypatch.setattr(driver, "TILE_ROWS", 40)
+    monkeypatch.setattr(driver, "TILE_COLUMNS", 192)
+    monkeypatch.setattr(driver, "FROZEN_TILE_ROWS", 24)
+    monkeypatch.setattr(driver, "TILES", 2)
+    monkeypatch.setattr(driver, "GROUP", 2)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_operands_by_descriptor(more: dict[str, Any], monkeypatch: pytest.Monkey
         described.append(device)
         return True
 
-    monkeypatch.setattr(tuning, "has_descriptors", has_descriptors)
+    monkeypatch.setattr(blocks, "has_descriptors", has_descriptors)
     got = solve(fused("triton", False, **more), given)
     assert described
     for name, value in expected.items():
@@ -156,12 +157,12 @@ def test_operands_by_descriptor(more: dict[str, Any], monkeypatch: pytest.Monkey
 
 
 def test_rows_that_overlap_have_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning, "has_descriptors", lambda device: True)
-    config = tuning.config(torch.device("cpu"), torch.bfloat16, 16, 8)
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
+    config = blocks.config(torch.device("cpu"), torch.bfloat16, 16, 8)
     row, weight = (torch.zeros(n, 16, dtype=torch.bfloat16) for n in (1, 8))
     for hidden, described in ((row.repeat(4, 1), True), (row.expand(4, 16), False)):
         tile = Tile(slice(0, 4), slice(0, 8), hidden, weight, None)
-        assert store_free._operands(tile, config)[1] is described
+        assert driver._operands(tile, config)[1] is described
 
 
 @pytest.mark.parametrize("more", [{}, {"frozen": True}], ids=str)

@@ -1,7 +1,7 @@
 """linear_logprob in Triton: the two folds over a tile of logits, one program per row.
 
 The formulas stand in `latro_kernels.linear_logprob`, the loops around the folds in
-`latro_kernels.tiles`.
+`latro_kernels.linear_logprob.tiles`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.head import Head, RowGrad, State
+from latro_kernels.head import Head
 from latro_kernels.head_gradient import operand_dtype
+from latro_kernels.linear_logprob.state import RowGrad, State
 from latro_kernels.triton.softmax import fold, product_grad, row_logits
 
 BLOCK_V = 1024
@@ -116,7 +117,7 @@ def grad_kernel(
 
 
 class TritonKernels:
-    """The folds as `latro_kernels.tiles` calls them."""
+    """The folds as `latro_kernels.linear_logprob.tiles` calls them."""
 
     @staticmethod
     def fold(

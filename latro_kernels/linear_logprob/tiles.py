@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, RowGrad, State, Wanted, make_state
+from latro_kernels.head import Head
 from latro_kernels.head_gradient import (
     Gradient,
     Tile,
@@ -24,6 +24,7 @@ from latro_kernels.head_gradient import (
     slices,
     sweep,
 )
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, make_state
 
 # More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
 MAX_TILE_ROWS = 4096
@@ -202,7 +203,7 @@ class _CudaKernels:
 
 def _kernels(backend: str) -> _Kernels:
     if backend == "triton":
-        from latro_kernels.triton.linear_logprob import TritonKernels
+        from latro_kernels.linear_logprob.triton.tiles import TritonKernels
 
         return TritonKernels()
     return _CudaKernels()

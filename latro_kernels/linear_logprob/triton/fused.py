@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.head import Head
 from latro_kernels.head_gradient import (
     ActiveBlocks,
     Gradient,
@@ -26,10 +26,11 @@ from latro_kernels.head_gradient import (
     slices,
     sweep,
 )
-from latro_kernels.triton import tuning
-from latro_kernels.triton.fused_forward import forward_kernel, merge_kernel
-from latro_kernels.triton.fused_gradient import grad_kernel, rescale_kernel
-from latro_kernels.triton.tuning import Config
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton.blocks import Config
+from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
+from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, rescale_kernel
 
 # Of dz. The columns are the same for any N: a sum over them has the same parts. Many of both make
 # few sums of dx and dw; dz then passes through memory, at a tenth of its products' time.
@@ -42,7 +43,7 @@ _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
 
 
 def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
-    """The sweep that makes log-probs; `config` as `tuning.config` says where it is None."""
+    """The sweep that makes log-probs; `config` as `blocks.config` says where it is None."""
     config = config or _config(head)
     state = empty_state(head, wanted)
     state.clear()
@@ -203,7 +204,7 @@ def _dz(
 def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
     """Hidden states and weight for the kernels, by descriptor where chip and steps allow it."""
     both = (tile.hidden, tile.weight)
-    if not tuning.has_descriptors(tile.hidden.device) or not all(
+    if not blocks.has_descriptors(tile.hidden.device) or not all(
         t.stride(1) == 1
         and t.stride(0) >= t.shape[1]  # rows that overlap, as expanded ones do, have no descriptor
         and t.stride(0) * t.element_size() % 16 == 0
@@ -230,4 +231,4 @@ def _constants(config: Config, by_descriptor: bool) -> dict[str, Any]:
 
 def _config(head: Head) -> Config:
     dtype, (V, H) = operand_dtype(head), head.weight.shape
-    return tuning.config(head.hidden.device, dtype, H, V)
+    return blocks.config(head.hidden.device, dtype, H, V)

@@ -32,7 +32,7 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
   probability for some rows: they are left out.
 
 With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
-row forward, and sum dx backward. `head` says what a backend has to provide.
+row forward, and sum dx backward. `state` says what a backend has to provide.
 """
 
 from __future__ import annotations
@@ -45,8 +45,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from latro_kernels import linear_logprob_ops as ops
-from latro_kernels import vocab_parallel
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
@@ -58,7 +56,9 @@ from latro_kernels.checks import (
     check_type,
 )
 from latro_kernels.dispatch import default_backend
-from latro_kernels.head import DEFAULT_MEMORY_BUDGET, autocast_dtype
+from latro_kernels.head import autocast_dtype
+from latro_kernels.linear_logprob import ops, vocab_parallel
+from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET
 
 
 def reference(

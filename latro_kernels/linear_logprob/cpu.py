@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.head import Head, multiplies_bf16
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, filter_order, make_state
 
 # The grain of the gradient filter: so many rows and columns are left out together, or not.
 FILTER_ROWS, FILTER_COLUMNS = 12, 96
 # Columns of which all products are kept, or none.
 _KEPT_GRAIN = 2 * FILTER_COLUMNS
-# The least H at which products in bf16 save more time than their dz loses digits.
-_MIN_BF16_H = 128
 
 
 def forward(head: Head, wanted: Wanted) -> State:
@@ -86,12 +85,4 @@ def _operands(head: Head) -> tuple[Tensor | int | None, ...]:
         native.dtype_code(hidden.dtype),
         multiplies_bf16(hidden),
         None if head.bias is None else head.bias.float().contiguous(),
-    )
-
-
-def multiplies_bf16(*hidden: Tensor) -> bool:
-    """Whether products of these hidden states are made in bf16 as it is."""
-    return (
-        all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden)
-        and native.library("cpu").latro_cpu_bf16_products_supported() != 0
     )

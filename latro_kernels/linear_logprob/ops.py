@@ -1,6 +1,6 @@
 """The raw ops of `linear_logprob`: schemas, what runs behind them, and their shapes.
 
-A driver, `cpu`, `tiles` or `triton.store_free`, does the work; `head` says what it is given and
+A driver, `cpu`, `tiles` or `triton.fused`, does the work; `state` says what it is given and
 gives. Ops take and return tensors and plain numbers only, so that torch.compile can put them into a
 graph.
 """
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latro_kernels import cpu, tiles
 from latro_kernels.checks import check_target_values
 from latro_kernels.dispatch import default_backend, resolve
-from latro_kernels.head import Head, RowGrad, State, Wanted, absent
+from latro_kernels.head import Head, absent
+from latro_kernels.linear_logprob import cpu, tiles
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
 # Of a gather of weight rows: bounds its memory.
 _ROWS_AT_ONCE = 1024
@@ -146,9 +147,9 @@ def _driver(head: Head, *, filtered: bool) -> ModuleType:
     if head.backend == "cpu":
         return cpu
     if head.backend == "triton" and (filtered or head.hidden.dtype != torch.float32):
-        from latro_kernels.triton import store_free
+        from latro_kernels.linear_logprob.triton import fused
 
-        return store_free
+        return fused
     return tiles
 
 

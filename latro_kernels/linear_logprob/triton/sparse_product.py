@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head_gradient import ActiveBlocks
-from latro_kernels.triton.products import block_ptr
+from latro_kernels.linear_logprob.triton.products import block_ptr
 
 # Columns of a block of the result, and how much of an active block is taken at a time. The rows are
 # those of the block that is active or not, 256 at most: more columns would not fit the registers.

@@ -5,7 +5,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from latro_kernels.triton.products import block_logits, block_products, block_ptr, place, quarters
+from latro_kernels.linear_logprob.triton.products import (
+    block_logits,
+    block_products,
+    block_ptr,
+    place,
+    quarters,
+)
 from latro_kernels.triton.softmax import product_grad
 
 

@@ -1,24 +1,15 @@
-"""The shape of a store-free program, by chip, dtype, H and V, never by N: measured, or a start.
-
-    python -m latro_kernels.triton.tuning --hidden 4096 --vocab 128256 --dtype bf16
-
-times a few shapes on this machine's GPU and writes the fastest into `tuned.json` beside this file,
-where `config` looks first. So no call waits for a search.
-"""
+"""The shape of a block of products, by chip, dtype, H and V, never by N: measured, or a start."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 SAVED = Path(__file__).with_name("tuned.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -70,13 +61,13 @@ def has_descriptors(device: torch.device) -> bool:
 
 
 @cache
-def _saved() -> list[dict[str, Any]]:
+def saved() -> list[dict[str, Any]]:
     return json.loads(SAVED.read_text()) if SAVED.exists() else []
 
 
 def _nearest(name: str, dtype: str, H: int, V: int) -> Config | None:
     """The saved shape of the chip and dtype for the head most like [V, H]."""
-    entries = [e for e in _saved() if e["device"] == name and e["dtype"] == dtype]
+    entries = [e for e in saved() if e["device"] == name and e["dtype"] == dtype]
     if not entries:
         return None
     entry = min(entries, key=lambda e: (abs(e["H"] - H), abs(e["V"] - V)))
@@ -91,52 +82,3 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         Config(128, columns, depth, 8, stages)
         for columns, depth, stages in product((128, 256), (32, 64), (3, 4))
     ]
-
-
-def measure(dtype: str, N: int, H: int, V: int) -> list[tuple[float, Config]]:
-    """Milliseconds of the forward with each shape that runs, fastest first."""
-    from latro_kernels.head import Head, Wanted
-    from latro_kernels.triton import store_free
-
-    hidden, weight = (
-        torch.randn(size, H, device="cuda", dtype=DTYPES[dtype]) / H**0.25 for size in (N, V)
-    )
-    target = torch.randint(V, (N,), device="cuda")
-    head = Head(hidden, weight, target, None, 1.0, 0.0, "triton")
-    timed = []
-    for candidate in candidates(hidden.dtype):
-
-        def run(candidate: Config = candidate) -> object:
-            return store_free.forward(head, Wanted(False, False, False, 0), candidate)
-
-        try:
-            timed.append((triton.testing.do_bench(run, return_mode="median"), candidate))
-        except triton.runtime.errors.OutOfResources as error:
-            print(f"{candidate}: {error}")
-    return sorted(timed, key=lambda pair: pair[0])
-
-
-def main() -> None:
-    """Time the shapes for one head, and save the fastest."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden", type=int, required=True, help="H")
-    parser.add_argument("--vocab", type=int, required=True, help="V")
-    parser.add_argument("--rows", type=int, default=8192, help="N (default 8192)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA GPU to measure on")
-    timed = measure(args.dtype, args.rows, args.hidden, args.vocab)
-    for milliseconds, shape in timed:
-        print(f"{milliseconds:8.3f} ms  {shape}")
-    name = torch.cuda.get_device_name()
-    key = {"device": name, "dtype": args.dtype, "H": args.hidden, "V": args.vocab}
-    others = [entry for entry in _saved() if key.items() - entry.items()]
-    entry = key | {"milliseconds": timed[0][0], "rows": args.rows, "config": asdict(timed[0][1])}
-    beside = SAVED.with_suffix(".tmp")
-    beside.write_text(json.dumps([*others, entry], indent=1) + "\n")
-    os.replace(beside, SAVED)
-
-
-if __name__ == "__main__":
-    main()
