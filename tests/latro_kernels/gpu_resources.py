@@ -154,7 +154,7 @@ def compile_kernel(
     """Compile a Triton kernel for a GPU that need not be there.
 
     Args:
-        function: a `triton.jit` function.
+        function: a `triton.jit` function, or one with heuristics, whose results are given here.
         signature: by parameter, "fp32", "i64", "*bf16" or "tensordesc<bf16[128, 64]>" (a
             `TensorDescriptor` with that block); see `aligned`.
         constants: the values of the other parameters, or of the same, and then these count:
@@ -166,7 +166,9 @@ def compile_kernel(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.runtime import Heuristics
 
+    function = function.fn if isinstance(function, Heuristics) else function
     given = signature | dict.fromkeys(constants, "constexpr")
     if odd := set(given) ^ set(function.arg_names):
         raise ValueError(f"signature, constants: missing or of no parameter: {sorted(odd)}")

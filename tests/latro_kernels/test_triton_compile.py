@@ -132,7 +132,7 @@ def check(
 
 def test_the_limits_are_read_from_the_compiler() -> None:
     """A kernel that may have too few registers spills, and that is seen."""
-    from latro_kernels.triton import gather_logprob as kernels
+    from latro_kernels.gather_logprob import triton as kernels
 
     constants = {"HAS_SOFTCAP": True, "WITH_ENTROPY": True, "BLOCK_V": kernels.BLOCK_V}
     options = {"num_warps": kernels.NUM_WARPS, "maxnreg": 24}
@@ -157,7 +157,7 @@ def test_a_descriptor_is_a_type_of_the_signature() -> None:
 
 
 def test_a_signature_names_every_parameter() -> None:
-    from latro_kernels.triton import gather_logprob as kernels
+    from latro_kernels.gather_logprob import triton as kernels
 
     signature = GATHER_FORWARD | {"surplus": "i32"}
     with pytest.raises(ValueError, match=r"\['BLOCK_V', 'surplus'\]"):
@@ -189,7 +189,7 @@ def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capability: int) -> None:
-    from latro_kernels.triton import gather_logprob as kernels
+    from latro_kernels.gather_logprob import triton as kernels
 
     function, signature = {
         "forward": (kernels.forward_kernel, GATHER_FORWARD | {"logits_ptr": f"*{dtype}"}),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latro_kernels.triton import gather_logprob as kernels
+from latro_kernels.gather_logprob import triton as kernels
 from tests.latro_kernels.gather_cases import fused, problem, solve, solve_all, truth, unfused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

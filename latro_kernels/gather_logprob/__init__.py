@@ -24,13 +24,11 @@ softmax", arXiv 1805.02867.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latro_kernels import native
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
@@ -40,14 +38,13 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.dispatch import resolve
-from latro_kernels.head import absent
+from latro_kernels.gather_logprob import ops
 
 
 def reference(
     logits: Tensor, target: Tensor, temperature: float = 1.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and entropy [N] in plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
+    """Return logp [N] and entropy [N] by plain PyTorch, in fp32, or fp64 for fp64, unchecked."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -55,172 +52,6 @@ def reference(
     # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
     terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
     return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """What both passes know of the problem.
-
-    Args:
-        logits: [N, V], any stride between rows, none within.
-        target: [N] int64, contiguous.
-        temperature: divides the logits.
-        softcap: 0 where there is none.
-    """
-
-    logits: Tensor
-    target: Tensor
-    temperature: float
-    softcap: float
-
-
-@dataclass(frozen=True, eq=False)
-class RowState:
-    """What the forward finds out of each row, fp32 [N] each.
-
-    Args:
-        logp: the log-prob of the target.
-        entropy: the entropy, or None where none is asked for.
-        peak: max z.
-        log_total: log Σ exp(z − peak).
-    """
-
-    logp: Tensor
-    entropy: Tensor | None
-    peak: Tensor
-    log_total: Tensor
-
-
-# The settings, and what the forward leaves to the backward, as both backward ops take them.
-_SETTINGS = "Tensor target, float temperature, float softcap, bool with_entropy, str backend"
-_UPSTREAM = (
-    "Tensor logp, Tensor entropy, Tensor peak, Tensor log_total, "
-    "Tensor grad_logp, Tensor grad_entropy"
-)
-torch.library.define(
-    "latro_kernels::gather_logprob",
-    f"(Tensor logits, {_SETTINGS}) -> (Tensor logp, Tensor entropy, Tensor peak, Tensor log_total)",
-)
-torch.library.define(
-    "latro_kernels::gather_logprob_backward",
-    f"(Tensor logits, {_SETTINGS}, {_UPSTREAM}) -> Tensor dlogits",
-)
-torch.library.define(
-    "latro_kernels::gather_logprob_backward_",
-    f"(Tensor(a!) logits, {_SETTINGS}, {_UPSTREAM}) -> ()",
-)
-
-
-@torch.library.impl("latro_kernels::gather_logprob", ("cpu", "cuda"))
-def _forward(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float,
-    with_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_target_values(target, logits.shape[1])
-    logp, peak, log_total = (_row_numbers(logits) for _ in range(3))
-    entropy = _row_numbers(logits) if with_entropy else None
-    rows = Rows(logits, target.contiguous(), temperature, softcap)
-    state = RowState(logp, entropy, peak, log_total)
-    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    backend = resolve(backend, logits.device)
-    if backend == "triton":
-        from latro_kernels.triton import gather_logprob as kernels
-
-        kernels.forward(rows, state)
-    else:
-        _call(
-            f"latro_{backend}_gather_logprob_forward",
-            *(logits, native.dtype_code(logits.dtype), logits.stride(0), rows.target),
-            *(logp, entropy, peak, log_total, *logits.shape, softcap, temperature),
-        )
-    return logp, absent(logits) if entropy is None else entropy, peak, log_total
-
-
-@torch.library.register_fake("latro_kernels::gather_logprob")
-def _(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float,
-    with_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logp, peak, log_total = (_row_numbers(logits) for _ in range(3))
-    return logp, _row_numbers(logits) if with_entropy else absent(logits), peak, log_total
-
-
-@torch.library.impl("latro_kernels::gather_logprob_backward", ("cpu", "cuda"))
-def _backward(logits: Tensor, *arguments: Any) -> Tensor:
-    dlogits = logits.new_empty(logits.shape)
-    _write_gradient(dlogits, logits, *arguments)
-    return dlogits
-
-
-@torch.library.register_fake("latro_kernels::gather_logprob_backward")
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
-@torch.library.impl("latro_kernels::gather_logprob_backward_", ("cpu", "cuda"))
-def _backward_in_place(logits: Tensor, *arguments: Any) -> None:
-    _write_gradient(logits, logits, *arguments)
-    # torch cannot see the write; told of it, it refuses every later backward that saved the logits.
-    torch.autograd.graph.increment_version(logits)
-
-
-@torch.library.register_fake("latro_kernels::gather_logprob_backward_")
-def _(logits: Tensor, *_: Any) -> None:
-    pass
-
-
-def _write_gradient(
-    dlogits: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float,
-    with_entropy: bool,
-    backend: str,
-    logp: Tensor,
-    entropy: Tensor,
-    peak: Tensor,
-    log_total: Tensor,
-    grad_logp: Tensor,
-    grad_entropy: Tensor,
-) -> None:
-    rows = Rows(logits, target.contiguous(), temperature, softcap)
-    state = RowState(logp, entropy if with_entropy else None, peak, log_total)
-    upstream = grad_logp.contiguous(), grad_entropy.contiguous() if with_entropy else None
-    backend = resolve(backend, logits.device)
-    if backend == "triton":
-        from latro_kernels.triton import gather_logprob as kernels
-
-        kernels.backward(rows, state, upstream, dlogits)
-    else:
-        _call(
-            f"latro_{backend}_gather_logprob_backward",
-            *(logits, dlogits, native.dtype_code(logits.dtype)),
-            *(logits.stride(0), dlogits.stride(0), rows.target, *upstream),
-            *(logp, state.entropy, peak, log_total, *logits.shape, softcap, temperature),
-        )
-
-
-def _call(symbol: str, logits: Tensor, *arguments: Tensor | int | float | None) -> None:
-    """Call a kernel with what its library takes last: the stream, or the number of threads."""
-    if logits.device.type == "cuda":
-        with torch.cuda.device(logits.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            native.call(symbol, logits, *arguments, stream)
-    else:
-        native.call(symbol, logits, *arguments, torch.get_num_threads())
-
-
-def _row_numbers(logits: Tensor) -> Tensor:
-    return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
 class _GatherLogprob(torch.autograd.Function):
@@ -232,9 +63,7 @@ class _GatherLogprob(torch.autograd.Function):
         settings: tuple[float, float, bool, str],
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, peak, log_total = torch.ops.latro_kernels.gather_logprob(
-            logits, target, *settings
-        )
+        logp, entropy, peak, log_total = ops.forward(logits, target, *settings)
         ctx.save_for_backward(logits, target, logp, entropy, peak, log_total)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
         return logp, entropy
@@ -254,10 +83,10 @@ class _GatherLogprob(torch.autograd.Function):
         logits, target, *kept = ctx.saved_tensors
         arguments = (logits, target, *ctx.settings, *kept, grad_logp, grad_entropy)
         if ctx.in_place:
-            torch.ops.latro_kernels.gather_logprob_backward_(*arguments)
+            ops.backward_in_place(*arguments)
             ctx.overwritten = True
             return logits.detach(), None, None, None
-        return torch.ops.latro_kernels.gather_logprob_backward(*arguments), None, None, None
+        return ops.backward(*arguments), None, None, None
 
 
 def gather_logprob(
@@ -270,7 +99,7 @@ def gather_logprob(
     inplace_backward: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of `target` under `logits`, differentiable.
+    """Return the log-probability of `target` under `logits`, differentiable.
 
     Without softcap, and up to rounding, this is
 

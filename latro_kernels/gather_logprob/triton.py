@@ -11,14 +11,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.gather_logprob import Rows, RowState
+from latro_kernels.linear_logprob.state import RowGrad
 from latro_kernels.triton.softmax import product_grad, row_logits
 
 # Of 2-byte logits, two loads of 16 bytes for each of the threads of 8 warps.
 BLOCK_V = 4096
 NUM_WARPS = 8
+# What a launch's arguments say of the kernel that it needs.
+FLAGS = {
+    "HAS_SOFTCAP": lambda args: args["softcap"] > 0,
+    "WITH_ENTROPY": lambda args: args["entropy_ptr"] is not None,
+}
 
 
+@triton.heuristics(FLAGS)
 @triton.jit
 def forward_kernel(
     logits_ptr,
@@ -69,6 +75,7 @@ def forward_kernel(
         tl.store(entropy_ptr + row, log_total - tl.sum(weighted, 0) / sum_total)
 
 
+@triton.heuristics(FLAGS)
 @triton.jit
 def backward_kernel(
     logits_ptr,
@@ -127,45 +134,64 @@ def backward_kernel(
         tl.store(dlogits_ptr + row * stride_dn + j, dz, mask=j < V)
 
 
-def forward(rows: Rows, state: RowState) -> None:
-    """Fill `state`."""
-    N, V = rows.logits.shape
+def forward(
+    logits: Tensor,
+    target: Tensor,
+    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
+    *,
+    temperature: float,
+    softcap: float,
+) -> None:
+    """Fill `rows`, which are logp, entropy (None: not asked for), peak and log_total."""
+    (N, V), (logp, entropy, peak, log_total) = logits.shape, rows
     if N == 0:
         return
-    with torch.cuda.device_of(rows.logits):
+    with torch.cuda.device_of(logits):
         forward_kernel[(N,)](
-            *(rows.logits, rows.target),
-            *(state.logp, state.entropy, state.peak, state.log_total),
-            *(rows.logits.stride(0), V, rows.softcap, rows.temperature),
-            HAS_SOFTCAP=rows.softcap > 0,
-            WITH_ENTROPY=state.entropy is not None,
+            logits_ptr=logits,
+            target_ptr=target,
+            logp_ptr=logp,
+            entropy_ptr=entropy,
+            peak_ptr=peak,
+            log_total_ptr=log_total,
+            stride_n=logits.stride(0),
+            V=V,
+            softcap=softcap,
+            temperature=temperature,
             BLOCK_V=BLOCK_V,
             num_warps=NUM_WARPS,
         )
 
 
 def backward(
-    rows: Rows, state: RowState, upstream: tuple[Tensor, Tensor | None], dlogits: Tensor
+    logits: Tensor,
+    target: Tensor,
+    grad: RowGrad,
+    dlogits: Tensor,
+    *,
+    temperature: float,
+    softcap: float,
 ) -> None:
-    """Fill `dlogits`, [N, V] in the logits' dtype, which may be the logits.
-
-    Args:
-        rows: the forward's.
-        state: what the forward found out.
-        upstream: gradients of logp and of the entropy, fp32 [N] and contiguous; the latter None
-            where no entropy was asked for.
-        dlogits: any stride between rows, none within.
-    """
-    N, V = rows.logits.shape
+    """Fill `dlogits`, which may be the logits."""
+    N, V = logits.shape
     if N == 0:
         return
-    with torch.cuda.device_of(rows.logits):
+    with torch.cuda.device_of(logits):
         backward_kernel[(N,)](
-            *(rows.logits, dlogits, rows.target, *upstream),
-            *(state.logp, state.entropy, state.peak, state.log_total),
-            *(rows.logits.stride(0), dlogits.stride(0), V, rows.softcap, rows.temperature),
-            HAS_SOFTCAP=rows.softcap > 0,
-            WITH_ENTROPY=state.entropy is not None,
+            logits_ptr=logits,
+            dlogits_ptr=dlogits,
+            target_ptr=target,
+            grad_logp_ptr=grad.grad_logp,
+            grad_entropy_ptr=grad.grad_entropy,
+            logp_ptr=grad.logp,
+            entropy_ptr=grad.entropy,
+            peak_ptr=grad.peak,
+            log_total_ptr=grad.log_total,
+            stride_n=logits.stride(0),
+            stride_dn=dlogits.stride(0),
+            V=V,
+            softcap=softcap,
+            temperature=temperature,
             BLOCK_V=BLOCK_V,
             num_warps=NUM_WARPS,
         )

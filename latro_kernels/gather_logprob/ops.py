@@ -1,0 +1,139 @@
+"""The raw ops of `gather_logprob`: schemas, the backends behind them, and the shapes they return.
+
+Ops take and return tensors and plain numbers only, so that torch.compile can put them into a graph.
+An entropy that was not asked for is a tensor of no entries.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latro_kernels.checks import check_target_values
+from latro_kernels.dispatch import resolve
+from latro_kernels.gather_logprob import compiled
+from latro_kernels.head import absent
+from latro_kernels.linear_logprob.state import RowGrad
+
+_SETTINGS = "Tensor target, float temperature, float softcap, bool with_entropy, str backend"
+_ROWS = (
+    "Tensor logp, Tensor entropy, Tensor peak, Tensor log_total, "
+    "Tensor grad_logp, Tensor grad_entropy"
+)
+torch.library.define(
+    "latro_kernels::gather_logprob",
+    f"(Tensor logits, {_SETTINGS}) -> (Tensor logp, Tensor entropy, Tensor peak, Tensor log_total)",
+)
+torch.library.define(
+    "latro_kernels::gather_logprob_backward",
+    f"(Tensor logits, {_SETTINGS}, {_ROWS}) -> Tensor dlogits",
+)
+torch.library.define(
+    "latro_kernels::gather_logprob_backward_",
+    f"(Tensor(a!) logits, {_SETTINGS}, {_ROWS}) -> ()",
+)
+
+
+@torch.library.impl("latro_kernels::gather_logprob", ("cpu", "cuda"))
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_target_values(target, logits.shape[1])
+    logp, entropy, peak, log_total = _empty_rows(logits, with_entropy)
+    rows = (logp, entropy if with_entropy else None, peak, log_total)
+    driver = _driver(backend, logits.device)
+    driver.forward(logits, target.contiguous(), rows, temperature=temperature, softcap=softcap)
+    return logp, entropy, peak, log_total
+
+
+@torch.library.register_fake("latro_kernels::gather_logprob")
+def _(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    with_entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_rows(logits, with_entropy)
+
+
+@torch.library.impl("latro_kernels::gather_logprob_backward", ("cpu", "cuda"))
+def _backward(logits: Tensor, *arguments: Any) -> Tensor:
+    dlogits = logits.new_empty(logits.shape)
+    _write_gradient(dlogits, logits, *arguments)
+    return dlogits
+
+
+@torch.library.register_fake("latro_kernels::gather_logprob_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.impl("latro_kernels::gather_logprob_backward_", ("cpu", "cuda"))
+def _backward_in_place(logits: Tensor, *arguments: Any) -> None:
+    _write_gradient(logits, logits, *arguments)
+    # torch cannot see the write; told of it, it refuses every later backward that saved the logits.
+    torch.autograd.graph.increment_version(logits)
+
+
+@torch.library.register_fake("latro_kernels::gather_logprob_backward_")
+def _(logits: Tensor, *_: Any) -> None:
+    """Return nothing, as the gradient takes the place of the logits."""
+
+
+def _write_gradient(
+    dlogits: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    with_entropy: bool,
+    backend: str,
+    *rows: Tensor,
+) -> None:
+    logp, entropy, peak, log_total, grad_logp, grad_entropy = rows
+    grad = RowGrad(
+        logp=logp,
+        entropy=entropy if with_entropy else None,
+        peak=peak,
+        log_total=log_total,
+        grad_logp=grad_logp.contiguous(),
+        grad_entropy=grad_entropy.contiguous() if with_entropy else None,
+    )
+    _driver(backend, logits.device).backward(
+        logits, target.contiguous(), grad, dlogits, temperature=temperature, softcap=softcap
+    )
+
+
+def _empty_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return room for logp, entropy, peak and log_total, fp32 [N] each."""
+    logp, peak, log_total, entropy = (
+        logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)
+    )
+    return logp, entropy if with_entropy else absent(logits), peak, log_total
+
+
+def _driver(backend: str, device: torch.device) -> ModuleType:
+    """Return the module whose `forward` and `backward` do the work.
+
+    It is looked for inside of the op, as torch.compile cannot trace the search for a library.
+    """
+    if resolve(backend, device) != "triton":
+        return compiled
+    from latro_kernels.gather_logprob import triton
+
+    return triton
+
+
+forward = torch.ops.latro_kernels.gather_logprob
+backward = torch.ops.latro_kernels.gather_logprob_backward
+backward_in_place = torch.ops.latro_kernels.gather_logprob_backward_
