@@ -3,7 +3,12 @@
 from latro_kernels.environment import environment
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
-from latro_kernels.groups import floored, leave_one_out, segment_of_rows, segment_sums
+from latro_kernels.group_advantage.formulas import (
+    floored,
+    leave_one_out,
+    segment_of_rows,
+    segment_sums,
+)
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.native import BackendUnavailableError

@@ -43,7 +43,7 @@ from latro_kernels import (
     native,
 )
 from latro_kernels.group_advantage import KL_FORMS, UNFINISHED_RULES
-from latro_kernels.group_advantage import reference as group_reference
+from latro_kernels.group_advantage.formulas import reference as group_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHAPING = {"temperature": 0.7, "softcap": 5.0}

@@ -17,8 +17,8 @@ from latro_kernels.group_advantage import (
     GroupAdvantage,
     GroupLayout,
     group_advantage,
-    reference,
 )
+from latro_kernels.group_advantage.formulas import reference
 
 FIELDS = [field.name for field in fields(GroupAdvantage)]
 SETTINGS = [{"kl": kl, "unfinished": rule} for kl in KL_FORMS for rule in UNFINISHED_RULES]

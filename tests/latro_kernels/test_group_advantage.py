@@ -356,7 +356,7 @@ def test_triton_kernel_compiles(capability: int, full: bool) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from latro_kernels.triton.group_advantage import BLOCK_N, group_advantage_kernel
+    from latro_kernels.group_advantage.triton import BLOCK_N, group_advantage_kernel
 
     signature = {name: "*fp32" for name in group_advantage_kernel.arg_names if "_ptr" in name}
     signature |= {"offsets_ptr": "*i64", "finished_ptr": "*u8", "K": "i32"}
@@ -376,6 +376,6 @@ def test_triton_kernel_compiles(capability: int, full: bool) -> None:
     else:
         constants |= {"row_kl_ptr": None}
     signature |= dict.fromkeys(constants, "constexpr")
-    source = ASTSource(group_advantage_kernel, signature, constexprs=constants)
+    source = ASTSource(group_advantage_kernel.fn, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
     assert compiled.asm["cubin"]

@@ -243,7 +243,7 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
 @each_gpu
 @pytest.mark.parametrize("K", [2, 1024])
 def test_group_advantage_fits(K: int, capability: int) -> None:
-    from latro_kernels.triton import group_advantage as kernels
+    from latro_kernels.group_advantage import triton as kernels
 
     # A group's rewards stand in registers, and leave them for fewer threads.
     resident = 768 if K < 1024 else 512

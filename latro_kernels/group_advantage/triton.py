@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from latro_kernels.group_advantage.layout import GroupLayout
+
 BLOCK_N = 512
 
 
@@ -27,6 +29,15 @@ def _load_rows(ptr, rows, mask):
     return tl.load(ptr + rows, mask=mask, other=0.0).to(tl.float64)
 
 
+@triton.heuristics(
+    {
+        "HAS_REF": lambda args: args["ref_logp_ptr"] is not None,
+        "HAS_ROW_KL": lambda args: args["row_kl_ptr"] is not None,
+        "HAS_FINISHED": lambda args: args["finished_ptr"] is not None,
+        "HAS_BETA": lambda args: args["beta"] != 0,
+        "BLOCK_K": lambda args: triton.next_power_of_2(args["K"]),
+    }
+)
 @triton.jit
 def group_advantage_kernel(
     logp_ptr,
@@ -128,49 +139,40 @@ def group_advantage_kernel(
             tl.store(coefficient_ptr + rows, weight, mask=rows < end)
 
 
-def launch(
-    tensors: tuple[Tensor | None, ...],
-    G: int,
-    K: int,
-    scale: float,
+def forward(
+    outputs: tuple[Tensor, ...],
+    rows: tuple[Tensor, Tensor | None, Tensor | None],
+    layout: GroupLayout,
+    *,
     beta: float,
     answer_weight: float,
     k3: bool,
     exclude_unfinished: bool,
 ) -> None:
-    """Fill the outputs.
-
-    Args:
-        tensors: logp, ref_logp, row_kl, offsets, finished, then the fields of `GroupAdvantage`.
-        G: groups.
-        K: sequences per group.
-        scale: 1 / (prompts·K) of the whole update.
-        beta: as in `group_advantage`.
-        answer_weight: as in `group_advantage`.
-        k3: whether kl is "k3", which is no part of the reward.
-        exclude_unfinished: whether unfinished is "exclude".
-    """
+    """Fill `outputs`, of the arguments that `compiled.forward` describes."""
+    reward, answer_logp, rationale_logp, kl, advantage, coefficient = outputs
+    (logp, ref_logp, row_kl), finished, K = rows, layout.finished, layout.num_generations
+    G = layout.num_sequences // K
     if G == 0:
         return
-    logp, ref_logp, row_kl, offsets, finished, *outputs = tensors
     with torch.cuda.device_of(logp):
         group_advantage_kernel[(G,)](
-            logp,
-            ref_logp,
-            row_kl,
-            offsets,
-            None if finished is None else finished.view(torch.uint8),
-            *outputs,
-            K,
-            scale,
-            beta,
-            answer_weight,
-            HAS_REF=ref_logp is not None,
-            HAS_ROW_KL=row_kl is not None,
-            HAS_FINISHED=finished is not None,
-            HAS_BETA=beta != 0,
+            logp_ptr=logp,
+            ref_logp_ptr=ref_logp,
+            row_kl_ptr=row_kl,
+            offsets_ptr=layout.offsets,
+            finished_ptr=None if finished is None else finished.view(torch.uint8),
+            reward_ptr=reward,
+            answer_logp_ptr=answer_logp,
+            rationale_logp_ptr=rationale_logp,
+            kl_ptr=kl,
+            advantage_ptr=advantage,
+            coefficient_ptr=coefficient,
+            K=K,
+            scale=1 / layout.num_averaged,
+            beta=beta,
+            answer_weight=answer_weight,
             K3=k3,
             EXCLUDE_UNFINISHED=exclude_unfinished,
-            BLOCK_K=triton.next_power_of_2(K),
             BLOCK_N=BLOCK_N,
         )
