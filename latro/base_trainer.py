@@ -24,6 +24,7 @@ from transformers.trainer_callback import (
 from transformers.trainer_utils import TrainOutput
 
 from latro.config.training import AnswerConfig, DataArguments
+from latro.engines.transformers import TransformersEngine
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.loading import check_vocabulary
 from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper
@@ -35,7 +36,7 @@ from latro.reporting.held_out_samples import SAMPLES_FILE, HeldOutSamples
 from latro.reporting.model_card import CARD_FILE, is_own_card, write_card
 from latro.reporting.run_summary import run_of
 from latro.rollout.prompts import check_dataset
-from latro.rollout.sequences import AnswerJoin, eos_token_ids
+from latro.rollout.sequences import AnswerJoin, RolloutEngine, eos_token_ids
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts
 from latro.run.resumable import LongRunTrainer
@@ -343,6 +344,10 @@ class AnswerTrainer(LongRunTrainer):
             token_budget=self.update.token_budget,
         )
 
+    def _evaluation_engine(self) -> RolloutEngine:
+        """Return the engine that samples in an evaluation, with the model's weights."""
+        return TransformersEngine(self.model, self.processing_class)
+
     def evaluate(
         self,
         eval_dataset: Dataset | None = None,
@@ -360,6 +365,7 @@ class AnswerTrainer(LongRunTrainer):
         started = time.perf_counter()
         self._set_optimizer_mode("eval")
         self.scorer.caller = self.model_wrapped
+        engine = self._evaluation_engine()
         with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
             metrics, records = evaluate_model(
                 self.scorer,
@@ -367,6 +373,7 @@ class AnswerTrainer(LongRunTrainer):
                 self.task,
                 dataset,
                 self.evaluation_settings,
+                engine=engine,
                 accelerator=self.accelerator,
             )
         if dataset is self.eval_dataset and self.is_world_process_zero():

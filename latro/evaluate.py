@@ -18,21 +18,21 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from latro.config.command_line import parse_arguments
-from latro.config.training import DataArguments, ModelArguments, setting
+from latro.config.training import DataArguments, EngineArguments, ModelArguments, setting
 from latro.errors import exit_with
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples
 from latro.evaluation.metrics import intervals_of
 from latro.evaluation.resume import Journal, crc32, weights_crc32
 from latro.files import check_output, write_json
-from latro.loading import load_held_out, load_model, load_task, load_train
+from latro.loading import load_engine, load_held_out, load_model, load_task, load_train
 from latro.model.scoring import Scorer
 from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(EngineArguments):
     """How to evaluate, and where the result goes."""
 
     _argument_group_name = "evaluation"
@@ -108,7 +108,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     # Where lines go, how many are made at once and which votes are taken leaves them as they are.
-    apart = ("output", "overwrite", "batch_size", "majority")
+    apart = ("output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir")
     identity = {
         "model": {**result["model"], "weights": weights_crc32(model), "device": model.device.type},
         "data": {**result["data"], "rows": crc32(list(dataset))},
@@ -117,12 +117,14 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     started = time.perf_counter()
     with locked_by_all(lock_of(args.output), f"output: {args.output}"):
+        engine = load_engine(args, model, tokenizer, folder=lines.parent, processes=processes)
         metrics, records = evaluate_model(
             scorer,
             tokenizer,
             task,
             dataset,
             settings,
+            engine=engine,
             accelerator=processes,
             examples=examples,
             journal=Journal(lines, identity, args.overwrite),

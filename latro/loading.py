@@ -7,10 +7,12 @@ import math
 import textwrap
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -29,10 +31,12 @@ from transformers.utils import (
     has_file,
 )
 
-from latro.config.training import SMALL_MODEL, DataArguments, ModelArguments
+from latro.config.training import SMALL_MODEL, DataArguments, EngineArguments, ModelArguments
+from latro.engines.make import make_engine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
 from latro.rollout.prompts import prompt_text
+from latro.rollout.sequences import RolloutEngine
 from latro.tasks import TASKS, Task, get_task, read_own_data
 
 if TYPE_CHECKING:
@@ -256,6 +260,34 @@ def _attention(dtype: str) -> str | None:
     if half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return None
+
+
+def load_engine(
+    args: EngineArguments,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    processes: PartialState,
+) -> RolloutEngine:
+    """Return the engine that the arguments name, with the model's weights loaded into it.
+
+    Args:
+        args: the settings.
+        model: the model that is evaluated; a server samples from its weights, whatever it served.
+        tokenizer: the model's.
+        folder: where the output goes.
+        processes: all of them call this; one of them loads the weights.
+
+    Raises:
+        ValueError: the engine cannot sample for this model, or there is no usable server.
+        ConnectionError: the server could not load the weights.
+    """
+    engine = make_engine(args, model, tokenizer, folder)
+    if processes.is_main_process:
+        engine.update_weights(model, 0)
+    processes.wait_for_everyone()
+    return engine
 
 
 def load_task(args: DataArguments) -> Task:

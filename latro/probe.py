@@ -17,18 +17,18 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from latro.config.command_line import parse_arguments
-from latro.config.training import DataArguments, ModelArguments, setting
+from latro.config.training import DataArguments, EngineArguments, ModelArguments, setting
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.files import check_output, replacing, write_json
-from latro.loading import load_held_out, load_model, load_task
+from latro.loading import load_engine, load_held_out, load_model, load_task
 from latro.model.scoring import Scorer
 from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 
 
 @dataclass
-class ProbeArguments:
+class ProbeArguments(EngineArguments):
     """How to probe, and where the result goes."""
 
     _argument_group_name = "probe"
@@ -90,7 +90,15 @@ def _probe(
     dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
-    records = probe_model(scorer, tokenizer, task, dataset, settings, accelerator=processes)
+    records = probe_model(
+        scorer,
+        tokenizer,
+        task,
+        dataset,
+        settings,
+        engine=load_engine(args, model, tokenizer, folder=picture.parent, processes=processes),
+        accelerator=processes,
+    )
     result: dict[str, Any] = {
         "summary": summary(records),
         "model": asdict(model_args),

@@ -30,9 +30,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from latro.base_trainer import AnswerTrainer
 from latro.config.training import AnswerConfig, LatroConfig
+from latro.engines.make import make_engine
 from latro.engines.transformers import TransformersEngine, seed_of
-from latro.engines.vllm import VllmEngine
-from latro.model.adapters import check_ties, has_adapter
+from latro.model.adapters import has_adapter
 from latro.model.distribution import (
     follow_fp32_weights,
     gathered,
@@ -51,7 +51,7 @@ from latro.objectives import PLAIN_OBJECTIVES
 from latro.reporting.callbacks import CompletionsTable
 from latro.reporting.trackers import SequenceReports, sinks_of
 from latro.rollout.prompts import check_dataset, encode_prompt
-from latro.rollout.sequences import Rollout, RolloutEngine, Sample, eos_token_ids
+from latro.rollout.sequences import Rollout, RolloutEngine, Sample
 from latro.run.identity import Facts, weights_fingerprint
 from latro.tasks import Task
 from latro.update import metrics as statistics
@@ -288,21 +288,22 @@ class LatroTrainer(AnswerTrainer):
         ]
 
     def _make_engine(self) -> RolloutEngine:
-        if self.args.rollout_engine == "transformers":
-            return TransformersEngine(self.model, self.processing_class)
-        if is_sharded(self.accelerator) and has_adapter(self.model):
+        served = self.args.rollout_engine == "vllm"
+        if served and is_sharded(self.accelerator) and has_adapter(self.model):
             raise ValueError(
                 "rollout_engine: expected transformers where a model with an adapter is in shards, "
                 "got vllm, which is handed whole weights with the adapter merged into them"
             )
-        check_ties(self.model)
-        return VllmEngine(
-            self.args.vllm_url,
-            self.processing_class,
-            eos_token_ids=eos_token_ids(self.model, self.processing_class),
-            vocab_size=self.model.config.get_text_config().vocab_size,
-            weights_dir=self.args.vllm_weights_dir or Path(self.args.output_dir) / "vllm_weights",
-        )
+        return make_engine(self.args, self.model, self.processing_class, self.args.output_dir)
+
+    def _evaluation_engine(self) -> RolloutEngine:
+        # Schedule-free optimisers put other weights into the model here than in training.
+        # accelerate's wrapper around an optimiser has the method in any case.
+        other_weights = hasattr(getattr(self.optimizer, "optimizer", self.optimizer), "eval")
+        self._engine_is_stale |= other_weights
+        self._refresh_engine()
+        self._engine_is_stale |= other_weights
+        return self.engine
 
     def _refresh_engine(self) -> None:
         """Hand the engine the policy, where it has changed since."""

@@ -175,7 +175,26 @@ class AnswerConfig(TrainingArguments):
 
 
 @dataclass
-class LatroConfig(AnswerConfig):
+class EngineArguments:
+    """Which engine samples, in training and in evaluation."""
+
+    rollout_engine: str = setting(
+        "transformers",
+        "The engine that samples: transformers in this process, or a vLLM server at --vllm_url.",
+        choices=["transformers", "vllm"],
+    )
+    vllm_url: str = setting(
+        "http://127.0.0.1:8000", "The address of `vllm serve`; see latro.engines.vllm."
+    )
+    vllm_weights_dir: str | None = setting(
+        None,
+        "The folder that the server reads weights from; one in /dev/shm saves the disk. Without "
+        "it: vllm_weights in the output's folder.",
+    )
+
+
+@dataclass
+class LatroConfig(EngineArguments, AnswerConfig):
     """The settings of LaTRO.
 
     A batch is a batch of prompts: `per_device_train_batch_size` prompts give
@@ -218,17 +237,6 @@ class LatroConfig(AnswerConfig):
         "floor",
         "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
         choices=["floor", "exclude"],
-    )
-    rollout_engine: str = setting(
-        "transformers",
-        "What samples rationales: transformers in this process, or a vLLM server at --vllm_url.",
-        choices=["transformers", "vllm"],
-    )
-    vllm_url: str = setting("http://127.0.0.1:8000", "Of `vllm serve`; see latro.engines.vllm.")
-    vllm_weights_dir: str | None = setting(
-        None,
-        "Where the server reads each update's weights; a folder in /dev/shm saves the disk. "
-        "Without it: vllm_weights in the output folder.",
     )
     importance_cap: float | None = setting(
         None,

@@ -143,7 +143,7 @@ class VllmEngine:
         if longest > self._max_length:
             raise ValueError(
                 f"vllm_url: {self.url} takes {self._max_length} tokens per sequence and the "
-                f"longest prompt with its rationale has {longest}; serve with "
+                f"longest prompt with its completion has {longest}; serve with "
                 f"--max-model-len {longest}"
             )
         self._check_version()

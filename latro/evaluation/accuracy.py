@@ -23,7 +23,14 @@ from latro.evaluation.resume import Journal
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import check_dataset, encode_prompt
-from latro.rollout.sequences import AnswerJoin, Rollout, Sample, decode, eos_token_ids
+from latro.rollout.sequences import (
+    AnswerJoin,
+    Rollout,
+    RolloutEngine,
+    Sample,
+    decode,
+    eos_token_ids,
+)
 from latro.tasks import Task
 
 # Room for the answer after a rationale of full length, where the data's own answers are shorter.
@@ -77,6 +84,7 @@ def evaluate_model(
     dataset: Dataset,
     settings: EvaluationSettings,
     *,
+    engine: RolloutEngine | None = None,
     accelerator: Accelerator | PartialState | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
     journal: Journal | None = None,
@@ -91,10 +99,11 @@ def evaluate_model(
         task: grades the completions.
         dataset: rows of the task; at least one.
         settings: how many samples, how long, and so on.
+        engine: samples the completions, and has the model's weights; None: transformers, here.
         accelerator: knows the processes; None: there is one.
         examples: rows of the training split, shown worked before each problem
-        (`latro.evaluation.few_shot`). journal: takes the records batch by batch, and may hold those
-        of a run that was killed.
+            (`latro.evaluation.few_shot`).
+        journal: takes the records batch by batch, and may hold those of a run that was killed.
 
     Raises:
         ValueError: the dataset lacks a column, a row of it does not fit the model, or the journal
@@ -131,7 +140,16 @@ def evaluate_model(
         # Each problem fits with a rationale and its answer, which is scored behind whatever was
         # sampled. One limit for all, so that batches do not matter.
         max_new_tokens = min(max_new_tokens, positions - longest.prompt_and_answer)
-    evaluator = _Evaluator(scorer, tokenizer, task, join, settings, separator, max_new_tokens)
+    evaluator = _Evaluator(
+        scorer,
+        engine=engine or TransformersEngine(model, tokenizer),
+        tokenizer=tokenizer,
+        task=task,
+        join=join,
+        settings=settings,
+        separator=separator,
+        max_new_tokens=max_new_tokens,
+    )
 
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
@@ -215,6 +233,7 @@ class _Evaluator:
     """From problems to their records."""
 
     scorer: Scorer
+    engine: RolloutEngine
     tokenizer: PreTrainedTokenizerBase
     task: Task
     join: AnswerJoin
@@ -246,8 +265,7 @@ class _Evaluator:
         self, problems: Sequence[_Problem], temperature: float, num_samples: int
     ) -> list[list[_Completion]]:
         """Each problem's completions."""
-        engine = TransformersEngine(self.scorer.model, self.tokenizer)
-        samples = engine.generate(
+        samples = self.engine.generate(
             [problem.prompt_ids for problem in problems],
             num_samples=num_samples,
             max_new_tokens=self.max_new_tokens,

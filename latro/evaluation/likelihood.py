@@ -33,7 +33,14 @@ from latro.evaluation.accuracy import answer_logp, check_temperature
 from latro.evaluation.metrics import standard_error
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
-from latro.rollout.sequences import AnswerJoin, Rollout, Sample, decode, eos_token_ids
+from latro.rollout.sequences import (
+    AnswerJoin,
+    Rollout,
+    RolloutEngine,
+    Sample,
+    decode,
+    eos_token_ids,
+)
 from latro.tasks import Task
 
 # What stands before the answer, and its name in pictures and tables.
@@ -78,6 +85,7 @@ def probe_model(
     dataset: Dataset,
     settings: ProbeSettings,
     *,
+    engine: RolloutEngine | None = None,
     accelerator: Accelerator | PartialState | None = None,
 ) -> list[dict[str, Any]]:
     """Score each problem's answer with and without rationales.
@@ -91,6 +99,7 @@ def probe_model(
         dataset: rows of the task; at least one. `gold` is left out where it has no column
             `rationale`, and for a row whose rationale is empty.
         settings: how many samples, how long, and so on.
+        engine: samples the rationales, and has the model's weights; None: transformers, here.
         accelerator: knows the processes; None: there is one.
 
     Raises:
@@ -105,7 +114,7 @@ def probe_model(
     check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
     if "rationale" in dataset.column_names:
         check_rationales(dataset, "dataset", model, join)
-    engine = TransformersEngine(model, tokenizer)
+    engine = engine or TransformersEngine(model, tokenizer)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
     records: list[dict[str, Any]] = []
@@ -154,7 +163,7 @@ def probe_model(
 def _rollouts(
     problems: Sequence[tuple[int, Mapping[str, Any]]],
     *,
-    engine: TransformersEngine,
+    engine: RolloutEngine,
     join: AnswerJoin,
     settings: ProbeSettings,
 ) -> list[dict[str, list[Rollout]]]:

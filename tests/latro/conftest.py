@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
+from latro.config.training import SMALL_MODEL
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
@@ -50,6 +51,12 @@ class Sums(Task):
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return make_tokenizer(TEXTS, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the model that ships."""
+    return AutoTokenizer.from_pretrained(SMALL_MODEL)
 
 
 @pytest.fixture(scope="session")

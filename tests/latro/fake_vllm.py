@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from random import Random
+from threading import Lock
 from typing import Any, BinaryIO
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.engines.transformers import TransformersEngine
 
 
 class FakeVllm(ThreadingHTTPServer):
@@ -81,6 +85,53 @@ def choice(index: int, body: Any) -> dict[str, Any]:
         "token_ids": ids,
         "logprobs": {"token_logprobs": [-0.5 * i for i in ids]},
         "finish_reason": "stop" if index else "length",
+    }
+
+
+def sample_for_real(server: FakeVllm, seeds: Iterable[int], template: str | None = None) -> None:
+    """Make the server sample with transformers, from the weights that it was handed last.
+
+    Args:
+        server: the fake.
+        seeds: those of the prompts, which the client hashes; the same ones draw the same samples
+            here as in a `TransformersEngine`.
+        template: what ends a completion, where a request names strings to stop at.
+    """
+    by_hash = {Random(seed).getrandbits(62): seed for seed in seeds}
+    served: list[PreTrainedModel] = []
+    lock = Lock()
+
+    def load(body: Any) -> tuple[int, Any]:
+        served[:] = [AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"])]
+        return 200, {"results": [None]}
+
+    def complete(body: Any) -> tuple[int, Any]:
+        # Requests come in threads, and a model generates for one at a time.
+        with lock:
+            (samples,) = TransformersEngine(served[0], server.tokenizer).generate(
+                [body["prompt"]],
+                num_samples=body["n"],
+                max_new_tokens=body["max_tokens"],
+                temperature=body["temperature"],
+                seeds=[by_hash[body["seed"]]],
+                template=template if body["stop"] else None,
+            )
+        choices = [
+            {
+                "index": index,
+                "token_ids": sample.ids,
+                "logprobs": {"token_logprobs": [-1.0] * len(sample.ids)},
+                "finish_reason": "stop" if len(sample.ids) < body["max_tokens"] else "length",
+            }
+            for index, sample in enumerate(samples)
+        ]
+        return 200, {"choices": choices}
+
+    models = {"data": [{"id": "small", "max_model_len": 1024}]}
+    server.answers |= {
+        "/v1/models": lambda body: (200, models),
+        "/collective_rpc": load,
+        "/v1/completions": complete,
     }
 
 

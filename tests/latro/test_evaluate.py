@@ -7,9 +7,11 @@ import pandas
 import pytest
 from datasets import load_dataset
 
+from latro.engines.transformers import seed_of
 from latro.evaluate import EvaluateArguments, evaluate, main
 from latro.run.folder import lock_of, locked
 from latro.tasks import TASKS
+from tests.latro.fake_vllm import sample_for_real
 
 ROOT = Path(__file__).parents[2]
 REAL_DATA = ROOT.parent / "shared" / "data"
@@ -62,6 +64,46 @@ def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
     monkeypatch.delattr("latro.evaluation.accuracy.TransformersEngine.generate")
     argv[argv.index("--majority") + 1] = "1"
     assert evaluate(argv)["metrics"]["maj@1"] == whole["metrics"]["accuracy_sampled"]
+
+
+def test_a_vllm_server_gives_the_same_evaluation(output, tmp_path, fake, small_tokenizer):
+    argv = [*FEW, "--batch_size", "2", "--majority", "2"]
+    here = evaluate([*argv, "--output", str(tmp_path / "here.json")])
+    fake.tokenizer = small_tokenizer
+    sample_for_real(fake, [seed_of(42, index) for index in range(5)])
+    argv += ["--rollout_engine", "vllm", "--vllm_url", fake.url, "--output", str(output)]
+    served = evaluate(argv)
+    assert served["metrics"] == pytest.approx(here["metrics"], rel=1e-5)
+    lines = output.with_suffix(".jsonl")
+    records = [
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (lines, tmp_path / "here.jsonl")
+    ]
+    for ours, theirs in zip(*records, strict=True):
+        for mode in ("greedy", "sampled"):
+            assert [c["text"] for c in ours[mode]] == [c["text"] for c in theirs[mode]]
+    bodies = fake.of("/v1/completions")
+    assert {(body["n"], body["temperature"]) for body in bodies} == {(1, 0.0), (2, 1.0)}
+    # Weights pass through a folder beside the output, and none stay there.
+    assert list((output.parent / "vllm_weights").iterdir()) == []
+    # It goes on from its lines, and not from those of another engine.
+    kept = lines.read_bytes()
+    lines.write_bytes(b"".join(kept.splitlines(keepends=True)[:3]))
+    output.unlink()
+    fake.asked.clear()
+    assert evaluate(argv)["metrics"] == served["metrics"]
+    assert lines.read_bytes() == kept
+    assert len(fake.of("/v1/completions")) == 2 * 3
+    with pytest.raises(ValueError, match=r"settings\.rollout_engine 'vllm' there, 'transformers'"):
+        evaluate([*argv, "--rollout_engine", "transformers"])
+
+
+def test_a_server_without_the_model_s_tokenizer_is_refused(output, fake):
+    with pytest.raises(ValueError, match=r"^vllm_url: .* whose tokenizer is not the policy's"):
+        evaluate(
+            [*FEW, "--rollout_engine", "vllm", "--vllm_url", fake.url, "--output", str(output)]
+        )
+    assert not output.exists()
 
 
 def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path, warm):

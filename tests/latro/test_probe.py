@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from latro.engines.transformers import seed_of
 from latro.evaluation.likelihood import KINDS, ProbeSettings, gains, probe_model, summary
 from latro.model.scoring import Scorer
 from latro.probe import probe
 from latro.rollout.prompts import encode_prompt
 from latro.run.folder import lock_of, locked
+from tests.latro.fake_vllm import sample_for_real
 
 
 @pytest.fixture
@@ -142,6 +144,18 @@ def test_it_leaves_a_json_file_and_a_picture(small, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "own, sampled" in shown
     assert "left out" not in shown
+
+
+def test_a_vllm_server_gives_the_same_rationales(small, tmp_path, fake, small_tokenizer):
+    here = small()
+    fake.tokenizer = small_tokenizer
+    sample_for_real(fake, [seed_of(42, index) for index in range(4)], template="The answer is")
+    served = small("--overwrite", "--rollout_engine", "vllm", "--vllm_url", fake.url)
+    for ours, theirs in zip(served["problems"], here["problems"], strict=True):
+        for kind in KINDS:
+            assert [e["rationale"] for e in ours[kind]] == [e["rationale"] for e in theirs[kind]]
+            for a, b in zip(ours[kind], theirs[kind], strict=True):
+                assert a["answer_logp"] == pytest.approx(b["answer_logp"], rel=1e-4)
 
 
 def test_processes_share_the_problems(small, tmp_path, warm):

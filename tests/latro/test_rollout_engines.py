@@ -121,6 +121,40 @@ def test_gradients_are_the_formula_with_truncated_ratios(
     assert metrics["importance_ratio_max"] == pytest.approx(max(ratios), rel=1e-6)
 
 
+def test_evaluation_samples_with_the_engine_and_the_weights_of_now(make_trainer: Any) -> None:
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.engine = engine = Recorder()
+    trainer.train()
+    evaluation = ["generate", "generate"]  # greedy, and sampled
+    assert engine.calls == [
+        *("weights of step 0", "generate", "weights of step 1", *evaluation, "generate"),
+        *("weights of step 2", *evaluation),
+    ]
+
+
+def test_weights_that_are_only_evaluated_are_not_trained_on(make_trainer: Any) -> None:
+    """A schedule-free optimiser has other weights in the model in an evaluation."""
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.engine = engine = Recorder()
+    trainer.create_optimizer()
+    weight = trainer.model.get_input_embeddings().weight
+    modes = ["train"]
+
+    def switch(mode: str) -> None:
+        with torch.no_grad():
+            weight.add_((modes[-1] != mode) * (1.0 if mode == "eval" else -1.0))
+        modes.append(mode)
+
+    trainer.optimizer.train = lambda: switch("train")
+    trainer.optimizer.eval = lambda: switch("eval")
+    trainer.train()
+    assert [call for call in engine.calls if call != "generate"] == [
+        f"weights of step {step}" for step in (0, 1, 1, 2)
+    ]
+    shift = (engine.weights[1] - engine.weights[2]).mean().item()
+    assert shift == pytest.approx(1.0, abs=1e-3)
+
+
 def test_transformers_engine_logs_no_ratio(make_trainer: Any) -> None:
     trainer = make_trainer(max_steps=1)
     trainer.train()
