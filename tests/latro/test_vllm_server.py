@@ -20,6 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from latro import LatroConfig, LatroTrainer
 from latro.engines.vllm import VllmEngine
+from latro.evaluation import EvaluationSettings, evaluate_model
+from latro.model.scoring import Scorer
 from latro.rollout.sequences import Sample, decode
 from scripts.make_tiny_model import make_model
 from tests.latro.real_vllm import serve
@@ -118,6 +120,22 @@ def test_vllm_ends_a_sample_where_its_text_shows_the_template(
             assert len(sample.ids) == 60
             endings["length"] += 1
     assert all(endings.values()), endings
+
+
+def test_an_evaluation_is_the_same_with_both_engines(
+    vllm_url: str, tiny: Any, tokenizer: Any, task: Any, dataset: Any, tmp_path: Path
+) -> None:
+    model = tiny(seed=2, **SIZES)
+    engine = VllmEngine(vllm_url, tokenizer, eos_token_ids=[0], weights_dir=tmp_path)
+    engine.update_weights(model, 0)
+    settings = EvaluationSettings(num_samples=0, max_completion_length=20)
+    here, served = (
+        evaluate_model(Scorer(model), tokenizer, task, dataset, settings, engine=taken)
+        for taken in (None, engine)
+    )
+    assert served[0] == pytest.approx(here[0], rel=1e-4)
+    texts = [[record["greedy"][0]["text"] for record in records] for _, records in (here, served)]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["whole", "LoRA"])
