@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latro.model.distribution import like, writable
+from latro.model.head_rows import Reference
 from latro.model.packing import Batch
-from latro.model.scoring import Reference, Scorer, Scores
+from latro.model.scoring import Scorer, Scores
 
 INITIAL_FILE = "initial_adapter.safetensors"
 

@@ -11,9 +11,9 @@ and what comes of them tells the rest:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from latro.model.adapters import head_without_adapter
-
-T = TypeVar("T")
 
 # So small that a softcap leaves it as it is, and so large that nothing but the softcap is left. The
 # others are checked with what these two tell. Powers of 2 come out of a product without rounding.
@@ -117,8 +115,12 @@ def _run_with_known_numbers(
     known_logits = known_logits.view(1, _NUM_TOKENS, V)
     inputs: list[Tensor] = []
 
-    def at_head(hidden: Tensor) -> Tensor:
-        inputs.append(hidden)
+    def before_head(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        inputs.append(args[0])
+        # What the head makes of them is not read, but it has to be able to.
+        return (args[0].to(head.weight.dtype), *args[1:])
+
+    def behind_head(_module: nn.Module, _args: Any, _output: Any) -> Tensor:
         return known_logits
 
     inside: list[nn.Module] = []
@@ -139,7 +141,8 @@ def _run_with_known_numbers(
             if isinstance(module, PreTrainedModel):
                 stack.callback(module.register_forward_pre_hook(before_trunk).remove)
                 stack.callback(module.register_forward_hook(behind_trunk).remove)
-        stack.enter_context(forward_replaced(head, at_head))
+        stack.callback(head.register_forward_pre_hook(before_head).remove)
+        stack.callback(head.register_forward_hook(behind_head).remove)
         stack.enter_context(torch.enable_grad())
         # Without hooks, which run around our own calls too.
         logits = causal.forward(input_ids=ids, use_cache=False).logits
@@ -150,17 +153,3 @@ def _close(ours: Tensor, expected: Tensor) -> bool:
     """Whether half the digits agree: rounding takes fewer, and another formula more."""
     rtol = torch.finfo(ours.dtype).eps ** 0.5
     return torch.allclose(ours.double(), expected, rtol=rtol, atol=0.0)
-
-
-@contextlib.contextmanager
-def forward_replaced(module: nn.Module, function: Callable[..., T]) -> Iterator[None]:
-    """Within, `function` stands in the place of `module.forward`."""
-    own = module.__dict__.get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

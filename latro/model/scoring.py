@@ -1,66 +1,51 @@
-"""Per-row log-probs of a causal language model: trunk once, then the fused head.
+"""Log-probs of a causal language model at the head rows of a batch, and what is checked for them.
 
-The model's own forward would make logits of every position. Here the trunk runs alone, the hidden
-states of the head rows are gathered, and `linear_logprob` takes them through the head; `linear_kl`
-takes them through two models' heads. All of that runs in the place of the model's forward and of
-its head's, so that engines which wrap a model (DDP, FSDP2, DeepSpeed, PEFT) see the calls that they
-expect: gradients are exchanged and sharded weights gathered as for any other forward.
+`latro.model.head_rows` has the forwards that compute them, and `latro.model.packing` the batches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latro.model.adapters import head_parameters, without_wrapper
-from latro.model.attention import allow_shared_prefix, placeholder_mask
-from latro.model.logits import LogitForm, forward_replaced, logit_form, trunk_of
+from latro.model.adapters import without_wrapper
+from latro.model.attention import allow_shared_prefix
+from latro.model.head_rows import (
+    HeadRows,
+    Reference,
+    ReferenceRows,
+    install_head_rows,
+    trunk_rows,
+)
+from latro.model.logits import LogitForm, logit_form
 from latro.model.packing import Batch, Group, collate
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
-from latro_kernels import linear_kl, linear_logprob
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-HEAD_BUDGET = 512 * 2**20
-"""Bytes of products that the head's forward may keep for its backward: the trunk keeps more."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of N head rows, in fp32."""
+    """Log-prob, entropy and KL at N head rows, in fp32."""
 
     logp: Tensor
-    """[N], log-probability of each row's target; differentiable where the model is."""
+    """[N], log-probability of each row's target, in nats; differentiable where the model is."""
     entropy: Tensor
     """[N], in nats; detached."""
     row_kl: Tensor | None = None
     """[N], in nats, KL to the reference at each row, where one was given; differentiable."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """π_0 at N head rows, for an exact KL."""
-
-    hidden: Tensor
-    """[N, H], without gradient."""
-    weight: Tensor
-    """[V, H], of its head, without gradient."""
-    bias: Tensor | None
-    """[V], likewise."""
-
-
 class Scorer:
-    """Scores head rows with a model's own trunk, head, logit scale and softcap.
+    """Score head rows with a model's own trunk, head, logit scale and softcap.
 
     Args:
         model: any causal language model whose logits are head(trunk(x)), scaled or softcapped.
@@ -95,6 +80,7 @@ class Scorer:
                 f"model: expected a causal language model with a linear head, got "
                 f"{type(model).__name__}"
             )
+        install_head_rows(self.causal)
         self.boundary = long_rope_boundary(model)
         with _without_tf32():
             self.logit_form = self._logit_form()
@@ -110,49 +96,23 @@ class Scorer:
             )
 
     def collate(self, groups: Sequence[Group]) -> Batch:
-        """A batch of the rollouts of `groups`, packed or padded, on the model's device."""
+        """Return a batch of the rollouts of `groups`, packed or padded, on the model's device."""
         return collate(groups, self.model.device, packed=self.packed)
 
     def __call__(self, batch: Batch, reference: Reference | None = None) -> Scores:
-        """Log-prob and entropy of every head row of a batch, and its KL to `reference`."""
+        """Return log-prob and entropy at every head row of a batch, and its KL to `reference`."""
+        rows = self._rows(batch, reference)
+        return Scores(*self.caller(input_ids=batch.input_ids, head_rows=rows))
 
-        # A tuple, and not a `Scores`: engines look for the tensors in what a forward returns.
-        def forward() -> tuple[Tensor, ...]:
-            return self._at_head(self._hidden(batch), batch.target, reference)
-
-        return Scores(*self._inside(batch, forward))
+    def _rows(self, batch: Batch, reference: Reference | None = None) -> HeadRows:
+        return HeadRows(batch, self.logit_form, self.temperature, self.backend, reference)
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Reference:
-        """This model at the head rows of a batch, as another's exact KL wants it."""
-
-        def forward() -> tuple[Tensor, ...]:
-            def keep(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
-                weight, bias = head_parameters(head)
-                parameters = [p.detach() for p in (weight, bias) if p is not None]
-                # Gathered weights are gone after the head's forward.
-                return (hidden, *(p.clone() if self.sharded else p for p in parameters))
-
-            return self._call_head(self._hidden(batch), keep)
-
-        hidden, weight, *bias = self._inside(batch, forward)
-        return Reference(hidden, weight, bias[0] if bias else None)
-
-    def trunk(self, batch: Batch) -> Tensor:
-        """Hidden states [B, T, H], after the final norm.
-
-        A padded batch has no attention mask: padding stands at the right, where causal attention
-        never looks, and every model then takes its plain causal path.
-        """
-        packing: dict[str, Any] = {}
-        if batch.shared_prefix is not None:
-            packing = {
-                "position_ids": batch.position_ids,
-                "attention_mask": placeholder_mask(batch.input_ids.device),
-                "shared_prefix": batch.shared_prefix,
-            }
-        trunk = trunk_of(self.causal)
-        return trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
+        """Return this model at the head rows of a batch, for another model's exact KL to it."""
+        # A weight that is gathered for the head's forward is gone after it.
+        rows = ReferenceRows(batch, self.logit_form, copies=self.sharded)
+        return self.caller(input_ids=batch.input_ids, head_rows=rows)
 
     def check_comparable(self, other: Scorer, *, exact: bool) -> None:
         """Check that the KL to another model has a meaning; `exact`: over the whole vocabulary.
@@ -183,65 +143,6 @@ class Scorer:
         """V, as the head has it."""
         return self.causal.get_output_embeddings().weight.shape[0]
 
-    # What runs in the place of forwards.
-
-    def _inside(self, batch: Batch, function: Callable[[], T]) -> T:
-        """The result of `function`, run as the model's forward, called through the engine."""
-        with forward_replaced(self.causal, lambda *_, **__: function()):
-            return self.caller(input_ids=batch.input_ids)
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Hidden states [N, H] of the head rows of a batch."""
-        return self.trunk(batch).flatten(0, 1)[batch.positions]
-
-    def _call_head(
-        self, hidden: Tensor, function: Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
-    ) -> tuple[Tensor, ...]:
-        """`function(head, hidden)`, run as the head's forward, so that its weight is there."""
-        head = self.causal.get_output_embeddings()
-        if self.logit_form.hidden_scale != 1.0:
-            hidden = hidden * self.logit_form.hidden_scale
-        with forward_replaced(head, lambda h: function(head, h)):
-            return head(hidden)
-
-    def _at_head(
-        self, hidden: Tensor, target: Tensor, reference: Reference | None = None
-    ) -> tuple[Tensor, ...]:
-        """(logp, entropy[, row_kl]) of hidden states [N, H], as the model computes its logits."""
-
-        def forward(head: nn.Module, hidden: Tensor) -> tuple[Tensor, ...]:
-            weight, bias = head_parameters(head)
-            form = self.logit_form
-            settings: dict[str, Any] = {
-                # c·tanh(s·a/c)/T, which the kernels know as (c/s)·tanh(a/(c/s)) / (T/s).
-                "temperature": self.temperature / form.scale,
-                "softcap": None if form.softcap is None else form.softcap / form.scale,
-                "backend": self.backend,
-            }
-            logp, entropy = linear_logprob(
-                hidden,
-                weight,
-                target,
-                bias=bias,
-                return_entropy=True,
-                memory_budget=HEAD_BUDGET,
-                **settings,
-            )
-            if reference is None:
-                return logp, entropy.detach()
-            row_kl = linear_kl(
-                hidden,
-                weight,
-                reference.hidden,
-                reference.weight,
-                bias_p=bias,
-                bias_q=reference.bias,
-                **settings,
-            )
-            return logp, entropy.detach(), row_kl
-
-        return self._call_head(hidden, forward)
-
     # Checks of the model, once.
 
     def _logit_form(self) -> LogitForm:
@@ -265,11 +166,18 @@ class Scorer:
                 f"in {self.model.dtype}"
             )
         own = own.log_softmax(-1)
-        hidden = trunk_of(self.causal)(input_ids=ids, use_cache=False).last_hidden_state[0]
-        ours = torch.stack(
-            [self._at_head(hidden, torch.full_like(ids[0], t))[0] for t in ids[0].tolist()],
-            dim=1,
+        tokens = ids[0].tolist()
+        rollout = Rollout(tokens[:1], tokens[1:], [], answer_start=len(tokens) - 1, finished=True)
+        places = torch.arange(len(tokens), device=ids.device)
+        # Every token at every position.
+        batch = replace(
+            collate([[rollout]], ids.device, packed=False),
+            positions=places.repeat_interleave(len(tokens)),
+            target=ids[0].repeat(len(tokens)),
         )
+        # Not through hooks, as somebody's own may change what the model returns.
+        logp, _ = self.causal.forward(head_rows=self._rows(batch))
+        ours = logp.view(len(tokens), -1)
         self.model.train(was_training)
         # Low precision rounds the model's logits, not ours; a wrong formula is off by far more.
         allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
@@ -301,7 +209,7 @@ class Scorer:
         self.model.eval()
         try:
             packed, padded = (
-                self._hidden(collate(groups, self.model.device, packed=packed)).float()
+                trunk_rows(self.causal, collate(groups, self.model.device, packed=packed)).float()
                 for packed in (True, False)
             )
         except torch.OutOfMemoryError:
@@ -322,7 +230,7 @@ class Scorer:
 
 @contextlib.contextmanager
 def _without_tf32() -> Iterator[None]:
-    """TF32 has 10 of fp32's 23 bits, which a comparison would take for a wrong formula."""
+    """Do without TF32 within, whose 10 of fp32's 23 bits would look like a wrong formula."""
     matmul: Any = torch.backends.cuda.matmul
     given = matmul.fp32_precision
     matmul.fp32_precision = "ieee"

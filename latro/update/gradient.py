@@ -16,9 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from latro.config.training import LatroConfig
+from latro.model.head_rows import Reference
 from latro.model.initial import AdapterOff, InitialAdapter
 from latro.model.packing import Batch, Group, group_layout, plain_offsets
-from latro.model.scoring import Reference, Scorer, Scores
+from latro.model.scoring import Scorer, Scores
 from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
 from latro.run.stopwatch import Stopwatch
 from latro.update.accumulation import Accumulation

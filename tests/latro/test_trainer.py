@@ -345,13 +345,13 @@ def test_an_update_makes_the_answers_likelier(make_trainer):
 def test_mixed_precision_is_the_trainers(make_trainer, kl):
     trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True, kl=kl)
     dtypes = []
-    head = trainer.scorer._at_head
 
-    def watched(hidden, *args):
-        dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
-        return head(hidden, *args)
+    def watch(head, args, kwargs):
+        if "head_rows" in kwargs:
+            dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
 
-    trainer.scorer._at_head = watched
+    head = trainer.model.get_output_embeddings()
+    head.register_forward_pre_hook(watch, with_kwargs=True)
     trainer.train()
     assert dtypes == [torch.bfloat16]
     (entry,) = [e for e in trainer.state.log_history if "kl" in e]

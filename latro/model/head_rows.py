@@ -1,0 +1,176 @@
+"""Forwards that compute log-probs at chosen rows, installed beside a model's own.
+
+A causal language model's own forward makes logits of every position. `install_head_rows` gives the
+model and its head forwards that take one more keyword, `head_rows`. Without it they are the old
+forwards, and `generate` and everything else are untouched. With it, the model's forward runs the
+trunk, gathers the hidden states of the head rows, and calls its head with them; the head's forward
+runs `linear_logprob`, and `linear_kl` where there is a reference, on its own weight.
+
+Both are calls of modules, as engines expect them (DDP, FSDP2, DeepSpeed, PEFT): gradients are
+exchanged and sharded weights are gathered by hooks on these calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from latro.model.adapters import head_parameters
+from latro.model.attention import placeholder_mask
+from latro.model.logits import LogitForm, trunk_of
+from latro.model.packing import Batch
+from latro_kernels import linear_kl, linear_logprob
+
+HEAD_BUDGET = 512 * 2**20
+"""Bytes of products that the head's forward may keep for its backward: the trunk keeps more."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The reference model π_0 at N head rows, for an exact KL."""
+
+    hidden: Tensor
+    """[N, H], without gradient."""
+    weight: Tensor
+    """[V, H], of its head, without gradient."""
+    bias: Tensor | None
+    """[V], of its head, without gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """Asks a model's forward for (logp, entropy[, row_kl]) at the N head rows of a batch.
+
+    Each is fp32 [N] in nats, and the entropy has no gradient. The forward returns a tuple, because
+    engines look for the tensors in what a forward returns.
+    """
+
+    batch: Batch
+    form: LogitForm
+    """How the model comes from its hidden states to its logits."""
+    temperature: float
+    """The logits are divided by it."""
+    backend: str
+    """The backend of `linear_logprob` and `linear_kl`."""
+    reference: Reference | None = None
+    """π_0 at the same rows, where their KL to it is wanted."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceRows:
+    """Asks a model's forward for a `Reference` at the head rows of a batch."""
+
+    batch: Batch
+    form: LogitForm
+    """How the model comes from its hidden states to its logits."""
+    copies: bool
+    """Whether to copy the head's weight, because an engine drops it after the head's forward."""
+
+
+def install_head_rows(causal: PreTrainedModel) -> None:
+    """Let the forwards of `causal` and of its head take `head_rows`, once."""
+    _install(causal, _model_forward())
+    _install(causal.get_output_embeddings(), _head_forward())
+
+
+def _install(module: Any, forward: Any) -> None:
+    """Make `forward`, a function of its own for each module, the forward of `module`.
+
+    The signature that it shows is that of the old forward and `head_rows`, because `generate` and
+    the Trainer read from it what a model takes.
+    """
+    own = inspect.signature(module.forward)
+    if "head_rows" in own.parameters:
+        return
+    module._own_forward = module.forward
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    parameters += own.parameters.values()
+    keyword = inspect.Parameter("head_rows", inspect.Parameter.KEYWORD_ONLY, default=None)
+    has_kwargs = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
+    parameters.insert(len(parameters) - has_kwargs, keyword)
+    forward.__signature__ = own.replace(parameters=parameters)
+    # A bound method, as a class's own is: copies of the module have one that is bound to them.
+    module.forward = MethodType(forward, module)
+
+
+def _model_forward() -> Callable[..., Any]:
+    def forward(
+        self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
+    ) -> Any:
+        if head_rows is None:
+            return self._own_forward(*args, **kwargs)
+        hidden = trunk_rows(self, head_rows.batch)
+        if head_rows.form.hidden_scale != 1.0:
+            hidden = hidden * head_rows.form.hidden_scale
+        return self.get_output_embeddings()(hidden, head_rows=head_rows)
+
+    return forward
+
+
+def _head_forward() -> Callable[..., Any]:
+    def forward(
+        self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
+    ) -> Any:
+        if head_rows is None:
+            return self._own_forward(*args, **kwargs)
+        (hidden,) = args
+        weight, bias = head_parameters(self)
+        if isinstance(head_rows, ReferenceRows):
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+            if head_rows.copies:
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            return Reference(hidden, weight, bias)
+        form, reference = head_rows.form, head_rows.reference
+        settings: dict[str, Any] = {
+            # c·tanh(s·a/c)/T, which the kernels know as (c/s)·tanh(a/(c/s)) / (T/s).
+            "temperature": head_rows.temperature / form.scale,
+            "softcap": None if form.softcap is None else form.softcap / form.scale,
+            "backend": head_rows.backend,
+        }
+        logp, entropy = linear_logprob(
+            hidden,
+            weight,
+            head_rows.batch.target,
+            bias=bias,
+            return_entropy=True,
+            memory_budget=HEAD_BUDGET,
+            **settings,
+        )
+        if reference is None:
+            return logp, entropy.detach()
+        row_kl = linear_kl(
+            hidden,
+            weight,
+            reference.hidden,
+            reference.weight,
+            bias_p=bias,
+            bias_q=reference.bias,
+            **settings,
+        )
+        return logp, entropy.detach(), row_kl
+
+    return forward
+
+
+def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
+    """Return the hidden states [N, H] of a batch's head rows, after the trunk's final norm.
+
+    A padded batch has no attention mask: padding stands at the right, where causal attention never
+    looks, and every model then takes its plain causal path.
+    """
+    packing: dict[str, Any] = {}
+    if batch.shared_prefix is not None:
+        packing = {
+            "position_ids": batch.position_ids,
+            "attention_mask": placeholder_mask(batch.input_ids.device),
+            "shared_prefix": batch.shared_prefix,
+        }
+    trunk = trunk_of(causal)
+    hidden = trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
+    return hidden.flatten(0, 1)[batch.positions]
