@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-_COMPILED = "what would be compiled is the model's forward, and scoring has another in its place"
+_COMPILED = "packed rows have segments of their own in every batch, and would compile for each"
 _LOSS = "the loss is the method's own"
 _NOISE = "a rationale is scored by the policy that sampled it, and noise would be in scoring alone"
 _MEMORY = "a step is the method's own; token_budget bounds its memory"

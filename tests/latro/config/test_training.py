@@ -154,7 +154,7 @@ def test_a_number_is_no_text(name, value, tmp_path):
         ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
         ({"backend": "tpu"}, "backend: expected one of auto"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
-        ({"torch_compile": True}, "torch_compile: expected it left out .what would be compiled"),
+        ({"torch_compile": True}, "torch_compile: expected it left out .packed rows have segments"),
         (
             {"accelerator_config": {"split_batches": True}},
             "accelerator_config: expected split_batches left out .*of each device.*, got True",
