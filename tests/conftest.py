@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,16 @@ def pytest_configure(config: pytest.Config) -> None:
     # Of pytest-xdist: it would hand out files by their number of tests, and so leave a long file of
     # one test to one worker when the others have nothing more to do.
     config.option.loadscopereorder = False
+
+
+def pytest_collection_finish() -> None:
+    # Trainers collect garbage at their end, and what the imports made is none.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,8 +24,7 @@ Panels = Sequence[tuple[str, Sequence[str]]]
 
 
 class MetricsFiles(TrainerCallback):
-    """Appends every log to `metrics.jsonl`; draws `progress.png` at each evaluation, each save and
-    the end.
+    """Appends every log to `metrics.jsonl`; draws `progress.png` at evaluations, saves and the end.
 
     At the start of training the file is rewritten from the trainer's state. A resumed run thus
     drops what an interrupted one logged after its last checkpoint, and a line that it left torn.
@@ -33,6 +32,7 @@ class MetricsFiles(TrainerCallback):
 
     def __init__(self, panels: Panels) -> None:
         self.panels = panels
+        self._drawn = -1
 
     def on_train_begin(
         self,
@@ -41,6 +41,7 @@ class MetricsFiles(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        self._drawn = -1
         if state.is_world_process_zero:
             with replacing(Path(args.output_dir) / METRICS_FILE) as temporary:
                 temporary.write_text("".join(json.dumps(e) + "\n" for e in state.log_history))
@@ -63,7 +64,9 @@ class MetricsFiles(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero:
+        # An evaluation, a save and the end may follow each other with nothing logged between them.
+        if state.is_world_process_zero and len(state.log_history) != self._drawn:
+            self._drawn = len(state.log_history)
             draw_progress(state.log_history, Path(args.output_dir) / PLOT_FILE, self.panels)
 
     on_evaluate = on_save
@@ -75,8 +78,10 @@ def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Figure(figsize=(9, 6))
     FigureCanvasAgg(figure)
+    # Fixed margins: to find them, a layout engine would draw all of it once more.
+    figure.subplots_adjust(left=0.07, right=0.98, bottom=0.08, top=0.95, hspace=0.35, wspace=0.2)
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
 from latro.config.training import SMALL_MODEL
+from latro.reporting import callbacks
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
@@ -104,6 +105,14 @@ def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Roll
         return groups
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than a tiny run; what is drawn is tested in `test_callbacks.py`."""
+    monkeypatch.setattr(
+        callbacks, "draw_progress", lambda history, path, panels: path.write_bytes(b"PNG")
+    )
 
 
 @pytest.fixture

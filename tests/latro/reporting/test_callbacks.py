@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from PIL import Image
 from transformers import TrainerControl, TrainerState
 
+from latro.reporting import callbacks
 from latro.reporting.callbacks import MetricsFiles, draw_progress
 from latro.trainer import LatroTrainer
 
@@ -34,3 +35,19 @@ def test_progress_is_drawn(tmp_path):
         assert drawn.size == (1080, 720)
         assert drawn.tobytes() != empty
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_it_is_drawn_again_only_when_something_was_logged(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(callbacks, "draw_progress", lambda history, *_: drawn.append(len(history)))
+    args, state, control = SimpleNamespace(output_dir=tmp_path), TrainerState(), TrainerControl()
+    files = MetricsFiles(LatroTrainer.panels)
+    files.on_train_begin(args, state, control)
+    state.log_history = [{"step": 1, "reward": -2.0}]
+    files.on_evaluate(args, state, control)
+    files.on_save(args, state, control)
+    state.log_history.append({"step": 2, "reward": -1.0})
+    files.on_train_end(args, state, control)
+    files.on_train_begin(args, state, control)
+    files.on_save(args, state, control)
+    assert drawn == [1, 2, 2]
