@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
 from benchmarks.common import report
+from latro_kernels import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = (
@@ -58,7 +59,7 @@ def main() -> None:
         runs = [run(seed, Path(folder) / str(seed)) for seed in args.seeds]
         curve = (Path(folder) / str(args.seeds[0]) / "progress.png").read_bytes()
     packages = ("transformers", "accelerate", "datasets")
-    where = report.environment(torch.device("cpu"), packages)
+    where = environment(torch.device("cpu"), packages)
     report.write_json(args.out / "default_run.json", {"environment": where, "runs": runs})
     report.write_bytes(args.out / "default_run.png", curve)
     for metric in METRICS[:2]:

@@ -2,15 +2,15 @@
 
     python benchmarks/gather_logprob.py --out benchmarks/results/ops
 
-Ours writes the gradient to memory of its own, or over the logits themselves. See `common.ops` for
-what the columns say; ops.json in --out has all numbers, with
-those of the other ops.
+Ours writes the gradient to memory of its own, or over the logits themselves. `common.ops` says what
+the columns hold; ops.json in --out has all numbers, with those of the other ops.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +18,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks.common.ops import Op, Sizes, differentiated, run
-from benchmarks.linear_logprob import DTYPES
+from benchmarks.common.ops import BACKENDS, Op, Sizes, differentiated, run
+from benchmarks.common.problem import DTYPES
 from latro_kernels import gather_logprob
+
+
+def plain(z: Tensor, target: Tensor) -> Tensor:
+    return torch.log_softmax(z.float(), -1).gather(1, target[:, None]).squeeze(1)
+
+
+def in_place(z: Tensor, target: Tensor, backend: str) -> Tensor:
+    # A view: a leaf may not be written over. What becomes of the logits costs the same.
+    return gather_logprob(z.view_as(z), target, inplace_backward=True, backend=backend)
 
 
 def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
@@ -29,18 +38,11 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
         logits = torch.randn(sizes.N, sizes.V, device=device).to(DTYPES[dtype])
         target = torch.randint(sizes.V, (sizes.N,), device=device)
         grad = torch.randn(sizes.N, device=device)
-
-        def plain(z: Tensor, target: Tensor = target) -> Tensor:
-            return torch.log_softmax(z.float(), -1).gather(1, target[:, None]).squeeze(1)
-
-        def ours(z: Tensor, target: Tensor = target) -> Tensor:
-            return gather_logprob(z, target)
-
-        def in_place(z: Tensor, target: Tensor = target) -> Tensor:
-            # A view: a leaf may not be written over. What becomes of the logits costs the same.
-            return gather_logprob(z.view_as(z), target, inplace_backward=True)
-
-        ways = {"latro": ours, "latro, in place": in_place, "plain": plain}
+        ways = {}
+        for name, backend in BACKENDS[device.type].items():
+            ways[name] = partial(gather_logprob, target=target, backend=backend)
+            ways[f"{name}, in place"] = partial(in_place, target=target, backend=backend)
+        ways["plain"] = partial(plain, target=target)
         log_p = torch.log_softmax(logits.double(), -1)
         yield Op(
             name="gather_logprob",
@@ -52,6 +54,7 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the op, print its table, and put its rows into ops.json."""
     run("gather_logprob", ops, __doc__, argv=argv)
 
 

@@ -31,9 +31,10 @@ study can be made in parts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,22 +44,28 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.common import report
 from benchmarks.common.problem import (
     CPU_SHAPES,
+    DTYPES,
     GPU_SHAPES,
     STUDY_SHAPES,
     Problem,
     Shape,
+    errors,
     make_problem,
-    relative_error,
     solve_fp64,
 )
-from benchmarks.common.providers import BUDGETS, CANNOT_RUN, PROVIDERS, discover, reason, solve
+from benchmarks.common.providers import (
+    CANNOT_RUN,
+    SLOW_START,
+    LogprobFn,
+    discover,
+    reason,
+    solve,
+)
 from benchmarks.head_study_report import Group, Results
 from benchmarks.linear_logprob import (
     BARE_GEMMS,
-    DTYPES,
     NO_ERROR,
     PEER_PACKAGES,
     Limits,
@@ -67,9 +74,14 @@ from benchmarks.linear_logprob import (
     compared,
     time_all,
 )
+from latro_kernels import environment
 from latro_kernels.linear_logprob.cpu import FILTER_COLUMNS, FILTER_ROWS
 
-OURS = {"cpu": "latro-cpu", "cuda": "latro-triton"}
+OURS = {"cpu": ("latro-cpu",), "cuda": ("latro-triton", "latro-cuda")}
+BUDGETS = {
+    "cpu": ("-keep", "-64mib", "-recompute"),
+    "cuda": ("-keep", "-3gib", "-64mib", "-recompute"),
+}
 PEERS = ("unfused", "torch-chunked", "trl", "liger", "liger-flce", "cce", "cce-compile")
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 _STATES = 2048
@@ -86,55 +98,47 @@ class Plan:
     speed: what remains of sizes is small, and what compiles is left out.
     """
 
-    sections: tuple[str, ...]
+    sections: Sequence[str]
     shapes: Sequence[Shape] | None
-    dtypes: tuple[str, ...]
+    dtypes: Sequence[str]
     limits: Limits
     device: torch.device
     data: Path
     out: Path
     quick: bool
 
-    @property
-    def ours(self) -> str:
-        """The provider that is ours on the device."""
-        return OURS[self.device.type]
+    def ours(self, *suffixes: str) -> list[str]:
+        """Return the names of our providers on the device, each with each of `suffixes`."""
+        return [name + suffix for name in OURS[self.device.type] for suffix in suffixes]
 
     def group(
         self, section: str, name: str, *, dtype: str, rows: list[Row], notes: list[str]
     ) -> Group:
         """Make a group of what was measured here and now."""
-        return Group(
-            section=section,
-            name=name,
-            dtype=dtype,
-            rows=rows,
-            notes=notes,
-            environment=report.environment(self.device, PEER_PACKAGES),
-        )
+        where = environment(self.device, PEER_PACKAGES)
+        return Group(section, name, dtype=dtype, rows=rows, notes=notes, environment=where)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A section that is one table for each shape and dtype.
 
-    Of `ours` each stands for a provider, behind the name of the device's. `phases` are timed and
-    their memory measured; where there are none, the table is of errors only.
+    Ours take part with each of the `BUDGETS` of the device, or with the default one. `phases` are
+    timed and their memory measured; where there are none, the table is of errors only.
     """
 
-    ours: tuple[str, ...]
     phases: tuple[str, ...]
+    budgets: bool = False
     others: tuple[str, ...] = ()
     frozen: bool = False
 
 
-_BUDGETS = tuple(f"-{budget}" for budget in BUDGETS)
 COMPARISONS = {
-    "forward": Comparison(("",), ("forward",)),
-    "full": Comparison(_BUDGETS, ("full",)),
-    "frozen": Comparison(("",), ("full",), frozen=True),
-    "peers": Comparison(_BUDGETS, ("forward", "full"), PEERS),
-    "error": Comparison(("",), (), ("unfused",)),
+    "forward": Comparison(("forward",)),
+    "full": Comparison(("full",), budgets=True),
+    "frozen": Comparison(("full",), frozen=True),
+    "peers": Comparison(("forward", "full"), budgets=True, others=PEERS),
+    "error": Comparison((), others=("unfused",)),
 }
 SECTIONS = (*COMPARISONS, "filter", "scaling")
 
@@ -149,17 +153,14 @@ def run(plan: Plan) -> Results:
 
 
 def _measure(section: str, plan: Plan) -> Iterator[Group]:
-    if section == "filter":
-        return _filter(plan)
-    if section == "scaling":
-        return _scaling(plan)
-    return _comparison(section, plan)
+    of_their_own = {"filter": _filter, "scaling": _scaling}
+    return of_their_own[section](plan) if section in of_their_own else _comparison(section, plan)
 
 
 def _comparison(section: str, plan: Plan) -> Iterator[Group]:
     comparison = COMPARISONS[section]
-    names = [plan.ours + suffix for suffix in comparison.ours]
-    names += [name for name in comparison.others if not (plan.quick and PROVIDERS[name].slow_start)]
+    names = plan.ours(*(BUDGETS[plan.device.type] if comparison.budgets else [""]))
+    names += [name for name in comparison.others if not (plan.quick and name in SLOW_START)]
     for dtype in plan.dtypes:
         found, absent = discover(names, plan.device, DTYPES[dtype])
         for shape in plan.shapes or default_shapes(section, plan.device):
@@ -205,14 +206,10 @@ def _filter(plan: Plan) -> Iterator[Group]:
         print(f"filter, {dtype}: {note}", file=sys.stderr)
         hidden, weight = (t.to(DTYPES[dtype]).requires_grad_() for t in (head.hidden, head.weight))
         problem = Problem(hidden, weight, target=head.target, grad=grad)
-        try:
-            rows = measure_filter(
-                problem, name, dtype, provider=f"{plan.ours}-keep", limits=plan.limits
-            )
-        except CANNOT_RUN as error:
-            print(f"filter, {dtype}: skipped: {reason(error)}", file=sys.stderr)
-        else:
-            yield plan.group("filter", name, dtype=dtype, rows=rows, notes=[note])
+        found, absent = discover(plan.ours("-keep"), plan.device, DTYPES[dtype])
+        rows, failed = measure_filter(problem, name, dtype, found=found, limits=plan.limits)
+        notes = [note, *(f"cannot run: {who}: {why}" for who, why in (absent | failed).items())]
+        yield plan.group("filter", name, dtype=dtype, rows=rows, notes=notes)
 
 
 def _scaling(plan: Plan) -> Iterator[Group]:
@@ -225,7 +222,7 @@ def _scaling(plan: Plan) -> Iterator[Group]:
     # Thirteen shapes share what other sections spend on a few.
     limits = replace(plan.limits, seconds=plan.limits.seconds / 4)
     for dtype in plan.dtypes:
-        names = [f"{plan.ours}-keep", f"{plan.ours}-recompute"]
+        names = plan.ours("-keep", "-recompute")
         found, absent = discover(names, plan.device, DTYPES[dtype])
         notes = [f"cannot run: {name}: {why}" for name, why in absent.items()]
         for axis, shapes in axes.items():
@@ -297,33 +294,35 @@ def bounds(problem: Problem, eps: float) -> tuple[float, float]:
 
 
 def measure_filter(
-    problem: Problem, shape_name: str, dtype: str, *, provider: str, limits: Limits
-) -> list[Row]:
-    """Measure full without filter, and with every eps of `EXPONENTS`.
+    problem: Problem,
+    shape_name: str,
+    dtype: str,
+    *,
+    found: Mapping[str, LogprobFn],
+    limits: Limits,
+) -> tuple[list[Row], dict[str, str]]:
+    """Measure full of each provider without filter, and with every eps of `EXPONENTS`.
 
     Returns:
-        Times, errors over all rows and, as `more`, the percentage of blocks skipped, the gradients'
-        absolute errors and their bounds.
-
-    Raises:
-        Exception of `providers.CANNOT_RUN`: the provider, or its filter, cannot run here.
+        Rows with times, errors over all rows and, as `more`, the percentage of blocks skipped, the
+        gradients' absolute errors and their bounds; and why others cannot run.
     """
     (N, H), V = problem.hidden.shape, len(problem.weight)
-    logprob = PROVIDERS[provider].find(problem.hidden.device)
-    epsilons = {provider: 0.0} | {f"{provider}, eps 2^{e}": 2.0**e for e in EXPONENTS}
-    found = {name: partial(logprob, grad_filter=eps) for name, eps in epsilons.items()}
     truth = solve_fp64(problem)
     rows, columns = block_shape(problem.weight)
     bound, hit = evidence(problem, columns)
+    filtered: dict[str, LogprobFn] = {}
+    reasons: dict[str, str] = {}
     about: dict[str, dict[str, object]] = {BARE_GEMMS: {"error": NO_ERROR}}
-    for name, eps in epsilons.items():
-        solution = solve(found[name], problem)
-        error = {
-            "logp": relative_error(solution.logp, truth.logp),
-            "dx": relative_error(solution.dx, truth.dx),
-            "dw": relative_error(solution.dw, truth.dw),
-            "dx_peaked": None,
-        }
+    epsilons = {"": 0.0} | {f", eps 2^{e}": 2.0**e for e in EXPONENTS}
+    for (provider, logprob), (end, eps) in itertools.product(found.items(), epsilons.items()):
+        name, with_filter = provider + end, partial(logprob, grad_filter=eps)
+        try:
+            error = errors(solve(with_filter, problem), truth) | {"dx_peaked": None}
+        except CANNOT_RUN as failure:
+            reasons[name] = reason(failure)
+            continue
+        filtered[name] = with_filter
         bound_dx, bound_dw = bounds(problem, eps)
         more = {
             "skipped %": 100 * skipped(bound, hit, rows=rows, eps=eps),
@@ -333,5 +332,5 @@ def measure_filter(
             "dW bound": bound_dw,
         }
         about[name] = {"error": error, "error_rows": N, "more": more}
-    times = time_all(problem, found, limits, phases=("full",))
-    return compared(Shape(shape_name, n=N, h=H, v=V), dtype, times, about=about)
+    times = time_all(problem, filtered, limits, phases=("full",))
+    return compared(Shape(shape_name, n=N, h=H, v=V), dtype, times, about=about), reasons

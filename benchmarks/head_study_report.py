@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import log
 from pathlib import Path
@@ -13,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from benchmarks import linear_logprob
-from benchmarks.common import figures, report
+from benchmarks.common import report
 from benchmarks.common.problem import Shape
 from benchmarks.common.timing import Summary
 from benchmarks.linear_logprob import BARE_GEMMS, MEMORY_PHASES, Row
@@ -89,8 +90,7 @@ class Results:
         self._groups[group.key] = group
         groups = self.groups
         flat = [{"section": of.section} | row.flat() for of in groups for row in of.rows]
-        columns = dict.fromkeys(name for cells in flat for name in cells)
-        report.write_csv(self.out / "study_head.csv", [columns | cells for cells in flat])
+        report.write_csv(self.out / "study_head.csv", flat)
         report.write_json(
             self.out / "study_head.json",
             {
@@ -99,9 +99,9 @@ class Results:
                 "slopes": {f"{of.name} {of.dtype}": slopes(of) for of in _of(groups, "scaling")},
             },
         )
-        figures.write(self.out / "study_head.png", plot(groups))
+        report.write_png(self.out / "study_head.png", plot(groups))
         if scaling := _of(groups, "scaling"):
-            figures.write(self.out / "study_head_scaling.png", plot_scaling(scaling))
+            report.write_png(self.out / "study_head_scaling.png", plot_scaling(scaling))
 
 
 def _group(item: dict) -> Group:
@@ -145,63 +145,44 @@ def _by_provider(group: Group) -> dict[str, list[Row]]:
 
 def checks(groups: Iterable[Group]) -> list[Check]:
     """Compare every group with what is aimed at for it, if anything is."""
-    found = []
-    for group in groups:
-        where = f"{group.section} {group.name} {group.dtype}"
-        ours = {row.provider: row for row in group.rows if row.provider.startswith("latro-")}
-        for (section, end), targets in MULTIPLES.items():
-            for name, row in ours.items():
-                if section == group.section and name.endswith(end) and group.dtype in targets:
-                    (phase,) = row.times.keys()
-                    multiple = row.multiples[phase]
-                    found.append(
-                        Check(where, what=name, measured=multiple, target=targets[group.dtype])
-                    )
+    return [check for group in groups for check in _checks(group)]
+
+
+def _checks(group: Group) -> Iterator[Check]:
+    where = f"{group.section} {group.name} {group.dtype}"
+    ours = {row.provider: row for row in group.rows if row.provider.startswith("latro-")}
+    peers = {row.provider: row for row in group.rows if row.provider not in (*ours, BARE_GEMMS)}
+    for (section, end), targets in MULTIPLES.items():
+        for name, row in ours.items():
+            if section == group.section and name.endswith(end) and group.dtype in targets:
+                (multiple,) = row.multiples.values()
+                yield Check(where, name, measured=multiple, target=targets[group.dtype])
+    for (name, row), (peer_name, peer) in itertools.product(ours.items(), peers.items()):
+        pair = f"{name} / {peer_name}"
         if group.section == "peers":
-            found += _against_peers(group, where, ours)
-        if group.section == "error" and group.dtype == "bf16":
-            unfused = next((row for row in group.rows if row.provider == "unfused"), None)
-            found += [
-                Check(
-                    where=where,
-                    what=f"{name} / unfused, error of logp",
-                    measured=row.error["logp"] / unfused.error["logp"],
-                    target=_BF16_LOGP_ERROR,
-                )
-                for name, row in ours.items()
-                if unfused is not None
-            ]
-    return found
+            yield from _against_peer(where, pair, row, peer)
+        elif (group.section, group.dtype, peer_name) == ("error", "bf16", "unfused"):
+            ratio = row.error["logp"] / peer.error["logp"]
+            yield Check(where, f"{pair}, error of logp", measured=ratio, target=_BF16_LOGP_ERROR)
 
 
-def _against_peers(group: Group, where: str, ours: Mapping[str, Row]) -> list[Check]:
+def _against_peer(where: str, pair: str, row: Row, peer: Row) -> Iterator[Check]:
     """Compare our 64 MiB with every peer in time, and all of ours with the unfused loss.
 
     Of ours, the one that keeps nothing is compared with the unfused loss in memory too.
     """
-    found = []
-    peers = {row.provider: row for row in group.rows if row.provider not in (*ours, BARE_GEMMS)}
-    for name, row in ours.items():
-        for peer_name, peer in peers.items():
-            pair = f"{name} / {peer_name}"
-            if peer_name == "unfused":
-                if group.dtype not in _UNFUSED_TIME:
-                    continue
-                target = _UNFUSED_TIME[group.dtype]
-                mine, theirs = row.memory["full"], peer.memory["full"]
-                if name.endswith("recompute") and mine is not None and theirs:
-                    memory = mine / theirs
-                    found.append(
-                        Check(where, f"{pair}, memory", measured=memory, target=_UNFUSED_MEMORY)
-                    )
-            elif name.endswith("64mib"):
-                target = 1.0
-            else:
-                continue
-            for phase in (phase for phase in MEMORY_PHASES if phase in row.times):
-                ratio = row.times[phase].median / peer.times[phase].median
-                found.append(Check(where, f"{pair}, {phase}", measured=ratio, target=target))
-    return found
+    if peer.provider == "unfused" and row.dtype in _UNFUSED_TIME:
+        target = _UNFUSED_TIME[row.dtype]
+        mine, theirs = row.memory["full"], peer.memory["full"]
+        if row.provider.endswith("recompute") and mine is not None and theirs:
+            yield Check(where, f"{pair}, memory", measured=mine / theirs, target=_UNFUSED_MEMORY)
+    elif peer.provider != "unfused" and row.provider.endswith("64mib"):
+        target = 1.0
+    else:
+        return
+    for phase in (phase for phase in MEMORY_PHASES if phase in row.times):
+        ratio = row.times[phase].median / peer.times[phase].median
+        yield Check(where, f"{pair}, {phase}", measured=ratio, target=target)
 
 
 def show(results: Results) -> None:
@@ -261,7 +242,7 @@ def plot(groups: Sequence[Group]) -> Figure:
     )[:, 0]
     for axis, (section, rows) in zip(axes, sections.items(), strict=True):
         phase = "forward" if section == "forward" else "full"
-        figures.bars(
+        report.bars(
             axis,
             [row.multiples[phase] for row in rows],
             [_bar_label(row, phase) for row in rows],

@@ -2,14 +2,15 @@
 
     python benchmarks/linear_kl.py --out benchmarks/results/ops
 
-See `common.ops` for what the columns say; ops.json in --out has all numbers, with
-those of the other ops.
+`common.ops` says what the columns hold; ops.json in --out has all numbers, with those of the other
+ops.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,44 +18,47 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks.common.ops import Op, Sizes, differentiated, run
-from benchmarks.linear_logprob import DTYPES
+from benchmarks.common.ops import BACKENDS, Op, Sizes, differentiated, run
+from benchmarks.common.problem import DTYPES
 from latro_kernels import linear_kl
 
 
-def op(sizes: Sizes, dtype: str, device: torch.device) -> Op:
-    """Make the op on states of policy and reference, [N, H], at one head, [V, H], not trained."""
-    states = [torch.randn(sizes.N, sizes.H, device=device).to(DTYPES[dtype]) for _ in range(2)]
-    weight = (torch.randn(sizes.V, sizes.H, device=device) / sizes.H**0.5).to(DTYPES[dtype])
-    grad = torch.randn(sizes.N, device=device)
-
-    def plain(x: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
-        at = weight.to(x.dtype).t()
-        log_p, log_q = (
-            torch.log_softmax((h.to(x.dtype) @ at).to(out_dtype), -1) for h in (x, states[1])
-        )
-        return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-    def ours(x: Tensor) -> Tensor:
-        return linear_kl(x, weight, hidden_q=states[1], weight_q=weight)
-
-    ways = {"latro": ours, "plain": plain}
-    return Op(
-        name="linear_kl",
-        dtype=dtype,
-        ways={name: differentiated(way, states[0], grad) for name, way in ways.items()},
-        moved={},
-        truth=plain(states[0].double(), torch.float64),
+def plain(
+    hidden_p: Tensor, weight: Tensor, hidden_q: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    at = weight.to(hidden_p.dtype).t()
+    log_p, log_q = (
+        torch.log_softmax((h.to(hidden_p.dtype) @ at).to(out_dtype), -1)
+        for h in (hidden_p, hidden_q)
     )
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
-    """Make the op in each dtype."""
+    """Make the op in each dtype: two states, [N, H], at one head, [V, H], that is not trained."""
     for dtype in ("fp32", "bf16"):
-        yield op(sizes, dtype, device)
+        hidden_p, hidden_q = (
+            torch.randn(sizes.N, sizes.H, device=device).to(DTYPES[dtype]) for _ in range(2)
+        )
+        weight = (torch.randn(sizes.V, sizes.H, device=device) / sizes.H**0.5).to(DTYPES[dtype])
+        grad = torch.randn(sizes.N, device=device)
+        heads = {"weight_p": weight, "hidden_q": hidden_q, "weight_q": weight}
+        ways = {
+            name: partial(linear_kl, **heads, backend=backend)
+            for name, backend in BACKENDS[device.type].items()
+        }
+        ways["plain"] = partial(plain, weight=weight, hidden_q=hidden_q)
+        yield Op(
+            name="linear_kl",
+            dtype=dtype,
+            ways={name: differentiated(way, hidden_p, grad) for name, way in ways.items()},
+            moved={},
+            truth=plain(hidden_p.double(), weight, hidden_q, torch.float64),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the op, print its table, and put its rows into ops.json."""
     run("linear_kl", ops, __doc__, argv=argv)
 
 

@@ -5,21 +5,18 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from benchmarks.common import memory, report, timing
-from benchmarks.common.problem import Problem, Shape, errors, make_problem, solve_fp64
+from benchmarks.common.problem import DTYPES, Problem, Shape, errors, make_problem, solve_fp64
 from benchmarks.common.providers import CANNOT_RUN, PROVIDERS, TINY, LogprobFn, reason, solve
-from benchmarks.common.timing import Summary
+from benchmarks.common.timing import Laps, Summary, TrainStep
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEER_PACKAGES = ("triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 TRUTH_FLOP = {"cpu": 3e11, "cuda": 4e13}
 
@@ -156,65 +153,47 @@ class Limits:
     truth_flop: float
 
 
-class TrainStep:
-    """One provider's laps on one problem; the graph of `forward_grad` waits for `backward`."""
-
-    def __init__(self, logprob: LogprobFn, problem: Problem) -> None:
-        self._logprob = logprob
-        self._problem = problem
-        self._logp: Tensor | None = None
-
-    @torch.no_grad()
-    def forward(self) -> Tensor:
-        return self._logprob(self._problem.hidden, self._problem.weight, self._problem.target)
-
-    def forward_grad(self) -> None:
-        self._logp = self._logprob(self._problem.hidden, self._problem.weight, self._problem.target)
-
-    def backward(self) -> tuple[Tensor, ...]:
-        logp, self._logp = self._logp, None
-        assert logp is not None, "forward_grad runs first"
-        return torch.autograd.grad(
-            logp, self._problem.differentiable, self._problem.grad.to(logp.dtype)
-        )
-
-    def candidate(self, name: str, phases: Sequence[str]) -> timing.Candidate:
-        return _candidate(name, phases, (self.forward, self.forward_grad, self.backward))
-
-
-def _candidate(
-    name: str, phases: Sequence[str], laps: tuple[Callable[[], object], ...]
-) -> timing.Candidate:
-    """Make a candidate of those of its three laps that `phases` are made of."""
-    forward, forward_grad, backward = laps
-    wanted = {"forward": forward} if "forward" in phases else {}
+def laps_of(step: TrainStep | BareGemms, phases: Sequence[str]) -> Laps:
+    """Return those of the three laps of `step` that `phases` are made of."""
+    wanted: dict[str, Callable[[], object]] = {}
+    if "forward" in phases:
+        wanted["forward"] = step.forward
     if "backward" in phases or "full" in phases:
-        wanted |= {"forward_grad": forward_grad, "backward": backward}
-    return timing.Candidate(name, wanted)
+        wanted |= {"forward_grad": step.forward_grad, "backward": step.backward}
+    return wanted
 
 
-def bare_gemms(problem: Problem, phases: Sequence[str]) -> timing.Candidate:
-    """Make a candidate of the GEMMs alone: logits = X·Wᵀ, then dX = dZ·W and dW = dZᵀ·X.
+def train_step(logprob: LogprobFn, problem: Problem) -> TrainStep:
+    """Return one provider's laps on one problem."""
+    inputs = (problem.hidden, problem.weight, problem.target)
+    return TrainStep(lambda: logprob(*inputs), problem.differentiable, problem.grad)
+
+
+class BareGemms:
+    """The laps of the GEMMs alone: logits = X·Wᵀ, then dX = dZ·W and dW = dZᵀ·X.
 
     Their outputs exist already, and dW is left out where the head is frozen. dZ is a true gradient
     of the logits, as a GPU's clocks depend on the numbers it multiplies.
     """
-    x, w = problem.hidden.detach(), problem.weight.detach()
-    logits = torch.mm(x, w.T)
-    dz = logits.float().softmax(1).neg_()
-    dz.scatter_add_(1, problem.target[:, None], torch.ones_like(dz[:, :1]))
-    dz = dz.mul_(problem.grad[:, None]).to(x.dtype)
-    dx, dw = torch.empty_like(x), torch.empty_like(w)
 
-    def forward() -> None:
-        torch.mm(x, w.T, out=logits)
+    def __init__(self, problem: Problem) -> None:
+        self._x, self._w = problem.hidden.detach(), problem.weight.detach()
+        self._frozen = not problem.weight.requires_grad
+        self._logits = torch.mm(self._x, self._w.T)
+        dz = self._logits.float().softmax(1).neg_()
+        dz.scatter_add_(1, problem.target[:, None], torch.ones_like(dz[:, :1]))
+        self._dz = dz.mul_(problem.grad[:, None]).to(self._x.dtype)
+        self._dx, self._dw = torch.empty_like(self._x), torch.empty_like(self._w)
 
-    def backward() -> None:
-        torch.mm(dz, w, out=dx)
-        if problem.weight.requires_grad:
-            torch.mm(dz.T, x, out=dw)
+    def forward(self) -> None:
+        torch.mm(self._x, self._w.T, out=self._logits)
 
-    return _candidate(BARE_GEMMS, phases, (forward, forward, backward))
+    forward_grad = forward
+
+    def backward(self) -> None:
+        torch.mm(self._dz, self._w, out=self._dx)
+        if not self._frozen:
+            torch.mm(self._dz.T, self._x, out=self._dw)
 
 
 def summaries(
@@ -236,99 +215,76 @@ def time_all(
     phases: Sequence[str] = PHASES,
 ) -> dict[str, dict[str, Summary]]:
     """Time all in turns; return summaries by provider and phase, the bare GEMMs' first."""
-    candidates = [bare_gemms(problem, phases)]
-    candidates += [TrainStep(found[name], problem).candidate(name, phases) for name in found]
+    candidates = {BARE_GEMMS: laps_of(BareGemms(problem), phases)}
+    for name, logprob in found.items():
+        candidates[name] = laps_of(train_step(logprob, problem), phases)
     clock = timing.clock_for(problem.hidden.device)
     samples = timing.interleave(candidates, clock, reps=limits.reps, budget_s=limits.seconds)
     return {name: summaries(laps, phases) for name, laps in samples.items()}
 
 
 def peak_memory(
-    logprob: LogprobFn, problem: Problem, phases: Sequence[str] = MEMORY_PHASES
-) -> dict[str, int]:
-    """Measure peak bytes of those of forward and full in `phases`, beyond inputs and results.
-
-    Results that did not exist yet at the peak are subtracted all the same (never below 0): they
-    have to fit in memory in any case.
-    """
-    step = TrainStep(logprob, problem)
-
-    def full() -> object:
-        step.forward_grad()
-        return step.backward()
-
-    logp_bytes = 4 * len(problem.hidden)
-    results = {
-        "forward": logp_bytes,
-        "full": logp_bytes + sum(tensor.nbytes for tensor in problem.differentiable),
-    }
-    calls = {"forward": step.forward, "full": full}
-    device = problem.hidden.device
-    return {
-        phase: max(0, memory.peak_extra_bytes(calls[phase], device) - results[phase])
-        for phase in MEMORY_PHASES
-        if phase in phases
-    }
-
-
-def peak_memory_at(
     shape: Shape,
     *,
     logprob: LogprobFn | str,
     make: Callable[[Shape], Problem],
     phases: Sequence[str],
 ) -> dict[str, int]:
-    """Measure `peak_memory` of a provider, which may be given by name, at `shape`."""
+    """Measure peak bytes of those of forward and full in `phases`, beyond inputs and results.
+
+    Results that did not exist yet at the peak are subtracted all the same (never below 0): they
+    have to fit in memory in any case.
+
+    Args:
+        shape: the shape of the problem.
+        logprob: a provider, or its name, which another process is given: not all functions pickle.
+        make: makes the problem of a shape.
+        phases: some of `MEMORY_PHASES`.
+    """
     problem = make(shape)
-    if isinstance(logprob, str):
-        logprob = PROVIDERS[logprob].find(problem.hidden.device)
-    return peak_memory(logprob, problem, phases)
+    device = problem.hidden.device
+    step = train_step(PROVIDERS[logprob](device) if isinstance(logprob, str) else logprob, problem)
 
+    def full() -> object:
+        step.forward_grad()
+        return step.backward()
 
-def measure_memory(
-    name: str,
-    logprob: LogprobFn,
-    make: Callable[[Shape], Problem],
-    *,
-    shape: Shape,
-    device: torch.device,
-    phases: Sequence[str] = MEMORY_PHASES,
-) -> dict[str, int | None]:
-    """Measure `peak_memory` as is honest on `device`; a failure is printed, and gives `None`."""
-    peaks = memory.measured(
-        partial(
-            peak_memory_at,
-            # Another process is given the name: not every function pickles.
-            logprob=logprob if device.type == "cuda" else name,
-            make=make,
-            phases=tuple(phases),
-        ),
-        shape,
-        device,
-        tiny=TINY,
-        name=name,
-        failures=CANNOT_RUN,
-    )
-    return dict(peaks or dict.fromkeys(phase for phase in MEMORY_PHASES if phase in phases))
+    calls = {"forward": step.forward, "full": full}
+    results = dict.fromkeys(MEMORY_PHASES, 4 * len(problem.hidden))  # fp32 log-probs
+    results["full"] += sum(tensor.nbytes for tensor in problem.differentiable)
+    return {
+        phase: max(0, memory.peak_extra_bytes(calls[phase], device) - results[phase])
+        for phase in phases
+    }
 
 
 def measure_errors(
     problem: Problem, found: Mapping[str, LogprobFn], limits: Limits
-) -> tuple[dict[str, dict[str, float | None]], int, dict[str, str]]:
-    """Measure errors over the first rows; return them, how many rows, and why others have none."""
+) -> tuple[dict[str, dict[str, object]], dict[str, str]]:
+    """Measure errors over the first rows.
+
+    Returns:
+        Fields of `Row` by provider, and why others have none. On a GPU, where sums may have no
+        order, `more` says whether a second run gave the same bits: 1 or 0.
+    """
     (N, H), V = problem.hidden.shape, len(problem.weight)
     share = limits.truth_flop / Shape("", n=N, h=H, v=V).step_flop
     error_rows = N if share >= 1 else max(1, int(N * share))
     sample = problem.rows(error_rows)
     truth = solve_fp64(sample)
-    error: dict[str, dict[str, float | None]] = {}
+    about: dict[str, dict[str, object]] = {}
     reasons: dict[str, str] = {}
     for name, logprob in found.items():
         try:
-            error[name] = errors(solve(logprob, sample), truth)
+            solution = solve(logprob, sample)
+            about[name] = {"error": errors(solution, truth), "error_rows": error_rows}
+            if problem.hidden.is_cuda:
+                again = solve(logprob, sample)
+                about[name]["more"] = {"same bits": float(solution.equals(again))}
         except CANNOT_RUN as failure:
+            about.pop(name, None)
             reasons[name] = reason(failure)
-    return error, error_rows, reasons
+    return about, reasons
 
 
 def bench(
@@ -349,22 +305,23 @@ def bench(
     """
     make = partial(make_problem, dtype=DTYPES[dtype], device=device, frozen=frozen)
     problem = make(shape)
-    print("  errors", end="", file=sys.stderr, flush=True)
-    error, error_rows, reasons = measure_errors(problem, found, limits)
-    about = {name: {"error": error[name], "error_rows": error_rows} for name in error}
+    about, reasons = measure_errors(problem, found, limits)
     if not phases:
-        print(file=sys.stderr)
         return [Row(shape, dtype, name, **about[name]) for name in about], reasons
-
-    print(", times", end="", file=sys.stderr, flush=True)
-    times = time_all(problem, {name: found[name] for name in error}, limits, phases=phases)
+    times = time_all(problem, {name: found[name] for name in about}, limits, phases=phases)
     del problem
 
-    print(", memory", file=sys.stderr)
     measured = [phase for phase in MEMORY_PHASES if phase in phases]
-    for name in error:
-        about[name]["memory"] = measure_memory(
-            name, found[name], make, shape=shape, device=device, phases=measured
+    for name in about:
+        logprob = found[name] if device.type == "cuda" else name
+        peaks = memory.measured(
+            partial(peak_memory, logprob=logprob, make=make, phases=measured),
+            shape,
+            device,
+            tiny=TINY,
+            name=name,
+            failures=CANNOT_RUN,
         )
+        about[name]["memory"] = peaks or dict.fromkeys(measured)
     about[BARE_GEMMS] = {"memory": dict.fromkeys(measured), "error": NO_ERROR}
     return compared(shape, dtype, times, about=about), reasons

@@ -41,30 +41,30 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
 from benchmarks import head_study, head_study_report
-from benchmarks.common import figures, report, timing
-from benchmarks.common.problem import CPU_SHAPES, GPU_SHAPES, SHAPES, Shape
-from benchmarks.common.providers import PROVIDERS, discover
-from benchmarks.common.report import choose
-from benchmarks.linear_logprob import (
-    BARE_GEMMS,
-    DTYPES,
-    PEER_PACKAGES,
-    TRUTH_FLOP,
-    Limits,
-    Row,
-    bench,
-    table,
-)
+from benchmarks.common import report, timing
+from benchmarks.common.problem import CPU_SHAPES, DTYPES, GPU_SHAPES, SHAPES, Shape
+from benchmarks.common.providers import PROVIDERS, SLOW_START, discover
+from benchmarks.common.report import some_of
+from benchmarks.linear_logprob import BARE_GEMMS, PEER_PACKAGES, TRUTH_FLOP, Limits, Row, bench
+from benchmarks.linear_logprob import table as table_of
+from latro_kernels import environment
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; `shapes` become those to measure, None for a study's own."""
     parser = report.arguments(__doc__, reps=10, quick="one small shape, nothing compiled")
-    parser.add_argument("--shapes", help=f"names, comma-separated: {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--shapes", type=some_of(SHAPES), help=f"names, comma-separated: {', '.join(SHAPES)}"
+    )
     parser.add_argument("--n", type=int, help="rows of one shape of your own")
     parser.add_argument("--hidden", type=int, help="its hidden size")
     parser.add_argument("--vocab", type=int, help="its vocabulary")
-    parser.add_argument("--dtype", default="fp32,bf16", help=f"of {', '.join(DTYPES)}")
-    parser.add_argument("--providers", help=f"of {', '.join(PROVIDERS)}; all by default")
+    parser.add_argument(
+        "--dtype", type=some_of(DTYPES), default="fp32,bf16", help=f"of {', '.join(DTYPES)}"
+    )
+    parser.add_argument(
+        "--providers", type=some_of(PROVIDERS), help=f"of {', '.join(PROVIDERS)}; all by default"
+    )
     parser.add_argument(
         "--seconds",
         type=float,
@@ -74,6 +74,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", choices=["head"], help="the study of the head instead")
     parser.add_argument(
         "--sections",
+        type=some_of(head_study.SECTIONS),
         default=",".join(head_study.SECTIONS),
         help=f"of the study: {', '.join(head_study.SECTIONS)}; all by default",
     )
@@ -86,61 +87,37 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
 
-    try:
-        args.shapes = choose_shapes(args)
-        args.dtype = choose(args.dtype, DTYPES, "--dtype")
-        args.sections = choose(args.sections, head_study.SECTIONS, "--sections")
-        args.providers = (
-            choose(args.providers, PROVIDERS, "--providers")
-            if args.providers
-            else [p.name for p in PROVIDERS.values() if not (args.quick and p.slow_start)]
-        )
-    except ValueError as error:
-        parser.error(str(error))
+    own = (args.n, args.hidden, args.vocab)
+    if any(own):
+        if args.shapes or not all(size and size > 0 for size in own):
+            parser.error(
+                f"--n, --hidden, --vocab: expected three positive sizes and no --shapes, got {own}"
+            )
+        args.shapes = [Shape("custom", n=args.n, h=args.hidden, v=args.vocab)]
+    elif args.shapes or args.quick:
+        args.shapes = [SHAPES[name] for name in args.shapes or ["quick"]]
+    elif not args.study:
+        on_gpu = torch.device(args.device).type == "cuda"
+        args.shapes = list(GPU_SHAPES if on_gpu else CPU_SHAPES)
+    if args.providers is None:
+        args.providers = [name for name in PROVIDERS if not (args.quick and name in SLOW_START)]
     if args.quick:
         args.reps, args.seconds = min(args.reps, timing.MIN_REPS), min(args.seconds, 1.0)
     return args
 
 
-def choose_shapes(args: argparse.Namespace) -> list[Shape] | None:
-    """Return named shapes, one of the user's own, or the default set of the device.
-
-    A study has its own defaults, for which None stands.
-    """
-    own = (args.n, args.hidden, args.vocab)
-    if any(own):
-        if args.shapes or not all(size and size > 0 for size in own):
-            raise ValueError(
-                f"--n, --hidden, --vocab: expected three positive sizes and no --shapes, got {own}"
-            )
-        return [Shape("custom", n=args.n, h=args.hidden, v=args.vocab)]
-    if args.shapes:
-        return [SHAPES[name] for name in choose(args.shapes, SHAPES, "--shapes")]
-    if args.quick:
-        return [SHAPES["quick"]]
-    if args.study:
-        return None
-    return list(GPU_SHAPES if torch.device(args.device).type == "cuda" else CPU_SHAPES)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the providers, or with --study the head; print tables and write files."""
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = report.device_of(args)
     limits = Limits(reps=args.reps, seconds=args.seconds, truth_flop=TRUTH_FLOP[device.type])
-    if args.study:
-        study(args, device, limits)
-    else:
+    if not args.study:
         benchmark(args, device, limits)
-
-
-def study(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
-    """Run `--study head`: print its tables, and write its files and charts."""
+        return
     plan = head_study.Plan(
-        sections=tuple(args.sections),
+        sections=args.sections,
         shapes=args.shapes,
-        dtypes=tuple(args.dtype),
+        dtypes=args.dtype,
         limits=limits,
         device=device,
         data=args.data,
@@ -152,8 +129,8 @@ def study(args: argparse.Namespace, device: torch.device, limits: Limits) -> Non
 
 def benchmark(args: argparse.Namespace, device: torch.device, limits: Limits) -> None:
     """Measure every provider on every shape, in every dtype; print the tables last."""
-    where = report.environment(device, PEER_PACKAGES)
-    rows: list[Row] = []
+    where = environment(device, PEER_PACKAGES)
+    groups: list[list[Row]] = []
     cannot_run: dict[tuple[str, str], list[str]] = {}  # (provider, reason) -> where
     for dtype in args.dtype:
         found, reasons = discover(args.providers, device, DTYPES[dtype])
@@ -161,20 +138,20 @@ def benchmark(args: argparse.Namespace, device: torch.device, limits: Limits) ->
             cannot_run.setdefault(absence, []).append(dtype)
         for shape in args.shapes:
             print(f"{shape.name} {dtype}: {', '.join(found)}", file=sys.stderr)
-            more, reasons = bench(shape, dtype, found, device=device, limits=limits)
-            rows += more
+            rows, reasons = bench(shape, dtype, found, device=device, limits=limits)
+            groups.append(rows)
             for absence in reasons.items():
                 cannot_run.setdefault(absence, []).append(f"{shape.name} {dtype}")
             absent = absences(cannot_run)
             # After each shape: a run that is cut off keeps what it has measured.
-            write(args.out, rows=rows, absent=absent, where=where)
+            write(args.out, groups=groups, absent=absent, where=where)
     console = report.console()
     for line in absent:
         console.print(f"cannot run: {line}")
     console.print(", ".join(f"{key} {value}" for key, value in where.items()))
     console.print(f"written: {args.out}/logprob.csv, logprob.json, logprob.png")
-    for group in grouped(rows):
-        console.print(table(group))
+    for rows in groups:
+        console.print(table_of(rows))
 
 
 def absences(cannot_run: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
@@ -190,40 +167,38 @@ def absences(cannot_run: Mapping[tuple[str, str], Sequence[str]]) -> list[str]:
 
 
 def write(
-    out: Path, *, rows: Sequence[Row], absent: Sequence[str], where: Mapping[str, object]
+    out: Path,
+    *,
+    groups: Sequence[Sequence[Row]],
+    absent: Sequence[str],
+    where: Mapping[str, object],
 ) -> None:
-    """Write the three files of the results so far."""
+    """Write the three files of the results so far: a group of rows for each shape and dtype."""
+    rows = [row for group in groups for row in group]
     report.write_csv(out / "logprob.csv", [row.flat() for row in rows])
     report.write_json(
         out / "logprob.json",
         {"environment": where, "cannot_run": absent, "rows": [asdict(row) for row in rows]},
     )
-    figures.write(out / "logprob.png", plot(rows, where))
+    report.write_png(out / "logprob.png", plot(groups, where))
 
 
-def grouped(rows: Sequence[Row]) -> list[list[Row]]:
-    """Group `rows` by shape and dtype, in order of first appearance."""
-    groups: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.shape.name, row.dtype), []).append(row)
-    return list(groups.values())
-
-
-def plot(rows: Sequence[Row], where: Mapping[str, object]) -> Figure:
+def plot(groups: Sequence[Sequence[Row]], where: Mapping[str, object]) -> Figure:
     """Draw times of full and forward over the bare GEMMs, and peak extra memory of full."""
-    groups = grouped(rows)
     figure = Figure(figsize=(13, 0.5 + sum(1.1 + 0.42 * len(group) for group in groups)))
     ratios = [len(group) + 1.5 for group in groups]
     axes = figure.subplots(
         len(groups), 2, squeeze=False, gridspec_kw={"height_ratios": ratios, "wspace": 0.3}
     )
     for (time_axis, memory_axis), group in zip(axes, groups, strict=True):
+        names = [row.provider for row in group]
         for below, phase in ((-0.2, "forward"), (0.2, "full")):
             values = [row.multiples[phase] for row in group]
-            figures.bars(
+            report.bars(
                 time_axis,
                 values,
                 [f" {value:.2f}" for value in values],
+                names=names,
                 below=below,
                 times=[row.times[phase] for row in group],
                 height=0.38,
@@ -235,16 +210,16 @@ def plot(rows: Sequence[Row], where: Mapping[str, object]) -> Figure:
         time_axis.legend(fontsize=7)
 
         peaks = [row.memory["full"] for row in group]
-        figures.bars(
+        report.bars(
             memory_axis,
             [(peak or 0) / 2**20 for peak in peaks],
             [f" {report.mib(peak)}" for peak in peaks],
+            names=names,
             height=0.6,
             color="tab:green",
         )
         memory_axis.set_title("full: peak MiB beyond inputs and results")
         for axis in (time_axis, memory_axis):
-            axis.set_yticks(range(len(group)), [row.provider for row in group])
             axis.margins(x=0.15)
     figure.suptitle(report.where(where))
     return figure

@@ -39,11 +39,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from benchmarks.common import figures, report
+from benchmarks.common import report
+from benchmarks.common.report import some_of
 from benchmarks.updates import measure
 from benchmarks.updates.contenders import MAKERS, Ours, Published, PublishedRecipe, Trl, absent
 from benchmarks.updates.measure import Held, Row
 from benchmarks.updates.problem import CPU, GPU, QUICK, Setting, StepProblem
+from latro_kernels import environment
 
 SECTIONS = ("update", "step", "scaling", "largest")
 PACKAGES = ("transformers", "accelerate", "trl")
@@ -75,22 +77,20 @@ def axes(setting: Setting) -> dict[str, list[Setting]]:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; `setting` are the sizes of the update."""
     parser = report.arguments(__doc__, reps=3, quick="tiny sizes, which say nothing")
-    parser.add_argument("--sections", help=f"comma-separated, of {', '.join(SECTIONS)}")
-    parser.add_argument("--contenders", help="ours is always there")
+    parser.add_argument(
+        "--sections", type=some_of(SECTIONS), help=f"comma-separated, of {', '.join(SECTIONS)}"
+    )
+    parser.add_argument("--contenders", type=some_of(MAKERS), help="ours is always there")
     parser.add_argument("--prompts", type=int, help="G, prompts of an update")
     args = parser.parse_args(argv)
     on_gpu = torch.device(args.device).type == "cuda"
+    args.sections = args.sections or list(SECTIONS[: 4 if on_gpu else 3])
     # One batch of the published algorithm at the GPU's sizes may not fit.
-    contenders = [name for name in MAKERS if not (on_gpu and name == Published.name)]
-    sections = SECTIONS[: 4 if on_gpu else 3]
-    try:
-        args.sections = report.choose(args.sections or ",".join(sections), SECTIONS, "--sections")
-        args.contenders = report.choose(
-            args.contenders or ",".join(contenders), MAKERS, "--contenders"
-        )
-    except ValueError as error:
-        parser.error(str(error))
+    args.contenders = args.contenders or [
+        name for name in MAKERS if not (on_gpu and name == Published.name)
+    ]
     if Ours.name not in args.contenders:
         args.contenders.insert(0, Ours.name)
     args.setting = QUICK if args.quick else GPU if on_gpu else CPU
@@ -167,7 +167,7 @@ class Result:
             charts["step_scaling.png"] = plot_scaling(self.scaling)
         for name, figure in charts.items():
             figure.suptitle(report.where(self.environment), y=1.1, fontsize=9)
-            figures.write(out / name, figure)
+            report.write_png(out / name, figure)
 
     def show(self) -> None:
         """Print the tables."""
@@ -259,13 +259,12 @@ def plot_rows(rows: Sequence[Row]) -> Figure:
         times = [row.times[phase] for row in timed]
         seconds = [time.median for time in times]
         labels = [f"  {row.times[phase].median:.1f}, × {row.ratio[phase]:.1f}" for row in timed]
-        figures.bars(axis, seconds, labels, times=times)
-        axis.set_yticks(range(len(timed)), [row.contender for row in timed])
+        report.bars(axis, seconds, labels, names=[row.contender for row in timed], times=times)
         axis.set_title(f"{phase}, seconds")
     peaks = [(row.peak or 0) / 2**20 for row in rows]
     labels = [f" {report.mib(row.peak, 0)}" for row in rows]
-    figures.bars(panels[-1], peaks, labels, color="tab:green")
-    panels[-1].set_yticks(range(len(rows)), [row.contender for row in rows])
+    names = [row.contender for row in rows]
+    report.bars(panels[-1], peaks, labels, names=names, color="tab:green")
     panels[-1].set_title("update, peak MiB beyond the weights")
     for axis in panels:
         axis.margins(x=0.45)
@@ -298,13 +297,11 @@ def plot_scaling(scaling: Mapping[str, Sequence[Row]]) -> Figure:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, and write the three files."""
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = report.device_of(args)
     reasons = {name: absent(name) for name in args.contenders}
     names = [name for name, why in reasons.items() if why is None]
     result = Result(
-        environment=report.environment(device, PACKAGES),
+        environment=environment(device, PACKAGES),
         cannot_run=[f"{name}: {why}" for name, why in reasons.items() if why is not None],
     )
 

@@ -1,14 +1,16 @@
 """Time and error of an op beside plain PyTorch, as its own benchmark describes it.
 
 All ways to compute the same take turns, repetition by repetition (see `timing`), and so does a
-large copy. GB/s is what an op has to read and write, over its time; beside it stands the rate of
-the copy. The error is that of what the first lap gives, against fp64: the largest elementwise error
-over the largest true element.
+large copy. GB/s is the size of what an op has to read and write, over its time; beside it stands
+the rate of the copy. The error is that of the first lap's result against fp64: the largest
+elementwise error over the largest true element. On a GPU each backend is a way of its own, and its
+caches hold nothing of a lap's inputs.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +21,13 @@ from tqdm import tqdm
 
 from benchmarks.common import report, timing
 from benchmarks.common.problem import relative_error
-from latro_kernels import GroupAdvantage
+from benchmarks.common.providers import CANNOT_RUN, reason
+from benchmarks.common.timing import Laps, TrainStep
+from latro_kernels import GroupAdvantage, environment
 
-_COPY_BYTES = 256 << 20
+_COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+BACKENDS = {"cpu": {"latro": "auto"}, "cuda": {"latro-triton": "triton", "latro-cuda": "cuda"}}
+"""Backends that are measured on a device, by the names of their ways."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,6 @@ SIZES = {
 }
 QUICK = Sizes(N=16, H=32, V=500, rows=1000, sequences=8)
 
-Laps = Mapping[str, Callable[[], object]]
-
 
 @dataclass(frozen=True)
 class Op:
@@ -61,29 +65,33 @@ Make = Callable[[Sizes, torch.device], Iterable[Op]]
 def differentiated(function: Callable[[Tensor], Tensor], leaf: Tensor, grad: Tensor) -> Laps:
     """Return laps forward and back of `function` at a copy of `leaf`."""
     at = leaf.clone().requires_grad_()
-    waiting: list[Tensor] = []
+    step = TrainStep(lambda: function(at), [at], grad)
+    return {"forward": step.forward_grad, "backward": step.backward}
 
-    def forward() -> Tensor:
-        waiting[:] = [function(at)]
-        return waiting[0]
 
-    def backward() -> Tensor:
-        return torch.autograd.grad(waiting.pop(), at, grad)[0]
-
-    return {"forward": forward, "backward": backward}
+def copying(size: int, device: torch.device) -> Laps:
+    """Return a copy of `size` bytes of random numbers: 2·size bytes are read and written."""
+    source = torch.randn(size // 4, device=device)
+    target = torch.empty_like(source)
+    return {"copy": lambda: target.copy_(source)}
 
 
 def measure(op: Op, device: torch.device, *, reps: int, copy_bytes: int) -> list[dict[str, object]]:
     """Return a row for each way and lap: seconds, bytes per second, and the error."""
-    # Before a backward writes over the logits.
-    error = {
-        way: relative_error(value(laps["forward"]()), op.truth) for way, laps in op.ways.items()
-    }
-    source = torch.randn(copy_bytes // 4, device=device)
-    target = torch.empty_like(source)
-    candidates = [timing.Candidate(name, laps) for name, laps in op.ways.items()]
-    candidates.append(timing.Candidate("copy", {"copy": lambda: target.copy_(source)}))
-    samples = timing.interleave(candidates, timing.clock_for(device), reps=reps)
+    candidates = {"copy": copying(copy_bytes, device)}
+    error = {}
+    for way, laps in op.ways.items():
+        try:
+            # The first lap is the forward, whose result a backward in place has not written over.
+            error[way] = relative_error(value(laps["forward"]()), op.truth)
+            for lap in [*laps.values()][1:]:
+                lap()
+        except CANNOT_RUN as failure:
+            print(f"{op.name} {op.dtype}: cannot run: {way}: {reason(failure)}", file=sys.stderr)
+        else:
+            candidates[way] = laps
+    clock = timing.clock_for(device, cold=True)
+    samples = timing.interleave(candidates, clock, reps=reps)
     copy = timing.summarize(samples.pop("copy")["copy"])
     rows: list[dict[str, object]] = []
     for way, laps in samples.items():
@@ -106,7 +114,9 @@ def measure(op: Op, device: torch.device, *, reps: int, copy_bytes: int) -> list
 
 def value(result: object) -> Tensor:
     """Return the tensor that a lap gives."""
-    return result.coefficient if isinstance(result, GroupAdvantage) else result
+    if isinstance(result, GroupAdvantage):
+        return result.coefficient
+    return result[0] if isinstance(result, tuple) else result
 
 
 def cells(row: Mapping[str, object]) -> list[str]:
@@ -128,18 +138,16 @@ def run(
     """Measure one op, print its table, and put its rows into ops.json."""
     parser = report.arguments(description, reps=7, quick="small shapes, which say nothing")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    device = report.device_of(args)
     torch.manual_seed(0)
     sizes = QUICK if args.quick else SIZES[device.type]
-    copy_bytes = 1 << 16 if args.quick else _COPY_BYTES
+    copy_bytes = 1 << 16 if args.quick else _COPY_BYTES[device.type]
     rows: list[dict[str, object]] = []
     for op in tqdm(make(sizes, device), desc=name):
         rows += measure(op, device, reps=args.reps, copy_bytes=copy_bytes)
     headings = ("op", "dtype", "", "lap", "ms (range)", "GB/s", "copy GB/s", "error")
     report.console(width=120).print(report.table(name, headings, map(cells, rows), names=4))
-    result = {"sizes": asdict(sizes), "environment": report.environment(device, ())}
+    result = {"sizes": asdict(sizes), "environment": environment(device)}
     path: Path = args.out / "ops.json"
     kept = [row for row in held(path, result) if row["op"] != name]
     report.write_json(path, {**result, "rows": [*kept, *rows]})

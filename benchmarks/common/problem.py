@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latro_kernels import GroupLayout
-
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEAKED_EVERY = 8  # every eighth row is planted to be certain of one token
 _PEAK_LOG_ODDS = 10.0  # 1 - p about 1e-4: where bf16 cannot tell p from 1, and fp32 can
 _LOGIT_STD = 3.0
@@ -126,6 +125,11 @@ class Solution(NamedTuple):
     dx: Tensor
     dw: Tensor | None
 
+    def equals(self, other: Solution) -> bool:
+        """Return whether all of it has the same bits as `other`."""
+        pairs = zip(self, other, strict=True)
+        return all(torch.equal(one, two) for one, two in pairs if one is not None)
+
 
 @torch.no_grad()
 def solve_fp64(problem: Problem) -> Solution:
@@ -179,11 +183,3 @@ def errors(got: Solution, truth: Solution) -> dict[str, float | None]:
         "dw": None if got.dw is None or truth.dw is None else relative_error(got.dw, truth.dw),
         "dx_peaked": relative_error(got.dx[peaked], truth.dx[peaked]),
     }
-
-
-def ragged_layout(N: int, S: int, K: int, device: torch.device) -> GroupLayout:
-    """Cut N rows anywhere into S sequences, K a group: segments differ widely in length."""
-    generator = torch.Generator().manual_seed(0)
-    inner = 1 + torch.randperm(N - 1, generator=generator)[: 2 * S - 1].sort().values
-    offsets = torch.cat([torch.tensor([0]), inner, torch.tensor([N])])
-    return GroupLayout(offsets.to(device), K)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.common.problem import Problem, Shape, Solution, make_problem
+from latro_kernels import linear_logprob
 
 LogprobFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [N, H], weight [V, H], target [N]) -> log-probs [N], differentiable in the first two."""
@@ -34,9 +34,9 @@ CANNOT_RUN = (
 )
 """What a provider raises where it cannot run: peers check their input by assert, too."""
 
-BUDGETS = {"keep": 1 << 50, "64mib": 64 << 20, "recompute": 0}
+BUDGETS = {"keep": 1 << 50, "3gib": 3 << 30, "64mib": 64 << 20, "recompute": 0}
 """memory_budget, in bytes, of `latro-BACKEND-NAME`: all logits are kept from forward to backward,
-those that fit into 64 MiB, or none."""
+those that fit into 3 GiB or 64 MiB, or none."""
 
 # Width of TRL's vocabulary tiles: what its trainers pass.
 _TRL_CHUNK_SIZE = 32768
@@ -46,40 +46,32 @@ class UnavailableError(RuntimeError):
     """A provider cannot be had here; the message is the reason."""
 
 
-def _require(module: str, install: str) -> None:
+def _require(module: str, install: str = "pip install -e '.[bench]'") -> None:
     if importlib.util.find_spec(module) is None:
         raise UnavailableError(f"not installed ({install})")
 
 
-def _require_gpu(device: torch.device, what: str) -> None:
+def _require_gpu(device: torch.device, what: str = "its Triton kernel") -> None:
     if device.type != "cuda":
         raise UnavailableError(f"{what} needs a CUDA GPU")
 
 
-_INSTALL_PEERS = "pip install -e '.[bench]'"
-
-
 def _unfused(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Return the log-probs by an fp32 log_softmax of whole logits."""
     logits = (hidden @ weight.T).float()
     return logits.log_softmax(-1).gather(1, target[:, None]).squeeze(1)
 
 
-def _find_unfused(device: torch.device) -> LogprobFn:
-    return _unfused
-
-
-def _find_ours(backend: str, options: Mapping[str, object], device: torch.device) -> LogprobFn:
+def _ours(device: torch.device, *, backend: str, **options: object) -> LogprobFn:
     if backend in ("triton", "cuda"):
         _require_gpu(device, f"backend {backend!r}")
     if backend == "cpu" and device.type != "cpu":
         raise UnavailableError("backend 'cpu' takes CPU tensors")
-    _require("latro_kernels", "pip install -e .")
-    from latro_kernels import linear_logprob
-
     return partial(linear_logprob, backend=backend, **options)
 
 
-def _find_torch_chunked(device: torch.device) -> LogprobFn:
+def _torch_chunked(device: torch.device) -> LogprobFn:
+    """Find `F.linear_cross_entropy` with automatic chunks."""
     if not hasattr(F, "linear_cross_entropy"):
         raise UnavailableError(f"torch {torch.__version__} lacks it (torch >= 2.13 has it)")
     options = torch.nn.LinearCrossEntropyOptions()
@@ -95,8 +87,9 @@ def _find_torch_chunked(device: torch.device) -> LogprobFn:
     return torch_chunked
 
 
-def _find_trl(device: torch.device) -> LogprobFn:
-    _require("trl", _INSTALL_PEERS)
+def _trl(device: torch.device) -> LogprobFn:
+    """Find TRL's chunked log-prob: Triton on a GPU, else tiles in torch."""
+    _require("trl")
     from trl.kernels import ChunkedLogProbFunction
 
     def trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -117,25 +110,28 @@ def _find_trl(device: torch.device) -> LogprobFn:
     return trl
 
 
-def _find_liger(device: torch.device) -> LogprobFn:
-    _require("liger_kernel", _INSTALL_PEERS)
+def _liger(device: torch.device) -> LogprobFn:
+    """Find Liger's scaled cross-entropy: a kernel for sm_90, else chunks in torch."""
+    _require("liger_kernel")
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
 
     return _negated(LigerFusedLinearScaledCrossEntropyFunction.apply)
 
 
-def _find_liger_flce(device: torch.device) -> LogprobFn:
-    _require("liger_kernel", _INSTALL_PEERS)
-    _require_gpu(device, "its Triton kernel")
+def _liger_flce(device: torch.device) -> LogprobFn:
+    """Find Liger's fused linear cross-entropy."""
+    _require("liger_kernel")
+    _require_gpu(device)
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return _negated(liger_fused_linear_cross_entropy, reduction="none")
 
 
-def _find_cce(impl: str, device: torch.device) -> LogprobFn:
-    _require("cut_cross_entropy", _INSTALL_PEERS)
+def _cce(device: torch.device, *, impl: str) -> LogprobFn:
+    """Find cut-cross-entropy: its kernel with the gradient filter as shipped, or compiled torch."""
+    _require("cut_cross_entropy")
     if impl == "cce":
-        _require_gpu(device, "its Triton kernel")
+        _require_gpu(device)
     from cut_cross_entropy import linear_cross_entropy
 
     return _negated(linear_cross_entropy, reduction="none", impl=impl)
@@ -146,51 +142,30 @@ def _negated(loss: LogprobFn, **options: object) -> LogprobFn:
     return lambda hidden, weight, target: -loss(hidden, weight, target, **options)
 
 
-@dataclass(frozen=True)
-class Provider:
-    """`find(device)` returns the function, or raises (`CANNOT_RUN`) with the reason.
+Find = Callable[[torch.device], LogprobFn]
+"""Find a provider's function, or raise an error of `CANNOT_RUN` with the reason."""
 
-    A `slow_start` provider compiles for half a minute before its first result.
-    """
-
-    name: str
-    what: str
-    find: Callable[[torch.device], LogprobFn]
-    slow_start: bool = False
-
-
-def _ours() -> Iterator[Provider]:
-    """Yield every backend with its default budget, and with each of `BUDGETS` if it has one."""
-    for backend in ("reference", "cpu", "triton", "cuda"):
-        name, what = f"latro-{backend}", f"ours, backend {backend!r}"
-        yield Provider(name, what, partial(_find_ours, backend, {}))
-        if backend == "reference":
-            continue
-        for suffix, size in BUDGETS.items():
-            find = partial(_find_ours, backend, {"memory_budget": size})
-            yield Provider(f"{name}-{suffix}", f"{what}, memory_budget={size}", find)
-
-
-PROVIDERS: dict[str, Provider] = {
-    provider.name: provider
-    for provider in (
-        *_ours(),
-        Provider("unfused", "fp32 log_softmax of whole logits, gather", _find_unfused),
-        Provider("torch-chunked", "F.linear_cross_entropy, auto chunks", _find_torch_chunked),
-        Provider("trl", "TRL's chunked log-prob (Triton on GPU, else torch tiles)", _find_trl),
-        Provider(
-            "liger", "Liger's scaled cross-entropy (SM90 kernel, else torch chunks)", _find_liger
-        ),
-        Provider("liger-flce", "Liger's fused linear cross-entropy", _find_liger_flce),
-        Provider("cce", "cut-cross-entropy, gradient filter as shipped", partial(_find_cce, "cce")),
-        Provider(
-            "cce-compile",
-            "cut-cross-entropy's torch.compile of the unfused loss",
-            partial(_find_cce, "torch_compile"),
-            slow_start=True,
-        ),
-    )
+PROVIDERS: dict[str, Find] = {
+    # Every backend with its default budget, and with each of `BUDGETS` if it has one.
+    "latro-reference": partial(_ours, backend="reference"),
+    **{
+        f"latro-{backend}{suffix}": partial(_ours, backend=backend, **options)
+        for backend in ("cpu", "triton", "cuda")
+        for suffix, options in (
+            ("", {}),
+            *((f"-{name}", {"memory_budget": size}) for name, size in BUDGETS.items()),
+        )
+    },
+    "unfused": lambda device: _unfused,
+    "torch-chunked": _torch_chunked,
+    "trl": _trl,
+    "liger": _liger,
+    "liger-flce": _liger_flce,
+    "cce": partial(_cce, impl="cce"),
+    "cce-compile": partial(_cce, impl="torch_compile"),
 }
+SLOW_START = ("cce-compile",)
+"""Providers that compile for half a minute before their first result."""
 
 
 def solve(logprob: LogprobFn, problem: Problem) -> Solution:
@@ -218,7 +193,7 @@ def discover(
         if name not in PROVIDERS:
             raise ValueError(f"providers: expected some of {', '.join(PROVIDERS)}, got {name!r}")
         try:
-            logprob = PROVIDERS[name].find(device)
+            logprob = PROVIDERS[name](device)
             solve(logprob, problem)
         except CANNOT_RUN as error:
             reasons[name] = reason(error)

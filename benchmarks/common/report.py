@@ -1,4 +1,4 @@
-"""Arguments that every benchmark takes, and how each writes its tables and files."""
+"""Arguments that every benchmark takes, and how each writes its tables, charts and files."""
 
 from __future__ import annotations
 
@@ -7,29 +7,19 @@ import csv
 import io
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common.timing import Summary
-from latro_kernels import environment
 
-__all__ = [
-    "arguments",
-    "choose",
-    "console",
-    "environment",
-    "mib",
-    "span",
-    "table",
-    "where",
-    "write_bytes",
-    "write_csv",
-    "write_json",
-]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _OUT = Path(__file__).resolve().parents[1] / "out"
 _PIPE_WIDTH = 170
@@ -54,17 +44,26 @@ def arguments(description: str | None, *, reps: int, quick: str) -> argparse.Arg
     return parser
 
 
-def choose(text: str, known: Collection[str], argument: str) -> list[str]:
-    """Split a comma-separated list of names.
+def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return the type of an argument that takes a comma-separated list of `known` names."""
 
-    Raises:
-        ValueError: a name is not in `known`; the message names `argument`.
-    """
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {name!r}")
-    return names
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(
+                    f"expected some of {', '.join(known)}, got {name!r}"
+                )
+        return names
+
+    return parse
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return the device of --device, and let torch use as many threads as --threads says."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return torch.device(args.device)
 
 
 def console(width: int | None = None) -> Console:
@@ -117,12 +116,46 @@ def where(environment: Mapping[str, object]) -> str:
     )
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader, or a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+def bars(
+    axis: Axes,
+    values: Sequence[float],
+    labels: Iterable[str],
+    *,
+    names: Sequence[str] = (),
+    below: float = 0.0,
+    times: Sequence[Summary] = (),
+    **style: object,
+) -> None:
+    """Draw horizontal bars, the first on top, each with a label at its end.
+
+    Args:
+        axis: where to draw.
+        values: the length of each bar.
+        labels: the text at the end of each bar.
+        names: the text at the beginning of each bar.
+        below: how far each bar stands below its place, for bars in pairs.
+        times: the times whose medians, or multiples of medians, the values are; the range of each
+            time is drawn on the same scale.
+        style: more arguments of `Axes.barh`.
+    """
+    pairs = [*zip(values, times, strict=True)] if times else []
+    spread = [
+        [value * (1 - time.low / time.median) for value, time in pairs],
+        [value * (time.high / time.median - 1) for value, time in pairs],
+    ]
+    places = [place + below for place in range(len(values))]
+    drawn = axis.barh(places, values, xerr=spread if pairs else None, **style)
+    axis.bar_label(drawn, labels, fontsize=7)
+    if names:
+        axis.set_yticks(range(len(names)), names)
+    axis.yaxis.set_inverted(True)
+
+
+def write_png(path: Path, figure: Figure) -> None:
+    """Write `figure` as a PNG file."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120, bbox_inches="tight")
+    write_bytes(path, image.getvalue())
 
 
 def write_json(path: Path, value: object) -> None:
@@ -131,15 +164,24 @@ def write_json(path: Path, value: object) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write `rows` as CSV under the keys of the first; `None` becomes an empty cell.
+    """Write `rows` as CSV under the keys of all; `None` and what is not there leave a cell empty.
 
     Raises:
-        ValueError: `rows` is empty, or a row has a key that the first lacks.
+        ValueError: `rows` is empty.
     """
     if not rows:
         raise ValueError("rows: expected at least one, got none")
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `path` so that a reader, or a crash, never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    partial.replace(path)

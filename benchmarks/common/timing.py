@@ -12,71 +12,57 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Protocol
 
 import torch
+from torch import Tensor
 
 MIN_REPS = 3
+_FLUSH_BYTES = 2 << 30
+
+Lap = Callable[[], object]
+Laps = Mapping[str, Lap]
+"""What is timed of one candidate: named laps, run back to back in their order every repetition. A
+lap may leave work for the next one, as a forward leaves its graph for the backward."""
+
+Clock = Callable[[Lap], float]
+"""Run one lap; return the seconds until its work was done. The result is freed after that."""
 
 
-class Clock(Protocol):
-    """Takes marks; reads the seconds between them once the work they bracket is done."""
-
-    def mark(self) -> None: ...
-
-    def laps(self) -> list[float]:
-        """Return seconds between consecutive marks, and forget the marks."""
-        ...
-
-
-class HostClock:
-    """Wall clock, for work that is finished when the call returns (CPU)."""
-
-    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now = now
-        self._marks: list[float] = []
-
-    def mark(self) -> None:
-        self._marks.append(self._now())
-
-    def laps(self) -> list[float]:
-        marks, self._marks = self._marks, []
-        return [later - earlier for earlier, later in pairwise(marks)]
+def host_clock(lap: Lap, now: Callable[[], float] = time.perf_counter) -> float:
+    """Time a lap by the wall clock: for work that is finished when the call returns (CPU)."""
+    start = now()
+    result = lap()
+    seconds = now() - start
+    del result
+    return seconds
 
 
 class CudaClock:
-    """CUDA events on the current stream: marks cost no synchronisation, reading does once."""
+    """Time laps by CUDA events on the current stream.
 
-    def __init__(self) -> None:
-        self._marks: list[torch.cuda.Event] = []
-
-    def mark(self) -> None:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        self._marks.append(event)
-
-    def laps(self) -> list[float]:
-        marks, self._marks = self._marks, []
-        torch.cuda.synchronize()
-        return [earlier.elapsed_time(later) / 1e3 for earlier, later in pairwise(marks)]
-
-
-def clock_for(device: torch.device) -> Clock:
-    """Return the clock that measures finished work on `device`."""
-    return CudaClock() if device.type == "cuda" else HostClock()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One thing to time: named laps, run back to back in their order every repetition.
-
-    A lap may leave work for the next one (a forward retained for its backward). What a lap
-    returns is held until its end is marked, so freeing a result is not part of the time.
+    A `cold` clock first writes a large buffer. While the device writes, the host queues the lap, so
+    that the time is that of the device and not of the host, and the device's caches hold none of
+    the lap's inputs.
     """
 
-    name: str
-    laps: Mapping[str, Callable[[], object]]
+    def __init__(self, device: torch.device, *, cold: bool = False) -> None:
+        size = _FLUSH_BYTES if cold else 0
+        self._flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def __call__(self, lap: Lap) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        start.record()
+        result = lap()
+        end.record()
+        torch.cuda.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+
+def clock_for(device: torch.device, *, cold: bool = False) -> Clock:
+    """Return the clock that measures finished work on `device`; `cold` matters on a GPU only."""
+    return CudaClock(device, cold=cold) if device.type == "cuda" else host_clock
 
 
 @dataclass(frozen=True)
@@ -102,19 +88,8 @@ def summarize(samples: Sequence[float]) -> Summary:
     )
 
 
-def _run_once(candidate: Candidate, clock: Clock) -> list[float]:
-    seconds = []
-    for lap in candidate.laps.values():
-        clock.mark()
-        result = lap()
-        clock.mark()
-        seconds += clock.laps()
-        del result
-    return seconds
-
-
 def interleave(
-    candidates: Sequence[Candidate],
+    candidates: Mapping[str, Laps],
     clock: Clock,
     *,
     reps: int,
@@ -124,7 +99,7 @@ def interleave(
     """Time every candidate once per repetition, round-robin.
 
     Args:
-        candidates: what to time; names must differ.
+        candidates: the laps of each candidate, by name.
         clock: `clock_for(device)`.
         reps: most repetitions a candidate gets.
         warmup: rounds run first whose times are dropped.
@@ -136,28 +111,54 @@ def interleave(
         candidate is the same repetition, so laps may be added sample by sample.
 
     Raises:
-        ValueError: `reps` is not positive, or two candidates share a name.
+        ValueError: `reps` is not positive.
     """
     if reps < 1:
         raise ValueError(f"reps: expected at least 1, got {reps}")
-    names = [candidate.name for candidate in candidates]
-    if len(set(names)) != len(names):
-        raise ValueError(f"candidates: expected distinct names, got {names}")
-
     for _ in range(warmup):
-        for candidate in candidates:
-            _run_once(candidate, clock)
+        for laps in candidates.values():
+            for lap in laps.values():
+                clock(lap)
 
-    samples: dict[str, dict[str, list[float]]] = {
-        candidate.name: {lap: [] for lap in candidate.laps} for candidate in candidates
-    }
-    spent = dict.fromkeys(names, 0.0)
+    samples = {name: {lap: [] for lap in laps} for name, laps in candidates.items()}
+    spent = dict.fromkeys(candidates, 0.0)
     for rep in range(reps):
-        for candidate in candidates:
-            if rep >= MIN_REPS and spent[candidate.name] > budget_s:
+        for name, laps in candidates.items():
+            if rep >= MIN_REPS and spent[name] > budget_s:
                 continue
-            seconds = _run_once(candidate, clock)
-            spent[candidate.name] += sum(seconds)
-            for lap, lap_seconds in zip(candidate.laps, seconds, strict=True):
-                samples[candidate.name][lap].append(lap_seconds)
+            for lap_name, lap in laps.items():
+                seconds = clock(lap)
+                spent[name] += seconds
+                samples[name][lap_name].append(seconds)
     return samples
+
+
+class TrainStep:
+    """The laps of a differentiable function; the graph of `forward_grad` waits for `backward`.
+
+    Args:
+        function: returns the output that is differentiated.
+        leaves: the tensors that get gradients.
+        grad: the upstream gradient of the output.
+    """
+
+    def __init__(
+        self, function: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor
+    ) -> None:
+        self._function = function
+        self._leaves = leaves
+        self._grad = grad
+        self._output: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self) -> Tensor:
+        return self._function()
+
+    def forward_grad(self) -> Tensor:
+        self._output = self._function()
+        return self._output
+
+    def backward(self) -> tuple[Tensor, ...]:
+        output, self._output = self._output, None
+        assert output is not None, "forward_grad runs first"
+        return torch.autograd.grad(output, self._leaves, self._grad.to(output.dtype))

@@ -9,35 +9,64 @@ stands the fastest of our providers. A goal whose stage was skipped or failed ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks.common import report
 from benchmarks.common.problem import GPU_SHAPES, Shape
 from benchmarks.linear_logprob import BARE_GEMMS, ERRORS
 
 OURS = "latro-"
-THREE_GIB, FROZEN = "3 GiB", "frozen"
-"""Ends of our providers' names in the stage forms."""
+THREE_GIB = "-3gib"
+"""End of our providers' names that have a memory budget of 3 GiB."""
 
 FORWARD = 1.2
 FULL_3_GIB = 1.2
-FULL_512_MIB_S = {"llama-3.1-8b": 50e-3}
+FULL_512_MIB_MS = {"llama-3.1-8b": 50.0}
 """512 MiB is the default budget. The other shapes have the same multiple of their floors: 50 ms
 where the floor is 33."""
 FULL_512_MIB = 1.5
 FULL_FROZEN = 1.25
 GATHER_SHARE = 0.85
-GROUP_ADVANTAGE_S = 30e-6
+GROUP_ADVANTAGE_US = 30.0
+OP_LAPS = (
+    ("gather_logprob", "bf16", "forward"),
+    ("gather_logprob", "bf16", "backward"),
+    ("group_advantage", "fp32", "forward"),
+)
+
+PUBLISHED = (
+    (
+        "Liger, its README: H100, N = 8192, V = 131072",
+        "llama-3.1-8b",
+        {"forward": 12.3, "full": 50.2},
+    ),
+    (
+        "TRL, its issue 7244: V = 151936, in chunks",
+        "qwen2.5-7b",
+        {BARE_GEMMS: 42.0, "full": 167.0},
+    ),
+)
+"""Milliseconds that others have published, and the shape of ours that is nearest."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Goal:
-    """`measured` beside `goal`, the most that it may be, or the least where `at_least`; None where
-    there is no number. `by` is whose number it is."""
+    """What was measured beside what is wanted; None where there is no number.
+
+    Args:
+        where: the shape or op.
+        what: is measured.
+        unit: of both numbers.
+        measured: the number.
+        goal: the most that it may be, or the least where `at_least`.
+        by: the provider or backend whose number it is.
+        at_least: see `goal`.
+    """
 
     where: str
     what: str
@@ -61,47 +90,54 @@ def goals(results: Mapping[str, Any]) -> list[Goal]:
 
 
 def _head_goals(shape: Shape, results: Mapping[str, Any]) -> Iterator[Goal]:
-    logprob, forms = (_rows(results, stage, shape.name) for stage in ("logprob", "forms"))
-    budget = [row for row in forms if row["provider"].endswith(THREE_GIB)]
-    frozen = [row for row in forms if row["provider"].endswith(FROZEN)]
+    head, peers, full, frozen = (
+        [row for row in rows if row["shape"]["name"] == shape.name]
+        for rows in (
+            _rows(results, "head"),
+            _rows(results, "peers"),
+            _section(results, "full"),
+            _section(results, "frozen"),
+        )
+    )
     rate = results["chip"]["gemm"]["per_second"]["median"] if "chip" in results else None
-    unit_s = None if rate is None else shape.n * shape.h * shape.v / rate
+    unit_ms = None if rate is None else 1e3 * shape.n * shape.h * shape.v / rate
 
-    def timed(what: str, rows: Sequence[Row], phase: str, products: int, multiple: float) -> Goal:
-        by, seconds = _fastest(rows, phase, ours=True)
-        goal = None if unit_s is None else 1e3 * multiple * products * unit_s
-        return Goal(shape.name, f"{what}: {multiple} × floor", "ms", _ms(seconds), goal, by)
+    def floors(multiple: float) -> float | None:
+        return None if unit_ms is None else multiple * unit_ms
 
-    yield timed("forward", logprob, "forward", 2, FORWARD)
-    yield timed("full, 3 GiB", budget, "full", 6, FULL_3_GIB)
-    default = timed("full, 512 MiB", logprob, "full", 6, FULL_512_MIB)
-    if shape.name in FULL_512_MIB_S:
-        default = replace(default, what="full, 512 MiB", goal=_ms(FULL_512_MIB_S[shape.name]))
-    yield default
-    yield timed("full, frozen head", frozen, "full", 4, FULL_FROZEN)
+    budget = [row for row in full if row["provider"].endswith(THREE_GIB)]
+    default = FULL_512_MIB_MS.get(shape.name)
+    for what, rows, phase, goal in (
+        (f"forward: {FORWARD} × floor", head, "forward", floors(2 * FORWARD)),
+        (f"full, 3 GiB: {FULL_3_GIB} × floor", budget, "full", floors(6 * FULL_3_GIB)),
+        (
+            "full, 512 MiB" if default else f"full, 512 MiB: {FULL_512_MIB} × floor",
+            head,
+            "full",
+            default or floors(6 * FULL_512_MIB),
+        ),
+        (f"full, frozen head: {FULL_FROZEN} × floor", frozen, "full", floors(4 * FULL_FROZEN)),
+    ):
+        by, measured = _fastest(rows, phase, ours=True)
+        yield Goal(shape.name, what, "ms", measured=measured, goal=goal, by=by)
     for phase in ("forward", "full"):
-        by, seconds = _fastest(logprob, phase, ours=True)
-        peer, its_seconds = _fastest(logprob, phase, ours=False)
-        ratio = seconds / its_seconds if seconds and its_seconds else None
-        who = f"{by} / {peer}" if ratio else ""
-        yield Goal(shape.name, f"{phase} / fastest peer", "×", ratio, 1.0, who)
+        (by, mine), (peer, theirs) = (_fastest(peers, phase, ours=ours) for ours in (True, False))
+        ratio, who = (mine / theirs, f"{by} / {peer}") if mine and theirs else (None, "")
+        yield Goal(shape.name, f"{phase} / fastest peer", "×", measured=ratio, goal=1.0, by=who)
 
 
 def _filter_goal(results: Mapping[str, Any]) -> Goal:
     """Compare the head study's filter on trained hidden states with the three dense products."""
-    groups = results.get("head", {"groups": []})["groups"]
-    rows = [
-        row
-        for group in groups
-        if group["section"] == "filter"
-        for row in group["rows"]
-        if row["provider"].endswith("eps 2^-12")
-    ]
+    rows = [r for r in _section(results, "filter") if r["provider"].endswith("eps 2^-12")]
     best = min(rows, key=lambda row: row["multiples"]["full"], default=None)
-    where = best["shape"]["name"] if best else "trained hidden states"
-    multiple = best["multiples"]["full"] if best else None
-    by = best["provider"] if best else ""
-    return Goal(where, "full, filter 2^-12 / dense GEMMs", "×", multiple, 1.0, by)
+    return Goal(
+        best["shape"]["name"] if best else "trained hidden states",
+        "full, filter 2^-12 / dense GEMMs",
+        "×",
+        measured=best["multiples"]["full"] if best else None,
+        goal=1.0,
+        by=best["provider"] if best else "",
+    )
 
 
 def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
@@ -109,7 +145,7 @@ def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
 
     The gate allows twice the error of the unfused loss plus 1e-5, errors being relative here.
     """
-    rows = _all_rows(results, "logprob")
+    rows = _rows(results, "head")
     unfused = {row["shape"]["name"]: row["error"] for row in rows if row["provider"] == "unfused"}
     errors = [
         (row["error"][name] / (2 * allowed[name] + 1e-5), f"{row['provider']}, {name}")
@@ -119,129 +155,138 @@ def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
         if row["error"][name] is not None
     ]
     worst, by = max(errors, default=(None, ""))
-    yield Goal("all shapes", "error / gate", "×", worst, 1.0, by)
-    same = [r["more"]["same bits"] for r in _all_rows(results, "forms") if "same bits" in r["more"]]
+    yield Goal("all shapes", "error / gate", "×", measured=worst, goal=1.0, by=by)
+    forms = [*rows, *_section(results, "full"), *_section(results, "frozen")]
+    ours = (row["more"] for row in forms if row["provider"].startswith(OURS))
+    same = [more["same bits"] for more in ours if "same bits" in more]
     share = sum(same) / len(same) if same else None
-    yield Goal("all shapes", "same bits on two runs", "×", share, 1.0, at_least=True)
+    what = "same bits on two runs"
+    yield Goal("all shapes", what, "×", measured=share, goal=1.0, at_least=True)
 
 
 def _op_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
-    rows = _all_rows(results, "ops")
-    for lap in ("forward", "backward"):
-        by, row = _best_op(rows, "gather_logprob", lap)
-        share = row["share_of_copy"] if row else None
-        what = f"{lap} / copy bandwidth"
-        yield Goal("gather_logprob", what, "×", share, GATHER_SHARE, by, at_least=True)
-    by, row = _best_op(rows, "group_advantage", "forward")
-    measured = 1e6 * row["seconds"]["median"] if row else None
-    goal = 1e6 * GROUP_ADVANTAGE_S
-    yield Goal("group_advantage", "2^20 rows", "µs", measured, goal, by)
+    for op, dtype, lap in OP_LAPS:
+        row = _best_op(_rows(results, "ops"), op, dtype, lap)
+        by = row["way"] if row else ""
+        if op == "gather_logprob":
+            share = _share_of_copy(row) if row else None
+            what = f"{lap} / copy bandwidth"
+            yield Goal(op, what, "×", share, GATHER_SHARE, by=by, at_least=True)
+        else:
+            micros = 1e6 * row["median"] if row else None
+            yield Goal(op, "2^20 rows", "µs", measured=micros, goal=GROUP_ADVANTAGE_US, by=by)
 
 
-def _all_rows(results: Mapping[str, Any], stage: str) -> list[Row]:
+def _rows(results: Mapping[str, Any], stage: str) -> list[Row]:
     return results.get(stage, {"rows": []})["rows"]
 
 
-def _rows(results: Mapping[str, Any], stage: str, shape: str) -> list[Row]:
-    return [row for row in _all_rows(results, stage) if row["shape"]["name"] == shape]
+def _section(results: Mapping[str, Any], section: str) -> list[Row]:
+    """Return the rows of one section of the head study."""
+    groups = results.get("forms", {"groups": []})["groups"]
+    return [row for group in groups if group["section"] == section for row in group["rows"]]
 
 
 def _fastest(rows: Iterable[Row], phase: str, *, ours: bool) -> tuple[str, float | None]:
-    """Return provider and median seconds of the fastest of ours, or of the peers."""
+    """Return provider and median milliseconds of the fastest of ours, or of the peers."""
     medians = {
-        row["provider"]: row["times"][phase]["median"]
+        row["provider"]: 1e3 * row["times"][phase]["median"]
         for row in rows
         if phase in row["times"]
-        and not row["provider"].startswith(BARE_GEMMS)
+        and row["provider"] != BARE_GEMMS
         and row["provider"].startswith(OURS) == ours
     }
-    if not medians:
-        return "", None
-    best = min(medians, key=medians.__getitem__)
-    return best, medians[best]
+    best = min(medians, key=medians.__getitem__, default="")
+    return best, medians.get(best)
 
 
-def _best_op(rows: Iterable[Row], op: str, lap: str) -> tuple[str, Row | None]:
-    mine = [row for row in rows if row["op"] == op and row["lap"] == lap]
-    best = min(mine, key=lambda row: row["seconds"]["median"], default=None)
-    return (best["backend"], best) if best else ("", None)
+def _best_op(rows: Iterable[Row], op: str, dtype: str, lap: str) -> Row | None:
+    mine = (
+        row
+        for row in rows
+        if (row["op"], row["dtype"], row["lap"]) == (op, dtype, lap) and row["way"].startswith(OURS)
+    )
+    return min(mine, key=lambda row: row["median"], default=None)
 
 
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else 1e3 * seconds
+def _share_of_copy(row: Row) -> float:
+    return row["bytes_per_second"] / row["copy_bytes_per_second"]
 
 
 def table(found: Sequence[Goal]) -> Table:
     """Tabulate goals, with "–" where nothing was measured."""
-    table = Table(title="Goals", title_justify="left")
-    for heading in ("where", "what"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("measured", "goal", "met"):
-        table.add_column(heading, justify="right")
-    table.add_column("by")
+    rows = []
     for goal in found:
         sign = "≥" if goal.at_least else "≤"
-        wanted = "–" if goal.goal is None else f"{sign} {goal.goal:.3g} {goal.unit}".rstrip()
-        measured = "–" if goal.measured is None else f"{goal.measured:.3g} {goal.unit}".rstrip()
+        wanted = "–" if goal.goal is None else f"{sign} {goal.goal:.3g} {goal.unit}"
+        measured = "–" if goal.measured is None else f"{goal.measured:.3g} {goal.unit}"
         met = {True: "yes", False: "no", None: "–"}[goal.met]
-        table.add_row(goal.where, goal.what, measured, wanted, met, goal.by)
-    return table
+        rows.append((goal.where, goal.what, measured, wanted, met, goal.by))
+    headings = ("where", "what", "measured", "goal", "met", "by")
+    return report.table("Goals", headings, rows, names=2)
 
 
-def tests_figure(counts: Mapping[str, int]) -> str:
-    failed = counts["failures"] + counts["errors"]
-    passed = counts["tests"] - failed - counts["skipped"]
-    return f"{passed} passed, {failed} failed, {counts['skipped']} skipped"
+def published_table(results: Mapping[str, Any]) -> Table:
+    """Tabulate milliseconds that others have published beside ours at the nearest shape."""
+    rows = []
+    for who, shape, theirs in PUBLISHED:
+        mine = [row for row in _rows(results, "head") if row["shape"]["name"] == shape]
+        bare = next((row for row in mine if row["provider"] == BARE_GEMMS), None)
+        for what, milliseconds in theirs.items():
+            if what == BARE_GEMMS:
+                ours = 1e3 * bare["times"]["full"]["median"] if bare else None
+            else:
+                _, ours = _fastest(mine, what, ours=True)
+            cell = "–" if ours is None else f"{ours:.1f}"
+            rows.append((who, what, f"{milliseconds:.1f}", cell, shape))
+    headings = ("published", "what", "ms", "ours, ms", "at")
+    return report.table("Published elsewhere", headings, rows, names=2)
 
 
 def sanitize_figure(result: Mapping[str, Any]) -> str:
+    """Count the cases and launchers that a sanitizer has watched."""
     wrong = f", {len(result['failures'])} wrong" if result["failures"] else ""
     return f"{result['cases']} cases over {len(result['launchers'])} launchers{wrong}"
 
 
 def chip_figure(result: Mapping[str, Any]) -> str:
+    """Say what the chip can do."""
     copy, gemm = (result[name]["per_second"]["median"] for name in ("copy", "gemm"))
     return f"copy {copy / 1e12:.2f} TB/s, bf16 GEMM {gemm / 1e12:.0f} TFLOP/s"
 
 
 def logprob_figure(result: Mapping[str, Any]) -> str:
     """Name the fastest of ours and of the peers at the first shape."""
-    shape = GPU_SHAPES[0].name
-    rows = _rows({"logprob": result}, "logprob", shape)
-    parts = [
-        f"{by} {1e3 * seconds:.1f} ms"
-        for by, seconds in (_fastest(rows, "full", ours=ours) for ours in (True, False))
-        if seconds is not None
-    ]
-    return f"full, {shape}: {', '.join(parts) or 'none could run'}"
+    if not result["rows"]:
+        return "none could run"
+    shape = result["rows"][0]["shape"]["name"]
+    rows = [row for row in result["rows"] if row["shape"]["name"] == shape]
+    return f"full, {shape}: {_fastest_of(rows, ours=True)}; {_fastest_of(rows, ours=False)}"
 
 
 def forms_figure(result: Mapping[str, Any]) -> str:
-    """Name the fastest of either form at the first shape."""
-    shape = GPU_SHAPES[0].name
-    rows = _rows({"forms": result}, "forms", shape)
-    parts = []
-    for form in (THREE_GIB, FROZEN):
-        by, seconds = _fastest([r for r in rows if r["provider"].endswith(form)], "full", ours=True)
-        if seconds is not None:
-            parts.append(f"{by} {1e3 * seconds:.1f} ms")
-    return f"full, {shape}: {'; '.join(parts) or 'none could run'}"
-
-
-def head_figure(result: Mapping[str, Any]) -> str:
+    """Name the fastest with 3 GiB and with a frozen head, and count the study's aims met."""
+    full, frozen = (_section({"forms": result}, section) for section in ("full", "frozen"))
+    budget = [row for row in full if row["provider"].endswith(THREE_GIB)]
     met = sum(check["met"] for check in result["checks"])
-    return f"{met} of {len(result['checks'])} aims met"
+    return (
+        f"full: {_fastest_of(budget, ours=True)}; frozen: {_fastest_of(frozen, ours=True)}; "
+        f"{met} of {len(result['checks'])} aims met"
+    )
+
+
+def _fastest_of(rows: Sequence[Row], *, ours: bool) -> str:
+    """Name the fastest of ours or of the peers at the first shape of `rows`."""
+    at = [row for row in rows if row["shape"] == rows[0]["shape"]]
+    name, milliseconds = _fastest(at, "full", ours=ours)
+    return "none" if milliseconds is None else f"{name} {milliseconds:.1f} ms"
 
 
 def ops_figure(result: Mapping[str, Any]) -> str:
+    """Name the fastest of ours of each op."""
     parts = []
-    for op, lap in (
-        ("gather_logprob", "forward"),
-        ("gather_logprob", "backward"),
-        ("group_advantage", "forward"),
-    ):
-        by, row = _best_op(result["rows"], op, lap)
-        if row:
-            share, micros = 100 * row["share_of_copy"], 1e6 * row["seconds"]["median"]
-            parts.append(f"{op} {lap} {micros:.0f} µs, {share:.0f} % of a copy's rate ({by})")
+    for op, dtype, lap in OP_LAPS:
+        if row := _best_op(result["rows"], op, dtype, lap):
+            micros, share = 1e6 * row["median"], 100 * _share_of_copy(row)
+            parts.append(f"{op} {lap} {micros:.0f} µs, {share:.0f} % of a copy's rate")
     return "; ".join(parts) or "none could run"

@@ -1,63 +1,76 @@
 """Stages: commands that run one after the other, each in a process and a time limit of its own.
 
-A stage that fails, hangs or cannot run stops no other. After each, the record of all so far is
-written, whole or not at all.
+A stage that fails, hangs or cannot run stops no other. What a stage has started ends with it, and
+with the process that runs the stages.
 """
 
 from __future__ import annotations
 
-import json
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-from xml.etree import ElementTree
-
-from benchmarks.common import report
 
 ROOT = Path(__file__).resolve().parents[2]
 _LEAST_S = 5.0  # an interpreter that imports torch takes about as long
 _TAIL_LINES = 40
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 Obstacle = Callable[[], str | None]
-"""Why a stage cannot run here, or None."""
+"""Say why a stage cannot run here, or return None."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """`commands`, run from the checkout one after the other in `limit_s` seconds in all.
+    """Commands that belong together, run from the checkout one after the other.
 
-    They are not run where one of `obstacles` has a reason. The stage fails where one of them exits
-    with another status than 0; the others run all the same. `result` is the file that they leave,
-    JSON or pytest's JUnit XML, and `figure` a line made of it, or of None where there is to be no
-    file. `environment` is added to what they inherit.
+    The stage fails where one of them exits with another status than 0; the others run all the same.
+
+    Args:
+        name: of the stage, and of its log, NAME.log.
+        commands: what is run.
+        limit_s: seconds for all commands together.
+        obstacles: where one of them has a reason, the commands are not run.
+        read: returns what the commands have measured, also when the limit cut them off; None where
+            there is nothing.
+        figure: makes a line of what was read.
+        environment: is added to what the commands inherit.
     """
 
     name: str
     commands: Sequence[Sequence[str]]
     limit_s: float
     obstacles: Sequence[Obstacle] = ()
-    result: Path | None = None
-    figure: Callable[[Any], str] = lambda _: ""
+    read: Callable[[], Any] = lambda: None
+    figure: Callable[[Any], str] = str
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended: "passed", "failed" or "skipped"; `reason` of the latter two, `figure` of
-    one that left something to read, and the last lines that it printed."""
+    """How a stage ended.
+
+    Attributes:
+        stage: its name.
+        status: "passed", "failed" or "skipped".
+        seconds: the time that it took.
+        reason: why it failed or was skipped.
+        figure: a line about what it measured.
+        tail: the last lines that it printed.
+    """
 
     stage: str
     status: str
     seconds: float
     reason: str | None
-    figure: str | None
-    tail: list[str]
+    figure: str | None = None
+    tail: Sequence[str] = ()
 
     @property
     def said(self) -> str:
@@ -67,78 +80,67 @@ class Outcome:
 
 def run_all(
     stages: Sequence[Stage],
-    record: Path,
+    logs: Path,
+    *,
     seconds: float,
     paths: Sequence[Path],
-    conclude: Callable[[Mapping[str, Any]], Mapping[str, object]],
+    after: Callable[[Sequence[Outcome], Mapping[str, Any]], None],
 ) -> tuple[list[Outcome], dict[str, Any]]:
-    """Run `stages` in their order.
+    """Run `stages` in their order; return how they ended, and what was measured by stage.
 
     Args:
         stages: what to run.
-        record: the JSON file written after every stage: the outcomes under "stages", what stages
-            left to read under "results", and what `conclude` makes of the results. Logs go to
-            STAGE.log beside it.
+        logs: the folder for what each stage prints.
         seconds: for all stages together; one that is started when few are left is skipped.
         paths: where the stages' Python looks for packages first.
-        conclude: from the results so far, by stage, to more of the record.
-
-    Returns:
-        The outcomes, and the results by stage.
+        after: is called after each stage, also one that is interrupted, with all outcomes so far
+            and what was measured by stage.
     """
-    record.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + seconds
     outcomes: list[Outcome] = []
     results: dict[str, Any] = {}
     for stage in stages:
         print(f"{stage.name} …", file=sys.stderr, flush=True)
-        left_s = deadline - time.monotonic()
-        outcome, result = _run(stage, record.parent / f"{stage.name}.log", left_s, paths)
-        print(
-            f"{stage.name}: {outcome.status}, {outcome.seconds:.1f} s {outcome.said}",
-            file=sys.stderr,
-        )
+        started = time.monotonic()
+        try:
+            outcome, result = _run(stage, logs, deadline, paths)
+        except (KeyboardInterrupt, SystemExit):
+            ran = time.monotonic() - started
+            after([*outcomes, Outcome(stage.name, "failed", ran, "interrupted")], results)
+            raise
         outcomes.append(outcome)
         if result is not None:
             results[stage.name] = result
-        report.write_json(
-            record,
-            {
-                **conclude(results),
-                "stages": [asdict(of) for of in outcomes],
-                "results": results,
-            },
-        )
+        line = f"{stage.name}: {outcome.status}, {outcome.seconds:.1f} s {outcome.said}"
+        print(line, file=sys.stderr, flush=True)
+        after(outcomes, results)
     return outcomes, results
 
 
 def _run(
-    stage: Stage, log: Path, left_s: float, paths: Sequence[Path]
+    stage: Stage, logs: Path, deadline: float, paths: Sequence[Path]
 ) -> tuple[Outcome, Any | None]:
-    """Run one stage in its limit or `left_s` seconds, whichever is less."""
-    if stage.result:
-        # What an earlier run left is not this one's.
-        stage.result.unlink(missing_ok=True)
+    """Run one stage in its limit, or until `deadline` if that is sooner."""
+    started = time.monotonic()
+    left_s = deadline - started
     reason = next(filter(None, (obstacle() for obstacle in stage.obstacles)), None)
     if reason is None and left_s < _LEAST_S:
         reason = f"no time left: {max(0.0, left_s):.0f} s of that for all stages"
     if reason is not None:
-        return Outcome(stage.name, "skipped", 0.0, reason, None, []), None
+        return Outcome(stage.name, "skipped", 0.0, reason), None
 
-    started = time.monotonic()
     end = started + min(stage.limit_s, left_s)
+    log = logs / f"{stage.name}.log"
     with log.open("wb") as stream:
         failures = [_call(command, stream, end, stage, paths) for command in stage.commands]
-    seconds = time.monotonic() - started
     reason = "; ".join(filter(None, failures)) or None
-    result = read_result(stage.result) if stage.result else None
-    has_figure = result is not None or stage.result is None
+    result = stage.read()
     outcome = Outcome(
         stage=stage.name,
         status="failed" if reason else "passed",
-        seconds=round(seconds, 1),
+        seconds=round(time.monotonic() - started, 1),
         reason=reason,
-        figure=stage.figure(result) if has_figure else None,
+        figure=None if result is None else stage.figure(result),
         tail=log.read_text(errors="replace").splitlines()[-_TAIL_LINES:],
     )
     return outcome, result
@@ -147,7 +149,7 @@ def _run(
 def _call(
     command: Sequence[str], log: BinaryIO, end: float, stage: Stage, paths: Sequence[Path]
 ) -> str | None:
-    """Run one command until `end` of the monotonic clock; why it failed, or None."""
+    """Run one command until `end` of the monotonic clock; return why it failed, or None."""
     limit_s = end - time.monotonic()
     if limit_s <= 0:
         return "no time left for its next command"
@@ -162,25 +164,30 @@ def _call(
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        # A group of its own, so that what it has started can be ended with it.
-        start_new_session=True,
+        preexec_fn=_bind_to_parent,  # noqa: PLW1509 - this process has one thread
     )
     try:
         status = process.wait(limit_s)
     except subprocess.TimeoutExpired:
         return f"not done after {limit_s:.0f} s"
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        _end_group(process.pid)
+        process.wait()
     return f"exit status {status}" if status else None
 
 
-def read_result(path: Path) -> Any | None:
-    """Read what a stage left: JSON, or the counts of JUnit XML; None where nothing is there."""
-    if not path.exists():
-        return None
-    if path.suffix == ".xml":
-        totals = ElementTree.parse(path).getroot().find("testsuite").attrib
-        return {name: int(totals[name]) for name in ("tests", "failures", "errors", "skipped")}
-    return json.loads(path.read_text())
+def _bind_to_parent() -> None:
+    """Make this process the first of a group, and let the kernel end it when its parent dies.
+
+    It stays in its parent's session, in which a machine ends what a command has left behind.
+    """
+    os.setpgid(0, 0)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _end_group(pid: int) -> None:
+    """End all processes that a command has started and left behind."""
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # none is left

@@ -1,39 +1,45 @@
-"""Everything that needs a GPU, by one command: built, tested, sanitized, measured.
+"""Everything that needs a GPU, by one command: built, measured, tested, sanitized.
 
     python benchmarks/gpu/suite.py --out results                   # all stages, under 8 minutes
     python benchmarks/gpu/suite.py --out results --peers wheels    # beside the peers in this folder
     python benchmarks/gpu/suite.py --out results --only chip,ops
+    python benchmarks/gpu/suite.py --out results --device cpu      # a rehearsal without a GPU
 
 It takes the checkout as it is, without network and without installing it. Stages, in this order:
 
-- build: `csrc/`, in place, where a source is newer than a library;
-- peers: the wheels of --peers, without what they depend on, into a folder that goes away again;
-- tests: `pytest -m gpu`;
-- sanitize: compute-sanitizer's memcheck and racecheck over every native kernel (`sanitize_run`);
-- chip: copy bandwidth and bf16 GEMM rate of this GPU (`gpu.measure`, as forms and ops);
-- tuning: the best block of products on this GPU, for the stages that follow (`triton.tuning`);
-- logprob: `logprob_bench` at GPU shapes in bf16, beside the peers;
-- forms: a memory budget of 3 GiB and a frozen head, with both GPU backends;
-- head: the head study's sections full and filter;
-- ops: `gather_logprob` and `group_advantage` beside a copy.
+- build: `csrc/`, in place and for this GPU alone, where a source is newer than a library;
+- chip: copy bandwidth and bf16 GEMM rate of this GPU (`gpu.chip`);
+- tuning: the best block of products on this GPU, for the stages that follow;
+- head: `logprob_bench` of both GPU backends at GPU shapes in bf16;
+- peers: the same beside other libraries, from the wheels in --peers;
+- ops: `gather_logprob` and `group_advantage` beside a copy;
+- forms: the head study's sections full, frozen and filter, with every memory budget;
+- smoke: 40 of the tests that need a GPU, evenly spaced (`gpu.sample`);
+- tests: the others;
+- memcheck, racecheck: compute-sanitizer over every native kernel (`gpu.sanitize_run`).
 
 Each runs in a process of its own, within a limit of its own, and none stops another. One that
-cannot run is skipped and says why, as is one for which --minutes leaves no time. What it printed is
-in STAGE.log in --out, what it measured in a file beside that and, whole, in gpu_suite.json, which
-is written anew after every stage: environment, stages, results by stage, and `gpu.goals`.
+cannot run is skipped and says why, as is one for which --minutes leaves no time. Two files stand in
+--out, each written anew after every stage: gpu_suite.json has environment, stages, results by stage
+and `gpu.goals`; gpu_suite.tar.gz has what every stage printed and wrote, `tuned.json` among it.
 
-The table of stages and the table of goals are printed last. The exit status is 1 where a stage
-failed, else 0: a skipped stage or a goal that is not met is no failure.
+The tables of stages, of goals and of published times are printed last. The exit status is 1 where a
+stage failed, else 0: a skipped stage or a goal that is not met is no failure.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -41,145 +47,155 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a script
 
 from benchmarks.common import report
 from benchmarks.gpu import goals as gpu_goals
 from benchmarks.gpu.stages import ROOT, Outcome, Stage, run_all
+from latro_kernels import environment
 
-_PROVIDERS = "latro-triton,latro-cuda,unfused,torch-chunked,trl,liger,liger-flce,cce"
-_FEW_REPS = ("--reps", "5", "--seconds", "1")
+OURS = {"cuda": "latro-triton,latro-cuda", "cpu": "latro-cpu"}
+PEERS = "torch-chunked,trl,liger,liger-flce,cce"
+WORKERS = {"cuda": 12, "cpu": 1}
+FOLDERS = ("tests/latro_kernels", "tests/benchmarks/common", "tests/benchmarks/gpu")
+"""Tests that need a GPU; to collect them takes torch and transformers, and no data sets."""
+TUNING = "latro_kernels.linear_logprob.triton.tuning"
+KERNELS = "regex=(forward|backward|fold|grad|group_advantage)_kernel"
+"""The kernels that a sanitizer watches, which are ours and not those of cuBLAS."""
 
 
-def stages(out: Path, wheels: Path | None, installed: Path, data: Path | None) -> list[Stage]:
+def stages(
+    work: Path, *, device: str, wheels: Path | None, installed: Path, data: Path | None
+) -> list[Stage]:
     """Make all stages, in order.
 
     Args:
-        out: the folder for results.
+        work: the folder for what they write.
+        device: "cuda", or "cpu" for a rehearsal at sizes that say nothing.
         wheels: the folder of the peers' wheels, if there is one.
         installed: the folder that they are installed into.
         data: text for the head study's small model; None for the study's default.
     """
     python = sys.executable
+    at = ("--device", device, *(("--quick",) if device == "cpu" else ()))
+    few_reps = ("--dtype", "bf16", "--reps", "5", "--seconds", "1")
+
+    def script(name: str, folder: str, *options: str) -> tuple[str, ...]:
+        return (python, f"benchmarks/{name}.py", *at, "--out", str(work / folder), *options)
+
+    def bench(folder: str, *options: str) -> tuple[str, ...]:
+        return script("logprob_bench", folder, *few_reps, *options)
+
     peers = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", str(installed))
-    sanitizer = ("compute-sanitizer", "--report-api-errors", "no", "--error-exitcode", "9")
-    # Importing torch under the sanitizer takes longer than the 10 s it waits for a first CUDA call.
-    sanitizer += ("--launch-timeout", "0")
-    sanitized = (python, "benchmarks/gpu/sanitize_run.py", "--out", str(out))
-    measure = (python, "benchmarks/gpu/measure.py")
-    bench = (python, "benchmarks/logprob_bench.py", "--dtype", "bf16", *_FEW_REPS)
-    study = (*bench, "--study", "head", "--sections", "full,filter", "--out", str(out))
-    if data:
-        study += ("--data", str(data))
-    return [
+    tests = (python, "-m", "pytest", *FOLDERS, "-m", "gpu", "-v", "--tb=short")
+    tests += ("-n", str(WORKERS[device]), "-p", "benchmarks.gpu.sample", "--part")
+    no_device = partial(no_gpu, device)
+    made = [
         Stage(
             "build",
             [(python, "setup.py", "build_ext", "--inplace")],
-            limit_s=150,
+            limit_s=90,
             obstacles=[nothing_to_build],
-            figure=lambda _: library_sizes(),
-        ),
-        Stage(
-            "peers",
-            [(*pip, *peers)],
-            limit_s=30,
-            obstacles=[lambda: no_wheels(wheels)],
-            figure=lambda _: ", ".join("-".join(Path(p).name.split("-")[:2]) for p in peers),
-        ),
-        Stage(
-            "tests",
-            [(python, "-m", "pytest", "-m", "gpu", "-q", f"--junitxml={out / 'tests.xml'}")],
-            limit_s=200,
-            obstacles=[no_gpu],
-            result=out / "tests.xml",
-            figure=gpu_goals.tests_figure,
-        ),
-        Stage(
-            "sanitize",
-            [(*sanitizer, "--tool", tool, *sanitized) for tool in ("memcheck", "racecheck")],
-            limit_s=120,
-            obstacles=[no_gpu, partial(no_tool, "compute-sanitizer")],
-            result=out / "sanitize.json",
-            figure=gpu_goals.sanitize_figure,
-            # The caching allocator carves tensors out of larger blocks: an access beyond a tensor
-            # would stay inside of its block, where the sanitizer sees nothing wrong with it.
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            read=library_sizes,
+            environment=one_architecture(),
         ),
         Stage(
             "chip",
-            [(*measure, "chip", "--out", str(out))],
-            limit_s=30,
-            obstacles=[no_gpu],
-            result=out / "chip.json",
+            [script("gpu/chip", "chip")],
+            limit_s=20,
+            obstacles=[no_device],
+            read=partial(read_json, work / "chip" / "chip.json"),
             figure=gpu_goals.chip_figure,
         ),
         Stage(
             "tuning",
             [
-                (
-                    python,
-                    "-m",
-                    "latro_kernels.linear_logprob.triton.tuning",
-                    "--hidden",
-                    "4096",
-                    "--vocab",
-                    "128256",
-                )
+                (python, "-m", TUNING, "--hidden", "4096", "--vocab", "128256"),
             ],
             limit_s=60,
-            obstacles=[no_gpu],
-            figure=lambda _: fastest_block(),
-        ),
-        Stage(
-            "logprob",
-            [(*bench, "--device", "cuda", "--providers", _PROVIDERS, "--out", str(out))],
-            limit_s=120,
-            obstacles=[no_gpu],
-            result=out / "logprob.json",
-            figure=gpu_goals.logprob_figure,
-        ),
-        Stage(
-            "forms",
-            [(*measure, "forms", "--out", str(out))],
-            limit_s=75,
-            obstacles=[no_gpu],
-            result=out / "forms.json",
-            figure=gpu_goals.forms_figure,
+            obstacles=[partial(no_gpu, "cuda")],
+            read=partial(saved_blocks, work),
+            figure=fastest_block,
         ),
         Stage(
             "head",
-            [study],
-            limit_s=90,
-            obstacles=[no_gpu],
-            result=out / "study_head.json",
-            figure=gpu_goals.head_figure,
+            [bench("head", "--providers", f"{OURS[device]},unfused")],
+            limit_s=120,
+            obstacles=[no_device],
+            read=partial(read_json, work / "head" / "logprob.json"),
+            figure=gpu_goals.logprob_figure,
+        ),
+        Stage(
+            "peers",
+            [
+                *([(*pip, *peers)] if peers else []),
+                bench("peers", "--providers", f"{OURS[device]},unfused,{PEERS}"),
+            ],
+            limit_s=120,
+            obstacles=[no_device],
+            read=partial(read_json, work / "peers" / "logprob.json"),
+            figure=gpu_goals.logprob_figure,
         ),
         Stage(
             "ops",
-            [(*measure, "ops", "--out", str(out))],
+            [script(name, "ops") for name in ("gather_logprob", "group_advantage")],
             limit_s=45,
-            obstacles=[no_gpu],
-            result=out / "ops.json",
+            obstacles=[no_device],
+            read=partial(read_json, work / "ops" / "ops.json"),
             figure=gpu_goals.ops_figure,
         ),
+        Stage(
+            "forms",
+            [
+                bench("forms", "--study", "head", "--sections", "full,frozen,filter")
+                + (("--data", str(data)) if data else ())
+            ],
+            limit_s=90,
+            obstacles=[no_device],
+            read=partial(read_json, work / "forms" / "study_head.json"),
+            figure=gpu_goals.forms_figure,
+        ),
     ]
+    for name, part, limit_s in (("smoke", "smoke", 100), ("tests", "rest", 200)):
+        made.append(
+            Stage(
+                name,
+                [(*tests, part)],
+                limit_s=limit_s,
+                obstacles=[no_device],
+                read=partial(counted_tests, work / f"{name}.log"),
+                figure=tests_figure,
+            )
+        )
+    for tool in ("memcheck", "racecheck"):
+        # The tool waits 10 s for a first CUDA call, and to import torch under it takes longer.
+        watched = ("compute-sanitizer", "--tool", tool, "--launch-timeout", "0")
+        watched += ("--kernel-name", KERNELS, "--report-api-errors", "no", "--error-exitcode", "9")
+        watched += (python, "benchmarks/gpu/sanitize_run.py", "--out", str(work / tool))
+        made.append(
+            Stage(
+                tool,
+                [watched],
+                limit_s=75,
+                obstacles=[partial(no_gpu, "cuda"), partial(no_tool, "compute-sanitizer")],
+                read=partial(read_json, work / tool / "sanitize.json"),
+                figure=gpu_goals.sanitize_figure,
+                # The caching allocator carves tensors out of larger blocks: an access beyond a
+                # tensor would stay inside of its block, where the tool sees nothing wrong with it.
+                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+        )
+    return made
 
 
-def no_gpu() -> str | None:
-    return None if torch.cuda.is_available() else "no CUDA GPU"
+def no_gpu(device: str) -> str | None:
+    return "no CUDA GPU" if device == "cuda" and not torch.cuda.is_available() else None
 
 
 def no_tool(name: str) -> str | None:
     return None if shutil.which(name) else f"no {name} on the PATH"
-
-
-def no_wheels(wheels: Path | None) -> str | None:
-    if wheels is None:
-        return "no --peers"
-    return None if any(wheels.glob("*.whl")) else f"no wheels in {wheels}"
 
 
 def nothing_to_build() -> str | None:
@@ -193,16 +209,12 @@ def nothing_to_build() -> str | None:
     return "nothing to do: no source is newer than a library" if newest <= oldest else None
 
 
-def fastest_block() -> str:
-    """Name the last shape that was saved."""
-    from latro_kernels.linear_logprob.triton import blocks
-
-    entry = json.loads(blocks.SAVED.read_text())[-1]
-    block = blocks.Config(**entry["config"])
-    return (
-        f"{block.rows} × {block.columns} × {block.depth}, {block.stages} stages: "
-        f"{entry['milliseconds']:.2f} ms"
-    )
+def one_architecture() -> dict[str, str]:
+    """Return the setting that builds for the GPU that is here and for no other."""
+    if not torch.cuda.is_available():
+        return {}
+    major, minor = torch.cuda.get_device_capability()
+    return {"LATRO_CUDA_ARCHS": f"{major}{minor}"}
 
 
 def library_sizes() -> str:
@@ -210,10 +222,43 @@ def library_sizes() -> str:
     return ", ".join(f"{path.name} {path.stat().st_size / 2**20:.1f} MiB" for path in libraries)
 
 
-def environment() -> dict[str, object]:
-    """Add the GPU's own numbers and the compiler's version to `report.environment`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = report.environment(device, ("triton", "transformers"))
+def read_json(path: Path) -> Any | None:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def saved_blocks(work: Path) -> Any | None:
+    """Copy `tuned.json` to what is kept; return what it holds."""
+    from latro_kernels.linear_logprob.triton import blocks
+
+    saved = read_json(blocks.SAVED)
+    if saved is not None:
+        report.write_json(work / "tuned.json", saved)
+    return saved
+
+
+def fastest_block(saved: Sequence[Mapping[str, Any]]) -> str:
+    """Name the last shape that was saved."""
+    block = saved[-1]["config"]
+    return (
+        f"{block['rows']} × {block['columns']} × {block['depth']}, {block['stages']} stages: "
+        f"{saved[-1]['milliseconds']:.2f} ms"
+    )
+
+
+def counted_tests(log: Path) -> dict[str, int]:
+    """Count how tests ended, by what pytest's workers have printed up to the limit of the time."""
+    line = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) ", re.MULTILINE)
+    return dict(Counter(line.findall(log.read_text(errors="replace"))))
+
+
+def tests_figure(counts: Mapping[str, int]) -> str:
+    """Say how many tests ended in which way."""
+    return ", ".join(f"{count} {how.lower()}" for how, count in sorted(counts.items())) or "none"
+
+
+def where_it_runs(device: torch.device) -> dict[str, object]:
+    """Add the GPU's own numbers and the compiler's version to `environment`."""
+    where = environment(device, ("triton", "transformers"))
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)
         where["compute_capability"] = f"{chip.major}.{chip.minor}"
@@ -226,38 +271,61 @@ def environment() -> dict[str, object]:
     return where
 
 
-def conclusion(where: Mapping[str, object], results: Mapping[str, Any]) -> dict[str, object]:
-    """Return what gpu_suite.json says beside stages and results."""
+def write(
+    out: Path,
+    work: Path,
+    where: Mapping[str, object],
+    outcomes: Sequence[Outcome],
+    results: Mapping[str, Any],
+) -> None:
+    """Write the record of all stages so far, and the archive of what they have left in `work`."""
     goals = gpu_goals.goals(results)
-    return {
+    record = {
         "environment": where,
         "goals": [asdict(goal) | {"met": goal.met} for goal in goals],
+        "stages": [asdict(outcome) for outcome in outcomes],
+        "results": results,
     }
+    report.write_json(out / "gpu_suite.json", record)
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for path in sorted(work.rglob("*")):
+            # The weights of the study's small model are larger than all else together.
+            if path.is_file() and path.suffix != ".pt":
+                archive.add(path, arcname=str(path.relative_to(work)))
+    report.write_bytes(out / "gpu_suite.tar.gz", packed.getvalue())
 
 
 def show(outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:
-    """Print the table of stages and that of goals."""
+    """Print the tables of stages, of goals and of what others have published."""
     console = report.console()
-    table = Table(title="Stages", title_justify="left")
-    table.add_column("stage", no_wrap=True)
-    table.add_column("status", no_wrap=True)
-    table.add_column("seconds", justify="right")
-    table.add_column("figure, or why not")
-    for of in outcomes:
-        table.add_row(of.stage, of.status, f"{of.seconds:.0f}", of.said)
+    rows = [(of.stage, of.status, f"{of.seconds:.0f}", of.said) for of in outcomes]
+    headings = ("stage", "status", "seconds", "figure, or why not")
+    table = report.table("Stages", headings, rows, names=2)
+    table.columns[-1].justify = "left"
     console.print(table)
     console.print(gpu_goals.table(gpu_goals.goals(results)))
+    console.print(gpu_goals.published_table(results))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for results")
-    parser.add_argument("--only", help="stages, comma-separated; all by default")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    nowhere = Path()
+    known = stages(nowhere, device="cpu", wheels=None, installed=nowhere, data=None)
+    names = [stage.name for stage in known]
+    parser.add_argument(
+        "--only",
+        type=report.some_of(names),
+        default=",".join(names),
+        help="stages, comma-separated; all by default",
+    )
     parser.add_argument("--peers", type=Path, help="folder of wheels of the peers")
     parser.add_argument("--data", type=Path, help="as of logprob_bench.py, for the head study")
     parser.add_argument("--minutes", type=float, default=8.0, help="for all stages (default 8)")
+    parser.add_argument("--device", choices=list(OURS), default="cuda", help="cpu: a rehearsal")
     args = parser.parse_args(argv)
     # Stages run from the checkout, wherever this was called.
     for name in ("out", "peers", "data"):
@@ -265,30 +333,35 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             setattr(args, name, getattr(args, name).resolve())
     if args.peers and not args.peers.is_dir():
         parser.error(f"--peers: expected a folder, got {str(args.peers)!r}")
-    known = [stage.name for stage in stages(args.out, None, args.out, None)]
-    args.only = [name.strip() for name in args.only.split(",")] if args.only else known
-    for name in args.only:
-        if name not in known:
-            parser.error(f"--only: expected some of {', '.join(known)}, got {name!r}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the stages; return the exit status."""
     args = parse_args(argv)
-    where = environment()
-    record = args.out / "gpu_suite.json"
+    # So that what a stage has started is ended, and what is measured is written, on SIGTERM too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    on_gpu = torch.cuda.is_available() and args.device == "cuda"
+    where = where_it_runs(torch.device("cuda" if on_gpu else "cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        installed = Path(folder)
-        every = stages(args.out, args.peers, installed, args.data)
+        work, installed = Path(folder) / "work", Path(folder) / "installed"
+        work.mkdir()
+        every = stages(
+            work,
+            device=args.device,
+            wheels=args.peers,
+            installed=installed,
+            data=args.data,
+        )
         outcomes, results = run_all(
             [stage for stage in every if stage.name in args.only],
-            record,
+            work,
             seconds=60 * args.minutes,
             paths=(ROOT, installed),
-            conclude=partial(conclusion, where),
+            after=partial(write, args.out, work, where),
         )
     print(", ".join(f"{key} {value}" for key, value in where.items()))
-    print(f"written: {record}")
+    print(f"written: {args.out}/gpu_suite.json, gpu_suite.tar.gz")
     show(outcomes, results)
     return int(any(outcome.status == "failed" for outcome in outcomes))
 

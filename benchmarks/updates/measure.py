@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -77,10 +77,8 @@ def first_update(made: Mapping[str, Contender], problem: StepProblem) -> list[Ro
     rows: list[Row] = []
     for name, contender in made.items():
         with contender.counted() as passes:
-            clock.mark()
-            contender.update(groups)
-            clock.mark()
-        times = {"update": timing.summarize(clock.laps())}
+            seconds = clock(partial(contender.update, groups))
+        times = {"update": timing.summarize([seconds])}
         rows.append(Row(name, problem.setting, passes, times=times))
     for row in rows:
         if isinstance(made[row.contender], Published):
@@ -120,23 +118,22 @@ def time_phase(
             if isinstance(contender, Published):
                 contender.lengths = ours.lengths
 
-    def lap(row: Row) -> Callable[[], None]:
+    def lap(row: Row) -> None:
         contender = made[row.contender]
+        contender.model.zero_grad()
+        if phase == "update":
+            contender.update(groups)
+            return
+        with contender.counted() as passes:
+            contender.step()
+        row.prompt_tokens = passes[0].tokens
 
-        def run() -> None:
-            contender.model.zero_grad()
-            if phase == "update":
-                contender.update(groups)
-                return
-            with contender.counted() as passes:
-                contender.step()
-            row.prompt_tokens = passes[0].tokens
-
-        return run
-
-    candidates = [timing.Candidate(row.contender, {phase: lap(row)}) for row in rows]
-    clock = timing.clock_for(problem.device)
-    samples = timing.interleave(candidates, clock, reps=reps, warmup=0)
+    samples = timing.interleave(
+        {row.contender: {phase: partial(lap, row)} for row in rows},
+        timing.clock_for(problem.device),
+        reps=reps,
+        warmup=0,
+    )
     for row in rows:
         row.times[phase] = timing.summarize(samples[row.contender][phase])
     _compare(rows, phase)
@@ -204,11 +201,7 @@ def _hold(name: str, setting: Setting, device: torch.device) -> Held:
     with contenders([name], problem, one_batch=True) as made:
         contender = made[name]
         peak = memory.peak_extra_bytes(lambda: contender.update(groups), device)
-        clock = timing.clock_for(device)
-        clock.mark()
-        contender.update(groups)
-        clock.mark()
-        (seconds,) = clock.laps()
+        seconds = timing.clock_for(device)(partial(contender.update, groups))
     return Held(
         contender=name, G=setting.G, sequences=setting.G * setting.K, seconds=seconds, peak=peak
     )

@@ -9,6 +9,7 @@ import torch
 from benchmarks import head_study, logprob_bench
 from benchmarks.common import memory, small_lm
 from benchmarks.common.problem import CPU_SHAPES, STUDY_SHAPES, Problem, Shape
+from benchmarks.common.providers import PROVIDERS
 from benchmarks.common.small_lm import TrainedHead
 from benchmarks.common.timing import Summary
 from benchmarks.head_study import Comparison
@@ -25,7 +26,7 @@ TINY_RUN += ["--n", "33", "--hidden", "48", "--vocab", "301"]
 def ran(tmp_path_factory):
     out = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        peers = Comparison(("-64mib",), ("forward", "full"), ("unfused", "liger-flce"))
+        peers = Comparison(("forward", "full"), others=("unfused", "liger-flce"))
         patch.setitem(head_study.COMPARISONS, "peers", peers)
         logprob_bench.main([*TINY_RUN, "--data", str(out / "absent"), "--out", str(out)])
     return out
@@ -62,7 +63,7 @@ def test_every_section_has_its_rows(ran):
     budgets = ["latro-cpu-keep", "latro-cpu-64mib", "latro-cpu-recompute"]
     assert providers["forward"] == providers["frozen"] == [BARE_GEMMS, "latro-cpu"]
     assert providers["full"] == [BARE_GEMMS, *budgets]
-    assert providers["peers"] == [BARE_GEMMS, "latro-cpu-64mib", "unfused"]
+    assert providers["peers"] == [BARE_GEMMS, "latro-cpu", "unfused"]
     assert providers["error"] == ["latro-cpu", "unfused"]
     assert len(sections["scaling"]) == 2 * 3 * 3
 
@@ -256,7 +257,9 @@ def test_filter_skips_what_is_improbable_within_the_bound():
     problem = Problem(hidden.requires_grad_(), weight.requires_grad_(), target=target, grad=grad)
 
     limits = Limits(reps=1, seconds=1.0, truth_flop=1e9)
-    rows = head_study.measure_filter(problem, "test", "fp32", provider="latro-cpu", limits=limits)
+    found = {"latro-cpu": PROVIDERS["latro-cpu"](CPU)}
+    rows, reasons = head_study.measure_filter(problem, "test", "fp32", found=found, limits=limits)
+    assert not reasons
     assert rows[0].provider == BARE_GEMMS
     exact, *filtered = rows[1:]
     assert exact.more["skipped %"] == 0

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks import linear_logprob
 from benchmarks.common.problem import Shape, make_problem
-from benchmarks.common.providers import PROVIDERS
-from benchmarks.linear_logprob import BARE_GEMMS, Limits, TrainStep, bare_gemms, bench
+from benchmarks.common.providers import PROVIDERS, solve
+from benchmarks.linear_logprob import BARE_GEMMS, BareGemms, Limits, bench, laps_of, train_step
 
 CPU = torch.device("cpu")
 SHAPE = Shape("test", n=8, h=16, v=32)
@@ -14,7 +14,7 @@ ONE_REP = Limits(reps=1, seconds=1.0, truth_flop=1e9)
 
 
 def unfused():
-    return PROVIDERS["unfused"].find(CPU)
+    return PROVIDERS["unfused"](CPU)
 
 
 def measured(found=None, shape=SHAPE, limits=ONE_REP, **options):
@@ -36,14 +36,14 @@ def test_only_the_laps_of_the_phases_are_run():
         (("full",), {"forward_grad", "backward"}),
         (("forward", "backward"), {"forward", "forward_grad", "backward"}),
     ):
-        assert TrainStep(unfused(), problem).candidate("", phases).laps.keys() == laps
-        assert bare_gemms(problem, phases).laps.keys() == laps
+        assert laps_of(train_step(unfused(), problem), phases).keys() == laps
+        assert laps_of(BareGemms(problem), phases).keys() == laps
 
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_bare_gemms_leave_out_the_gradient_of_a_frozen_head(frozen):
     problem = make_problem(SHAPE, torch.float32, CPU, frozen=frozen)
-    backward = bare_gemms(problem, ("full",)).laps["backward"]
+    backward = BareGemms(problem).backward
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         backward()
     products = sum(event.count for event in profiler.key_averages() if event.key == "aten::mm")
@@ -84,3 +84,12 @@ def test_provider_that_fails_on_the_shape_is_dropped_with_its_reason():
     )
     assert [row.provider for row in rows] == [BARE_GEMMS]
     assert reasons == {"broken": "RuntimeError: out of memory"}
+
+
+def test_solutions_are_equal_to_the_bit():
+    problem = make_problem(SHAPE, torch.float32, CPU, frozen=True)
+    one, two = (solve(unfused(), problem) for _ in range(2))
+    assert one.dw is None
+    assert one.equals(two)
+    two.dx[0, 0] += 1e-3
+    assert not one.equals(two)

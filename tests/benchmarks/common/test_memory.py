@@ -40,7 +40,7 @@ def raises() -> None:
 def unfused_peaks() -> tuple[int, int]:
     """Peak of one unfused step: by the resident set, and by torch's profiler."""
     memory.make_malloc_honest()
-    logprob = PROVIDERS["unfused"].find(CPU)
+    logprob = PROVIDERS["unfused"](CPU)
     problem = make_problem(Shape("", n=256, h=256, v=16384), torch.float32, CPU)
     solve(logprob, problem)  # the GEMM library keeps its packing buffers, which torch never sees
     resident = memory.peak_extra_bytes(lambda: solve(logprob, problem), CPU)

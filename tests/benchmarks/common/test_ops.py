@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -68,3 +69,53 @@ def test_the_rows_of_other_ops_are_kept_where_they_were_made_alike(tmp_path, cap
     path.write_text(json.dumps(result))
     assert set(measure("gather_logprob")) == {"gather_logprob"}
     assert "of another environment, and is not kept" in capsys.readouterr().out
+
+
+def test_rates_are_of_what_is_moved(tmp_path):
+    group_advantage.main(["--quick", "--device", "cpu", "--reps", "2", "--out", str(tmp_path)])
+    row, _ = json.loads((tmp_path / "ops.json").read_text())["rows"]
+    moved = row["bytes_per_second"] * row["median"]
+    # Two inputs of a thousand rows, and a coefficient for each row of a rationale.
+    assert 4 * 2 * 1000 < moved < 4 * 3 * 1000
+
+
+def test_a_backend_that_cannot_run_is_left_out_with_its_reason(capsys):
+    truth = torch.ones(1)
+
+    def broken() -> torch.Tensor:
+        raise NotImplementedError("no kernel for this")
+
+    ways = {"latro-cuda": {"forward": broken}, "plain": {"forward": lambda: truth}}
+    op = ops.Op("op", dtype="fp32", ways=ways, moved={}, truth=truth)
+    rows = ops.measure(op, torch.device("cpu"), reps=1, copy_bytes=1 << 10)
+    assert [(row["way"], row["error"]) for row in rows] == [("plain", 0.0)]
+    said = "op fp32: cannot run: latro-cuda: NotImplementedError: no kernel for this\n"
+    assert capsys.readouterr().err == said
+
+
+def test_both_backends_of_a_gpu_are_ways_of_their_own():
+    assert ops.BACKENDS["cuda"] == {"latro-triton": "triton", "latro-cuda": "cuda"}
+
+
+def test_every_backward_in_place_gives_the_gradient_of_the_logits():
+    logits = torch.randn(5, 33, dtype=torch.bfloat16)
+    target, grad = torch.randint(33, (5,)), torch.randn(5)
+    way = partial(gather_logprob.in_place, target=target, backend="cpu")
+    laps = ops.differentiated(way, logits, grad)
+    expected = logits.float().log_softmax(1).gather(1, target[:, None]).squeeze(1)
+    torch.testing.assert_close(laps["forward"]().detach(), expected, rtol=1e-5, atol=1e-5)
+    (gradient,) = laps["backward"]()
+    assert gradient.dtype == torch.bfloat16
+    leaf = logits.float().requires_grad_()
+    plain = gather_logprob.plain(leaf, target)
+    (true,) = torch.autograd.grad(plain, leaf, grad)
+    assert relative_error(gradient, true.double()) < 1e-2
+
+
+def test_ragged_layout_covers_all_rows():
+    layout = group_advantage.ragged_layout(1000, 8, K=4, device=torch.device("cpu"))
+    layout.check(1000)
+    lengths = layout.offsets.diff()
+    assert len(lengths) == 16
+    assert lengths.min() >= 1
+    assert lengths.max() > 3 * lengths.min()

@@ -34,9 +34,9 @@ def test_gpu_backend_on_cpu(name):
 def test_budgets_are_those_of_the_names():
     budgets = {"latro-cpu": None, "latro-cpu-64mib": 1 << 26, "latro-cpu-recompute": 0}
     for name, budget in budgets.items():
-        logprob = providers.PROVIDERS[name].find(CPU)
+        logprob = providers.PROVIDERS[name](CPU)
         assert logprob.keywords.get("memory_budget") == budget
-    kept = providers.PROVIDERS["latro-cpu-keep"].find(CPU).keywords["memory_budget"]
+    kept = providers.PROVIDERS["latro-cpu-keep"](CPU).keywords["memory_budget"]
     assert kept > 4 * 2**31
     assert "latro-reference-keep" not in providers.PROVIDERS
 
@@ -45,8 +45,7 @@ def test_provider_that_breaks_is_named_with_its_error(monkeypatch):
     def broken(hidden, weight, target):
         raise NotImplementedError("no kernel for this\nand a long story")
 
-    provider = providers.Provider("broken", "", lambda device: broken)
-    monkeypatch.setitem(providers.PROVIDERS, "broken", provider)
+    monkeypatch.setitem(providers.PROVIDERS, "broken", lambda device: broken)
     found, reasons = providers.discover(["broken"], CPU, torch.float32)
     assert not found
     assert reasons == {"broken": "NotImplementedError: no kernel for this"}
@@ -58,7 +57,7 @@ def test_unknown_name():
 
 
 def test_every_provider_that_runs_here_is_right():
-    names = [name for name, provider in providers.PROVIDERS.items() if not provider.slow_start]
+    names = [name for name in providers.PROVIDERS if name not in providers.SLOW_START]
     found, _ = providers.discover(names, CPU, torch.float32)
     problem = make_problem(providers.TINY, torch.float32, CPU)
     truth = solve_fp64(problem)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import csv
 
 import pytest
+from matplotlib.figure import Figure
 
 from benchmarks.common import report
 from benchmarks.common.timing import Summary
@@ -29,18 +31,42 @@ def test_a_size_that_is_not_known_is_a_dash():
 
 
 def test_names_are_chosen_of_those_known():
-    assert report.choose("b, a", ["a", "b"], "--names") == ["b", "a"]
-    with pytest.raises(ValueError, match="--names: expected some of a, b, got 'c'"):
-        report.choose("a,c", ["a", "b"], "--names")
+    names = report.some_of(["a", "b"])
+    assert names("b, a") == ["b", "a"]
+    with pytest.raises(argparse.ArgumentTypeError, match="expected some of a, b, got 'c'"):
+        names("a,c")
 
 
 def test_csv_is_whole_or_absent(tmp_path):
     path = tmp_path / "new" / "rows.csv"
     with pytest.raises(ValueError, match="rows: expected at least one"):
         report.write_csv(path, [])
-    with pytest.raises(ValueError, match="'b'"):
-        report.write_csv(path, [{"a": 1}, {"b": 2}])
     assert not path.exists()
-    report.write_csv(path, [{"a": 1, "b": None}])
-    assert list(csv.reader(path.open())) == [["a", "b"], ["1", ""]]
+    report.write_csv(path, [{"a": 1, "b": None}, {"a": 2, "c": 3}])
+    assert list(csv.reader(path.open())) == [["a", "b", "c"], ["1", "", ""], ["2", "", "3"]]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_bars_stand_from_the_top_with_labels_and_ranges_on_their_scale():
+    axis = Figure().subplots()
+    times = [Summary(median=2.0, low=1.0, high=3.0, reps=3)] * 2
+    report.bars(axis, [10.0, 20.0], ["a", "b"], below=0.25, times=times)
+    assert axis.yaxis_inverted()
+    assert [text.get_text() for text in axis.texts] == ["a", "b"]
+    assert [bar.get_width() for bar in axis.patches] == [10.0, 20.0]
+    assert [bar.get_y() + bar.get_height() / 2 for bar in axis.patches] == [0.25, 1.25]
+    (spread,) = axis.collections
+    ends = [segment[:, 0].tolist() for segment in spread.get_segments()]
+    assert ends == [pytest.approx([5.0, 15.0]), pytest.approx([10.0, 30.0])]
+
+
+def test_two_rows_of_bars_keep_the_first_on_top():
+    axis = Figure().subplots()
+    for below in (-0.2, 0.2):
+        report.bars(axis, [1.0], [""], below=below)
+    assert axis.yaxis_inverted()
+
+
+def test_a_figure_is_written_as_png(tmp_path):
+    report.write_png(tmp_path / "figure.png", Figure())
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")

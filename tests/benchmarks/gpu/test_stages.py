@@ -1,37 +1,43 @@
 from __future__ import annotations
 
-import json
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from benchmarks.gpu import stages
-from benchmarks.gpu.stages import ROOT, Stage, read_result, run_all
+from benchmarks.gpu.stages import ROOT, Stage, run_all
 
 
 def python(code: str) -> tuple[str, ...]:
     return (sys.executable, "-S", "-c", code)
 
 
-def run(chosen, out, seconds=60.0, conclude=lambda results: {}):
-    outcomes, results = run_all(chosen, out / "record.json", seconds, (ROOT,), conclude)
+def run(chosen, logs, seconds=60.0, after=lambda outcomes, results: None):
+    outcomes, results = run_all(chosen, logs, seconds=seconds, paths=(ROOT,), after=after)
     return {outcome.stage: outcome for outcome in outcomes}, results
 
 
+def reading(path: Path) -> Callable[[], str | None]:
+    return lambda: path.read_text() if path.exists() else None
+
+
 def test_a_stage_that_fails_stops_no_other(tmp_path):
-    result = tmp_path / "last.json"
+    result = tmp_path / "last.txt"
     outcomes, results = run(
         [
             Stage("breaks", [python("print('why'); raise SystemExit(3)")], 20),
             Stage("dies", [python("import os; os.abort()"), python("print('goes on')")], 20),
             Stage(
                 "works",
-                [python(f"open({str(result)!r}, 'w').write('[1, 2]')")],
+                [python(f"open({str(result)!r}, 'w').write('12')")],
                 20,
-                result=result,
-                figure=lambda numbers: f"sum {sum(numbers)}",
+                read=reading(result),
+                figure=lambda text: f"sum {sum(map(int, text))}",
             ),
         ],
         tmp_path,
@@ -46,42 +52,33 @@ def test_a_stage_that_fails_stops_no_other(tmp_path):
     assert outcomes["dies"].reason == "exit status -6"
     assert outcomes["dies"].tail[-1] == "goes on"
     assert outcomes["works"].figure == "sum 3"
-    assert results == {"works": [1, 2]}
+    assert results == {"works": "12"}
 
 
-def test_the_record_is_whole_after_every_stage(tmp_path):
-    record = tmp_path / "record.json"
-    code = f"import json; print(len(json.load(open({str(record)!r}))['stages']))"
-    outcomes, _ = run(
-        [Stage(name, [python(code)], 20) for name in ("first", "second", "third")],
+def test_what_is_known_is_told_after_every_stage(tmp_path):
+    told = []
+    run(
+        [
+            Stage("first", [python("")], 20, read=lambda: 1),
+            Stage("second", [python("raise SystemExit(1)")], 20),
+            Stage("third", [python("")], 20, obstacles=[lambda: "no GPU"]),
+        ],
         tmp_path,
-        conclude=lambda results: {"environment": {"device": "none"}},
+        after=lambda outcomes, results: told.append(
+            ([(of.stage, of.status) for of in outcomes], dict(results))
+        ),
     )
-    # The first finds no file, the others that of the stage before.
-    assert [outcome.status for outcome in outcomes.values()] == ["failed", "passed", "passed"]
-    assert outcomes["third"].tail[-1] == "2"
-    written = json.loads(record.read_text())
-    assert written["environment"] == {"device": "none"}
-    assert [stage["stage"] for stage in written["stages"]] == ["first", "second", "third"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        *("first.log", "record.json", "second.log", "third.log")
-    ]
+    stages = [("first", "passed"), ("second", "failed"), ("third", "skipped")]
+    assert told == [(stages[:count], {"first": 1}) for count in (1, 2, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first.log", "second.log"]
 
 
-def test_an_obstacle_skips_a_stage_and_leaves_no_old_result(tmp_path):
-    result = tmp_path / "old.json"
-    result.write_text("[1]")
-    stage = Stage(
-        "stage",
-        [python("raise SystemExit(1)")],
-        20,
-        obstacles=[lambda: None, lambda: "no GPU", lambda: "no compiler"],
-        result=result,
-    )
+def test_an_obstacle_skips_a_stage(tmp_path):
+    obstacles = [lambda: None, lambda: "no GPU", lambda: "no compiler"]
+    stage = Stage("stage", [python("raise SystemExit(1)")], 20, obstacles=obstacles)
     outcomes, results = run([stage], tmp_path)
     assert (outcomes["stage"].status, outcomes["stage"].reason) == ("skipped", "no GPU")
     assert results == {}
-    assert not result.exists()
 
 
 def test_a_stage_over_its_limit_ends_with_what_it_started(tmp_path):
@@ -95,26 +92,64 @@ def test_a_stage_over_its_limit_ends_with_what_it_started(tmp_path):
     assert not alive.exists()
 
 
+def test_a_stage_ends_what_it_leaves_behind(tmp_path):
+    alive = tmp_path / "alive"
+    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-S', '-c', {child!r}])"
+    outcomes, _ = run([Stage("leaves", [python(code)], 20)], tmp_path)
+    assert outcomes["leaves"].status == "passed"
+    time.sleep(2.5)
+    assert not alive.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stages_end_with_what_runs_them(tmp_path, number):
+    pid = tmp_path / "pid"
+    child = f"import os, time; open({str(pid)!r}, 'w').write(f'{{os.getpid()}}\\n'); time.sleep(60)"
+    code = f"""
+import signal, sys
+from pathlib import Path
+from benchmarks.gpu.stages import Stage, run_all
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+command = (sys.executable, "-S", "-c", {child!r})
+run_all([Stage("long", [command], 60)], Path({str(tmp_path)!r}), seconds=60, paths=(),
+        after=lambda outcomes, _: print(outcomes[-1].reason))
+"""
+    suite = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    deadline = time.monotonic() + 30
+    while not (pid.exists() and pid.read_text().endswith("\n")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    suite.send_signal(number)
+    said, _ = suite.communicate()
+    assert suite.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    assert said == ("interrupted\n" if number == signal.SIGTERM else "")
+    time.sleep(0.2)
+    status = Path("/proc", pid.read_text().strip(), "status")
+    # A process that has ended may wait for its new parent to ask how.
+    assert not status.exists() or "State:\tZ" in status.read_text()
+
+
 def test_what_a_stage_measured_before_its_limit_is_kept(tmp_path):
-    result = tmp_path / "part.json"
-    code = f"import time; open({str(result)!r}, 'w').write('[5]'); time.sleep(60)"
-    stage = Stage("slow", [python(code)], 1.0, result=result, figure=str)
-    outcomes, results = run([stage], tmp_path)
+    result = tmp_path / "part.txt"
+    code = f"import time; open({str(result)!r}, 'w').write('5'); time.sleep(60)"
+    outcomes, results = run([Stage("slow", [python(code)], 1.0, read=reading(result))], tmp_path)
     assert outcomes["slow"].status == "failed"
-    assert outcomes["slow"].figure == "[5]"
-    assert results == {"slow": [5]}
+    assert outcomes["slow"].figure == "5"
+    assert results == {"slow": "5"}
 
 
 def test_no_stage_starts_after_the_deadline(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "_LEAST_S", 0.5)
-    outcomes, _ = run(
-        [
-            Stage("long", [python("import time; time.sleep(60)")], 20),
-            Stage("late", [python("")], 20),
-        ],
-        tmp_path,
-        seconds=1.0,
-    )
+    long, late = ("import time; time.sleep(60)", "")
+    chosen = [Stage("long", [python(long)], 20), Stage("late", [python(late)], 20)]
+    outcomes, _ = run(chosen, tmp_path, seconds=1.0)
     # The deadline shortens the limit of the first.
     assert outcomes["long"].status == "failed"
     assert outcomes["long"].seconds == pytest.approx(1.0, abs=0.5)
@@ -125,17 +160,6 @@ def test_no_stage_starts_after_the_deadline(tmp_path, monkeypatch):
 def test_environment_and_search_path_of_a_stage(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "inherited")
     code = "import os; print(os.environ['PYTHONPATH'], os.environ['OF_ITS_OWN'], os.getcwd())"
-    outcomes, _ = run(
-        [Stage("stage", [python(code)], 20, environment={"OF_ITS_OWN": "1"})], tmp_path
-    )
+    stage = Stage("stage", [python(code)], 20, environment={"OF_ITS_OWN": "1"})
+    outcomes, _ = run([stage], tmp_path)
     assert outcomes["stage"].tail[-1] == f"{ROOT}:inherited 1 {ROOT}"
-
-
-def test_counts_of_a_junit_file(tmp_path):
-    path = tmp_path / "tests.xml"
-    path.write_text(
-        '<?xml version="1.0"?><testsuites><testsuite name="pytest" errors="1" failures="2" '
-        'skipped="3" tests="10" time="1.5"><testcase/></testsuite></testsuites>'
-    )
-    assert read_result(path) == {"tests": 10, "failures": 2, "errors": 1, "skipped": 3}
-    assert read_result(Path(tmp_path / "absent.xml")) is None

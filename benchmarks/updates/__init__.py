@@ -1,1 +1,0 @@
-"""The training updates that `step.py` compares, what they work on, and what is measured of them."""
