@@ -42,12 +42,12 @@ def gate() -> Callable[[str, Tensor, Tensor, Tensor], None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles so small that a test's problem has several blocks of rows and slices of vocabulary."""
-    from latro_kernels import kl_tiles
     from latro_kernels.head import Head
+    from latro_kernels.linear_kl import tiles as kl_tiles
     from latro_kernels.linear_logprob import tiles
 
-    def shape(head: Head | kl_tiles.Head) -> tuple[int, int]:
+    def shape(head: Head) -> tuple[int, int]:
         return max(1, min(24, len(head.hidden))), min(192, len(head.weight))
 
     monkeypatch.setattr(tiles, "tile_shape", shape)
-    monkeypatch.setattr(kl_tiles, "tile_shape", lambda heads: shape(heads.p))
+    monkeypatch.setattr(kl_tiles, "tile_shape", shape)

@@ -86,9 +86,9 @@ KL_TILES = {
     "bias_q_ptr": "*fp32",
 }
 KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
-KL_STATE = ("peak_p", "total_p", "peak_q", "total_q", "anchor", "moment", "second")
+KL_STATE = ("max_p", "sum_exp_p", "max_q", "sum_exp_q", "anchor", "moment", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
-KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "anchor", "mean", "peak", "total")}
+KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "anchor", "mean", "max_p", "sum_exp_p")}
 GROUP_ADVANTAGE = {
     "logp_ptr": ROW,
     "ref_logp_ptr": ROW,
@@ -220,14 +220,12 @@ def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capabili
 @each_launch
 @pytest.mark.parametrize("kernel", ["fold", "grad-fp32", "grad-bf16", "grad-fp16"])
 def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
-    from latro_kernels.triton import linear_kl as kernels
+    from latro_kernels.linear_kl import triton as kernels
 
     name, _, dtype = kernel.partition("-")
     function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel
     signature = (
-        KL_FOLD
-        if name == "fold"
-        else {**KL_TILES, "dtile_ptr": f"*{dtype}", **KL_ROWS, **KL_NUMBERS}
+        KL_FOLD if name == "fold" else {**KL_TILES, "dz_ptr": f"*{dtype}", **KL_ROWS, **KL_NUMBERS}
     )
     signature = aligned(signature) if is_aligned else signature
     for plain in (True, False):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latro_kernels.triton import linear_kl as kernels
+from latro_kernels.linear_kl import triton as kernels
 from tests.latro_kernels.kl_cases import fused, nearly_one_hot, problem, solve, solve_all, truth
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -1,0 +1,223 @@
+"""KL divergence between two LM heads, exact over the vocabulary, without their logits.
+
+Head p has hidden x_n, weight W and bias b, head q its own; temperature T and softcap c are shared.
+With logits z as in `linear_logprob`, p = softmax(zᵖ), q = softmax(z^q) and d_j = zᵖ_j − z^q_j,
+
+    KL(p‖q) = Σ_j p_j·(log p_j − log q_j) = E_p[d] − log Σ exp(zᵖ) + log Σ exp(z^q)
+    ∂KL/∂zᵖ_j = p_j·(d_j − E_p[d])
+
+where p_j = 0 counts as 0. From there on the chain to x, W and b is that of `linear_logprob`; q is
+held constant.
+
+One pass over both logits finds it, in sums that are rescaled as the maxima mᵖ and m^q move. Sums of
+d are taken from its value at p's likeliest token a: where p is nearly one-hot, d_a may be 100 nats
+and d_a − E_p[d] next to nothing, and a difference of the two would be a rounding error of d_a. So a
+row keeps the anchor z^q_a, and with d_a = mᵖ − z^q_a
+
+    s = Σ exp(zᵖ_j − mᵖ)       mean = Σ exp(zᵖ_j − mᵖ)·(d_j − d_a) / s
+    ∂KL/∂zᵖ_j = exp(zᵖ_j − mᵖ) / s · ((d_j − d_a) − mean)
+
+For the KL itself, subtracting the sums of exponentials in fp32 would leave nothing of a small one
+but their rounding. On the CPU they are fp64, and
+
+    KL = mean + (m^q − z^q_a) + log(Σ exp(z^q_j − m^q) / s)
+
+On GPUs they are fp32. There δ_j = d_j − (mᵖ − m^q) is d measured from the maxima's difference, and
+a row carries
+
+    second = Σ exp(zᵖ_j − mᵖ)·(exp(−δ_j) − 1 + δ_j)
+
+which has no term below 0 and is summed from the series where δ is small. Then
+
+    KL = u + log(1 + v)      u = E_p[δ] = mean + (m^q − z^q_a),  v = second / s − u
+
+in fp64: where the heads differ by little, u and −v are small and equal to first order, so that the
+error is relative to the KL and not to the logits. The identity is E_p[exp(−δ)] = 1 + v. In both
+forms equal logits give exactly 0, and so do their gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latro_kernels.checks import (
+    check_device,
+    check_float_dtype,
+    check_scales,
+    check_tensor,
+    check_type,
+)
+from latro_kernels.head import autocast_dtype
+from latro_kernels.linear_kl import ops
+
+
+def reference(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
+    """Return KL [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
+    dtype = torch.promote_types(hidden_p.dtype, torch.float32)
+
+    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        z = hidden.to(dtype) @ weight.to(dtype).t()
+        if bias is not None:
+            z = z + bias.to(dtype)
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        return torch.log_softmax(z / temperature, dim=-1)
+
+    log_p = log_softmax(hidden_p, weight_p, bias_p)
+    log_q = log_softmax(hidden_q, weight_q, bias_q)
+    p = log_p.exp()
+    # Where p is 0 the difference may be -inf or NaN, and the limit of the product is 0.
+    return (p * torch.where(p == 0, 0, log_p - log_q)).sum(-1)
+
+
+class _LinearKl(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_p: Tensor,
+        weight_p: Tensor,
+        bias_p: Tensor | None,
+        hidden_q: Tensor,
+        weight_q: Tensor,
+        bias_q: Tensor | None,
+        settings: tuple[float, float, str],
+    ) -> Tensor:
+        heads = (hidden_p, weight_p, bias_p, hidden_q, weight_q, bias_q)
+        kl, *rows = ops.forward(*heads, *settings)
+        ctx.save_for_backward(*heads, *rows)
+        ctx.settings = settings
+        return kl
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable would let a gradient penalty go by with a gradient of zero.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "linear_kl has no double backward; use backend='reference' for create_graph"
+            )
+        heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        needs = ctx.needs_input_grad[:3]
+        gradients = ops.backward(*heads, *ctx.settings, *rows, grad_kl, needs)
+        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return *wanted, None, None, None, None
+
+
+def linear_kl(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    *,
+    bias_p: Tensor | None = None,
+    bias_q: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Return KL(p‖q) of two LM heads, row by row and exact, differentiable in p, without logits.
+
+    Without softcap, and up to rounding, this is
+
+        log_p = (linear(hidden_p, weight_p, bias_p).float() / temperature).log_softmax(-1)
+        log_q = (linear(hidden_q, weight_q, bias_q).float() / temperature).log_softmax(-1)
+        kl = torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+    in memory that grows with N, not with N·V. Products, sums, autocast and rows without upstream
+    gradient are as in `linear_logprob`; there is no double backward. A small KL keeps its digits:
+    in fp32, for logits of a few units, its error is about 2⁻²⁰·√KL nats, where the lines above have
+    2⁻²² however small the KL is. Heads that give equal logits have a KL, and gradients, of exactly
+    0. Where q is 0 and p is not the KL is infinite.
+
+    Args:
+        hidden_p: [N, Hp] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
+        weight_p: [V, Hp], dtype and device of hidden_p; any strides.
+        hidden_q: [N, Hq], dtype and device of hidden_p; any strides.
+        weight_q: [V, Hq] likewise. The same tensor as weight_p, or one detached from it: each slice
+            of it is read, and on the CPU packed, once for both heads.
+        bias_p: [V], dtype and device of hidden_p; None for none.
+        bias_q: [V] likewise.
+        temperature: divides the logits of both heads; above 0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
+            temperature too.
+        backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
+
+    Returns:
+        kl [N], fp32, nats.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value, an unknown backend, or an
+            input of q that requires grad where gradients are recorded: detach it.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    tensors: dict[str, Any] = {"hidden_p": hidden_p, "weight_p": weight_p, "bias_p": bias_p}
+    tensors |= {"hidden_q": hidden_q, "weight_q": weight_q, "bias_q": bias_q}
+    absent = {name for name in ("bias_p", "bias_q") if tensors[name] is None}
+    given = {name: tensor for name, tensor in tensors.items() if name not in absent}
+    _check_tensors(given)
+    _check_shapes(given)
+    check_scales(temperature, softcap)
+    check_type("backend", backend, str)
+    dtype = autocast_dtype(hidden_p.device)
+    if dtype is not None:
+        given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    _check_dtypes(given, backend)
+    tensors |= given
+    if backend == "reference":
+        return reference(**tensors, temperature=temperature, softcap=softcap)
+    settings = (float(temperature), float(softcap or 0.0), backend)
+    return _LinearKl.apply(*tensors.values(), settings)
+
+
+def _check_tensors(given: dict[str, Tensor]) -> None:
+    """Check types, dimensions and devices, and that nobody asks for the gradient of q."""
+    for name, tensor in given.items():
+        check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
+        check_device(name, tensor, "hidden_p", given["hidden_p"])
+        if name.endswith("_q") and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: expected a tensor that does not require grad, as linear_kl holds q "
+                f"constant, got one that does: pass {name}.detach()"
+            )
+
+
+def _check_shapes(given: dict[str, Tensor]) -> None:
+    N, V = len(given["hidden_p"]), len(given["weight_p"])
+    if len(given["hidden_q"]) != N:
+        raise ValueError(
+            f"hidden_q: expected {N} rows, as hidden_p has, got {len(given['hidden_q'])}"
+        )
+    for head, expected in (("p", "V > 0"), ("q", f"V = {V}, as in weight_p,")):
+        H, weight = given[f"hidden_{head}"].shape[1], given[f"weight_{head}"]
+        if V == 0 or H == 0 or weight.shape != (V, H):
+            raise ValueError(
+                f"weight_{head}: expected shape [V, H] with {expected} and H = {H} > 0, as in "
+                f"hidden_{head}, got {tuple(weight.shape)}"
+            )
+        bias = given.get(f"bias_{head}")
+        if bias is not None and len(bias) != V:
+            raise ValueError(
+                f"bias_{head}: expected shape ({V},), as weight_{head} has rows, got {len(bias)}"
+            )
+
+
+def _check_dtypes(given: dict[str, Tensor], backend: str) -> None:
+    check_float_dtype("hidden_p", given["hidden_p"], backend)
+    expected = given["hidden_p"].dtype
+    for name, tensor in given.items():
+        if tensor.dtype != expected:
+            raise TypeError(
+                f"{name}: expected the dtype of hidden_p, {expected}, got {tensor.dtype}"
+            )

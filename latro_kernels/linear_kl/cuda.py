@@ -1,0 +1,52 @@
+"""The two folds of linear_kl over the tiles of both heads, in CUDA C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from latro_kernels import native
+from latro_kernels.linear_kl.state import Head, KlGrad, KlState
+
+
+def fold(
+    head: Head,
+    tiles: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    state: KlState,
+) -> None:
+    """Add the tiles of p and q to the state of their rows, in place."""
+    with torch.cuda.device(tiles[0].device):
+        native.call(
+            "latro_cuda_linear_kl_fold",
+            *tiles,
+            *biases,
+            *vars(state).values(),
+            *tiles[0].shape,
+            head.softcap,
+            head.temperature,
+            torch.cuda.current_stream().cuda_stream,
+        )
+
+
+def grad(
+    head: Head,
+    tiles: tuple[Tensor, Tensor],
+    biases: tuple[Tensor | None, Tensor | None],
+    rows: KlGrad,
+    dz: Tensor,
+) -> None:
+    """Fill `dz`, the gradient with respect to p's products, which may be p's tile."""
+    with torch.cuda.device(dz.device):
+        native.call(
+            "latro_cuda_linear_kl_grad",
+            *tiles,
+            *biases,
+            dz,
+            native.dtype_code(dz.dtype),
+            *vars(rows).values(),
+            *dz.shape,
+            head.softcap,
+            head.temperature,
+            torch.cuda.current_stream().cuda_stream,
+        )

@@ -1,0 +1,87 @@
+"""The raw ops of `linear_kl`: schemas, the drivers behind them, and the shapes they return.
+
+Ops take and return tensors and plain numbers only, so that torch.compile can put them into a graph.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latro_kernels.dispatch import resolve
+from latro_kernels.head import absent
+from latro_kernels.linear_kl import cpu, tiles
+from latro_kernels.linear_kl.state import Head, KlGrad, empty_results
+
+_HEADS = (
+    "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
+    "Tensor? bias_q, float temperature, float softcap, str backend"
+)
+_ROWS = "Tensor anchor, Tensor mean, Tensor max_p, Tensor sum_exp_p"
+torch.library.define("latro_kernels::linear_kl", f"({_HEADS}) -> (Tensor kl, {_ROWS})")
+torch.library.define(
+    "latro_kernels::linear_kl_backward",
+    f"({_HEADS}, {_ROWS}, Tensor grad_kl, bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+)
+
+
+@torch.library.impl("latro_kernels::linear_kl", ("cpu", "cuda"))
+def _forward(hidden_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    p, q = _heads(hidden_p, *arguments)
+    with torch.autocast(hidden_p.device.type, enabled=False):
+        return _driver(p).forward(p, q)
+
+
+@torch.library.register_fake("latro_kernels::linear_kl")
+def _(hidden_p: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return empty_results(hidden_p)
+
+
+@torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))
+def _backward(hidden_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *heads, anchor, mean, max_p, sum_exp_p, grad_kl, needs = arguments
+    p, q = _heads(hidden_p, *heads)
+    grad = KlGrad(
+        grad_kl=grad_kl.contiguous(), anchor=anchor, mean=mean, max_p=max_p, sum_exp_p=sum_exp_p
+    )
+    with torch.autocast(hidden_p.device.type, enabled=False):
+        gradients = _driver(p).backward(p, q, grad, tuple(needs))
+    return tuple(absent(hidden_p) if g is None else g for g in gradients)
+
+
+@torch.library.register_fake("latro_kernels::linear_kl_backward")
+def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    shapes = (hidden_p.shape, weight_p.shape, weight_p.shape[:1])
+    return tuple(
+        hidden_p.new_empty(shape) if needed else absent(hidden_p)
+        for shape, needed in zip(shapes, arguments[-1], strict=True)
+    )
+
+
+def _heads(
+    hidden_p: Tensor,
+    weight_p: Tensor,
+    bias_p: Tensor | None,
+    hidden_q: Tensor,
+    weight_q: Tensor,
+    bias_q: Tensor | None,
+    *settings: Any,
+) -> tuple[Head, Head]:
+    """Return p and q; `settings` are temperature, softcap and the name of a backend."""
+    temperature, softcap, backend = settings
+    # Resolved inside of the op, for torch.compile cannot trace the search for a library.
+    backend = resolve(backend, hidden_p.device)
+    p = Head(hidden_p, weight_p, bias_p, temperature, softcap, backend)
+    return p, Head(hidden_q, weight_q, bias_q, temperature, softcap, backend)
+
+
+def _driver(head: Head) -> ModuleType:
+    """Return the module whose `forward` and `backward` do the work."""
+    return cpu if head.backend == "cpu" else tiles
+
+
+forward = torch.ops.latro_kernels.linear_kl
+backward = torch.ops.latro_kernels.linear_kl_backward
