@@ -19,7 +19,7 @@ _FP32 = torch.finfo(torch.float32)
 
 
 def check_tensor(name: str, value: object, dimensions: int) -> None:
-    """A tensor of that many dimensions."""
+    """Raise unless the value is a tensor of that many dimensions."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dim() != dimensions:
@@ -30,7 +30,7 @@ def check_tensor(name: str, value: object, dimensions: int) -> None:
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    """`value` is on the device of `other`."""
+    """Raise unless `value` is on the device of `other`."""
     if value.device != other.device:
         raise ValueError(
             f"{name}: expected the device of {other_name}, {other.device}, got {value.device}"
@@ -38,7 +38,7 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
 
 
 def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
-    """A dtype that `backend` computes with."""
+    """Raise unless `backend` computes with the dtype of the value."""
     allowed = (*KERNEL_DTYPES, torch.float64) if backend == "reference" else KERNEL_DTYPES
     if value.dtype not in allowed:
         expected = " or ".join(map(str, allowed))
@@ -46,7 +46,7 @@ def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
 
 
 def check_positive(name: str, value: object) -> None:
-    """A number above 0 among the normal ones of fp32, which has fewer digits below them."""
+    """Raise unless the value is above 0 and a normal number of fp32; others have fewer digits."""
     number = _as_float(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {number}")
@@ -58,7 +58,7 @@ def check_positive(name: str, value: object) -> None:
 
 
 def check_scales(temperature: object, softcap: object) -> None:
-    """A temperature, and a softcap or None for none, that the kernels can divide by in fp32."""
+    """Raise unless the kernels can divide by temperature and softcap (None: none) in fp32."""
     check_positive("temperature", temperature)
     if softcap is None:
         return
@@ -72,13 +72,16 @@ def check_scales(temperature: object, softcap: object) -> None:
 
 
 def check_type(name: str, value: object, expected: type) -> None:
-    """An instance of `expected`."""
+    """Raise unless the value is an instance of `expected`."""
     if not isinstance(value, expected):
         raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}")
 
 
 def check_target(target: Tensor, rows_of: str, N: int) -> None:
-    """int64 [N]; `rows_of` names the argument that has N rows. Values are not read."""
+    """Raise unless the target is int64 [N]; `rows_of` names the argument that has N rows.
+
+    Its values are not read.
+    """
     if target.shape[0] != N:
         raise ValueError(
             f"target: expected shape ({N},), as {rows_of} has rows, got {target.shape[0]}"
@@ -88,9 +91,10 @@ def check_target(target: Tensor, rows_of: str, N: int) -> None:
 
 
 def check_target_values(target: Tensor, V: int | Tensor) -> None:
-    """Values in 0..V − 1; on a GPU, whose values cannot be read without a wait, by the device.
+    """Raise unless all values are in 0..V − 1.
 
-    Fake tensors and those of the meta device have no values; nothing is checked.
+    A GPU's values cannot be read without a wait: there the device stops. Fake tensors and those of
+    the meta device have no values, and are not checked.
     """
     bad = (target < 0) | (target >= V)
     if target.device.type != "cpu" or isinstance(target, FakeTensor):
@@ -105,7 +109,7 @@ def check_target_values(target: Tensor, V: int | Tensor) -> None:
 
 
 def check_vector(name: str, value: object, *dtypes: torch.dtype) -> None:
-    """A tensor of one dimension and one of these dtypes."""
+    """Raise unless the value is a tensor of one dimension and of one of these dtypes."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
@@ -116,7 +120,7 @@ def check_vector(name: str, value: object, *dtypes: torch.dtype) -> None:
 
 
 def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """A tensor of that shape and device."""
+    """Raise unless the tensor has that shape and device."""
     if value.shape != shape:
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
     if value.device != device:
@@ -124,7 +128,7 @@ def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.d
 
 
 def check_count(name: str, value: object, least: int) -> None:
-    """An int of at least `least`."""
+    """Raise unless the value is an int of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < least:
@@ -132,7 +136,7 @@ def check_count(name: str, value: object, least: int) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """A finite number, in fp32 too; one so small that fp32 makes 0 of it is as good as 0."""
+    """Raise unless the value is a finite number, in fp32 too; fp32 may make 0 of a small one."""
     number = _as_float(name, value)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {number}")
@@ -143,7 +147,7 @@ def check_number(name: str, value: object) -> None:
 
 
 def _as_float(name: str, value: object) -> float:
-    """An int or a float as a float; infinite where it is an int that is too large for one."""
+    """Return a number as a float, an int that is too large for one as infinity."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     try:
@@ -153,6 +157,6 @@ def _as_float(name: str, value: object) -> float:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """One of `choices`."""
+    """Raise unless the value is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

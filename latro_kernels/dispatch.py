@@ -1,4 +1,4 @@
-"""`backend="auto"` and `backend=<name>` to the implementation that runs, or an error.
+"""Find the implementation that runs for `backend="auto"` or `backend=<name>`, or raise.
 
 auto, tensors on a CUDA device   triton
 auto, tensors on the CPU         cpu, the C++ kernels
@@ -18,7 +18,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BACKENDS) -> str:
-    """The backend that will run for tensors on `device`.
+    """Return the backend that will run for tensors on `device`.
 
     Args:
         backend: "auto", or one of `supported`.
@@ -52,12 +52,12 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BAC
 
 
 def default_backend(device: torch.device) -> str:
-    """What "auto" stands for."""
+    """Return what "auto" stands for."""
     return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
 
 
 def _interpreted() -> bool:
-    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
+    """Return whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
     import triton
 
     return bool(triton.knobs.runtime.interpret)

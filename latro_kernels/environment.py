@@ -12,7 +12,7 @@ import torch
 
 
 def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str, object]:
-    """Date, device, threads and versions, ready for JSON.
+    """Return date, device, threads and versions, ready for JSON.
 
     Args:
         device: a CUDA GPU is named as the driver names it, a CPU by its model.

@@ -1,4 +1,4 @@
-"""The LM head as the ops over it know it: `linear_logprob` and `linear_kl`."""
+"""The LM head, as `linear_logprob` and `linear_kl` know it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ _MIN_BF16_H = 128
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """The problem: logits z = softcap · tanh((hidden · weightᵀ + bias) / softcap) / temperature.
+    """The last linear layer of a language model, and the hidden states that it is applied to.
+
+    Its products are a = hidden · weightᵀ + bias, its logits z = softcap·tanh(a / softcap) /
+    temperature.
 
     Args:
         hidden: [N, H].
         weight: [V, H], dtype and device of hidden.
-        target: [N] int64, contiguous; outside of 0..V − 1 it is no column of this weight.
-        bias: [V] or None.
+        bias: [V], dtype and device of hidden, or None.
         temperature: divides the logits.
         softcap: 0 where there is none.
         backend: "cpu", "triton" or "cuda".
@@ -29,7 +31,6 @@ class Head:
 
     hidden: Tensor
     weight: Tensor
-    target: Tensor
     bias: Tensor | None
     temperature: float
     softcap: float
@@ -37,19 +38,22 @@ class Head:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on a device; None where it is off, as always on the meta device."""
+    """Return what autocast casts to on a device, or None where it is off.
+
+    On the meta device it is always off.
+    """
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def absent(like: Tensor) -> Tensor:
-    """Stands for an output that was not asked for: an op returns tensors, never None."""
+    """Return what stands for an output that was not asked for: an op returns no None."""
     return like.new_empty(0, dtype=torch.float32)
 
 
 def multiplies_bf16(*hidden: Tensor) -> bool:
-    """Whether products of these hidden states are made in bf16 as it is."""
+    """Return whether the CPU kernels multiply these hidden states in bf16, not widened to fp32."""
     return (
         all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden)
         and native.library("cpu").latro_cpu_bf16_products_supported() != 0

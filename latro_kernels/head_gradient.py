@@ -15,23 +15,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from latro_kernels.head import Head
 
-class Head(Protocol):
-    """What is needed of a head: hidden [N, H], weight [V, H] and bias [V] or None, of one dtype."""
-
-    @property
-    def hidden(self) -> Tensor: ...
-
-    @property
-    def weight(self) -> Tensor: ...
-
-    @property
-    def bias(self) -> Tensor | None: ...
+# More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
+MAX_TILE_ROWS = 4096
+# Where there is no GPU to ask: Triton's interpreter, whose kernels meet CPU tensors.
+_INTERPRETED_TILE_BYTES = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,33 +47,18 @@ class Tile:
 
 
 @dataclass(frozen=True, eq=False)
-class ActiveBlocks:
-    """Which blocks of a matrix, of so many rows and columns, are not 0 everywhere.
-
-    Args:
-        flags: int8, 0 for a block that is 0.
-        rows: of a block.
-        columns: of a block.
-    """
-
-    flags: Tensor
-    rows: int
-    columns: int
-
-    def t(self) -> ActiveBlocks:
-        """Those of the transposed matrix."""
-        return ActiveBlocks(self.flags.t(), self.columns, self.rows)
-
-
-@dataclass(frozen=True, eq=False)
 class Gradient:
-    """dz of a tile, [M, C], in the dtype of its hidden states; `active`: None where all may be."""
+    """The gradient dz of a tile, [M, C], in the dtype of its hidden states."""
 
     dz: Tensor
-    active: ActiveBlocks | None = None
 
     def t(self) -> Gradient:
-        return Gradient(self.dz.t(), None if self.active is None else self.active.t())
+        """Return the transposed gradient."""
+        return Gradient(self.dz.t())
+
+    def add_product(self, out: Tensor, other: Tensor, *, first: bool) -> None:
+        """Add dz · other to `out`, or write it there for the first product of a sum."""
+        add_product(out, self.dz, other, first=first)
 
 
 def sweep(
@@ -90,13 +68,13 @@ def sweep(
     make: Callable[[Tile], Gradient],
     rows: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks.
+    """Return the gradients of hidden, in fp32, weight and bias; None where none is needed.
 
     Args:
         head: the problem.
-        needs: for hidden, weight, bias.
+        needs: whether hidden, weight and bias need a gradient.
         shape: the most rows and columns of a tile.
-        make: gives a tile's dz.
+        make: returns a tile's gradient.
         rows: int64, the numbers of those that have a gradient, in any order; None: all.
     """
     device, dtype = head.hidden.device, head.hidden.dtype
@@ -121,14 +99,15 @@ def sweep(
             if rows is not None:
                 block = rows[block]
             x = head.hidden[block].to(operand_dtype(head))
-            gradient = make(Tile(block, columns, x, weight, bias))
+            gradient = make(Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias))
             if dx is not None:
                 part = dx[block]
-                _add(part, gradient, weight, first=columns.start == 0)
+                gradient.add_product(part, weight, first=columns.start == 0)
+                # Rows by number are a copy, a slice of rows is dx itself.
                 if rows is not None:
                     dx[block] = part
             if slice_dw is not None:
-                _add(slice_dw, gradient.t(), x, first=begin == 0)
+                gradient.t().add_product(slice_dw, x, first=begin == 0)
             if db is not None:
                 slice_db += gradient.dz.sum(0, dtype=torch.float32)
         if M and dw is not None and slice_dw is not None and not in_place:
@@ -138,8 +117,23 @@ def sweep(
     return dx, dw, db
 
 
+def tile_shape(head: Head, *, tiles: int = 1) -> tuple[int, int]:
+    """Return rows and columns of an fp32 tile of products, of which `tiles` stand side by side.
+
+    Together they fill a GPU's second-level cache: the bound depends on neither N nor V.
+    """
+    device = head.hidden.device
+    tile_bytes = _INTERPRETED_TILE_BYTES
+    if device.type == "cuda":
+        tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
+    columns = tile_bytes // (tiles * rows * torch.float32.itemsize)
+    # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
+    return rows, min(len(head.weight), max(64, columns // 64 * 64))
+
+
 def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Slices of the vocabulary, with their weight and their bias in fp32."""
+    """Yield slices of the vocabulary, with their weight as operand and their bias in fp32."""
     V = len(head.weight)
     for begin in range(0, V, width):
         columns = slice(begin, min(begin + width, V))
@@ -148,13 +142,16 @@ def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | Non
 
 
 def operand_dtype(head: Head) -> torch.dtype:
-    """The dtype in which products are made."""
+    """Return the dtype of the factors of products."""
     # On the CPU, for the interpreter, torch would round a product of bf16.
     return head.hidden.dtype if head.hidden.device.type == "cuda" else torch.float32
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """out += a · b, or out = a · b for the first product of a sum; a sum in fp32 is not rounded."""
+    """Add a · b to `out`, or write it there for the first product of a sum.
+
+    A product that is added to an fp32 sum is not rounded before.
+    """
     if a.dtype == out.dtype:
         if first:
             torch.mm(a, b, out=out)
@@ -172,7 +169,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 @cache
 def _adds_to_fp32(device: torch.device) -> bool:
-    """Whether this torch adds a product of bf16 to a sum in fp32 as it goes; older ones refuse."""
+    """Return whether this torch adds products of bf16 to an fp32 sum; older ones refuse."""
     # Of empty matrices: torch looks at their dtypes and launches nothing, which is no wait for the
     # device, and nothing that a CUDA graph that is being captured would take up.
     out = torch.empty(0, 0, dtype=torch.float32, device=device)
@@ -182,13 +179,3 @@ def _adds_to_fp32(device: torch.device) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-def _add(out: Tensor, gradient: Gradient, other: Tensor, *, first: bool) -> None:
-    """`add_product` of dz, without its blocks that are 0."""
-    if gradient.active is None:
-        add_product(out, gradient.dz, other, first=first)
-    else:
-        from latro_kernels.linear_logprob.triton.sparse_product import add_sparse_product
-
-        add_sparse_product(out, gradient.dz, gradient.active, other, first=first)

@@ -40,7 +40,7 @@ class BackendUnavailableError(RuntimeError):
 
 @functools.cache
 def header() -> str:
-    """The text of `latro.h`, without its comments."""
+    """Return the text of `latro.h`, without its comments."""
     path = _HERE / "latro.h"
     if not path.exists():
         raise BackendUnavailableError(
@@ -51,13 +51,13 @@ def header() -> str:
 
 @functools.cache
 def constants() -> dict[str, int]:
-    """The enumerators of `latro.h`: status codes and dtype codes."""
+    """Return the enumerators of `latro.h`: status codes and dtype codes."""
     return {m["name"]: int(m["value"]) for m in _CONSTANT.finditer(header())}
 
 
 @functools.cache
 def signatures() -> dict[str, tuple[type, list[type]]]:
-    """Each exported function's result type and argument types, as ctypes."""
+    """Return each exported function's result type and argument types, as ctypes."""
     return {
         m["name"]: (
             _ctype(m["result"]),
@@ -110,7 +110,7 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def available(name: str) -> bool:
-    """Whether `_cpu.so` or `_cuda.so` can be loaded."""
+    """Return whether `_cpu.so` or `_cuda.so` can be loaded."""
     try:
         library(name)
     except BackendUnavailableError:
@@ -119,7 +119,7 @@ def available(name: str) -> bool:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The header's code of an element type."""
+    """Return the header's code of an element type."""
     names = {torch.float32: "LATRO_F32", torch.bfloat16: "LATRO_BF16", torch.float16: "LATRO_F16"}
     return constants()[names[dtype]]
 

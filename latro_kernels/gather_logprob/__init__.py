@@ -63,8 +63,8 @@ class _GatherLogprob(torch.autograd.Function):
         settings: tuple[float, float, bool, str],
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, peak, log_total = ops.forward(logits, target, *settings)
-        ctx.save_for_backward(logits, target, logp, entropy, peak, log_total)
+        logp, entropy, row_max, log_sum = ops.forward(logits, target, *settings)
+        ctx.save_for_backward(logits, target, logp, entropy, row_max, log_sum)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
         return logp, entropy
 

@@ -17,14 +17,13 @@ def forward(
     temperature: float,
     softcap: float,
 ) -> None:
-    """Fill `rows`, which are logp, entropy (None: not asked for), peak and log_total."""
+    """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
     inputs = (logits, native.dtype_code(logits.dtype), logits.stride(0), target)
     _call("forward", logits.device, *inputs, *rows, *logits.shape, softcap, temperature)
 
 
 def backward(
     logits: Tensor,
-    target: Tensor,
     grad: RowGrad,
     dlogits: Tensor,
     *,
@@ -40,13 +39,13 @@ def backward(
         native.dtype_code(logits.dtype),
         logits.stride(0),
         dlogits.stride(0),
-        target,
+        grad.target,
         grad.grad_logp,
         grad.grad_entropy,
         grad.logp,
         grad.entropy,
-        grad.peak,
-        grad.log_total,
+        grad.row_max,
+        grad.log_sum,
         *logits.shape,
         softcap,
         temperature,

@@ -20,12 +20,13 @@ from latro_kernels.linear_logprob.state import RowGrad
 
 _SETTINGS = "Tensor target, float temperature, float softcap, bool with_entropy, str backend"
 _ROWS = (
-    "Tensor logp, Tensor entropy, Tensor peak, Tensor log_total, "
+    "Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum, "
     "Tensor grad_logp, Tensor grad_entropy"
 )
 torch.library.define(
     "latro_kernels::gather_logprob",
-    f"(Tensor logits, {_SETTINGS}) -> (Tensor logp, Tensor entropy, Tensor peak, Tensor log_total)",
+    f"(Tensor logits, {_SETTINGS}) -> "
+    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)",
 )
 torch.library.define(
     "latro_kernels::gather_logprob_backward",
@@ -47,11 +48,11 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_target_values(target, logits.shape[1])
-    logp, entropy, peak, log_total = _empty_rows(logits, with_entropy)
-    rows = (logp, entropy if with_entropy else None, peak, log_total)
+    logp, entropy, row_max, log_sum = _empty_rows(logits, with_entropy)
+    rows = (logp, entropy if with_entropy else None, row_max, log_sum)
     driver = _driver(backend, logits.device)
     driver.forward(logits, target.contiguous(), rows, temperature=temperature, softcap=softcap)
-    return logp, entropy, peak, log_total
+    return logp, entropy, row_max, log_sum
 
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
@@ -100,26 +101,27 @@ def _write_gradient(
     backend: str,
     *rows: Tensor,
 ) -> None:
-    logp, entropy, peak, log_total, grad_logp, grad_entropy = rows
+    logp, entropy, row_max, log_sum, grad_logp, grad_entropy = rows
     grad = RowGrad(
+        target=target.contiguous(),
         logp=logp,
         entropy=entropy if with_entropy else None,
-        peak=peak,
-        log_total=log_total,
+        row_max=row_max,
+        log_sum=log_sum,
         grad_logp=grad_logp.contiguous(),
         grad_entropy=grad_entropy.contiguous() if with_entropy else None,
     )
     _driver(backend, logits.device).backward(
-        logits, target.contiguous(), grad, dlogits, temperature=temperature, softcap=softcap
+        logits, grad, dlogits, temperature=temperature, softcap=softcap
     )
 
 
 def _empty_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return room for logp, entropy, peak and log_total, fp32 [N] each."""
-    logp, peak, log_total, entropy = (
+    """Return room for logp, entropy, row_max and log_sum, fp32 [N] each."""
+    logp, row_max, log_sum, entropy = (
         logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)
     )
-    return logp, entropy if with_entropy else absent(logits), peak, log_total
+    return logp, entropy if with_entropy else absent(logits), row_max, log_sum
 
 
 def _driver(backend: str, device: torch.device) -> ModuleType:

@@ -12,27 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.linear_logprob.state import RowGrad
-from latro_kernels.triton.softmax import product_grad, row_logits
+from latro_kernels.triton.softmax import flags, product_grad, row_logits
 
 # Of 2-byte logits, two loads of 16 bytes for each of the threads of 8 warps.
 BLOCK_V = 4096
 NUM_WARPS = 8
-# What a launch's arguments say of the kernel that it needs.
-FLAGS = {
-    "HAS_SOFTCAP": lambda args: args["softcap"] > 0,
-    "WITH_ENTROPY": lambda args: args["entropy_ptr"] is not None,
-}
 
 
-@triton.heuristics(FLAGS)
+@triton.heuristics(flags(WITH_ENTROPY="entropy_ptr"))
 @triton.jit
 def forward_kernel(
     logits_ptr,
     target_ptr,
     logp_ptr,
     entropy_ptr,
-    peak_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     stride_n,
     V,
     softcap,
@@ -44,38 +39,38 @@ def forward_kernel(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_n
     lane = tl.arange(0, BLOCK_V).to(tl.int64)
-    peak = float("-inf")
-    # One sum a lane: they share the peak, and are added up once, at the end.
-    total = tl.zeros((BLOCK_V,), tl.float32)
-    weighted = tl.zeros((BLOCK_V,), tl.float32)
+    row_max = float("-inf")
+    # One sum a lane: they share the row_max, and are added up once, at the end.
+    sum_exp = tl.zeros((BLOCK_V,), tl.float32)
+    weighted_sum = tl.zeros((BLOCK_V,), tl.float32)
     for begin in range(0, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < V, softcap, temperature, False, HAS_SOFTCAP)
-        largest = tl.maximum(peak, tl.max(z, 0))
-        # A row that is -inf so far has no peak to subtract.
-        shift = tl.where(largest == float("-inf"), 0.0, largest)
-        drop = peak - shift
+        new_max = tl.maximum(row_max, tl.max(z, 0))
+        # A row that is -inf so far has no row_max to subtract.
+        shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+        drop = row_max - shift
         shrink = tl.exp(drop)
         below = z - shift
         e = tl.exp(below)
         if WITH_ENTROPY:
             # 0 * -inf counts as 0.
-            weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total))
-            weighted += tl.where(e == 0.0, 0.0, e * below)
-        total = total * shrink + e
-        peak = largest
-    sum_total = tl.sum(total, 0)
-    log_total = tl.log(sum_total)
+            weighted_sum = tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp))
+            weighted_sum += tl.where(e == 0.0, 0.0, e * below)
+        sum_exp = sum_exp * shrink + e
+        row_max = new_max
+    whole_sum = tl.sum(sum_exp, 0)
+    log_sum = tl.log(whole_sum)
     hit = tl.load(target_ptr + row)
-    picked = row_logits(row_ptr, None, hit, hit < V, softcap, temperature, False, HAS_SOFTCAP)
-    tl.store(logp_ptr + row, (picked - peak) - log_total)
-    tl.store(peak_ptr + row, peak)
-    tl.store(log_total_ptr + row, log_total)
+    target_logit = row_logits(row_ptr, None, hit, hit < V, softcap, temperature, False, HAS_SOFTCAP)
+    tl.store(logp_ptr + row, (target_logit - row_max) - log_sum)
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(log_sum_ptr + row, log_sum)
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, log_total - tl.sum(weighted, 0) / sum_total)
+        tl.store(entropy_ptr + row, log_sum - tl.sum(weighted_sum, 0) / whole_sum)
 
 
-@triton.heuristics(FLAGS)
+@triton.heuristics(flags(WITH_ENTROPY="entropy_ptr"))
 @triton.jit
 def backward_kernel(
     logits_ptr,
@@ -85,8 +80,8 @@ def backward_kernel(
     grad_entropy_ptr,
     logp_ptr,
     entropy_ptr,
-    peak_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     stride_n,
     stride_dn,
     V,
@@ -102,8 +97,8 @@ def backward_kernel(
     hit = tl.load(target_ptr + row)
     grad_logp = tl.load(grad_logp_ptr + row)
     logp = tl.load(logp_ptr + row)
-    peak = tl.load(peak_ptr + row)
-    log_total = tl.load(log_total_ptr + row)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
     is_read = grad_logp != 0.0
     grad_entropy = 0.0
     entropy = 0.0
@@ -123,8 +118,8 @@ def backward_kernel(
             grad_entropy,
             logp,
             entropy,
-            peak,
-            log_total,
+            row_max,
+            log_sum,
             softcap,
             temperature,
             HAS_SOFTCAP,
@@ -142,8 +137,8 @@ def forward(
     temperature: float,
     softcap: float,
 ) -> None:
-    """Fill `rows`, which are logp, entropy (None: not asked for), peak and log_total."""
-    (N, V), (logp, entropy, peak, log_total) = logits.shape, rows
+    """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
+    (N, V), (logp, entropy, row_max, log_sum) = logits.shape, rows
     if N == 0:
         return
     with torch.cuda.device_of(logits):
@@ -152,8 +147,8 @@ def forward(
             target_ptr=target,
             logp_ptr=logp,
             entropy_ptr=entropy,
-            peak_ptr=peak,
-            log_total_ptr=log_total,
+            row_max_ptr=row_max,
+            log_sum_ptr=log_sum,
             stride_n=logits.stride(0),
             V=V,
             softcap=softcap,
@@ -165,7 +160,6 @@ def forward(
 
 def backward(
     logits: Tensor,
-    target: Tensor,
     grad: RowGrad,
     dlogits: Tensor,
     *,
@@ -180,13 +174,13 @@ def backward(
         backward_kernel[(N,)](
             logits_ptr=logits,
             dlogits_ptr=dlogits,
-            target_ptr=target,
+            target_ptr=grad.target,
             grad_logp_ptr=grad.grad_logp,
             grad_entropy_ptr=grad.grad_entropy,
             logp_ptr=grad.logp,
             entropy_ptr=grad.entropy,
-            peak_ptr=grad.peak,
-            log_total_ptr=grad.log_total,
+            row_max_ptr=grad.row_max,
+            log_sum_ptr=grad.log_sum,
             stride_n=logits.stride(0),
             stride_dn=dlogits.stride(0),
             V=V,

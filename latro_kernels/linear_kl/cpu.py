@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import multiplies_bf16
-from latro_kernels.linear_kl.state import Head, KlGrad, empty_results, share_weight
+from latro_kernels.head import Head, multiplies_bf16
+from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:

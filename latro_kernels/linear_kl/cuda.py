@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.linear_kl.state import Head, KlGrad, KlState
+from latro_kernels.head import Head
+from latro_kernels.linear_kl.state import KlGrad, KlState
 
 
 def fold(

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from latro_kernels.dispatch import resolve
-from latro_kernels.head import absent
+from latro_kernels.head import Head, absent
 from latro_kernels.linear_kl import cpu, tiles
-from latro_kernels.linear_kl.state import Head, KlGrad, empty_results
+from latro_kernels.linear_kl.state import KlGrad, empty_results
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "

@@ -12,26 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The last linear layer of a language model, and the hidden states that it is applied to.
-
-    Args:
-        hidden: [N, H].
-        weight: [V, H], dtype and device of hidden.
-        bias: [V], dtype and device of hidden, or None.
-        temperature: divides the logits.
-        softcap: 0 where there is none.
-        backend: "cpu", "triton" or "cuda".
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    softcap: float
-    backend: str
+from latro_kernels.head import Head
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from latro_kernels.head import Head
 from latro_kernels.head_gradient import (
     Gradient,
     Tile,
@@ -21,32 +22,16 @@ from latro_kernels.head_gradient import (
     operand_dtype,
     slices,
     sweep,
+    tile_shape,
 )
 from latro_kernels.linear_kl import cuda
-from latro_kernels.linear_kl.state import Head, KlGrad, KlState, share_weight
-
-# More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
-MAX_TILE_ROWS = 4096
-# Both tiles of Triton's interpreter, whose kernels meet CPU tensors: no place for speed.
-INTERPRETER_TILE_BYTES = 2**20
-
-
-def tile_shape(head: Head) -> tuple[int, int]:
-    """Return rows and columns of a tile, of which two fit a bound in bytes whatever N and V are."""
-    device = head.hidden.device
-    tile_bytes = INTERPRETER_TILE_BYTES
-    if device.type == "cuda":
-        tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
-    columns = tile_bytes // (2 * rows * torch.float32.itemsize)
-    # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
-    return rows, min(len(head.weight), max(64, columns // 64 * 64))
+from latro_kernels.linear_kl.state import KlGrad, KlState, share_weight
 
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     """Return kl, and anchor, mean, max_p and sum_exp_p as `KlGrad` describes them."""
     N, state, kernels = len(p.hidden), KlState.start(p.hidden), _kernels(p.backend)
-    height, width = tile_shape(p)
+    height, width = tile_shape(p, tiles=2)
     for columns, weight, bias in slices(p, width):
         weight_q, bias_q = _slice_of_q(p, q, columns, weight)
         for begin in range(0, N, height):
@@ -71,7 +56,7 @@ def backward(p: Head, q: Head, grad: KlGrad, needs: tuple[bool, ...]) -> tuple[T
         kernels.grad(p, tiles, (tile.bias, bias_q), grad.rows(tile.rows), dz)
         return Gradient(dz)
 
-    dx, dw, db = sweep(p, needs, tile_shape(p), make)
+    dx, dw, db = sweep(p, needs, tile_shape(p, tiles=2), make)
     return None if dx is None else dx.to(p.hidden.dtype), dw, db
 
 

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.linear_kl.state import Head, KlGrad, KlState
+from latro_kernels.head import Head
+from latro_kernels.linear_kl.state import KlGrad, KlState
 from latro_kernels.triton.softmax import row_logits
 
 BLOCK_V = 1024

@@ -21,7 +21,7 @@ Milakov and Gimelshein's, "Online normalizer calculation for softmax", arXiv 180
 In units of N·H·V floating-point operations a matrix product over the head is 2. The forward is 2;
 the backward makes the logits again, 2, and two products with dz, 4. Less is done where
 
-- products that the forward made fit the memory budget: they are kept, and the 2 are saved;
+- products that the forward made fit the memory budget: they are cached, and the 2 are saved;
 - the head is frozen, and nobody asks for the entropy's gradient: the forward then makes
 
       u = ∂logp/∂x = (1 − p_t)·s_t·w_t − Σ_{j≠t} p_j·s_j·w_j        s_j = ∂z_j/∂a_j
@@ -32,7 +32,7 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
   probability for some rows: they are left out.
 
 With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
-row forward, and sum dx backward. `state` says what a backend has to provide.
+row forward, and sum dx backward. `ops` chooses the driver; `state` says what a driver is given.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def reference(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """logp [N] and entropy [N] in plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
+    """Return logp [N] and entropy [N] by plain PyTorch, in fp32 or fp64, without any checks."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
@@ -84,7 +84,7 @@ def reference(
 
 @dataclass(frozen=True)
 class _Options:
-    """What `linear_logprob` was asked for, and what follows from which inputs have gradients."""
+    """The arguments of `linear_logprob`, and what follows from which inputs have gradients."""
 
     temperature: float
     softcap: float
@@ -94,10 +94,6 @@ class _Options:
     grad_filter: float
     frozen: bool
     group: ProcessGroup | None
-
-    @property
-    def head(self) -> tuple[float, float, str]:
-        return self.temperature, self.softcap, self.backend
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -114,24 +110,44 @@ class _LinearLogprob(torch.autograd.Function):
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
             target = target - first
-        peak, total, picked, weighted, pull, kept, block_peak = ops.forward(
-            *(hidden, weight, target, bias, *options.head, options.group is None),
-            *(options.with_entropy, options.frozen, options.grad_filter > 0),
-            options.memory_budget,
+        row_max, sum_exp, target_logit, weighted_sum, dx_sum, cached, block_max = ops.forward(
+            hidden=hidden,
+            weight=weight,
+            target=target,
+            bias=bias,
+            temperature=options.temperature,
+            softcap=options.softcap,
+            backend=options.backend,
+            is_whole=options.group is None,
+            weighted_sum=options.with_entropy,
+            dx_sum=options.frozen,
+            block_max=options.grad_filter > 0,
+            memory_budget=options.memory_budget,
         )
-        own_peak = peak
+        own_max = row_max
         if options.group is not None:
-            peak, total, picked, weighted = vocab_parallel.merge(
-                peak, total, picked, weighted, options.group
+            row_max, sum_exp, target_logit, weighted_sum = vocab_parallel.merge(
+                row_max, sum_exp, target_logit, weighted_sum, options.group
             )
-        log_total = total.log()
-        logp = (picked - peak) - log_total
-        entropy = log_total - weighted / total if options.with_entropy else None
-        # What turns the pull, which was summed under this rank's own peak, into probabilities.
-        scale = torch.exp(own_peak - peak) / total
+        log_sum = sum_exp.log()
+        logp = (target_logit - row_max) - log_sum
+        entropy = log_sum - weighted_sum / sum_exp if options.with_entropy else None
+        # What makes probabilities of the exponentials in dx_sum, which are under this rank's max.
+        scale = torch.exp(own_max - row_max) / sum_exp
         ctx.save_for_backward(
-            *(hidden, weight, target, bias, logp, entropy, peak, log_total, picked),
-            *(scale, pull, kept, block_peak),
+            hidden,
+            weight,
+            bias,
+            target,
+            logp,
+            entropy,
+            row_max,
+            log_sum,
+            target_logit,
+            scale,
+            dx_sum,
+            cached,
+            block_max,
         )
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -147,29 +163,43 @@ class _LinearLogprob(torch.autograd.Function):
                 "linear_logprob has no double backward; use backend='reference' for create_graph"
             )
         options: _Options = ctx.options
-        hidden, weight, target, bias, logp, entropy, peak, log_total, picked, *rest = (
-            ctx.saved_tensors
-        )
-        scale, pull, kept, block_peak = rest
+        hidden, weight, bias, target, logp, entropy, row_max, log_sum, *rest = ctx.saved_tensors
+        target_logit, scale, dx_sum, cached, block_max = rest
         needs = ctx.needs_input_grad[:3]
         if grad_logp is None:
             grad_logp = torch.zeros_like(logp)
         dw = db = None
         if options.frozen and grad_entropy is None:
+            # dx = g·u, of which the forward has left the sum over all columns but the target's.
             active = grad_logp != 0
             is_here = (target >= 0) & (target < len(weight))
-            slope = _slope(picked, options) * -torch.expm1(logp)
+            slope = _slope(target_logit, options) * -torch.expm1(logp)
             dx = ops.frozen_backward(
-                *(weight, target, pull),
-                torch.where(active, -grad_logp * scale, 0),
-                torch.where(active & is_here, grad_logp * slope, 0),
+                weight=weight,
+                target=target,
+                dx_sum=dx_sum,
+                of_sum=torch.where(active, -grad_logp * scale, 0),
+                of_target=torch.where(active & is_here, grad_logp * slope, 0),
             )
         else:
             dx, dw, db = ops.backward(
-                *(hidden, weight, target, bias, *options.head),
-                *(logp, None if grad_entropy is None else entropy, peak, log_total),
-                *(grad_logp, grad_entropy, kept),
-                *(block_peak if options.grad_filter > 0 else None, options.grad_filter, needs),
+                hidden=hidden,
+                weight=weight,
+                target=target,
+                bias=bias,
+                temperature=options.temperature,
+                softcap=options.softcap,
+                backend=options.backend,
+                logp=logp,
+                entropy=None if grad_entropy is None else entropy,
+                row_max=row_max,
+                log_sum=log_sum,
+                grad_logp=grad_logp,
+                grad_entropy=grad_entropy,
+                cached=cached,
+                block_max=block_max if options.grad_filter > 0 else None,
+                grad_filter=options.grad_filter,
+                needs=needs,
             )
         if needs[0]:
             if options.group is not None:
@@ -180,7 +210,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def _slope(z: Tensor, options: _Options) -> Tensor:
-    """∂z/∂a where the logit is z."""
+    """Return ∂z/∂a where the logit is z."""
     tanh = z * (options.temperature / options.softcap) if options.softcap else torch.zeros_like(z)
     return (1 - tanh * tanh) / options.temperature
 
@@ -199,7 +229,7 @@ def linear_logprob(
     grad_filter: float = 0.0,
     group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probability of `target` under the LM head, differentiable, without a tensor of logits.
+    """Return the log-probability of `target` under the LM head, without a tensor of logits.
 
     Without softcap, and up to rounding, this is
 
@@ -300,7 +330,7 @@ def _check(
     softcap: object,
     backend: object,
 ) -> None:
-    """Types, shapes, devices and numbers."""
+    """Raise for a wrong type, shape, device or number."""
     tensors = [("hidden", hidden, 2), ("weight", weight, 2), ("target", target, 1)]
     if bias is not None:
         tensors.append(("bias", bias, 1))

@@ -11,23 +11,31 @@ from torch import Tensor
 
 from latro_kernels import native
 from latro_kernels.head import Head, multiplies_bf16
-from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
-# The grain of the gradient filter: so many rows and columns are left out together, or not.
+# The gradient filter leaves out so many rows and columns together, or not at all.
 FILTER_ROWS, FILTER_COLUMNS = 12, 96
-# Columns of which all products are kept, or none.
-_KEPT_GRAIN = 2 * FILTER_COLUMNS
 
 
-def forward(head: Head, wanted: Wanted) -> State:
-    """The sweep that makes log-probs."""
-    state = empty_state(head, wanted)
+def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
+    """Return what one sweep over the vocabulary finds out of each row."""
+    state = empty_state(head, target, wanted)
     native.call(
         "latro_cpu_linear_logprob_forward",
         *_operands(head),
-        *(head.target, state.peak, state.total, state.picked, state.weighted, state.pull),
-        *(state.kept, _columns_of(state.kept, len(head.hidden)), state.block_peak),
-        *(*head.hidden.shape, len(head.weight), head.softcap, head.temperature),
+        target,
+        state.row_max,
+        state.sum_exp,
+        state.target_logit,
+        state.weighted_sum,
+        state.dx_sum,
+        state.cached,
+        _columns_of(state.cached, head),
+        state.block_max,
+        *head.hidden.shape,
+        len(head.weight),
+        head.softcap,
+        head.temperature,
         torch.get_num_threads(),
     )
     return state
@@ -36,17 +44,17 @@ def forward(head: Head, wanted: Wanted) -> State:
 def backward(
     head: Head,
     grad: RowGrad,
-    kept: Tensor,
-    block_peak: Tensor | None,
+    cached: Tensor,
+    block_max: Tensor | None,
     grad_filter: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks."""
+    """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
     (N, H), V = head.hidden.shape, len(head.weight)
     active = grad.active()
     rows = None if bool(active.all()) else active.nonzero().flatten()
-    if block_peak is not None:
-        rows = filter_order(grad, block_peak, grad_filter, rows)
+    if block_max is not None:
+        rows = grad.filter_order(block_max, grad_filter, rows)
     M = N if rows is None else len(rows)
     # What no row contributes to is 0; the rest is written whole.
     make = torch.empty if M else torch.zeros
@@ -58,24 +66,46 @@ def backward(
         native.call(
             "latro_cpu_linear_logprob_backward",
             *_operands(head),
-            *(head.target, rows, grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
-            *(grad.peak, grad.log_total, kept, _columns_of(kept, N), block_peak, grad_filter),
-            *(dx, dw, db, M, H, V, head.softcap, head.temperature, torch.get_num_threads()),
+            grad.target,
+            rows,
+            grad.grad_logp,
+            grad.grad_entropy,
+            grad.logp,
+            grad.entropy,
+            grad.row_max,
+            grad.log_sum,
+            cached,
+            _columns_of(cached, head),
+            block_max,
+            grad_filter,
+            dx,
+            dw,
+            db,
+            M,
+            H,
+            V,
+            head.softcap,
+            head.temperature,
+            torch.get_num_threads(),
         )
     return dx, dw, None if db is None else db.to(head.weight.dtype)
 
 
-def empty_state(head: Head, wanted: Wanted) -> State:
-    """Room for what `forward` makes."""
-    return make_state(head, wanted, kept_grain=_KEPT_GRAIN, peak_columns=FILTER_COLUMNS)
+def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
+    """Return room for what `forward` makes."""
+    return State.empty(
+        head, target, wanted, cached_step=2 * FILTER_COLUMNS, block_columns=FILTER_COLUMNS
+    )
 
 
-def _columns_of(kept: Tensor, N: int) -> int:
-    return kept.numel() // N if N else 0
+def _columns_of(cached: Tensor, head: Head) -> int:
+    """Return of how many columns the products are cached."""
+    N = len(head.hidden)
+    return cached.numel() // N if N else 0
 
 
 def _operands(head: Head) -> tuple[Tensor | int | None, ...]:
-    """The first arguments of both calls, up to the bias."""
+    """Return the first arguments of both calls, up to the bias."""
     hidden, weight = head.hidden, head.weight
     return (
         hidden,

@@ -1,8 +1,8 @@
 """The raw ops of `linear_logprob`: schemas, what runs behind them, and their shapes.
 
 A driver, `cpu`, `tiles` or `triton.fused`, does the work; `state` says what it is given and
-gives. Ops take and return tensors and plain numbers only, so that torch.compile can put them into a
-graph.
+returns. Ops take and return tensors and plain numbers only, so that torch.compile can put them into
+a graph.
 """
 
 from __future__ import annotations
@@ -21,26 +21,25 @@ from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
 # Of a gather of weight rows: bounds its memory.
 _ROWS_AT_ONCE = 1024
-
-
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, float softcap, "
+    "str backend"
+)
 torch.library.define(
     "latro_kernels::linear_logprob",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, str backend, bool is_whole, bool weighted, bool pull, bool block_peak, "
-    "int memory_budget) -> "
-    "(Tensor peak, Tensor total, Tensor picked, Tensor weighted, Tensor pull, Tensor kept, "
-    "Tensor block_peak)",
+    f"({_HEAD}, bool is_whole, bool weighted_sum, bool dx_sum, bool block_max, int memory_budget) "
+    "-> (Tensor row_max, Tensor sum_exp, Tensor target_logit, Tensor weighted_sum, Tensor dx_sum, "
+    "Tensor cached, Tensor block_max)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_backward",
-    "(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, "
-    "float softcap, str backend, Tensor logp, Tensor? entropy, Tensor peak, Tensor log_total, "
-    "Tensor grad_logp, Tensor? grad_entropy, Tensor kept, Tensor? block_peak, float grad_filter, "
-    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+    f"({_HEAD}, Tensor logp, Tensor? entropy, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
+    "Tensor? grad_entropy, Tensor cached, Tensor? block_max, float grad_filter, bool[3] needs) -> "
+    "(Tensor dx, Tensor dw, Tensor db)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_frozen_backward",
-    "(Tensor weight, Tensor target, Tensor pull, Tensor of_pull, Tensor of_target) -> Tensor dx",
+    "(Tensor weight, Tensor target, Tensor dx_sum, Tensor of_sum, Tensor of_target) -> Tensor dx",
 )
 
 
@@ -59,13 +58,13 @@ def _forward(
     # Here, for torch.compile drops an op that only checks. Of a part of the vocabulary the caller
     # has checked the targets: those of the other parts are none here.
     if is_whole:
-        check_target_values(target, weight.shape[0])
+        check_target_values(target, len(weight))
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    backend = resolve(backend, hidden.device)
-    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
+    head = Head(hidden, weight, bias, temperature, softcap, resolve(backend, hidden.device))
+    asked = Wanted(*wanted)
     with torch.autocast(hidden.device.type, enabled=False):
-        asked = Wanted(*wanted)
-        return _outputs(_driver(head, filtered=asked.block_peak).forward(head, asked))
+        driver = _driver(head, filtered=asked.block_max)
+        return _outputs(driver.forward(head, target.contiguous(), asked))
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
@@ -81,9 +80,8 @@ def _(
     *wanted: Any,
 ) -> tuple[Tensor, ...]:
     backend = default_backend(hidden.device) if backend == "auto" else backend
-    head = Head(hidden, weight, target, bias, temperature, softcap, backend)
-    asked = Wanted(*wanted)
-    return _outputs(_driver(head, filtered=asked.block_peak).empty_state(head, asked))
+    head, asked = Head(hidden, weight, bias, temperature, softcap, backend), Wanted(*wanted)
+    return _outputs(_driver(head, filtered=asked.block_max).empty_state(head, target, asked))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
@@ -97,14 +95,13 @@ def _backward(
     backend: str,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    backend = resolve(backend, hidden.device)
-    head = Head(hidden, weight, target.contiguous(), bias, temperature, softcap, backend)
-    *rows, kept, block_peak, grad_filter, needs = arguments
-    contiguous: list[Any] = [None if t is None else t.contiguous() for t in rows]
+    *rows, cached, block_max, grad_filter, needs = arguments
+    head = Head(hidden, weight, bias, temperature, softcap, resolve(backend, hidden.device))
+    contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *rows)]
     grad = RowGrad(*contiguous)
     with torch.autocast(hidden.device.type, enabled=False):
-        driver = _driver(head, filtered=block_peak is not None)
-        gradients = driver.backward(head, grad, kept, block_peak, grad_filter, tuple(needs))
+        driver = _driver(head, filtered=block_max is not None)
+        gradients = driver.backward(head, grad, cached, block_max, grad_filter, tuple(needs))
     return tuple(absent(hidden) if g is None else g for g in gradients)
 
 
@@ -120,29 +117,32 @@ def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("latro_kernels::linear_logprob_frozen_backward", ("cpu", "cuda"))
 def _frozen_backward(
-    weight: Tensor, target: Tensor, pull: Tensor, of_pull: Tensor, of_target: Tensor
+    weight: Tensor, target: Tensor, dx_sum: Tensor, of_sum: Tensor, of_target: Tensor
 ) -> Tensor:
-    """dx = of_pull·pull + of_target·w_target, a tile of rows at a time; 0 where both are 0."""
-    dx = torch.empty_like(pull)
-    for begin in range(0, len(pull), _ROWS_AT_ONCE):
+    """Return dx = of_sum·dx_sum + of_target·w_target, and 0 where both factors are 0."""
+    dx = torch.empty_like(dx_sum)
+    for begin in range(0, len(dx_sum), _ROWS_AT_ONCE):
         block = slice(begin, begin + _ROWS_AT_ONCE)
         # Elsewhere than in this weight, of_target is 0.
         of_rows = weight[target[block].clamp(0, len(weight) - 1)].float()
-        dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(pull[block], of_pull[block, None])
+        dx[block] = of_rows.mul_(of_target[block, None]).addcmul_(
+            dx_sum[block], of_sum[block, None]
+        )
     # A row that counts for nothing may hold NaN.
-    return dx.masked_fill_(((of_pull == 0) & (of_target == 0))[:, None], 0)
+    return dx.masked_fill_(((of_sum == 0) & (of_target == 0))[:, None], 0)
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob_frozen_backward")
-def _(weight: Tensor, target: Tensor, pull: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(pull)
+def _(weight: Tensor, target: Tensor, dx_sum: Tensor, *_: Tensor) -> Tensor:
+    return torch.empty_like(dx_sum)
 
 
 def _driver(head: Head, *, filtered: bool) -> ModuleType:
-    """What runs: products that never leave registers where Triton makes them fast, or skips some.
+    """Return the module that does the work.
 
-    Products of fp32 in full precision take no matrix unit, and the library's are the faster ones;
-    CUDA C++ here folds what the library has multiplied.
+    Products in registers are for dtypes in which Triton makes them fast, and for a filter, which
+    leaves some out. Products of fp32 in full precision take no matrix unit, and torch's are the
+    faster ones; CUDA C++ here folds what torch has multiplied.
     """
     if head.backend == "cpu":
         return cpu
@@ -154,7 +154,9 @@ def _driver(head: Head, *, filtered: bool) -> ModuleType:
 
 
 def _outputs(state: State) -> tuple[Tensor, ...]:
-    return tuple(absent(state.peak) if t is None else t for t in vars(state).values())
+    """Return what the op does of a state: all but the target, and no None."""
+    made = (value for name, value in vars(state).items() if name != "target")
+    return tuple(absent(state.row_max) if t is None else t for t in made)
 
 
 forward = torch.ops.latro_kernels.linear_logprob

@@ -1,9 +1,9 @@
-"""What passes between `linear_logprob` and the backends that compute it.
+"""What `linear_logprob` and its drivers hand each other.
 
-A backend has two functions. `forward` sweeps over the vocabulary once and returns a `State`;
-`backward` sweeps again, from a `RowGrad`, and returns gradients. `cpu` has them for the native
-backend; for a GPU there are `tiles`, products by torch, and `triton.fused`, products in
-registers.
+A driver has two functions. `forward` sweeps over the vocabulary once and returns a `State`;
+`backward` sweeps again, from a `RowGrad`, and returns gradients. `cpu` is the driver of the native
+backend. GPUs have `tiles`, whose products are made by torch, and `triton.fused`, whose products
+stay in registers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from latro_kernels.head import Head
 
-# Bytes of products that the forward keeps for the backward where the caller does not say. The meta
-# device, whose tensors are shapes, has none to keep.
+# Bytes of products that the forward caches for the backward where the caller does not say. The meta
+# device, whose tensors are shapes, has none to cache.
 DEFAULT_MEMORY_BUDGET = {"cpu": 64 * 2**20, "cuda": 512 * 2**20, "meta": 0}
 
 
@@ -26,138 +26,172 @@ class Wanted:
     """What the forward makes beside the log-probs.
 
     Args:
-        weighted: what the entropy needs.
-        pull: what the gradient of hidden needs where the head is frozen.
-        block_peak: what the gradient filter needs.
-        memory_budget: bytes of products that may be kept for the backward.
+        weighted_sum: what the entropy needs.
+        dx_sum: what the gradient of hidden needs where the head is frozen.
+        block_max: what the gradient filter needs.
+        memory_budget: bytes of products that may be cached for the backward.
     """
 
-    weighted: bool
-    pull: bool
-    block_peak: bool
+    weighted_sum: bool
+    dx_sum: bool
+    block_max: bool
     memory_budget: int
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the forward knows of each row, fp32; z are a row's logits, a its products.
+    """What the forward knows of each row, in fp32; z are a row's logits, a its products.
 
     Args:
-        peak: [N], max z.
-        total: [N], Σ exp(z − peak).
-        picked: [N], z at the target; −inf where the target is no column of the weight.
-        weighted: [N], Σ exp(z − peak)·(z − peak), or None.
-        pull: [N, H], Σ over columns j but the target's of exp(z_j − peak)·(∂z_j/∂a_j)·w_j, or None.
-        kept: one-dimensional, the products of the first columns; its form is the backend's own.
-        block_peak: [N, blocks], max z over each block of columns, or None.
+        target: [N] int64, contiguous, an input; outside of 0..V − 1 it is no column of the weight.
+        row_max: [N], max z.
+        sum_exp: [N], Σ exp(z − row_max).
+        target_logit: [N], z at the target; −inf where the target is no column of the weight.
+        weighted_sum: [N], Σ exp(z − row_max)·(z − row_max), or None.
+        dx_sum: [N, H], Σ over columns j but the target's of exp(z_j − row_max)·(∂z_j/∂a_j)·w_j, or
+            None.
+        cached: one-dimensional, the products of the first columns; its form is the driver's own.
+        block_max: [N, blocks], max z over each block of columns, or None.
     """
 
-    peak: Tensor
-    total: Tensor
-    picked: Tensor
-    weighted: Tensor | None
-    pull: Tensor | None
-    kept: Tensor
-    block_peak: Tensor | None
+    target: Tensor
+    row_max: Tensor
+    sum_exp: Tensor
+    target_logit: Tensor
+    weighted_sum: Tensor | None
+    dx_sum: Tensor | None
+    cached: Tensor
+    block_max: Tensor | None
+
+    @classmethod
+    def empty(
+        cls,
+        head: Head,
+        target: Tensor,
+        wanted: Wanted,
+        *,
+        cached_step: int,
+        block_columns: int | None = None,
+    ) -> State:
+        """Make room for a forward's results.
+
+        Args:
+            head: the problem.
+            target: int64 [N].
+            wanted: what the forward makes.
+            cached_step: columns whose products are cached together, or not at all.
+            block_columns: columns of a block of `block_max`; None where the driver has none.
+        """
+        (N, H), V = head.hidden.shape, len(head.weight)
+
+        def room(*shape: int) -> Tensor:
+            return head.hidden.new_empty(shape, dtype=torch.float32)
+
+        return cls(
+            target=target,
+            row_max=room(N),
+            sum_exp=room(N),
+            target_logit=room(N),
+            weighted_sum=room(N) if wanted.weighted_sum else None,
+            dx_sum=room(N, H) if wanted.dx_sum else None,
+            cached=room(N * _cached_columns(N, V, wanted.memory_budget, cached_step)),
+            block_max=room(N, -(-V // block_columns))
+            if wanted.block_max and block_columns
+            else None,
+        )
 
     def clear(self) -> None:
-        """Make it that of rows of which nothing was seen yet."""
-        self.peak.fill_(-torch.inf)
-        self.picked.fill_(-torch.inf)
-        self.total.zero_()
-        if self.weighted is not None:
-            self.weighted.zero_()
+        """Set the sums and maxima to those of rows of which nothing was seen yet."""
+        self.row_max.fill_(-torch.inf)
+        self.target_logit.fill_(-torch.inf)
+        self.sum_exp.zero_()
+        if self.weighted_sum is not None:
+            self.weighted_sum.zero_()
 
     def rows(self, block: slice) -> State:
-        """The state of some rows, to be changed in place."""
+        """Return the state of some rows, to be changed in place."""
         return replace(
             self,
-            peak=self.peak[block],
-            total=self.total[block],
-            picked=self.picked[block],
-            weighted=None if self.weighted is None else self.weighted[block],
-            pull=None if self.pull is None else self.pull[block],
+            target=self.target[block],
+            row_max=self.row_max[block],
+            sum_exp=self.sum_exp[block],
+            target_logit=self.target_logit[block],
+            weighted_sum=None if self.weighted_sum is None else self.weighted_sum[block],
+            dx_sum=None if self.dx_sum is None else self.dx_sum[block],
         )
+
+    def rescaling(self, old_max: Tensor) -> Tensor:
+        """Return the factors [N] that turn sums under the maximum `old_max` into those of now."""
+        return torch.where(self.row_max == old_max, 1, torch.exp(old_max - self.row_max))
 
 
 @dataclass(frozen=True, eq=False)
 class RowGrad:
-    """What the backward needs of each row, fp32 [N] each and contiguous.
+    """What the backward needs of each row, [N] each, fp32 but for the target, and contiguous.
 
     Args:
+        target: int64, as in `State`.
         logp: the forward's log-prob of the target.
         entropy: the forward's entropy, or None with `grad_entropy`.
-        peak: max z.
-        log_total: log Σ exp(z − peak).
+        row_max: max z.
+        log_sum: log Σ exp(z − row_max).
         grad_logp: upstream gradient.
         grad_entropy: upstream gradient, or None where the entropy has none.
     """
 
+    target: Tensor
     logp: Tensor
     entropy: Tensor | None
-    peak: Tensor
-    log_total: Tensor
+    row_max: Tensor
+    log_sum: Tensor
     grad_logp: Tensor
     grad_entropy: Tensor | None
 
     @classmethod
-    def of_exponentials(cls, peak: Tensor) -> RowGrad:
-        """With these the gradient's formula gives exp(z − peak)·∂z/∂a, and 0 at the target."""
-        nothing = torch.zeros_like(peak)
-        # A row that is -inf so far has no peak to subtract.
-        peak = torch.where(peak == -torch.inf, 0, peak)
-        return cls(nothing, None, peak, nothing, nothing - 1, None)
+    def of_exponentials(cls, state: State) -> RowGrad:
+        """Return a gradient whose dz is exp(z − row_max)·∂z/∂a, and 0 at the target."""
+        zeros = torch.zeros_like(state.row_max)
+        return cls(
+            target=state.target,
+            logp=zeros,
+            entropy=None,
+            # A row that is -inf so far has no maximum to subtract.
+            row_max=torch.where(state.row_max == -torch.inf, 0, state.row_max),
+            log_sum=zeros,
+            grad_logp=zeros - 1,
+            grad_entropy=None,
+        )
 
     def rows(self, block: slice | Tensor) -> RowGrad:
+        """Return what the backward needs of some rows."""
         own: dict[str, Any] = {k: None if t is None else t[block] for k, t in vars(self).items()}
         return RowGrad(**own)
 
     def active(self) -> Tensor:
-        """bool [N]: the rows that have an upstream gradient."""
+        """Return which rows have an upstream gradient, bool [N]."""
         active = self.grad_logp != 0
         return active if self.grad_entropy is None else active | (self.grad_entropy != 0)
 
+    def filter_order(
+        self, block_max: Tensor, grad_filter: float, rows: Tensor | None = None
+    ) -> Tensor:
+        """Return the numbers of `rows` (None: of all), those with fewest blocks to keep first.
 
-def kept_columns(N: int, V: int, memory_budget: int, grain: int) -> int:
-    """How many columns' products fit the budget in fp32: a multiple of `grain`, or all V."""
+        A block is left out where all of its rows allow it, so rows that are alike should share
+        blocks.
+        """
+        size = self.grad_logp.abs()
+        if self.grad_entropy is not None:
+            size = size + self.grad_entropy.abs()
+        reach = (block_max - (self.row_max + self.log_sum)[:, None]).exp_().mul_(size[:, None])
+        count = (reach >= grad_filter).sum(1)
+        if rows is None:
+            return count.argsort(stable=True)
+        return rows[count[rows].argsort(stable=True)]
+
+
+def _cached_columns(N: int, V: int, memory_budget: int, step: int) -> int:
+    """Return of how many columns the products fit the budget: a multiple of `step`, or all V."""
     if memory_budget >= 4 * N * V:
         return V
-    return memory_budget // (4 * N) // grain * grain
-
-
-def filter_order(
-    grad: RowGrad, block_peak: Tensor, grad_filter: float, rows: Tensor | None = None
-) -> Tensor:
-    """Numbers of the rows (None: of all), those with fewest columns above the filter first.
-
-    A block is left out where all of its rows allow it, so rows that are alike should share blocks.
-    """
-    size = grad.grad_logp.abs()
-    if grad.grad_entropy is not None:
-        size = size + grad.grad_entropy.abs()
-    reach = (block_peak - (grad.peak + grad.log_total)[:, None]).exp_().mul_(size[:, None])
-    count = (reach >= grad_filter).sum(1)
-    if rows is None:
-        return count.argsort(stable=True)
-    return rows[count[rows].argsort(stable=True)]
-
-
-def make_state(
-    head: Head, wanted: Wanted, *, kept_grain: int, peak_columns: int | None = None
-) -> State:
-    """Room for what a forward makes: products of whole `kept_grain` columns, as `kept_columns` has
-    it, and peaks of blocks of `peak_columns`; None where the backend has no such peaks."""
-    (N, H), V = head.hidden.shape, head.weight.shape[0]
-
-    def empty(*shape: int) -> Tensor:
-        return head.hidden.new_empty(shape, dtype=torch.float32)
-
-    return State(
-        peak=empty(N),
-        total=empty(N),
-        picked=empty(N),
-        weighted=empty(N) if wanted.weighted else None,
-        pull=empty(N, H) if wanted.pull else None,
-        kept=empty(N * kept_columns(N, V, wanted.memory_budget, kept_grain)),
-        block_peak=empty(N, -(-V // peak_columns)) if wanted.block_peak and peak_columns else None,
-    )
+    return memory_budget // (4 * N) // step * step

@@ -1,9 +1,9 @@
 """`linear_logprob` with the vocabulary split over ranks: what they exchange.
 
-Rank r folds its own columns into peak_r, total_r, picked_r and weighted_r of each row. With
-m = max_r peak_r and e_r = exp(peak_r − m),
+Rank r folds its own columns into the max m_r, the sum of exponentials s_r, the target's logit and
+the weighted sum q_r of each row. With m = max_r m_r and e_r = exp(m_r − m), of all columns
 
-    total = Σ e_r·total_r        weighted = Σ e_r·(weighted_r + (peak_r − m)·total_r)
+    s = Σ e_r·s_r        q = Σ e_r·(q_r + (m_r − m)·s_r)
 
 and the target's logit is the one of the rank that has it, the others having −inf.
 """
@@ -27,21 +27,25 @@ def place(weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def merge(
-    peak: Tensor, total: Tensor, picked: Tensor, weighted: Tensor, group: ProcessGroup
+    row_max: Tensor,
+    sum_exp: Tensor,
+    target_logit: Tensor,
+    weighted_sum: Tensor,
+    group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four of the whole vocabulary from this rank's; `weighted` may have length 0."""
-    largest = torch.stack([peak, picked])
+    """Return the four of the whole vocabulary from this rank's; the last may have length 0."""
+    largest = torch.stack([row_max, target_logit])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    top, picked = largest.unbind()
-    # Where a rank has nothing but -inf, its total is NaN or 0 and counts for nothing.
-    is_empty = peak == -torch.inf
-    drop = torch.where(is_empty, 0, peak - top)
-    parts = [torch.where(is_empty, 0, total * drop.exp())]
-    if len(weighted):
-        moment = drop.exp() * (weighted + drop * total)
+    top, target_logit = largest.unbind()
+    # Where a rank has nothing but -inf, its sum is NaN or 0 and counts for nothing.
+    is_empty = row_max == -torch.inf
+    drop = torch.where(is_empty, 0, row_max - top)
+    parts = [torch.where(is_empty, 0, sum_exp * drop.exp())]
+    if len(weighted_sum):
+        moment = drop.exp() * (weighted_sum + drop * sum_exp)
         parts.append(torch.where(is_empty | (drop.exp() == 0), 0, moment))
     sums = sum_(torch.stack(parts), group)
-    return top, sums[0], picked, sums[1] if len(weighted) else weighted
+    return top, sums[0], target_logit, sums[1] if len(weighted_sum) else weighted_sum
 
 
 def sum_(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -5,8 +5,19 @@ exp, tanh and expm1 are made of what Triton's interpreter has as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
+
+
+def flags(**pointers: str) -> dict[str, Callable[[dict[str, Any]], bool]]:
+    """Return heuristics of a kernel: HAS_SOFTCAP, and by flag the pointer that sets it if given."""
+    given = {
+        flag: lambda args, name=name: args[name] is not None for flag, name in pointers.items()
+    }
+    return {"HAS_SOFTCAP": lambda args: args["softcap"] > 0, **given}
 
 
 @triton.jit
@@ -49,7 +60,7 @@ def row_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """z of some columns of a row; -inf, which counts for nothing, outside of the mask."""
+    """Load z of some columns of a row; -inf, which counts for nothing, outside of the mask."""
     z = tl.load(row_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=mask, other=0.0)
@@ -59,20 +70,23 @@ def row_logits(
 
 
 @triton.jit
-def fold(z, peak, total, weighted, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
-    """Adds logits to the state of their row, or along AXIS 1 to those of their rows."""
-    largest = tl.maximum(peak, tl.max(z, AXIS))
-    # A row that is -inf so far has no peak to subtract.
-    shift = tl.where(largest == float("-inf"), 0.0, largest)
-    drop = peak - shift
+def fold_logits(z, row_max, sum_exp, weighted_sum, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
+    """Add logits to the state of their row, or along AXIS 1 to those of their rows."""
+    new_max = tl.maximum(row_max, tl.max(z, AXIS))
+    # A row that is -inf so far has no maximum to subtract.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    # What was summed so far, seen from the new maximum.
+    drop = row_max - shift
     shrink = tl.exp(drop)
     below = z - (shift[:, None] if AXIS == 1 else shift)
     e = tl.exp(below)
     if WITH_ENTROPY:
         # 0 * -inf counts as 0.
         moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), AXIS)
-        weighted = tl.where(shrink == 0.0, 0.0, shrink * (weighted + drop * total)) + moment
-    return largest, total * shrink + tl.sum(e, AXIS), weighted
+        weighted_sum = (
+            tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp)) + moment
+        )
+    return new_max, sum_exp * shrink + tl.sum(e, AXIS), weighted_sum
 
 
 @triton.jit
@@ -83,15 +97,15 @@ def product_grad(
     grad_entropy,
     logp,
     entropy,
-    peak,
-    log_total,
+    row_max,
+    log_sum,
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """The gradient with respect to the products that logits z were made of."""
-    log_p = tl.where(is_target, logp, (z - peak) - log_total)
+    """Return the gradient with respect to the products that logits z were made of."""
+    log_p = tl.where(is_target, logp, (z - row_max) - log_sum)
     p = tl.exp(log_p)
     # 1 - p by expm1: exact where p is close to 1.
     dz = grad_logp * tl.where(is_target, -expm1(logp), -p)

@@ -46,7 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from latro_kernels.linear_kl import tiles as kl_tiles
     from latro_kernels.linear_logprob import tiles
 
-    def shape(head: Head) -> tuple[int, int]:
+    def shape(head: Head, *, tiles: int = 1) -> tuple[int, int]:
         return max(1, min(24, len(head.hidden))), min(192, len(head.weight))
 
     monkeypatch.setattr(tiles, "tile_shape", shape)

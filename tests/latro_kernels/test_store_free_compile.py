@@ -30,23 +30,28 @@ from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, resc
 MAX_STACK = 320
 FEATURES: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "entropy": ("WITH_ENTROPY", "WITH_KEPT"),
+    "entropy": ("WITH_ENTROPY", "WITH_CACHED"),
     "all": (
-        *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_KEPT", "WITH_BLOCK_PEAK"),
+        *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_CACHED", "WITH_BLOCK_MAX"),
         *("HAS_ROWS", "WITH_FILTER"),
     ),
-    "kept": ("WITH_KEPT", "IS_KEPT"),
+    "kept": ("WITH_CACHED", "IS_CACHED"),
 }
 POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
 FLOATS = ("softcap", "temperature", "grad_filter")
 
 
+def parameters(kernel: Any) -> list[Any]:
+    """Return the parameters of a kernel, which may be one with heuristics."""
+    return kernel.params if hasattr(kernel, "params") else kernel.fn.params
+
+
 def signature(kernel: Any, dtype: str, blocks: dict[str, tuple[int, int]] | None) -> dict[str, str]:
     """Types of a launch whose lengths are multiples of 16; `blocks`: operands by descriptor."""
     types = {}
-    for parameter in kernel.params:
+    for parameter in parameters(kernel):
         name = parameter.name
-        if parameter.is_constexpr or name in ("hidden_col_step", "weight_col_step"):
+        if parameter.is_constexpr or name in ("stride_xh", "stride_wh"):
             continue
         if name in ("hidden", "weight"):
             of_block = "*{0}" if blocks is None else "tensordesc<{0}[{1}, {2}]>"
@@ -72,7 +77,7 @@ LAUNCHES = [
 @pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
 def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, features: str) -> None:
     config = blocks.start(capability // 10, torch.bfloat16)
-    flags = {p.name: p.name in FEATURES[features] for p in kernel.params if p.is_constexpr}
+    flags = {p.name: p.name in FEATURES[features] for p in parameters(kernel) if p.is_constexpr}
     described = {
         "hidden": (config.rows, config.depth),
         "weight": (config.columns, config.depth),
@@ -83,8 +88,8 @@ def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, feature
         "BLOCK_V": config.columns,
         "BLOCK_H": config.depth,
         "GROUP": GROUP,
-        "hidden_col_step": 1,
-        "weight_col_step": 1,
+        "stride_xh": 1,
+        "stride_wh": 1,
     }
     if kernel is forward_kernel:
         constants["TILES"] = TILES
@@ -104,9 +109,9 @@ def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
     """They run where there is a filter."""
     config = blocks.start(capability // 10, torch.float32)
     chosen = (*FEATURES["all"], "HAS_ROWS")
-    constants = {p.name: p.name in chosen for p in kernel.params if p.is_constexpr}
+    constants = {p.name: p.name in chosen for p in parameters(kernel) if p.is_constexpr}
     constants |= {"BLOCK_N": config.rows, "BLOCK_V": config.columns, "BLOCK_H": config.depth}
-    constants |= {"GROUP": GROUP, "hidden_col_step": 1, "weight_col_step": 1}
+    constants |= {"GROUP": GROUP, "stride_xh": 1, "stride_wh": 1}
     if kernel is forward_kernel:
         constants["TILES"] = TILES
     options = {"num_warps": config.warps, "num_stages": config.stages}
@@ -123,15 +128,15 @@ def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
     config = blocks.start(capability // 10, torch.bfloat16 if dtype == "bf16" else torch.float32)
     # dz, whose columns stand side by side, and dz transposed.
     for rows, depth, unit_step in (
-        (config.rows, config.columns, "a_col_step"),
-        (config.columns, config.rows, "a_row_step"),
+        (config.rows, config.columns, "stride_ak"),
+        (config.columns, config.rows, "stride_am"),
     ):
         constants = {"ADD": True, "BLOCK_M": rows, "BLOCK_K": depth}
-        constants |= {unit_step: 1, "b_col_step": 1}
+        constants |= {unit_step: 1, "stride_bh": 1}
         constants["BLOCK_H"] = sparse_product.BLOCK_COLS
         constants["BLOCK_DEPTH"] = min(sparse_product.BLOCK_DEPTH, depth)
         types = signature(sparse_product.sparse_product_kernel, dtype, None)
-        types |= {"active_ptr": "*i8:16", "active_row_step": "i32", "active_col_step": "i32"}
+        types |= {"active_ptr": "*i8:16", "stride_active_m": "i32", "stride_active_k": "i32"}
         found = compile_kernel(
             sparse_product.sparse_product_kernel, types, constants, capability, num_warps=8
         )

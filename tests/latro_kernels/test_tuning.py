@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton import blocks, tuning
 from latro_kernels.linear_logprob.triton.blocks import Config
 
 SMALL, WIDE = Config(64, 64, 32, 4, 2), Config(128, 256, 64, 8, 3)
 
 
 @pytest.fixture
-def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    entries: list[dict[str, Any]] = [
-        {"device": "A", "dtype": "bf16", "H": 1024, "V": 32000, "config": vars(SMALL)},
-        {"device": "A", "dtype": "bf16", "H": 4096, "V": 128256, "config": vars(WIDE)},
-    ]
-    (tmp_path / "tuned.json").write_text(json.dumps(entries))
-    monkeypatch.setattr(blocks, "SAVED", tmp_path / "tuned.json")
+def saved(tmp_path: Path) -> Iterator[None]:
+    import triton
+
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(tmp_path)
+        for H, V, shape in ((1024, 32000, SMALL), (4096, 128256, WIDE), (1024, 32000, SMALL)):
+            key = {"device": "A", "dtype": "bf16", "H": H, "V": V}
+            tuning.save(key, key | {"config": vars(shape)})
+            blocks.saved.cache_clear()
+        yield
     blocks.saved.cache_clear()
-    yield
-    blocks.saved.cache_clear()
+
+
+def test_a_shape_is_saved_once_and_outside_of_the_package(saved: None, tmp_path: Path) -> None:
+    (path,) = tmp_path.rglob("*.json")
+    assert path == blocks.saved_path()
+    assert [entry["H"] for entry in blocks.saved(path)] == [4096, 1024]
 
 
 def test_the_saved_shape_of_the_head_most_alike(saved: None) -> None:

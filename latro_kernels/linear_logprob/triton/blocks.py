@@ -1,4 +1,7 @@
-"""The shape of a block of products, by chip, dtype, H and V, never by N: measured, or a start."""
+"""The shape of a block of products, by chip, dtype, H and V, never by N.
+
+It is one that `tuning` has measured and saved, or else a start that compiles for the chip.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
-SAVED = Path(__file__).with_name("tuned.json")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Config:
-    """Rows, columns and depth of a block of products; what the compiler makes of them."""
+    """The rows, columns and depth of a block of products, and the compiler's options."""
 
     rows: int
     columns: int
@@ -40,7 +43,7 @@ _INTERPRETED = Config(rows=32, columns=64, depth=64, warps=4, stages=1)
 
 
 def config(device: torch.device, dtype: torch.dtype, H: int, V: int) -> Config:
-    """The shape to use for a head of [V, H] on `device`."""
+    """Return the shape to use for a head of [V, H] on `device`."""
     if device.type != "cuda":
         return _INTERPRETED
     name = torch.cuda.get_device_name(device)
@@ -49,25 +52,31 @@ def config(device: torch.device, dtype: torch.dtype, H: int, V: int) -> Config:
 
 
 def start(generation: int, dtype: torch.dtype) -> Config:
-    """What is used on a chip, by the first number of its compute capability, that has no entry."""
+    """Return the shape for a chip without an entry, by its compute capability's first number."""
     if dtype == torch.float32:
         return _FP32
     return _START[max(known for known in _START if known <= max(generation, min(_START)))]
 
 
 def has_descriptors(device: torch.device) -> bool:
-    """Whether the chip copies blocks of a tensor by itself (TMA)."""
+    """Return whether the chip copies blocks of a tensor by itself (TMA)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def saved_path() -> Path:
+    """Return the file of measured shapes: in Triton's cache, as Triton's own autotuner has it."""
+    return Path(triton.knobs.cache.dir) / "latro_kernels" / "tuned.json"
+
+
 @cache
-def saved() -> list[dict[str, Any]]:
-    return json.loads(SAVED.read_text()) if SAVED.exists() else []
+def saved(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of a file of measured shapes; none where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else []
 
 
 def _nearest(name: str, dtype: str, H: int, V: int) -> Config | None:
-    """The saved shape of the chip and dtype for the head most like [V, H]."""
-    entries = [e for e in saved() if e["device"] == name and e["dtype"] == dtype]
+    """Return the saved shape of the chip and dtype for the head most like [V, H]."""
+    entries = [e for e in saved(saved_path()) if e["device"] == name and e["dtype"] == dtype]
     if not entries:
         return None
     entry = min(entries, key=lambda e: (abs(e["H"] - H), abs(e["V"] - V)))
@@ -75,7 +84,7 @@ def _nearest(name: str, dtype: str, H: int, V: int) -> Config | None:
 
 
 def candidates(dtype: torch.dtype) -> list[Config]:
-    """The shapes that are timed; a chip that has no room for one leaves it out."""
+    """Return the shapes to time; a chip that has no room for one leaves it out."""
     if dtype == torch.float32:
         return [_FP32, Config(128, 64, 32, 8, 3), Config(64, 128, 32, 8, 3)]
     return [

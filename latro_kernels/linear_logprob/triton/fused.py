@@ -1,15 +1,14 @@
 """`linear_logprob` in Triton without a tile of logits in memory: the kernels in their loops.
 
 The forward is one launch over the whole vocabulary and one that merges. The backward makes dz of a
-tile in one launch, from products that it makes again or that were kept, and leaves the rest to
+tile in one launch, from products that it makes again or that were cached, and leaves the rest to
 `head_gradient`. With a frozen head the forward goes slice by slice, keeps a slice's products just
-long enough to make exp(z − peak) of them, and multiplies that with the weight.
+long enough to make exp(z − row_max) of them, and multiplies that with the weight.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.head import Head
 from latro_kernels.head_gradient import (
-    ActiveBlocks,
     Gradient,
     Tile,
     add_product,
@@ -26,11 +24,12 @@ from latro_kernels.head_gradient import (
     slices,
     sweep,
 )
-from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, filter_order, make_state
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.blocks import Config
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
 from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, rescale_kernel
+from latro_kernels.linear_logprob.triton.sparse_product import SparseGradient
 
 # Of dz. The columns are the same for any N: a sum over them has the same parts. Many of both make
 # few sums of dx and dw; dz then passes through memory, at a tenth of its products' time.
@@ -42,78 +41,92 @@ TILES, GROUP = 4, 16
 _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
 
 
-def forward(head: Head, wanted: Wanted, config: Config | None = None) -> State:
-    """The sweep that makes log-probs; `config` as `blocks.config` says where it is None."""
+def forward(head: Head, target: Tensor, wanted: Wanted, config: Config | None = None) -> State:
+    """Return what one sweep finds out of each row; `config` is as `blocks.config` says if None."""
     config = config or _config(head)
-    state = empty_state(head, wanted)
+    state = empty_state(head, target, wanted)
     state.clear()
     N, V = len(head.hidden), len(head.weight)
     if N == 0:
         return state
-    if state.pull is not None:
+    if state.dx_sum is not None:
         for begin in range(0, N, FROZEN_TILE_ROWS):
             rows = slice(begin, min(begin + FROZEN_TILE_ROWS, N))
-            block = replace(head, hidden=head.hidden[rows], target=head.target[rows])
-            _forward_with_pull(block, state.rows(rows), state.pull[rows], config)
+            _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return state
     ((columns, weight, bias),) = slices(head, V)
-    tile = Tile(slice(0, N), columns, head.hidden.to(operand_dtype(head)), weight, bias)
-    kept = state.kept.view(N, -1) if state.kept.numel() else None
-    _fold(head, tile, state, kept, config)
+    x = head.hidden.to(operand_dtype(head))
+    tile = Tile(rows=slice(0, N), columns=columns, hidden=x, weight=weight, bias=bias)
+    cached = state.cached.view(N, -1) if state.cached.numel() else None
+    _fold(head, tile, state, cached, config)
     return state
 
 
-def _forward_with_pull(head: Head, state: State, pull: Tensor, config: Config) -> None:
-    (M, H), width = head.hidden.shape, min(TILE_COLUMNS, len(head.weight))
+def _forward_with_dx(head: Head, state: State, config: Config) -> None:
+    """Fold every slice of the vocabulary into `state`, its `dx_sum` too."""
+    M, width = len(head.hidden), min(TILE_COLUMNS, len(head.weight))
+    dx_sum = state.dx_sum
+    assert dx_sum is not None
     x = head.hidden.to(operand_dtype(head))
-    numbers = torch.empty(M, width, dtype=torch.float32, device=x.device)
+    buffer = torch.empty(M, width, dtype=torch.float32, device=x.device)
     for columns, weight, bias in slices(head, width):
-        tile = Tile(slice(0, M), columns, x, weight, bias)
-        before = state.peak.clone()
-        products = numbers[:, : len(weight)]
+        tile = Tile(rows=slice(0, M), columns=columns, hidden=x, weight=weight, bias=bias)
+        old_max, products = state.row_max.clone(), buffer[:, : len(weight)]
         _fold(head, tile, state, products, config)
-        unit = RowGrad.of_exponentials(state.peak)
-        e = _dz(head, tile, unit, products, None, 0.0, config).dz
+        e = _dz(head, tile, RowGrad.of_exponentials(state), config, cached=products).dz
+        # Bring the sum of dx to the new maximum, and add this slice's part of it.
         if columns.start > 0:
-            moved = torch.where(state.peak == before, 1, torch.exp(before - state.peak))
             with torch.cuda.device_of(x):
-                rescale_kernel[(M,)](pull, moved, H, BLOCK_H=_RESCALE_COLUMNS)
-        add_product(pull, e, weight, first=columns.start == 0)
+                rescale_kernel[(M,)](
+                    dx_sum_ptr=dx_sum,
+                    factor_ptr=state.rescaling(old_max),
+                    H=dx_sum.shape[1],
+                    BLOCK_H=_RESCALE_COLUMNS,
+                )
+        add_product(dx_sum, e, weight, first=columns.start == 0)
 
 
-def empty_state(head: Head, wanted: Wanted) -> State:
-    """Room for what `forward` makes."""
-    return make_state(head, wanted, kept_grain=TILE_COLUMNS, peak_columns=_config(head).columns)
+def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
+    """Return room for what `forward` makes."""
+    return State.empty(
+        head, target, wanted, cached_step=TILE_COLUMNS, block_columns=_config(head).columns
+    )
 
 
 def backward(
     head: Head,
     grad: RowGrad,
-    kept: Tensor,
-    block_peak: Tensor | None,
+    cached: Tensor,
+    block_max: Tensor | None,
     grad_filter: float,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden, in fp32, weight and bias; None where `needs` says that nobody asks."""
+    """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
     config, N = _config(head), len(head.hidden)
     rows = _rows_with_gradient(grad)
-    if block_peak is not None:
-        rows = filter_order(grad, block_peak, grad_filter, rows)
-    whole = kept.view(N, -1) if kept.numel() else None
+    if block_max is not None:
+        rows = grad.filter_order(block_max, grad_filter, rows)
+    whole = cached.view(N, -1) if cached.numel() else None
 
     def make(tile: Tile) -> Gradient:
         products = None
         if whole is not None and tile.columns.stop <= whole.shape[1]:
             products = whole[:, tile.columns]
-        block = replace(head, target=head.target[tile.rows])
-        own = grad.rows(tile.rows)
-        return _dz(block, tile, own, products, block_peak, grad_filter, config)
+        return _dz(
+            head,
+            tile,
+            grad.rows(tile.rows),
+            config,
+            cached=products,
+            block_max=block_max,
+            grad_filter=grad_filter,
+        )
 
     return sweep(head, needs, (TILE_ROWS, TILE_COLUMNS), make, rows)
 
 
 def _rows_with_gradient(grad: RowGrad) -> Tensor | None:
-    """Numbers of the rows that have an upstream gradient, or None for all.
+    """Return the numbers of the rows that have an upstream gradient, or None for all.
 
     Their number has to be waited for, which a CUDA graph cannot: it takes all.
     """
@@ -123,34 +136,58 @@ def _rows_with_gradient(grad: RowGrad) -> Tensor | None:
     return None if bool(active.all()) else active.nonzero().flatten()
 
 
-def _fold(head: Head, tile: Tile, state: State, kept: Tensor | None, config: Config) -> None:
-    """Add a tile of all rows to `state`; `kept` receives products of its first columns."""
+def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: Config) -> None:
+    """Add a tile of all rows to `state`; `cached` receives products of its first columns."""
     (M, H), V = tile.hidden.shape, len(head.weight)
     begin, end = tile.columns.start, tile.columns.stop
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
-    part_shape = (3 if state.weighted is None else 4, splits, M)
+    with_entropy = state.weighted_sum is not None
+    part_shape = (4 if with_entropy else 3, splits, M)
     parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
-    operands, by_descriptor = _operands(tile, config)
-    kept_end = begin if kept is None else begin + kept.shape[1]
+    hidden, weight = _operands(tile, config)
     with torch.cuda.device_of(tile.hidden):
         forward_kernel[(row_blocks * splits,)](
-            *(*operands, tile.bias, head.target, parts, kept, state.block_peak),
-            *(M, H, V, begin, end, *tile.hidden.stride(), *tile.weight.stride()),
-            *(kept_end, 0 if kept is None else kept.stride(0), parts.stride(0)),
-            *(row_blocks, splits, head.softcap, head.temperature),
-            HAS_BIAS=tile.bias is not None,
-            HAS_SOFTCAP=head.softcap > 0,
-            WITH_ENTROPY=state.weighted is not None,
-            WITH_KEPT=kept is not None,
-            WITH_BLOCK_PEAK=state.block_peak is not None,
+            hidden=hidden,
+            weight=weight,
+            bias_ptr=tile.bias,
+            target_ptr=state.target,
+            parts_ptr=parts,
+            cached_ptr=cached,
+            block_max_ptr=state.block_max,
+            N=M,
+            H=H,
+            V=V,
+            begin=begin,
+            end=end,
+            stride_xn=tile.hidden.stride(0),
+            stride_xh=tile.hidden.stride(1),
+            stride_wv=tile.weight.stride(0),
+            stride_wh=tile.weight.stride(1),
+            cached_end=begin if cached is None else begin + cached.shape[1],
+            stride_cn=0 if cached is None else cached.stride(0),
+            stride_part=parts.stride(0),
+            row_blocks=row_blocks,
+            splits=splits,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            WITH_ENTROPY=with_entropy,
             TILES=TILES,
-            **_constants(config, by_descriptor),
+            **_constants(config),
         )
         merge_kernel[(triton.cdiv(M, _MERGE_ROWS),)](
-            *(parts, head.target, state.peak, state.total, state.picked, state.weighted),
-            *(M, begin, end, splits, TILES * config.columns, parts.stride(0)),
-            WITH_ENTROPY=state.weighted is not None,
+            parts_ptr=parts,
+            target_ptr=state.target,
+            row_max_ptr=state.row_max,
+            sum_exp_ptr=state.sum_exp,
+            target_logit_ptr=state.target_logit,
+            weighted_sum_ptr=state.weighted_sum,
+            N=M,
+            begin=begin,
+            end=end,
+            splits=splits,
+            split_columns=TILES * config.columns,
+            stride_part=parts.stride(0),
             BLOCK_N=_MERGE_ROWS,
         )
 
@@ -159,50 +196,70 @@ def _dz(
     head: Head,
     tile: Tile,
     grad: RowGrad,
-    kept: Tensor | None,
-    block_peak: Tensor | None,
-    grad_filter: float,
     config: Config,
+    *,
+    cached: Tensor | None = None,
+    block_max: Tensor | None = None,
+    grad_filter: float = 0.0,
 ) -> Gradient:
-    """dz of a tile; target and grad are of its rows, kept and block_peak of all rows."""
+    """Return dz of a tile; `grad` is of its rows, `cached` and `block_max` are of all rows."""
     (M, H), V = tile.hidden.shape, len(head.weight)
     begin, end = tile.columns.start, tile.columns.stop
-    row_blocks, column_blocks = (
-        triton.cdiv(M, config.rows),
-        triton.cdiv(end - begin, config.columns),
-    )
+    row_blocks = triton.cdiv(M, config.rows)
+    column_blocks = triton.cdiv(end - begin, config.columns)
     dz = tile.hidden.new_empty(M, end - begin)
     active = None
-    if block_peak is not None:
+    if block_max is not None:
         active = torch.empty(row_blocks, column_blocks, dtype=torch.int8, device=dz.device)
+    numbers: Tensor | None = None
     if isinstance(tile.rows, slice):
-        rows = None
-        kept, block_peak = (None if t is None else t[tile.rows] for t in (kept, block_peak))
+        cached, block_max = (None if t is None else t[tile.rows] for t in (cached, block_max))
     else:
-        rows = tile.rows
-    operands, by_descriptor = _operands(tile, config)
+        numbers = tile.rows
+    hidden, weight = _operands(tile, config)
     with torch.cuda.device_of(dz):
         grad_kernel[(row_blocks * column_blocks,)](
-            *(*operands, kept, rows, tile.bias, head.target, grad.grad_logp, grad.grad_entropy),
-            *(grad.logp, grad.entropy, grad.peak, grad.log_total, block_peak, active, dz),
-            *(M, H, V, begin, end, *tile.hidden.stride(), *tile.weight.stride()),
-            *(0 if kept is None else kept.stride(0), row_blocks, column_blocks),
-            *(grad_filter, head.softcap, head.temperature),
-            HAS_ROWS=rows is not None,
-            HAS_BIAS=tile.bias is not None,
-            HAS_SOFTCAP=head.softcap > 0,
-            WITH_ENTROPY=grad.grad_entropy is not None,
-            IS_KEPT=kept is not None,
-            WITH_FILTER=block_peak is not None,
-            **_constants(config, by_descriptor),
+            hidden=hidden,
+            weight=weight,
+            cached_ptr=cached,
+            rows_ptr=numbers,
+            bias_ptr=tile.bias,
+            target_ptr=grad.target,
+            grad_logp_ptr=grad.grad_logp,
+            grad_entropy_ptr=grad.grad_entropy,
+            logp_ptr=grad.logp,
+            entropy_ptr=grad.entropy,
+            row_max_ptr=grad.row_max,
+            log_sum_ptr=grad.log_sum,
+            block_max_ptr=block_max,
+            active_ptr=active,
+            dz_ptr=dz,
+            M=M,
+            H=H,
+            V=V,
+            begin=begin,
+            end=end,
+            stride_xn=tile.hidden.stride(0),
+            stride_xh=tile.hidden.stride(1),
+            stride_wv=tile.weight.stride(0),
+            stride_wh=tile.weight.stride(1),
+            stride_cn=0 if cached is None else cached.stride(0),
+            row_blocks=row_blocks,
+            column_blocks=column_blocks,
+            grad_filter=grad_filter,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            **_constants(config),
         )
-    return Gradient(
-        dz, None if active is None else ActiveBlocks(active, config.rows, config.columns)
+    return (
+        Gradient(dz)
+        if active is None
+        else SparseGradient(dz, active, (config.rows, config.columns))
     )
 
 
-def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
-    """Hidden states and weight for the kernels, by descriptor where chip and steps allow it."""
+def _operands(tile: Tile, config: Config) -> tuple[Tensor | TensorDescriptor, ...]:
+    """Return hidden and weight for the kernels, by descriptor where chip and strides allow it."""
     both = (tile.hidden, tile.weight)
     if not blocks.has_descriptors(tile.hidden.device) or not all(
         t.stride(1) == 1
@@ -211,15 +268,14 @@ def _operands(tile: Tile, config: Config) -> tuple[tuple[Any, Any], bool]:
         and t.data_ptr() % 16 == 0
         for t in both
     ):
-        return both, False
+        return both
     shapes = ([config.rows, config.depth], [config.columns, config.depth])
-    described = (TensorDescriptor.from_tensor(t, s) for t, s in zip(both, shapes, strict=True))
-    return tuple(described), True
+    return tuple(TensorDescriptor.from_tensor(t, s) for t, s in zip(both, shapes, strict=True))
 
 
-def _constants(config: Config, by_descriptor: bool) -> dict[str, Any]:
+def _constants(config: Config) -> dict[str, int]:
+    """Return what a kernel that makes products is compiled for."""
     return {
-        "DESCRIPTORS": by_descriptor,
         "BLOCK_N": config.rows,
         "BLOCK_V": config.columns,
         "BLOCK_H": config.depth,
@@ -230,5 +286,6 @@ def _constants(config: Config, by_descriptor: bool) -> dict[str, Any]:
 
 
 def _config(head: Head) -> Config:
+    """Return the shape of a block of products for a head."""
     dtype, (V, H) = operand_dtype(head), head.weight.shape
     return blocks.config(head.hidden.device, dtype, H, V)

@@ -9,10 +9,11 @@ from latro_kernels.linear_logprob.triton.products import (
     block_logits,
     block_products,
     block_ptr,
+    descriptors,
     place,
     quarters,
 )
-from latro_kernels.triton.softmax import product_grad
+from latro_kernels.triton.softmax import flags, product_grad
 
 
 @triton.jit
@@ -35,8 +36,8 @@ def _store_gradient(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dz of COLUMNS columns from `column` on."""
-    target, grad_logp, grad_entropy, logp, entropy, peak, log_total = rows
+    """Store dz of COLUMNS columns from `column` on."""
+    target, grad_logp, grad_entropy, logp, entropy, row_max, log_sum = rows
     j = column + tl.arange(0, COLUMNS)
     in_range = j < end
     z = block_logits(
@@ -49,8 +50,8 @@ def _store_gradient(
         grad_entropy[:, None],
         logp[:, None],
         entropy[:, None],
-        peak[:, None],
-        log_total[:, None],
+        row_max[:, None],
+        log_sum[:, None],
         softcap,
         temperature,
         HAS_SOFTCAP,
@@ -63,11 +64,21 @@ def _store_gradient(
     tl.store(to, dz, mask=in_rows[:, None] & in_range[None, :])
 
 
+@triton.heuristics(
+    flags(
+        HAS_ROWS="rows_ptr",
+        HAS_BIAS="bias_ptr",
+        WITH_ENTROPY="grad_entropy_ptr",
+        IS_CACHED="cached_ptr",
+        WITH_FILTER="block_max_ptr",
+    )
+    | descriptors
+)
 @triton.jit
 def grad_kernel(
     hidden,
     weight,
-    kept_ptr,
+    cached_ptr,
     rows_ptr,
     bias_ptr,
     target_ptr,
@@ -75,9 +86,9 @@ def grad_kernel(
     grad_entropy_ptr,
     logp_ptr,
     entropy_ptr,
-    peak_ptr,
-    log_total_ptr,
-    block_peak_ptr,
+    row_max_ptr,
+    log_sum_ptr,
+    block_max_ptr,
     active_ptr,
     dz_ptr,
     M,
@@ -85,11 +96,11 @@ def grad_kernel(
     V,
     begin,
     end,
-    hidden_row_step,
-    hidden_col_step,
-    weight_row_step,
-    weight_col_step,
-    kept_step,
+    stride_xn,
+    stride_xh,
+    stride_wv,
+    stride_wh,
+    stride_cn,
     row_blocks,
     column_blocks,
     grad_filter,
@@ -99,7 +110,7 @@ def grad_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
-    IS_KEPT: tl.constexpr,
+    IS_CACHED: tl.constexpr,
     WITH_FILTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -107,10 +118,10 @@ def grad_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """dz[M, end - begin] of columns begin .. end, of which weight and bias_ptr hold a slice.
+    """Write dz[M, end - begin] of columns begin .. end, a slice of which weight and bias_ptr hold.
 
-    hidden holds the M rows; rows_ptr their numbers, by which kept_ptr (from column `begin` on) and
-    block_peak_ptr are read.
+    hidden holds the M rows; rows_ptr their numbers, by which cached_ptr (from column `begin` on)
+    and block_max_ptr are read.
     """
     row_block, column_block = place(tl.program_id(0), row_blocks, column_blocks, GROUP)
     first_row = row_block * BLOCK_N
@@ -123,19 +134,19 @@ def grad_kernel(
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     grad_logp = tl.load(grad_logp_ptr + i, mask=in_rows, other=0.0)
     logp = tl.load(logp_ptr + i, mask=in_rows, other=0.0)
-    peak = tl.load(peak_ptr + i, mask=in_rows, other=0.0)
-    log_total = tl.load(log_total_ptr + i, mask=in_rows, other=0.0)
+    row_max = tl.load(row_max_ptr + i, mask=in_rows, other=0.0)
+    log_sum = tl.load(log_sum_ptr + i, mask=in_rows, other=0.0)
     grad_entropy = tl.zeros((BLOCK_N,), tl.float32)
     entropy = tl.zeros((BLOCK_N,), tl.float32)
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
         entropy = tl.load(entropy_ptr + i, mask=in_rows, other=0.0)
-    rows = (target, grad_logp, grad_entropy, logp, entropy, peak, log_total)
+    rows = (target, grad_logp, grad_entropy, logp, entropy, row_max, log_sum)
     is_active = True
     if WITH_FILTER:
         blocks = tl.cdiv(V, BLOCK_V)
-        from_ptr = block_peak_ptr + number * blocks + column // BLOCK_V
-        log_p = (tl.load(from_ptr, mask=in_rows, other=0.0) - peak) - log_total
+        from_ptr = block_max_ptr + number * blocks + column // BLOCK_V
+        log_p = (tl.load(from_ptr, mask=in_rows, other=0.0) - row_max) - log_sum
         size = tl.abs(grad_logp)
         if WITH_ENTROPY:
             # exp(x) (|x| + H) grows up to x = -1 and is bounded by this beyond.
@@ -148,7 +159,7 @@ def grad_kernel(
         is_active = tl.max(tl.where(has_gradient, reaches, 0), 0) > 0
         tl.store(active_ptr + row_block * column_blocks + column_block, is_active.to(tl.int8))
     if is_active:
-        if not IS_KEPT:
+        if not IS_CACHED:
             block = block_products(
                 hidden,
                 weight,
@@ -157,10 +168,10 @@ def grad_kernel(
                 M,
                 end - begin,
                 H,
-                hidden_row_step,
-                hidden_col_step,
-                weight_row_step,
-                weight_col_step,
+                stride_xn,
+                stride_xh,
+                stride_wv,
+                stride_wh,
                 DESCRIPTORS,
                 BLOCK_N,
                 BLOCK_V,
@@ -169,10 +180,10 @@ def grad_kernel(
             parts = quarters(block, BLOCK_N, BLOCK_V)
         for quarter in tl.static_range(4):
             first = column + quarter * (BLOCK_V // 4)
-            if IS_KEPT:
+            if IS_CACHED:
                 of_slice = first - begin + tl.arange(0, BLOCK_V // 4)
                 products = tl.load(
-                    kept_ptr + (number * kept_step)[:, None] + of_slice[None, :],
+                    cached_ptr + (number * stride_cn)[:, None] + of_slice[None, :],
                     mask=in_rows[:, None] & (of_slice < end - begin)[None, :],
                     other=0.0,
                 )
@@ -205,12 +216,12 @@ def grad_kernel(
 
 
 @triton.jit
-def rescale_kernel(pull_ptr, factor_ptr, H, BLOCK_H: tl.constexpr):
-    """pull[row] *= factor[row]; a row whose factor is 1 is left alone, and costs nothing."""
+def rescale_kernel(dx_sum_ptr, factor_ptr, H, BLOCK_H: tl.constexpr):
+    """Multiply dx_sum[row] by factor[row]; a row whose factor is 1 costs nothing."""
     row = tl.program_id(0).to(tl.int64)
     factor = tl.load(factor_ptr + row)
     if factor != 1.0:
         for begin in range(0, H, BLOCK_H):
             h = begin + tl.arange(0, BLOCK_H)
-            at = pull_ptr + row * H + h
+            at = dx_sum_ptr + row * H + h
             tl.store(at, tl.load(at, mask=h < H, other=0.0) * factor, mask=h < H)

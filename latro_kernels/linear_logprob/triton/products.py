@@ -1,29 +1,37 @@
-"""A block of products of hidden states and weight, in registers: what the kernels that keep no
-tile of logits in memory start from.
+"""A block of products of hidden states and weight, in registers.
+
+The kernels that keep no tile of logits in memory start from it.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.triton.softmax import tanh
+
+descriptors = {"DESCRIPTORS": lambda args: isinstance(args["hidden"], TensorDescriptor)}
+"""A heuristic of kernels that take hidden and weight, by address or by descriptor."""
 
 
 @triton.jit
 def place(program, row_blocks, column_blocks, GROUP: tl.constexpr):
-    """Block of rows and of columns: groups of GROUP row blocks, in them the columns, then rows."""
+    """Return a program's block of rows and of columns.
+
+    Programs are numbered by groups of GROUP row blocks, in a group by columns, then by rows.
+    """
     group = program // (GROUP * column_blocks)
     in_group = min(row_blocks - group * GROUP, GROUP)
-    place = program - group * GROUP * column_blocks
-    return group * GROUP + place % in_group, place // in_group
+    within = program - group * GROUP * column_blocks
+    return group * GROUP + within % in_group, within // in_group
 
 
 @triton.jit
-def block_ptr(ptr, step, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Addresses of a block of a matrix: of its corner in 64 bits, and from there in 32."""
-    corner = ptr + tl.cast(first_row, tl.int64) * step + first_column
-    return corner + tl.arange(0, ROWS)[:, None] * step + tl.arange(0, COLUMNS)[None, :]
+def block_ptr(ptr, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the addresses of a block of a matrix: its corner's in 64 bits, from there in 32."""
+    corner = ptr + tl.cast(first_row, tl.int64) * stride + first_column
+    return corner + tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, COLUMNS)[None, :]
 
 
 @triton.jit
@@ -35,16 +43,16 @@ def block_products(
     N,
     V,
     H,
-    hidden_row_step,
-    hidden_col_step,
-    weight_row_step,
-    weight_col_step,
+    stride_xn,
+    stride_xh,
+    stride_wv,
+    stride_wh,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """fp32 [BLOCK_N, BLOCK_V], anything at all in rows from N and columns from V on."""
+    """Return fp32 [BLOCK_N, BLOCK_V], anything at all in rows from N and columns from V on."""
     sums = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if DESCRIPTORS:
         for h in range(0, H, BLOCK_H):
@@ -56,14 +64,14 @@ def block_products(
         i = tl.minimum(first_row + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
         j = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
         k = tl.arange(0, BLOCK_H)
-        x_ptr = hidden + i[:, None] * hidden_row_step + k[None, :] * hidden_col_step
-        w_ptr = weight + j[None, :] * weight_row_step + k[:, None] * weight_col_step
+        x_ptr = hidden + i[:, None] * stride_xn + k[None, :] * stride_xh
+        w_ptr = weight + j[None, :] * stride_wv + k[:, None] * stride_wh
         for h in range(0, H, BLOCK_H):
             x = tl.load(x_ptr, mask=k[None, :] < H - h, other=0.0)
             w = tl.load(w_ptr, mask=k[:, None] < H - h, other=0.0)
             sums = tl.dot(x, w, sums, input_precision="ieee")
-            x_ptr += BLOCK_H * hidden_col_step
-            w_ptr += BLOCK_H * weight_col_step
+            x_ptr += BLOCK_H * stride_xh
+            w_ptr += BLOCK_H * stride_wh
     return sums
 
 
@@ -78,7 +86,7 @@ def block_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """z of a block of products; -inf, which counts for nothing, out of range."""
+    """Return z of a block of products; -inf, which counts for nothing, out of range."""
     z = products
     if HAS_BIAS:
         z += tl.load(bias_ptr + columns, mask=in_range, other=0.0)[None, :]
@@ -89,7 +97,7 @@ def block_logits(
 
 @triton.jit
 def quarters(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A block cut from left to right: what is made of a quarter takes few registers."""
+    """Cut a block from left to right in four: what is made of a quarter takes few registers."""
     left, right = _halves(block, ROWS, COLUMNS)
     first, second = _halves(left, ROWS, COLUMNS // 2)
     third, fourth = _halves(right, ROWS, COLUMNS // 2)

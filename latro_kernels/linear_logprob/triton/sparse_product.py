@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.head_gradient import ActiveBlocks
+from latro_kernels.head_gradient import Gradient
 from latro_kernels.linear_logprob.triton.products import block_ptr
 
 # Columns of a block of the result, and how much of an active block is taken at a time. The rows are
@@ -24,13 +26,13 @@ def sparse_product_kernel(
     M,
     K,
     H,
-    a_row_step,
-    a_col_step,
-    b_row_step,
-    b_col_step,
-    c_row_step,
-    active_row_step,
-    active_col_step,
+    stride_am,
+    stride_ak,
+    stride_bk,
+    stride_bh,
+    stride_cm,
+    stride_active_m,
+    stride_active_k,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -47,51 +49,73 @@ def sparse_product_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     first_row, first_column = block_m * BLOCK_M, block_h * BLOCK_H
     if ADD:
-        before = block_ptr(c_ptr, c_row_step, first_row, first_column, BLOCK_M, BLOCK_H)
+        before = block_ptr(c_ptr, stride_cm, first_row, first_column, BLOCK_M, BLOCK_H)
         sums += tl.load(before, mask=in_block, other=0.0)
     for block_k in range(tl.cdiv(K, BLOCK_K)):
-        flag = active_ptr + block_m * active_row_step + block_k * active_col_step
+        flag = active_ptr + block_m * stride_active_m + block_k * stride_active_k
         if tl.load(flag) != 0:
             begin = block_k * BLOCK_K
             for k in range(begin, min(begin + BLOCK_K, K), BLOCK_DEPTH):
                 of_k = k + depth
                 in_depth = of_k < K
                 a = tl.load(
-                    a_ptr + i[:, None] * a_row_step + of_k[None, :] * a_col_step,
+                    a_ptr + i[:, None] * stride_am + of_k[None, :] * stride_ak,
                     mask=in_rows[:, None] & in_depth[None, :],
                     other=0.0,
                 )
                 b = tl.load(
-                    b_ptr + of_k[:, None] * b_row_step + h[None, :] * b_col_step,
+                    b_ptr + of_k[:, None] * stride_bk + h[None, :] * stride_bh,
                     mask=in_depth[:, None] & in_cols[None, :],
                     other=0.0,
                 )
                 sums = tl.dot(a, b, sums, input_precision="ieee")
-    to = block_ptr(c_ptr, c_row_step, first_row, first_column, BLOCK_M, BLOCK_H)
+    to = block_ptr(c_ptr, stride_cm, first_row, first_column, BLOCK_M, BLOCK_H)
     tl.store(to, sums, mask=in_block)
 
 
-def add_sparse_product(
-    out: Tensor, a: Tensor, active: ActiveBlocks, b: Tensor, *, first: bool
-) -> None:
-    """out += a · b, or = for the first of a sum.
+@dataclass(frozen=True, eq=False)
+class SparseGradient(Gradient):
+    """A gradient dz of which some blocks are 0, and left out of products.
 
     Args:
-        out: [M, H] with steps (·, 1), fp32, or the first product of a sum.
-        a: [M, K].
-        active: blocks of a.
-        b: [K, H].
-        first: whether `out` holds nothing yet.
+        active: int8, one flag per block, 0 for a block that is 0.
+        block: rows and columns of a block.
     """
-    (M, K), H = a.shape, b.shape[1]
-    with torch.cuda.device_of(out):
-        sparse_product_kernel[(triton.cdiv(M, active.rows), triton.cdiv(H, BLOCK_COLS))](
-            *(a, b, out, active.flags, M, K, H, *a.stride(), *b.stride()),
-            *(out.stride(0), *active.flags.stride()),
-            ADD=not first,
-            BLOCK_M=active.rows,
-            BLOCK_K=active.columns,
-            BLOCK_H=BLOCK_COLS,
-            BLOCK_DEPTH=min(BLOCK_DEPTH, active.columns),
-            num_warps=8,
-        )
+
+    active: Tensor
+    block: tuple[int, int]
+
+    def t(self) -> SparseGradient:
+        """Return the transposed gradient."""
+        return SparseGradient(self.dz.t(), self.active.t(), self.block[::-1])
+
+    def add_product(self, out: Tensor, other: Tensor, *, first: bool) -> None:
+        """Add dz · other to `out`, fp32 with rows of stride 1, or write it there if it is first.
+
+        The first product of a sum may be of any dtype.
+        """
+        (M, K), H = self.dz.shape, other.shape[1]
+        rows, columns = self.block
+        with torch.cuda.device_of(out):
+            sparse_product_kernel[(triton.cdiv(M, rows), triton.cdiv(H, BLOCK_COLS))](
+                a_ptr=self.dz,
+                b_ptr=other,
+                c_ptr=out,
+                active_ptr=self.active,
+                M=M,
+                K=K,
+                H=H,
+                stride_am=self.dz.stride(0),
+                stride_ak=self.dz.stride(1),
+                stride_bk=other.stride(0),
+                stride_bh=other.stride(1),
+                stride_cm=out.stride(0),
+                stride_active_m=self.active.stride(0),
+                stride_active_k=self.active.stride(1),
+                ADD=not first,
+                BLOCK_M=rows,
+                BLOCK_K=columns,
+                BLOCK_H=BLOCK_COLS,
+                BLOCK_DEPTH=min(BLOCK_DEPTH, columns),
+                num_warps=8,
+            )

@@ -1,6 +1,6 @@
-"""linear_logprob in Triton: the two folds over a tile of logits, one program per row.
+"""What becomes of a tile of `linear_logprob`, in Triton: one program per row.
 
-The formulas stand in `latro_kernels.linear_logprob`, the loops around the folds in
+The formulas stand in `latro_kernels.linear_logprob`, the loops around the two kernels in
 `latro_kernels.linear_logprob.tiles`.
 """
 
@@ -12,22 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import operand_dtype
+from latro_kernels.head_gradient import Tile, operand_dtype
 from latro_kernels.linear_logprob.state import RowGrad, State
-from latro_kernels.triton.softmax import fold, product_grad, row_logits
+from latro_kernels.triton.softmax import flags, fold_logits, product_grad, row_logits
 
 BLOCK_V = 1024
 
 
+@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_ENTROPY="weighted_sum_ptr"))
 @triton.jit
 def fold_kernel(
     tile_ptr,
     bias_ptr,
     target_ptr,
-    peak_ptr,
-    total_ptr,
-    picked_ptr,
-    weighted_ptr,
+    row_max_ptr,
+    sum_exp_ptr,
+    target_logit_ptr,
+    weighted_sum_ptr,
     columns,
     first_column,
     softcap,
@@ -37,31 +38,35 @@ def fold_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """Add a row of a tile to the row's state."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * columns
-    peak = tl.load(peak_ptr + row)
-    total = tl.load(total_ptr + row)
-    weighted = 0.0
+    row_max = tl.load(row_max_ptr + row)
+    sum_exp = tl.load(sum_exp_ptr + row)
+    weighted_sum = 0.0
     if WITH_ENTROPY:
-        weighted = tl.load(weighted_ptr + row)
+        weighted_sum = tl.load(weighted_sum_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         z = row_logits(
             row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
         )
-        peak, total, weighted = fold(z, peak, total, weighted, 0, WITH_ENTROPY)
-    tl.store(peak_ptr + row, peak)
-    tl.store(total_ptr + row, total)
+        row_max, sum_exp, weighted_sum = fold_logits(
+            z, row_max, sum_exp, weighted_sum, AXIS=0, WITH_ENTROPY=WITH_ENTROPY
+        )
+    tl.store(row_max_ptr + row, row_max)
+    tl.store(sum_exp_ptr + row, sum_exp)
     if WITH_ENTROPY:
-        tl.store(weighted_ptr + row, weighted)
+        tl.store(weighted_sum_ptr + row, weighted_sum)
     hit = tl.load(target_ptr + row) - first_column
     is_here = (hit >= 0) & (hit < columns)
-    picked = row_logits(
+    target_logit = row_logits(
         row_ptr, bias_ptr, hit, is_here, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
     )
-    tl.store(picked_ptr + row, picked, mask=is_here)
+    tl.store(target_logit_ptr + row, target_logit, mask=is_here)
 
 
+@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_ENTROPY="grad_entropy_ptr"))
 @triton.jit
 def grad_kernel(
     tile_ptr,
@@ -72,8 +77,8 @@ def grad_kernel(
     grad_entropy_ptr,
     logp_ptr,
     entropy_ptr,
-    peak_ptr,
-    log_total_ptr,
+    row_max_ptr,
+    log_sum_ptr,
     columns,
     first_column,
     softcap,
@@ -83,13 +88,14 @@ def grad_kernel(
     WITH_ENTROPY: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """Write dz of a row of a tile."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + row * columns
     hit = tl.load(target_ptr + row) - first_column
     grad_logp = tl.load(grad_logp_ptr + row)
     logp = tl.load(logp_ptr + row)
-    peak = tl.load(peak_ptr + row)
-    log_total = tl.load(log_total_ptr + row)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
     grad_entropy = 0.0
     entropy = 0.0
     if WITH_ENTROPY:
@@ -106,8 +112,8 @@ def grad_kernel(
             grad_entropy,
             logp,
             entropy,
-            peak,
-            log_total,
+            row_max,
+            log_sum,
             softcap,
             temperature,
             HAS_SOFTCAP,
@@ -116,51 +122,45 @@ def grad_kernel(
         tl.store(dtile_ptr + row * columns + j, dz, mask=mask)
 
 
-class TritonKernels:
-    """The folds as `latro_kernels.linear_logprob.tiles` calls them."""
+def fold(head: Head, tile: Tile, products: Tensor, state: State) -> None:
+    """Add a tile's products to the state of its rows, in place."""
+    with torch.cuda.device_of(products):
+        fold_kernel[(len(products),)](
+            tile_ptr=products,
+            bias_ptr=tile.bias,
+            target_ptr=state.target,
+            row_max_ptr=state.row_max,
+            sum_exp_ptr=state.sum_exp,
+            target_logit_ptr=state.target_logit,
+            weighted_sum_ptr=state.weighted_sum,
+            columns=products.shape[1],
+            first_column=tile.columns.start,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            BLOCK_V=BLOCK_V,
+        )
 
-    @staticmethod
-    def fold(
-        head: Head,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        state: State,
-        first_column: int,
-    ) -> None:
-        """Add a tile of products to the state of its rows."""
-        with torch.cuda.device_of(tile):
-            fold_kernel[(len(tile),)](
-                *(tile, bias, target),
-                *(state.peak, state.total, state.picked, state.weighted),
-                *(tile.shape[1], first_column, head.softcap, head.temperature),
-                HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=head.softcap > 0,
-                WITH_ENTROPY=state.weighted is not None,
-                BLOCK_V=BLOCK_V,
-            )
 
-    @staticmethod
-    def grad(
-        head: Head,
-        tile: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        grad: RowGrad,
-        first_column: int,
-    ) -> Tensor:
-        """The gradient with respect to a tile of products, in the dtype of the next product."""
-        dtype = operand_dtype(head)
-        dtile = tile if tile.dtype == dtype else tile.new_empty(tile.shape, dtype=dtype)
-        with torch.cuda.device_of(tile):
-            grad_kernel[(len(tile),)](
-                *(tile, dtile, bias, target),
-                *(grad.grad_logp, grad.grad_entropy, grad.logp, grad.entropy),
-                *(grad.peak, grad.log_total),
-                *(tile.shape[1], first_column, head.softcap, head.temperature),
-                HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=head.softcap > 0,
-                WITH_ENTROPY=grad.grad_entropy is not None,
-                BLOCK_V=BLOCK_V,
-            )
-        return dtile
+def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
+    """Return dz of a tile in the dtype of operands; it may take the place of the products."""
+    dtype = operand_dtype(head)
+    dz = products if products.dtype == dtype else torch.empty_like(products, dtype=dtype)
+    with torch.cuda.device_of(products):
+        grad_kernel[(len(products),)](
+            tile_ptr=products,
+            dtile_ptr=dz,
+            bias_ptr=tile.bias,
+            target_ptr=grad.target,
+            grad_logp_ptr=grad.grad_logp,
+            grad_entropy_ptr=grad.grad_entropy,
+            logp_ptr=grad.logp,
+            entropy_ptr=grad.entropy,
+            row_max_ptr=grad.row_max,
+            log_sum_ptr=grad.log_sum,
+            columns=products.shape[1],
+            first_column=tile.columns.start,
+            softcap=head.softcap,
+            temperature=head.temperature,
+            BLOCK_V=BLOCK_V,
+        )
+    return dz

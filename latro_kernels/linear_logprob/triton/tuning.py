@@ -2,6 +2,7 @@
 
     python -m latro_kernels.linear_logprob.triton.tuning --hidden 4096 --vocab 128256 --dtype bf16
 
+It is saved in Triton's cache folder, which TRITON_CACHE_DIR, Triton's own variable, may move.
 `blocks.config` looks there first, so that no call waits for a search.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import triton
@@ -22,23 +24,35 @@ from latro_kernels.linear_logprob.triton.blocks import DTYPES, Config
 
 
 def measure(dtype: str, N: int, H: int, V: int) -> list[tuple[float, Config]]:
-    """Milliseconds of the forward with each shape that runs, fastest first."""
+    """Return the milliseconds of the forward with each shape that runs, fastest first."""
     hidden, weight = (
         torch.randn(size, H, device="cuda", dtype=DTYPES[dtype]) / H**0.25 for size in (N, V)
     )
     target = torch.randint(V, (N,), device="cuda")
-    head = Head(hidden, weight, target, None, 1.0, 0.0, "triton")
+    head = Head(hidden, weight, bias=None, temperature=1.0, softcap=0.0, backend="triton")
+    wanted = Wanted(weighted_sum=False, dx_sum=False, block_max=False, memory_budget=0)
     timed = []
     for candidate in blocks.candidates(hidden.dtype):
 
         def run(candidate: Config = candidate) -> object:
-            return fused.forward(head, Wanted(False, False, False, 0), candidate)
+            return fused.forward(head, target, wanted, candidate)
 
         try:
             timed.append((triton.testing.do_bench(run, return_mode="median"), candidate))
         except triton.runtime.errors.OutOfResources as error:
             print(f"{candidate}: {error}")
     return sorted(timed, key=lambda pair: pair[0])
+
+
+def save(key: dict[str, Any], entry: dict[str, Any]) -> None:
+    """Add an entry to those saved, in the place of one with the same key."""
+    path = blocks.saved_path()
+    others = [other for other in blocks.saved(path) if not key.items() <= other.items()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps([*others, entry], indent=1) + "\n")
+    os.replace(beside, path)
+    print(f"saved in {path}")
 
 
 def main() -> None:
@@ -56,11 +70,8 @@ def main() -> None:
         print(f"{milliseconds:8.3f} ms  {shape}")
     name = torch.cuda.get_device_name()
     key = {"device": name, "dtype": args.dtype, "H": args.hidden, "V": args.vocab}
-    others = [entry for entry in blocks.saved() if key.items() - entry.items()]
     entry = key | {"milliseconds": timed[0][0], "rows": args.rows, "config": asdict(timed[0][1])}
-    beside = blocks.SAVED.with_suffix(".tmp")
-    beside.write_text(json.dumps([*others, entry], indent=1) + "\n")
-    os.replace(beside, blocks.SAVED)
+    save(key, entry)
 
 
 if __name__ == "__main__":
