@@ -43,13 +43,12 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
             ways[name] = partial(gather_logprob, target=target, backend=backend)
             ways[f"{name}, in place"] = partial(in_place, target=target, backend=backend)
         ways["plain"] = partial(plain, target=target)
-        log_p = torch.log_softmax(logits.double(), -1)
         yield Op(
             name="gather_logprob",
             dtype=dtype,
             ways={name: differentiated(way, logits, grad) for name, way in ways.items()},
             moved={"forward": logits.nbytes, "backward": 2 * logits.nbytes},
-            truth=log_p.gather(1, target[:, None]).squeeze(1),
+            truth=torch.log_softmax(logits.double(), -1).gather(1, target[:, None]).squeeze(1),
         )
 
 

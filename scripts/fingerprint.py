@@ -45,7 +45,7 @@ def checksum(tensors: Iterable[Tensor | None]) -> str:
 
 
 def ops() -> Iterator[tuple[str, str]]:
-    """Checksums of the ops, forward and backward."""
+    """Yield checksums of the ops, forward and backward."""
     for backend in BACKENDS:
         for dtype in DTYPES:
             name = f"{backend} {str(dtype).removeprefix('torch.')}"
@@ -111,7 +111,7 @@ def _group_advantage(backend: str) -> list[Tensor | None]:
 
 
 def runs(max_steps: int) -> Iterator[tuple[str, str]]:
-    """Checksums of short runs of the small model."""
+    """Yield checksums of short runs of the small model."""
     from latro.objectives import OBJECTIVES
     from latro.sft import sft
     from latro.train import train

@@ -1,4 +1,4 @@
-"""Saves a tiny, randomly initialised causal language model with a BPE tokenizer of its own.
+"""Save a tiny, randomly initialised causal language model with a BPE tokenizer of its own.
 
     python scripts/make_tiny_model.py --architecture mistral \\
         --text ../shared/data/gsm8k/train.jsonl --output runs/tiny-mistral
@@ -60,7 +60,7 @@ def make_model(
 def two_layers(
     architecture: str, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **options: Any
 ) -> PreTrainedModel:
-    """`make_model` of any architecture: some want more options, and some take no `head_dim`."""
+    """Make one of any architecture: some want more options, and some take no `head_dim`."""
     sizes = {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,

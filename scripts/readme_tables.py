@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of docs/ from the results that stand in the repository.
+"""Write the tables of the README and of docs/ from the results that stand in the repository.
 
     python scripts/readme_tables.py            # rewrite the pages
     python scripts/readme_tables.py --check    # exit 1 where one differs
@@ -13,7 +13,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +28,28 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "index.md", ROOT / "docs" / "results.md")
 
 
+def _evaluated(title: str, evaluations: Sequence[dict[str, float]]) -> list[str]:
+    """Make the cells of the mean over evaluations: accuracies, and tokens of a rationale."""
+    columns = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_rationale_length")
+    greedy, sampled, length = (
+        sum(e[name] for e in evaluations) / len(evaluations) for name in columns
+    )
+    return [title, f"{greedy:.1%}", f"{sampled:.1%}", f"{length:.1f}"]
+
+
+_EVALUATED = ["500 held-out problems", "greedy", "sampled", "rationale, tokens"]
+
+
 def default_run(result: dict[str, Any]) -> str:
-    """Accuracy before and after the default run, one row per seed."""
-    base = result["runs"][0]["base"]
-    rows = [
-        [
-            "the model that ships",
-            f"{base['eval_accuracy_greedy']:.1%}",
-            f"{base['eval_accuracy_sampled']:.1%}",
-            f"{base['eval_rationale_length']:.1f}",
-            f"{base['eval_answer_logp']:.2f}",
-            "",
-        ]
-    ]
-    for run in result["runs"]:
-        final = run["final"]
-        rows.append(
-            [
-                f"after LaTRO, seed {run['seed']}",
-                f"{final['eval_accuracy_greedy']:.1%}",
-                f"{final['eval_accuracy_sampled']:.1%}",
-                f"{final['eval_rationale_length']:.1f}",
-                f"{final['eval_answer_logp']:.2f}",
-                f"{run['seconds']:.0f}",
-            ]
-        )
-    header = ["500 held-out problems", "greedy", "sampled", "rationale, tokens"]
-    header += ["mean log π(y \\| x⊕z)", "seconds in all"]
-    seeds = " ".join(str(run["seed"]) for run in result["runs"])
+    """Tabulate the default run before and after, one row per seed."""
+    runs = result["runs"]
+    base = runs[0]["base"]
+    rows = [[*_evaluated("the model that ships", [base]), f"{base['eval_answer_logp']:.2f}", ""]]
+    for run in runs:
+        cells = _evaluated(f"after LaTRO, seed {run['seed']}", [run["final"]])
+        rows.append([*cells, f"{run['final']['eval_answer_logp']:.2f}", f"{run['seconds']:.0f}"])
+    header = [*_EVALUATED, "mean log π(y \\| x⊕z)", "seconds in all"]
+    seeds = " ".join(str(run["seed"]) for run in runs)
     return (
         markdown(header, rows)
         + f"\n\n`python benchmarks/default_run.py --seeds {seeds}` on {_where(result)}. The first "
@@ -64,25 +58,17 @@ def default_run(result: dict[str, Any]) -> str:
 
 
 def default_run_short(result: dict[str, Any]) -> str:
-    """Accuracy before and after the default run, the mean over its seeds."""
-    columns = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_rationale_length")
-
-    def row(title: str, evaluations: Sequence[dict[str, float]]) -> list[str]:
-        greedy, sampled, length = (
-            sum(e[name] for e in evaluations) / len(evaluations) for name in columns
-        )
-        return [title, f"{greedy:.1%}", f"{sampled:.1%}", f"{length:.1f}"]
-
+    """Tabulate the default run before and after, the mean over its seeds."""
     runs = result["runs"]
     rows = [
-        row("the model that ships", [runs[0]["base"]]),
-        row(f"after LaTRO, mean of {len(runs)} seeds", [run["final"] for run in runs]),
+        _evaluated("the model that ships", [runs[0]["base"]]),
+        _evaluated(f"after LaTRO, mean of {len(runs)} seeds", [run["final"] for run in runs]),
     ]
-    return markdown(["500 held-out problems", "greedy", "sampled", "rationale, tokens"], rows)
+    return markdown(_EVALUATED, rows)
 
 
 def peers_short(result: dict[str, Any]) -> str:
-    """Forward and backward of every provider, a row each, fp32 beside bf16."""
+    """Tabulate forward and backward of every provider, a row each, fp32 beside bf16."""
     groups = {g["dtype"]: g["rows"] for g in result["groups"] if g["section"] == "peers"}
     cells: dict[str, list[str]] = {}
     for rows in groups.values():
@@ -102,21 +88,20 @@ def peers_short(result: dict[str, Any]) -> str:
     )
 
 
+def _contender(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    """Make the cells of a contender: times of update and whole step, and the peak of memory."""
+    ratio = row["peak"] / result["rows"][0]["peak"]
+    times = (_time_and_ratio(row, phase) for phase in ("update", "step"))
+    return [row["contender"], *times, f"{_mib(row['peak'])} ({ratio:.1f} ×)"]
+
+
 def step_short(result: dict[str, Any]) -> str:
     """Tabulate an update and a whole step, one row per contender, without counts."""
-    rows = [
-        [
-            row["contender"],
-            *(_time_and_ratio(row, phase) for phase in ("update", "step")),
-            f"{_mib(row['peak'])} ({row['peak'] / result['rows'][0]['peak']:.1f} ×)",
-        ]
-        for row in result["rows"]
-    ]
     header = ["", "update, s", "with its rollout, s", "peak of the update, MiB"]
     setting = result["rows"][0]["setting"]
     low, high = setting["rationale"]
     return (
-        markdown(header, rows)
+        markdown(header, [_contender(row, result) for row in result["rows"]])
         + f"\n\nK = {setting['K']} rationales of {low}–{high} tokens, V = {setting['V']}, a Llama "
         f"of {setting['model']['layers']} layers with H = {setting['model']['hidden']} on "
         f"{_where(result)}. Ranges, token counts and scaling: "
@@ -125,7 +110,7 @@ def step_short(result: dict[str, Any]) -> str:
 
 
 def peers(result: dict[str, Any]) -> str:
-    """Every provider, fp32 and bf16."""
+    """Tabulate every provider, fp32 and bf16."""
     groups = [group for group in result["groups"] if group["section"] == "peers"]
     tables = []
     for group in groups:
@@ -167,7 +152,7 @@ _FILTER = "eps 2^-12"
 
 
 def head_study(result: dict[str, Any]) -> str:
-    """Ours by shape, dtype and form, over the bare products; the filter and the slopes in words."""
+    """Tabulate ours by shape, dtype and form, over the bare products; tell filter and slopes."""
     cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
     sizes: dict[str, dict[str, int]] = {}
     for group in result["groups"]:
@@ -242,9 +227,7 @@ def step(result: dict[str, Any]) -> str:
     """Tabulate an update and a whole step, one row per contender."""
     rows = [
         [
-            row["contender"],
-            *(_time_and_ratio(row, phase) for phase in ("update", "step")),
-            f"{_mib(row['peak'])} ({row['peak'] / result['rows'][0]['peak']:.1f} ×)",
+            *_contender(row, result),
             str(len(row["passes"])),
             f"{row['tokens']:,}",
             f"{row['head_rows']:,}",
@@ -271,7 +254,7 @@ def step(result: dict[str, Any]) -> str:
 
 
 def replicate(result: dict[str, Any]) -> str:
-    """Greedy accuracy of the study's methods, a row a model and task, and LaTRO's majority."""
+    """Tabulate greedy accuracy of the study's methods by model and task, and LaTRO's majority."""
     study = Study.of(result)
     run = {record["method"] for record in study.part("main")}
     methods = {method: title for method, title in METHODS.items() if method in run}
@@ -313,7 +296,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def fill(text: str, tables: Mapping[str, str], page: str) -> str:
-    """`text` of a `page` with each table between its markers.
+    """Return the `text` of a `page` with each table between its markers.
 
     Raises:
         ValueError: a table's markers are missing.
@@ -363,17 +346,35 @@ def _error(value: float | None) -> str:
     return "–" if value is None else f"{value:.0e}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+def rewrite(
+    pages: Iterable[Path],
+    render: Callable[[str, Path], str],
+    description: str | None,
+    argv: Sequence[str] | None,
+) -> None:
+    """Run the command that writes tables into `pages`, or with --check looks whether they differ.
+
+    Args:
+        pages: the files.
+        render: makes a page's text anew.
+        description: the docstring of the command's module.
+        argv: the command line.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a change")
     args = parser.parse_args(argv)
-    for page in PAGES:
+    for page in pages:
         old = page.read_text(encoding="utf-8")
         new = render(old, page)
         if not args.check:
             page.write_text(new, encoding="utf-8")
         elif new != old:
-            sys.exit(f"{page.name}: a table is not its results'; run scripts/readme_tables.py")
+            sys.exit(f"{page.name}: a table is out of date; run {sys.argv[0]}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the tables of README and docs/, or check them."""
+    rewrite(PAGES, render, __doc__, argv)
 
 
 if __name__ == "__main__":

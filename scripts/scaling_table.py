@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scaling.md: what an update costs, by arithmetic from sizes.
+"""Write the tables of docs/scaling.md: what an update costs, by arithmetic from sizes.
 
     python -m scripts.scaling_table            # rewrite the page
     python -m scripts.scaling_table --check    # exit 1 where it differs
@@ -9,12 +9,11 @@ data sheets'; what share of a peak a program reaches is an assumption, made in `
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from scripts.readme_tables import ROOT, fill, markdown
+from scripts.readme_tables import ROOT, fill, markdown, rewrite
 
 PAGE = ROOT / "docs" / "scaling.md"
 BF16, FP32 = 2, 4
@@ -107,7 +106,7 @@ class Node:
     bandwidth_share: float
 
     def bus(self, nodes: int) -> float:
-        """Of a ring: over several nodes no faster than the network cards of one together."""
+        """Return a ring's bandwidth: over nodes at most that of one node's network cards."""
         return self.link if nodes == 1 else min(self.link, self.gpus * self.network)
 
 
@@ -120,18 +119,18 @@ BUDGET = 16384
 
 
 def attention_flops(model: Model, pairs: float) -> float:
-    """Of one forward: scores and their product with the values."""
+    """Return the operations of one forward: scores, and their product with the values."""
     return 4 * model.layers * model.heads * model.head_dim * pairs
 
 
 def update_flops(
     model: Model, work: Work, *, head: int = 8, checkpoints: bool = False
 ) -> tuple[float, float, float]:
-    """(blocks, attention, head) of one prompt's update; `head`: N·H·V of the policy's products.
+    """Return the operations of blocks, attention and head in one prompt's update.
 
     Four forwards' worth: policy, reference, and twice the policy's for the backward. Checkpoints
     make all of a forward again but each block's last product, whose result nothing needs. The
-    reference's head is a product.
+    reference's head is a product, the policy's `head` / 2 of them.
     """
     weights = 4 * model.block_weights
     if checkpoints:
@@ -169,7 +168,7 @@ def decode_bytes(model: Model, work: Work) -> float:
 
 
 def state_bytes(engine: str, processes: int) -> dict[str, float]:
-    """Bytes per parameter that one process holds throughout training, in mixed precision.
+    """Return the bytes per parameter that a process holds throughout training, in mixed precision.
 
     `whole_weights` come on top for a time.
     """
@@ -184,7 +183,7 @@ def state_bytes(engine: str, processes: int) -> dict[str, float]:
 
 
 def whole_weights(model: Model) -> int:
-    """Bytes of all weights in bf16, in every process.
+    """Return the bytes of all weights in bf16, in every process.
 
     DDP: autocast's copies of the trained weights, in forward, backward and rollout. A sharding
     engine: what it gathers for a rollout.
@@ -225,7 +224,7 @@ class Times:
 
 
 def update_times(model: Model, work: Work, node: Node, nodes: int, budget: int) -> Times:
-    """With FSDP2 and activation checkpointing."""
+    """Estimate an update with FSDP2 and activation checkpointing."""
     flops = work.G * sum(update_flops(model, work, checkpoints=True))
     sent = exchanged_bytes(model, "FSDP2", nodes * node.gpus, micro_batches(work, budget))
     return Times(
@@ -365,21 +364,14 @@ TABLES = {
 }
 
 
-def render(text: str) -> str:
+def render(text: str, page: Path = PAGE) -> str:
     """Return the page with every table made anew; raise ValueError where a marker is missing."""
-    return fill(text, {name: table() for name, table in TABLES.items()}, PAGE.name)
+    return fill(text, {name: table() for name, table in TABLES.items()}, page.name)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a change")
-    args = parser.parse_args(argv)
-    old = PAGE.read_text(encoding="utf-8")
-    new = render(old)
-    if not args.check:
-        PAGE.write_text(new, encoding="utf-8")
-    elif new != old:
-        sys.exit(f"{PAGE.name}: a table is out of date; run python -m scripts.scaling_table")
+    """Write the tables of docs/scaling.md, or check them."""
+    rewrite([PAGE], render, __doc__, argv)
 
 
 if __name__ == "__main__":

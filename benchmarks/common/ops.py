@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from benchmarks.common import report, timing
 from benchmarks.common.problem import relative_error
@@ -143,8 +142,9 @@ def run(
     sizes = QUICK if args.quick else SIZES[device.type]
     copy_bytes = 1 << 16 if args.quick else _COPY_BYTES[device.type]
     rows: list[dict[str, object]] = []
-    for op in tqdm(make(sizes, device), desc=name):
+    for op in make(sizes, device):
         rows += measure(op, device, reps=args.reps, copy_bytes=copy_bytes)
+        del op  # a GPU has no room for this one's tensors beside the next one's
     headings = ("op", "dtype", "", "lap", "ms (range)", "GB/s", "copy GB/s", "error")
     report.console(width=120).print(report.table(name, headings, map(cells, rows), names=4))
     result = {"sizes": asdict(sizes), "environment": environment(device)}

@@ -40,7 +40,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -78,6 +78,7 @@ def stages(
         data: text for the head study's small model; None for the study's default.
     """
     python = sys.executable
+    no_device = partial(no_gpu, device)
     at = ("--device", device, *(("--quick",) if device == "cpu" else ()))
     few_reps = ("--dtype", "bf16", "--reps", "5", "--seconds", "1")
 
@@ -87,12 +88,49 @@ def stages(
     def bench(folder: str, *options: str) -> tuple[str, ...]:
         return script("logprob_bench", folder, *few_reps, *options)
 
-    peers = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
+    def measured(
+        name: str,
+        commands: Sequence[Sequence[str]],
+        limit_s: float,
+        *,
+        file: str,
+        figure: Callable[[Any], str],
+    ) -> Stage:
+        """Make a stage whose commands leave a JSON file in the folder of its name."""
+        read = partial(read_json, work / name / file)
+        return Stage(name, commands, limit_s, obstacles=[no_device], read=read, figure=figure)
+
+    def tested(name: str, part: str, limit_s: float) -> Stage:
+        command = (python, "-m", "pytest", *FOLDERS, "-m", "gpu", "-v", "--tb=short")
+        command += ("-n", str(WORKERS[device]), "-p", "benchmarks.gpu.sample", "--part", part)
+        read = partial(counted_tests, work / f"{name}.log")
+        obstacles = [no_device]
+        return Stage(name, [command], limit_s, obstacles, read=read, figure=tests_figure)
+
+    def sanitized(tool: str) -> Stage:
+        # The tool waits 10 s for a first CUDA call, and to import torch under it takes longer.
+        command = ("compute-sanitizer", "--tool", tool, "--launch-timeout", "0")
+        command += ("--kernel-name", KERNELS, "--report-api-errors", "no", "--error-exitcode", "9")
+        command += (python, "benchmarks/gpu/sanitize_run.py", "--out", str(work / tool))
+        return Stage(
+            tool,
+            [command],
+            limit_s=75,
+            obstacles=[partial(no_gpu, "cuda"), partial(no_tool, "compute-sanitizer")],
+            read=partial(read_json, work / tool / "sanitize.json"),
+            figure=gpu_goals.sanitize_figure,
+            # The caching allocator carves tensors out of larger blocks: an access beyond a tensor
+            # would stay inside of its block, where the tool sees nothing wrong with it.
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )
+
+    wheel_files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", str(installed))
-    tests = (python, "-m", "pytest", *FOLDERS, "-m", "gpu", "-v", "--tb=short")
-    tests += ("-n", str(WORKERS[device]), "-p", "benchmarks.gpu.sample", "--part")
-    no_device = partial(no_gpu, device)
-    made = [
+    install = [(*pip, *wheel_files)] if wheel_files else []
+    compare = bench("peers", "--providers", f"{OURS[device]},unfused,{PEERS}")
+    study = bench("forms", "--study", "head", "--sections", "full,frozen,filter")
+    study += ("--data", str(data)) if data else ()
+    return [
         Stage(
             "build",
             [(python, "setup.py", "build_ext", "--inplace")],
@@ -101,93 +139,44 @@ def stages(
             read=library_sizes,
             environment=one_architecture(),
         ),
-        Stage(
-            "chip",
-            [script("gpu/chip", "chip")],
-            limit_s=20,
-            obstacles=[no_device],
-            read=partial(read_json, work / "chip" / "chip.json"),
-            figure=gpu_goals.chip_figure,
+        measured(
+            "chip", [script("gpu/chip", "chip")], 20, file="chip.json", figure=gpu_goals.chip_figure
         ),
         Stage(
             "tuning",
-            [
-                (python, "-m", TUNING, "--hidden", "4096", "--vocab", "128256"),
-            ],
+            [(python, "-m", TUNING, "--hidden", "4096", "--vocab", "128256")],
             limit_s=60,
             obstacles=[partial(no_gpu, "cuda")],
             read=partial(saved_blocks, work),
             figure=fastest_block,
         ),
-        Stage(
+        measured(
             "head",
             [bench("head", "--providers", f"{OURS[device]},unfused")],
-            limit_s=120,
-            obstacles=[no_device],
-            read=partial(read_json, work / "head" / "logprob.json"),
+            120,
+            file="logprob.json",
             figure=gpu_goals.logprob_figure,
         ),
-        Stage(
+        measured(
             "peers",
-            [
-                *([(*pip, *peers)] if peers else []),
-                bench("peers", "--providers", f"{OURS[device]},unfused,{PEERS}"),
-            ],
-            limit_s=120,
-            obstacles=[no_device],
-            read=partial(read_json, work / "peers" / "logprob.json"),
+            [*install, compare],
+            120,
+            file="logprob.json",
             figure=gpu_goals.logprob_figure,
         ),
-        Stage(
+        measured(
             "ops",
             [script(name, "ops") for name in ("gather_logprob", "group_advantage")],
-            limit_s=45,
-            obstacles=[no_device],
-            read=partial(read_json, work / "ops" / "ops.json"),
+            45,
+            file="ops.json",
             figure=gpu_goals.ops_figure,
         ),
-        Stage(
-            "forms",
-            [
-                bench("forms", "--study", "head", "--sections", "full,frozen,filter")
-                + (("--data", str(data)) if data else ())
-            ],
-            limit_s=90,
-            obstacles=[no_device],
-            read=partial(read_json, work / "forms" / "study_head.json"),
-            figure=gpu_goals.forms_figure,
-        ),
+        measured("forms", [study], 90, file="study_head.json", figure=gpu_goals.forms_figure),
+        tested("smoke", "smoke", 100),
+        tested("tests", "rest", 200),
+        sanitized("memcheck"),
+        sanitized("racecheck"),
     ]
-    for name, part, limit_s in (("smoke", "smoke", 100), ("tests", "rest", 200)):
-        made.append(
-            Stage(
-                name,
-                [(*tests, part)],
-                limit_s=limit_s,
-                obstacles=[no_device],
-                read=partial(counted_tests, work / f"{name}.log"),
-                figure=tests_figure,
-            )
-        )
-    for tool in ("memcheck", "racecheck"):
-        # The tool waits 10 s for a first CUDA call, and to import torch under it takes longer.
-        watched = ("compute-sanitizer", "--tool", tool, "--launch-timeout", "0")
-        watched += ("--kernel-name", KERNELS, "--report-api-errors", "no", "--error-exitcode", "9")
-        watched += (python, "benchmarks/gpu/sanitize_run.py", "--out", str(work / tool))
-        made.append(
-            Stage(
-                tool,
-                [watched],
-                limit_s=75,
-                obstacles=[partial(no_gpu, "cuda"), partial(no_tool, "compute-sanitizer")],
-                read=partial(read_json, work / tool / "sanitize.json"),
-                figure=gpu_goals.sanitize_figure,
-                # The caching allocator carves tensors out of larger blocks: an access beyond a
-                # tensor would stay inside of its block, where the tool sees nothing wrong with it.
-                environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-        )
-    return made
 
 
 def no_gpu(device: str) -> str | None:

@@ -48,23 +48,19 @@ class Pass:
 class Contender(ABC):
     """One way to do an update.
 
-    Args:
-        problem: what is worked on.
-        folder: for what a Trainer writes.
-        one_batch: whether all sequences go through at once; else in batches of the contender's own.
-
     Attributes:
         name: in tables.
+        problem: the sizes, prompts and samples of the update.
         model: the policy; its gradients are what an update adds to.
         ref_model: π_0.
     """
 
     name: str
-    model: PreTrainedModel
     ref_model: PreTrainedModel
 
-    @abstractmethod
-    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None: ...
+    def __init__(self, problem: StepProblem) -> None:
+        self.problem = problem
+        self.model, self.ref_model = problem.models()
 
     @abstractmethod
     def update(self, groups: Groups) -> Tensor:
@@ -87,18 +83,34 @@ class Contender(ABC):
 
         with ExitStack() as stack:
             for name, model in (("policy", self.model), ("reference", self.ref_model)):
-                for module, hook in (
-                    (model.get_input_embeddings(), partial(read, name)),
-                    (model.get_output_embeddings(), took),
-                ):
-                    stack.callback(module.register_forward_pre_hook(hook).remove)
+                trunk, head = model.get_input_embeddings(), model.get_output_embeddings()
+                stack.callback(trunk.register_forward_pre_hook(partial(read, name)).remove)
+                stack.callback(head.register_forward_pre_hook(took).remove)
             yield passes
+
+    def trainer_settings(self, folder: Path) -> dict[str, object]:
+        """Return the settings that all trainers of the library have in common here."""
+        return {
+            "output_dir": str(folder),
+            "num_generations": self.problem.setting.K,
+            "max_completion_length": self.problem.setting.rationale[1],
+            "use_cpu": self.problem.device.type == "cpu",
+            "disable_tqdm": True,
+            "report_to": "none",
+        }
 
 
 class Ours(Contender):
     """`LatroTrainer` itself; for an update alone its rollout is replaced by the given ones.
 
-    More settings are those of `LatroConfig`.
+    Args:
+        problem: what is worked on.
+        folder: for what a trainer writes.
+        one_batch: whether all sequences go through at once; else by the trainer's default.
+        settings: more of `LatroConfig`.
+
+    Attributes:
+        lengths: of the rationales of the last step.
     """
 
     name = "latro"
@@ -106,22 +118,12 @@ class Ours(Contender):
     def __init__(
         self, problem: StepProblem, folder: Path, one_batch: bool = False, **settings: object
     ) -> None:
-        self.problem = problem
-        self.model, self.ref_model = problem.models()
+        super().__init__(problem)
         self.lengths: list[list[int]] = []
-        """The lengths of the rationales of the last step."""
-        setting = problem.setting
         rows = problem.rows()
-        config = LatroConfig(
-            output_dir=str(folder),
-            num_generations=setting.K,
-            max_completion_length=setting.rationale[1],
-            per_device_train_batch_size=setting.G,
-            use_cpu=problem.device.type == "cpu",
-            disable_tqdm=True,
-            report_to="none",
-            **{"beta": BETA, **({"token_budget": 1 << 40} if one_batch else {}), **settings},
-        )
+        budget = {"token_budget": 1 << 40} if one_batch else {}
+        given = {"beta": BETA, "per_device_train_batch_size": problem.setting.G} | budget | settings
+        config = LatroConfig(**self.trainer_settings(folder) | given)
         self._trainer = LatroTrainer(
             self.model,
             args=config,
@@ -156,16 +158,18 @@ class Ours(Contender):
 
 
 class Published(Contender):
-    """The published algorithm (`updates.published`), all sequences in one batch, as in ours."""
+    """The published algorithm (`updates.published`), all sequences in one batch, as in ours.
+
+    Attributes:
+        lengths: where rationales end that the next step samples: it decodes all to the limit.
+    """
 
     name = "published"
 
     def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = True) -> None:
-        self.problem = problem
-        self.model, self.ref_model = problem.models()
+        super().__init__(problem)
         setting = problem.setting
         self.lengths = [setting.lengths] * setting.G
-        """Where rationales end that the next step samples: it decodes all to the limit."""
         settings = PublishedSettings(setting.K, setting.rationale[1], beta=BETA)
         if one_batch:
             sequences = setting.G * setting.K
@@ -207,28 +211,21 @@ class Trl(Contender):
     def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
         from trl import RLOOConfig, RLOOTrainer
 
-        self.problem = problem
-        self.model, reference = problem.models()
+        super().__init__(problem)
         # It loads its reference from where the policy says that it came from.
-        reference.save_pretrained(folder / "reference")
+        self.ref_model.save_pretrained(folder / "reference")
         self.model.config._name_or_path = str(folder / "reference")
-        setting = problem.setting
+        setting, rows = problem.setting, problem.rows()
         sequences = setting.G * setting.K
         # Its default batch of 8 where that divides the sequences.
         batch = sequences if one_batch else 8 if sequences % 8 == 0 else setting.K
-        rows = problem.rows()
         config = RLOOConfig(
-            output_dir=str(folder),
-            num_generations=setting.K,
-            max_completion_length=setting.rationale[1],
+            **self.trainer_settings(folder),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=sequences // batch,
             beta=BETA,
             bf16=False,  # the weights have their dtype already
             activation_checkpointing=False,
-            use_cpu=problem.device.type == "cpu",
-            disable_tqdm=True,
-            report_to="none",
             save_strategy="no",
         )
         self._trainer = RLOOTrainer(
