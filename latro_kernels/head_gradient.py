@@ -126,10 +126,11 @@ def tile_shape(head: Head, *, tiles: int = 1) -> tuple[int, int]:
     tile_bytes = _INTERPRETED_TILE_BYTES
     if device.type == "cuda":
         tile_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    rows = max(1, min(len(head.hidden), MAX_TILE_ROWS))
+    # A `len` would fix the number of rows in torch.compile.
+    rows = max(1, min(head.hidden.shape[0], MAX_TILE_ROWS))
     columns = tile_bytes // (tiles * rows * torch.float32.itemsize)
     # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
-    return rows, min(len(head.weight), max(64, columns // 64 * 64))
+    return rows, min(head.weight.shape[0], max(64, columns // 64 * 64))
 
 
 def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

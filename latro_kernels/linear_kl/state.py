@@ -98,7 +98,7 @@ class KlGrad:
 def empty_results(hidden: Tensor) -> tuple[Tensor, ...]:
     """Return room for the KL, fp32, and for anchor, mean, max_p and sum_exp_p, fp64."""
     dtypes = (torch.float32, *(torch.float64,) * 4)
-    return tuple(hidden.new_empty(len(hidden), dtype=dtype) for dtype in dtypes)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in dtypes)
 
 
 def share_weight(p: Head, q: Head) -> bool:

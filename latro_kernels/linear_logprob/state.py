@@ -82,7 +82,7 @@ class State:
             cached_step: columns whose products are cached together, or not at all.
             block_columns: columns of a block of `block_max`; None where the driver has none.
         """
-        (N, H), V = head.hidden.shape, len(head.weight)
+        (N, H), V = head.hidden.shape, head.weight.shape[0]
 
         def room(*shape: int) -> Tensor:
             return head.hidden.new_empty(shape, dtype=torch.float32)
