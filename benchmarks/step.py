@@ -42,9 +42,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 from benchmarks.common import report
 from benchmarks.common.report import some_of
 from benchmarks.updates import measure
-from benchmarks.updates.contenders import MAKERS, Ours, Published, PublishedRecipe, Trl, absent
-from benchmarks.updates.measure import Held, Row
+from benchmarks.updates.contenders import Ours, Trl
+from benchmarks.updates.measure import MAKERS, Held, Row, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, Setting, StepProblem
+from benchmarks.updates.published import Published, PublishedRecipe
 from latro_kernels import environment
 
 SECTIONS = ("update", "step", "scaling", "largest")

@@ -1,4 +1,4 @@
-"""The contenders of `step.py`: `LatroTrainer`, the published algorithm, TRL's `RLOOTrainer`.
+"""Contenders of `step.py`: `LatroTrainer`, TRL's `RLOOTrainer`, and what all have in common.
 
 Each has models of its own, equal to the others', and does one update of given rollouts or one whole
 step with sampling, up to the gradient; what the optimiser does is the same for all and is left out.
@@ -7,11 +7,10 @@ step with sampling, up to the gradient; what the optimiser does is the same for 
 
 from __future__ import annotations
 
-import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.updates.problem import StepProblem, stops_by_chance
-from benchmarks.updates.published import PublishedSettings, PublishedUpdate
 from latro import LatroConfig, LatroTrainer
 from latro.rollout.sequences import Rollout
 from latro.tasks import Arithmetic
@@ -157,44 +155,6 @@ class Ours(Contender):
             self._trainer.training_step(self.model, self._inputs)
 
 
-class Published(Contender):
-    """The published algorithm (`updates.published`), all sequences in one batch, as in ours.
-
-    Attributes:
-        lengths: where rationales end that the next step samples: it decodes all to the limit.
-    """
-
-    name = "published"
-
-    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = True) -> None:
-        super().__init__(problem)
-        setting = problem.setting
-        self.lengths = [setting.lengths] * setting.G
-        settings = PublishedSettings(setting.K, setting.rationale[1], beta=BETA)
-        if one_batch:
-            sequences = setting.G * setting.K
-            settings = replace(settings, scoring_batch=sequences, micro_batch=sequences)
-        self._update = PublishedUpdate(self.model, self.ref_model, settings)
-
-    def update(self, groups: Groups) -> Tensor:
-        return self._update.accumulate(groups)
-
-    def step(self) -> None:
-        encode = self.problem.tokenizer.encode
-        samples = iter(self._update.sample([encode(row["prompt"]) for row in self.problem.rows()]))
-        cut = [[next(samples)[: length - 1] for length in group] for group in self.lengths]
-        self.update(self.problem.join_all(cut))
-
-
-class PublishedRecipe(Published):
-    """The published algorithm with the batches of its recipe: 48 sequences scored, 4 trained on."""
-
-    name = "published (by fours)"
-
-    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
-        super().__init__(problem, folder, one_batch=one_batch)
-
-
 class Trl(Contender):
     """TRL's `RLOOTrainer`, by its default of 8 sequences; it can do a part of the work.
 
@@ -272,15 +232,3 @@ class Trl(Contender):
         )
         with super().counted() as passes, watched:
             yield passes
-
-
-MAKERS: dict[str, type[Contender]] = {
-    one.name: one for one in (Ours, Published, PublishedRecipe, Trl)
-}
-
-
-def absent(name: str) -> str | None:
-    """Return why a contender cannot run here; None where it can."""
-    if name == Trl.name and importlib.util.find_spec("trl") is None:
-        return "trl is not installed"
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,21 @@ import torch
 
 from benchmarks.common import memory, timing
 from benchmarks.common.timing import Summary
-from benchmarks.updates.contenders import MAKERS, Contender, Ours, Pass, Published
+from benchmarks.updates.contenders import Contender, Ours, Pass, Trl
 from benchmarks.updates.problem import Setting, StepProblem
+from benchmarks.updates.published import Published, PublishedRecipe
 
 PHASES = ("update", "step")
+MAKERS: dict[str, type[Contender]] = {
+    one.name: one for one in (Ours, Published, PublishedRecipe, Trl)
+}
+
+
+def absent(name: str) -> str | None:
+    """Return why a contender cannot run here; None where it can."""
+    if name == Trl.name and importlib.util.find_spec("trl") is None:
+        return "trl is not installed"
+    return None
 
 
 @dataclass

@@ -24,70 +24,90 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from latro.rollout.sequences import Rollout
-
-
-@dataclass(frozen=True)
-class PublishedSettings:
-    """Batch sizes are in sequences, and are those of the published recipe."""
-
-    num_generations: int
-    max_completion_length: int
-    beta: float = 0.05
-    answer_weight: float = 1.0
-    scoring_batch: int = 48
-    micro_batch: int = 4
-    seed: int = 0
+from benchmarks.updates.contenders import BETA, Contender, Groups
+from benchmarks.updates.problem import StepProblem
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Sequences padded at the left."""
+    """Sequences padded at the left.
+
+    Attributes:
+        input_ids: int64 [B, T].
+        mask: bool [B, T], False at padding.
+        scored: int64 [B], the number of tokens at the end of each row that are scored.
+    """
 
     input_ids: Tensor
-    """int64 [B, T]."""
     mask: Tensor
-    """bool [B, T], False at padding."""
     scored: Tensor
-    """int64 [B], how many tokens at the end of each row are scored."""
 
     def __getitem__(self, index: slice | Tensor) -> _Rows:
         return _Rows(self.input_ids[index], self.mask[index], self.scored[index])
 
 
-class PublishedUpdate:
-    """Samples and updates `model`, which is to have no dropout, as the published code does.
+class Published(Contender):
+    """The published algorithm.
 
     Args:
-        model: the policy, whose gradients are accumulated.
-        ref_model: π_0.
-        settings: of the method and of its batches.
+        problem: what is worked on.
+        folder: is not used, as nothing is written.
+        one_batch: whether all sequences are scored and trained on at once, as in ours.
+        beta: the weight of the KL.
+        answer_weight: λ, the weight of the answers' gradient.
+        scoring_batch: sequences scored at once, if not all; 48 in the published recipe.
+        micro_batch: sequences trained on at once, if not all; 4 in the published recipe.
+        seed: of the order of the sequences.
+
+    Attributes:
+        lengths: where rationales end that the next step samples: it decodes all to the limit.
     """
 
+    name = "published"
+
     def __init__(
-        self, model: PreTrainedModel, ref_model: PreTrainedModel, settings: PublishedSettings
+        self,
+        problem: StepProblem,
+        folder: Path,
+        one_batch: bool = True,
+        *,
+        beta: float = BETA,
+        answer_weight: float = 1.0,
+        scoring_batch: int = 48,
+        micro_batch: int = 4,
+        seed: int = 0,
     ) -> None:
-        self.model = model
-        self.ref_model = ref_model
-        self.settings = settings
-        self._generator = torch.Generator().manual_seed(settings.seed)
+        super().__init__(problem)
+        setting = problem.setting
+        self.lengths = [setting.lengths] * setting.G
+        self._limit = setting.rationale[1]
+        self._beta, self._answer_weight = beta, answer_weight
+        sequences = setting.G * setting.K
+        self._scoring_batch = sequences if one_batch else scoring_batch
+        self._micro_batch = sequences if one_batch else micro_batch
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def step(self) -> None:
+        encode = self.problem.tokenizer.encode
+        samples = iter(self.sample([encode(row["prompt"]) for row in self.problem.rows()]))
+        cut = [[next(samples)[: length - 1] for length in group] for group in self.lengths]
+        self.update(self.problem.join_all(cut))
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Sample K completions of each prompt in turn, all of `max_completion_length` tokens."""
         longest = max(map(len, prompts))
-        rows = self._pad(
-            [p for p in prompts for _ in range(self.settings.num_generations)], [], longest
-        )
+        rows = self._pad([p for p in prompts for _ in range(self.problem.setting.K)], [], longest)
         own_config = self.model.generation_config
         # The library would take an end token from the model's own configuration.
         self.model.generation_config = GenerationConfig(
-            max_new_tokens=self.settings.max_completion_length,
+            max_new_tokens=self._limit,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -106,13 +126,13 @@ class PublishedUpdate:
         torch.stack(output.scores, dim=1)
         return output.sequences[:, longest:].tolist()
 
-    def accumulate(self, groups: Sequence[Sequence[Rollout]]) -> Tensor:
+    def update(self, groups: Groups) -> Tensor:
         """Add the gradient of the loss over whole groups of K; return the loss, detached.
 
         Raises:
             ValueError: a group is not of K, or a rationale is longer than the limit.
         """
-        K, limit = self.settings.num_generations, self.settings.max_completion_length
+        K, limit = self.problem.setting.K, self._limit
         if any(len(group) != K for group in groups):
             raise ValueError(f"groups: expected {K} sequences each, got {[*map(len, groups)]}")
         rollouts = list(chain.from_iterable(groups))
@@ -133,10 +153,10 @@ class PublishedUpdate:
         advantage = self._advantage(rationales, answers)
         loss = torch.zeros((), device=self.model.device)
         order = torch.randperm(len(rollouts), generator=self._generator)
-        for index in order.split(self.settings.micro_batch):
+        for index in order.split(self._micro_batch):
             objective = advantage[index] * _sequence_logp(self.model, rationales[index])
             answer = _sequence_logp(self.model, answers[index])
-            micro = -(objective + self.settings.answer_weight * answer).sum() / len(rollouts)
+            micro = -(objective + self._answer_weight * answer).sum() / len(rollouts)
             micro.backward()
             loss += micro.detach()
         return loss
@@ -145,14 +165,14 @@ class PublishedUpdate:
     def _advantage(self, rationales: _Rows, answers: _Rows) -> Tensor:
         """Compute each sequence's reward, less its KL, less its group's mean of the others: [B]."""
         logp, ref_logp, reward = [], [], []
-        for start in range(0, len(rationales.scored), self.settings.scoring_batch):
-            batch = slice(start, start + self.settings.scoring_batch)
+        for start in range(0, len(rationales.scored), self._scoring_batch):
+            batch = slice(start, start + self._scoring_batch)
             logp.append(_sequence_logp(self.model, rationales[batch]))
             ref_logp.append(_sequence_logp(self.ref_model, rationales[batch]))
             reward.append(_sequence_logp(self.model, answers[batch]))
         kl = torch.cat(logp) - torch.cat(ref_logp)
-        K = self.settings.num_generations
-        rewards = (torch.cat(reward) - self.settings.beta * kl).view(-1, K)
+        K = self.problem.setting.K
+        rewards = (torch.cat(reward) - self._beta * kl).view(-1, K)
         others = (rewards.sum(dim=1, keepdim=True) - rewards) / (K - 1)
         return (rewards - others).flatten()
 
@@ -165,6 +185,15 @@ class PublishedUpdate:
             torch.arange(width, device=device) >= torch.tensor(missing, device=device)[:, None],
             torch.tensor(scored, device=device),
         )
+
+
+class PublishedRecipe(Published):
+    """The published algorithm with the batches of its recipe: 48 sequences scored, 4 trained on."""
+
+    name = "published (by fours)"
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        super().__init__(problem, folder, one_batch=one_batch)
 
 
 def _sequence_logp(model: PreTrainedModel, rows: _Rows) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 
 from benchmarks import step
 from benchmarks.updates import measure
-from benchmarks.updates.contenders import MAKERS, Ours, Published, PublishedRecipe, Trl, absent
-from benchmarks.updates.measure import Held
+from benchmarks.updates.contenders import Ours, Trl
+from benchmarks.updates.measure import MAKERS, Held, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, StepProblem, stops_by_chance
+from benchmarks.updates.published import Published, PublishedRecipe
 
 DEVICE = torch.device("cpu")
 

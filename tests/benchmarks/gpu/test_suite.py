@@ -158,7 +158,7 @@ def test_tests_are_counted_up_to_where_they_were_cut_off(tmp_path):
 def test_the_best_block_is_kept_and_named(tmp_path, monkeypatch):
     blocks = pytest.importorskip("latro_kernels.linear_logprob.triton.blocks")
     saved = tmp_path / "installed" / "tuned.json"
-    monkeypatch.setattr(blocks, "SAVED", saved)
+    monkeypatch.setattr(blocks, "saved_path", lambda: saved)
     assert gpu_suite.saved_blocks(tmp_path) is None
     saved.parent.mkdir()
     block = {"rows": 128, "columns": 256, "depth": 64, "stages": 3, "warps": 8}
