@@ -84,17 +84,7 @@ def reference(
 
 class _LinearKl(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_p: Tensor,
-        weight_p: Tensor,
-        bias_p: Tensor | None,
-        hidden_q: Tensor,
-        weight_q: Tensor,
-        bias_q: Tensor | None,
-        settings: tuple[float, float, str],
-    ) -> Tensor:
-        heads = (hidden_p, weight_p, bias_p, hidden_q, weight_q, bias_q)
+    def forward(ctx: Any, settings: tuple[float, float, str], *heads: Tensor | None) -> Tensor:
         kl, *rows = ops.forward(*heads, *settings)
         ctx.save_for_backward(*heads, *rows)
         ctx.settings = settings
@@ -108,10 +98,11 @@ class _LinearKl(torch.autograd.Function):
                 "linear_kl has no double backward; use backend='reference' for create_graph"
             )
         heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        needs = ctx.needs_input_grad[:3]
+        # The inputs are the settings, then hidden, weight and bias of p and those of q.
+        needs = ctx.needs_input_grad[1:4]
         gradients = ops.backward(*heads, *ctx.settings, *rows, grad_kl, needs)
         wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return *wanted, None, None, None, None
+        return None, *wanted, None, None, None
 
 
 def linear_kl(
@@ -178,7 +169,7 @@ def linear_kl(
     if backend == "reference":
         return reference(**tensors, temperature=temperature, softcap=softcap)
     settings = (float(temperature), float(softcap or 0.0), backend)
-    return _LinearKl.apply(*tensors.values(), settings)
+    return _LinearKl.apply(settings, *tensors.values())
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:

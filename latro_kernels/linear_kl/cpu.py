@@ -12,19 +12,9 @@ from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     """Return kl, and anchor, mean, max_p and sum_exp_p as `KlGrad` describes them."""
-    N, V = len(p.hidden), len(p.weight)
-    results = empty_results(p.hidden)
-    operands, threads = _operands(p, q), torch.get_num_threads()
-    native.call(
-        "latro_cpu_linear_kl_forward",
-        *operands,
-        *results,
-        N,
-        V,
-        p.softcap,
-        p.temperature,
-        threads,
-    )
+    operands, results = _operands(p, q), empty_results(p.hidden)
+    numbers = (len(p.hidden), len(p.weight), p.softcap, p.temperature, torch.get_num_threads())
+    native.call("latro_cpu_linear_kl_forward", *operands, *results, *numbers)
     return results
 
 

@@ -7,15 +7,10 @@ from torch import Tensor
 
 from latro_kernels import native
 from latro_kernels.head import Head
-from latro_kernels.linear_kl.state import KlGrad, KlState
+from latro_kernels.linear_kl.state import KlGrad, KlState, OptionalPair, Pair
 
 
-def fold(
-    head: Head,
-    tiles: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
-    state: KlState,
-) -> None:
+def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
     """Add the tiles of p and q to the state of their rows, in place."""
     with torch.cuda.device(tiles[0].device):
         native.call(
@@ -30,13 +25,7 @@ def fold(
         )
 
 
-def grad(
-    head: Head,
-    tiles: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
-    rows: KlGrad,
-    dz: Tensor,
-) -> None:
+def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor) -> None:
     """Fill `dz`, the gradient with respect to p's products, which may be p's tile."""
     with torch.cuda.device(dz.device):
         native.call(

@@ -29,9 +29,9 @@ torch.library.define(
 
 
 @torch.library.impl("latro_kernels::linear_kl", ("cpu", "cuda"))
-def _forward(hidden_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    p, q = _heads(hidden_p, *arguments)
-    with torch.autocast(hidden_p.device.type, enabled=False):
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    p, q = _heads(*arguments)
+    with torch.autocast(p.hidden.device.type, enabled=False):
         return _driver(p).forward(p, q)
 
 
@@ -41,15 +41,15 @@ def _(hidden_p: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))
-def _backward(hidden_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     *heads, anchor, mean, max_p, sum_exp_p, grad_kl, needs = arguments
-    p, q = _heads(hidden_p, *heads)
+    p, q = _heads(*heads)
     grad = KlGrad(
         grad_kl=grad_kl.contiguous(), anchor=anchor, mean=mean, max_p=max_p, sum_exp_p=sum_exp_p
     )
-    with torch.autocast(hidden_p.device.type, enabled=False):
+    with torch.autocast(p.hidden.device.type, enabled=False):
         gradients = _driver(p).backward(p, q, grad, tuple(needs))
-    return tuple(absent(hidden_p) if g is None else g for g in gradients)
+    return tuple(absent(p.hidden) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("latro_kernels::linear_kl_backward")
@@ -61,21 +61,13 @@ def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     )
 
 
-def _heads(
-    hidden_p: Tensor,
-    weight_p: Tensor,
-    bias_p: Tensor | None,
-    hidden_q: Tensor,
-    weight_q: Tensor,
-    bias_q: Tensor | None,
-    *settings: Any,
-) -> tuple[Head, Head]:
-    """Return p and q; `settings` are temperature, softcap and the name of a backend."""
-    temperature, softcap, backend = settings
+def _heads(*arguments: Any) -> tuple[Head, Head]:
+    """Return p and q of the arguments that `_HEADS` declares."""
+    *tensors, temperature, softcap, backend = arguments
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    backend = resolve(backend, hidden_p.device)
-    p = Head(hidden_p, weight_p, bias_p, temperature, softcap, backend)
-    return p, Head(hidden_q, weight_q, bias_q, temperature, softcap, backend)
+    backend = resolve(backend, tensors[0].device)
+    settings = {"temperature": temperature, "softcap": softcap, "backend": backend}
+    return Head(*tensors[:3], **settings), Head(*tensors[3:], **settings)
 
 
 def _driver(head: Head) -> ModuleType:

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from latro_kernels.head import Head
 
+Pair = tuple[Tensor, Tensor]
+OptionalPair = tuple[Tensor | None, Tensor | None]
+"""One tensor of p and one of q."""
+
 
 @dataclass(frozen=True, eq=False)
 class KlState:

@@ -37,7 +37,7 @@ def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
         for begin in range(0, N, height):
             rows = slice(begin, min(begin + height, N))
             tiles = _products(p, rows, weight), _products(q, rows, weight_q)
-            kernels.fold(p, tiles, (bias, bias_q), state.rows(rows))
+            kernels.fold(p, tiles, (bias, bias_q), state=state.rows(rows))
     return state.finish()
 
 
@@ -53,7 +53,7 @@ def backward(p: Head, q: Head, grad: KlGrad, needs: tuple[bool, ...]) -> tuple[T
         # dz has the dtype of the next product's factors, and p's tile as its place if that is fp32.
         dtype = operand_dtype(p)
         dz = tiles[0] if dtype == torch.float32 else torch.empty_like(tiles[0], dtype=dtype)
-        kernels.grad(p, tiles, (tile.bias, bias_q), grad.rows(tile.rows), dz)
+        kernels.grad(p, tiles, (tile.bias, bias_q), rows=grad.rows(tile.rows), dz=dz)
         return Gradient(dz)
 
     dx, dw, db = sweep(p, needs, tile_shape(p, tiles=2), make)

@@ -11,16 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.linear_kl.state import KlGrad, KlState
-from latro_kernels.triton.softmax import row_logits
+from latro_kernels.linear_kl.state import KlGrad, KlState, OptionalPair, Pair
+from latro_kernels.triton.softmax import flags, row_logits
 
 BLOCK_V = 1024
-# What a launch's arguments say of the kernel that it needs.
-FLAGS = {
-    "HAS_BIAS_P": lambda args: args["bias_p_ptr"] is not None,
-    "HAS_BIAS_Q": lambda args: args["bias_q_ptr"] is not None,
-    "HAS_SOFTCAP": lambda args: args["softcap"] > 0,
-}
+FLAGS = flags(HAS_BIAS_P="bias_p_ptr", HAS_BIAS_Q="bias_q_ptr")
 
 
 @triton.jit
@@ -173,12 +168,7 @@ def grad_kernel(
         tl.store(dz_ptr + row * columns + j, dz / temperature, mask=mask)
 
 
-def fold(
-    head: Head,
-    tiles: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
-    state: KlState,
-) -> None:
+def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
     """Add the tiles of p and q to the state of their rows, in place."""
     rows, columns = tiles[0].shape
     with torch.cuda.device_of(tiles[0]):
@@ -201,13 +191,7 @@ def fold(
         )
 
 
-def grad(
-    head: Head,
-    tiles: tuple[Tensor, Tensor],
-    biases: tuple[Tensor | None, Tensor | None],
-    rows: KlGrad,
-    dz: Tensor,
-) -> None:
+def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor) -> None:
     """Fill `dz`, the gradient with respect to p's products, which may be p's tile."""
     with torch.cuda.device_of(dz):
         grad_kernel[(len(dz),)](
