@@ -22,12 +22,12 @@ so there is no backward here: the coefficients are constants, and logp has its o
 in brackets is there with kl="exact"; its gradient goes through row_kl, that is through `linear_kl`,
 and not through logp.
 
-What the loss follows, in expectation over the sequences, with λ = 1 and all finished: "reward" and
-"exact" both the gradient of
+In expectation over the sequences, with λ = 1 and all of them finished, the loss follows, with
+"reward" as with "exact", the gradient of
 
     E_z[log π(y|x⊕z)] − β·KL(π(z|x) ‖ π_0(z|x))
 
-the KL being that of whole sequences. ∇KL = E[Σ_t ∇row_kl_t + Σ_s ∇logp_s·Σ_{t>s} row_kl_t]: a
+where the KL is that of whole sequences. ∇KL = E[Σ_t ∇row_kl_t + Σ_s ∇logp_s·Σ_{t>s} row_kl_t]: a
 token's choice changes the KL of its own row, and those of the rows that it leads to. "reward"
 estimates all of it by sampled tokens; "exact" has the first sum over the whole vocabulary, and in
 the second, in place of a sampled log-ratio, its mean over the vocabulary, so that it varies less.

@@ -69,6 +69,7 @@ def group_advantage_kernel(
     k_index = tl.arange(0, BLOCK_K)
     in_group = k_index < K
 
+    # First the sums over the rows of each sequence, and its reward.
     rewards = tl.zeros((BLOCK_K,), tl.float64)
     for k in range(0, K):
         sequence = first + k
@@ -100,6 +101,7 @@ def group_advantage_kernel(
         reward = answer_sum - penalty
         rewards = tl.where(k_index == k, reward, rewards)
 
+    # Then the leave-one-out advantages of the sequences that count.
     finished = in_group
     if HAS_FINISHED:
         finished = tl.load(finished_ptr + first + k_index, mask=in_group, other=0) != 0
@@ -118,6 +120,7 @@ def group_advantage_kernel(
     tl.store(reward_ptr + first + k_index, rewards.to(tl.float32), mask=in_group)
     tl.store(advantage_ptr + first + k_index, advantages.to(tl.float32), mask=in_group)
 
+    # Last the coefficient of each row.
     for k in range(0, K):
         begin, middle, end = _sequence_bounds(offsets_ptr, first + k)
         own = k_index == k
