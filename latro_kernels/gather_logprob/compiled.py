@@ -10,12 +10,7 @@ from latro_kernels.linear_logprob.state import RowGrad
 
 
 def forward(
-    logits: Tensor,
-    target: Tensor,
-    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    *,
-    temperature: float,
-    softcap: float,
+    logits: Tensor, target: Tensor, rows: list[Tensor | None], temperature: float, softcap: float
 ) -> None:
     """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
     inputs = (logits, native.dtype_code(logits.dtype), logits.stride(0), target)
@@ -23,12 +18,7 @@ def forward(
 
 
 def backward(
-    logits: Tensor,
-    grad: RowGrad,
-    dlogits: Tensor,
-    *,
-    temperature: float,
-    softcap: float,
+    logits: Tensor, grad: RowGrad, dlogits: Tensor, temperature: float, softcap: float
 ) -> None:
     """Fill `dlogits`, which may be the logits."""
     _call(

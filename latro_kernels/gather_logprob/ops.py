@@ -19,14 +19,10 @@ from latro_kernels.head import absent
 from latro_kernels.linear_logprob.state import RowGrad
 
 _SETTINGS = "Tensor target, float temperature, float softcap, bool with_entropy, str backend"
-_ROWS = (
-    "Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum, "
-    "Tensor grad_logp, Tensor grad_entropy"
-)
+_RESULTS = "Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum"
+_ROWS = f"{_RESULTS}, Tensor grad_logp, Tensor grad_entropy"
 torch.library.define(
-    "latro_kernels::gather_logprob",
-    f"(Tensor logits, {_SETTINGS}) -> "
-    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)",
+    "latro_kernels::gather_logprob", f"(Tensor logits, {_SETTINGS}) -> ({_RESULTS})"
 )
 torch.library.define(
     "latro_kernels::gather_logprob_backward",
@@ -49,7 +45,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     check_target_values(target, logits.shape[1])
     logp, entropy, row_max, log_sum = _empty_rows(logits, with_entropy)
-    rows = (logp, entropy if with_entropy else None, row_max, log_sum)
+    rows = [logp, entropy if with_entropy else None, row_max, log_sum]
     driver = _driver(backend, logits.device)
     driver.forward(logits, target.contiguous(), rows, temperature=temperature, softcap=softcap)
     return logp, entropy, row_max, log_sum
@@ -57,12 +53,7 @@ def _forward(
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
 def _(
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float,
-    with_entropy: bool,
-    backend: str,
+    logits: Tensor, target: Tensor, temperature: float, softcap: float, with_entropy: bool, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_rows(logits, with_entropy)
 

@@ -40,14 +40,14 @@ def forward_kernel(
     row_ptr = logits_ptr + row * stride_n
     lane = tl.arange(0, BLOCK_V).to(tl.int64)
     row_max = float("-inf")
-    # One sum a lane: they share the row_max, and are added up once, at the end.
+    # One sum a lane: they share the row's maximum, and are added up once, at the end.
     sum_exp = tl.zeros((BLOCK_V,), tl.float32)
     weighted_sum = tl.zeros((BLOCK_V,), tl.float32)
     for begin in range(0, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < V, softcap, temperature, False, HAS_SOFTCAP)
         new_max = tl.maximum(row_max, tl.max(z, 0))
-        # A row that is -inf so far has no row_max to subtract.
+        # A row that is -inf so far has no maximum to subtract.
         shift = tl.where(new_max == float("-inf"), 0.0, new_max)
         drop = row_max - shift
         shrink = tl.exp(drop)
@@ -130,12 +130,7 @@ def backward_kernel(
 
 
 def forward(
-    logits: Tensor,
-    target: Tensor,
-    rows: tuple[Tensor, Tensor | None, Tensor, Tensor],
-    *,
-    temperature: float,
-    softcap: float,
+    logits: Tensor, target: Tensor, rows: list[Tensor | None], temperature: float, softcap: float
 ) -> None:
     """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
     (N, V), (logp, entropy, row_max, log_sum) = logits.shape, rows
@@ -159,12 +154,7 @@ def forward(
 
 
 def backward(
-    logits: Tensor,
-    grad: RowGrad,
-    dlogits: Tensor,
-    *,
-    temperature: float,
-    softcap: float,
+    logits: Tensor, grad: RowGrad, dlogits: Tensor, temperature: float, softcap: float
 ) -> None:
     """Fill `dlogits`, which may be the logits."""
     N, V = logits.shape

@@ -16,24 +16,19 @@ def forward(
     *,
     beta: float,
     answer_weight: float,
-    k3: bool,
-    exclude_unfinished: bool,
+    kl: str,
+    unfinished: str,
 ) -> None:
     """Fill `outputs`, the fields of `GroupAdvantage` in their order, but the last.
 
-    Args:
-        outputs: fp32 [S], the last [N].
-        rows: logp, ref_logp and row_kl, fp32 [N]; of the latter two at least one is None.
-        layout: the segments and groups of the N rows.
-        beta: as in `group_advantage`.
-        answer_weight: as in `group_advantage`.
-        k3: whether kl is "k3", which is no part of the reward.
-        exclude_unfinished: whether unfinished is "exclude".
+    `rows` are logp, ref_logp and row_kl, of which one of the latter two is None, or both. The other
+    arguments are those of `group_advantage`.
     """
     logp, S, K = rows[0], layout.num_sequences, layout.num_generations
     tensors = (*rows, layout.offsets, layout.finished, *outputs)
     scale = 1 / layout.num_averaged
-    settings = (S // K, K, scale, beta, answer_weight, k3, exclude_unfinished)
+    flags = (kl == "k3", unfinished == "exclude")
+    settings = (S // K, K, scale, beta, answer_weight, *flags)
     if logp.device.type == "cpu":
         # Free on this device, and a wrong offset would have the kernel read outside of logp.
         check_offsets(layout.offsets, logp.numel())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,29 +42,15 @@ def _group_advantage(
     # Resolved here rather than in the public function, for torch.compile cannot trace the search
     # for a library.
     backend = resolve(backend, logp.device)
+    settings: dict[str, Any] = {"beta": beta, "answer_weight": answer_weight}
+    settings |= {"kl": kl, "unfinished": unfinished}
     if backend == "reference":
-        out = reference(
-            logp.double(),
-            None if ref_logp is None else ref_logp.double(),
-            layout,
-            beta=beta,
-            answer_weight=answer_weight,
-            kl=kl,
-            unfinished=unfinished,
-            row_kl=None if row_kl is None else row_kl.double(),
-        )
+        doubles: list[Any] = [None if t is None else t.double() for t in (logp, ref_logp, row_kl)]
+        out = reference(doubles[0], doubles[1], layout, row_kl=doubles[2], **settings)
         *results, _ = vars(out).values()
         return tuple(result.to(logp.dtype) for result in results)
     outputs = _empty_outputs(logp, offsets)
-    _driver(backend).forward(
-        outputs,
-        (logp, ref_logp, row_kl),
-        layout,
-        beta=beta,
-        answer_weight=answer_weight,
-        k3=kl == "k3",
-        exclude_unfinished=unfinished == "exclude",
-    )
+    _driver(backend).forward(outputs, (logp, ref_logp, row_kl), layout, **settings)
     return outputs
 
 

@@ -149,11 +149,11 @@ def forward(
     *,
     beta: float,
     answer_weight: float,
-    k3: bool,
-    exclude_unfinished: bool,
+    kl: str,
+    unfinished: str,
 ) -> None:
     """Fill `outputs`, of the arguments that `compiled.forward` describes."""
-    reward, answer_logp, rationale_logp, kl, advantage, coefficient = outputs
+    reward, answer_logp, rationale_logp, kl_sum, advantage, coefficient = outputs
     (logp, ref_logp, row_kl), finished, K = rows, layout.finished, layout.num_generations
     G = layout.num_sequences // K
     if G == 0:
@@ -168,14 +168,14 @@ def forward(
             reward_ptr=reward,
             answer_logp_ptr=answer_logp,
             rationale_logp_ptr=rationale_logp,
-            kl_ptr=kl,
+            kl_ptr=kl_sum,
             advantage_ptr=advantage,
             coefficient_ptr=coefficient,
             K=K,
             scale=1 / layout.num_averaged,
             beta=beta,
             answer_weight=answer_weight,
-            K3=k3,
-            EXCLUDE_UNFINISHED=exclude_unfinished,
+            K3=kl == "k3",
+            EXCLUDE_UNFINISHED=unfinished == "exclude",
             BLOCK_N=BLOCK_N,
         )
