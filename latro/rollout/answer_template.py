@@ -1,9 +1,9 @@
-"""Where a text states an answer: one rule for what samples, joins, scores and grades.
+"""Find where a text states an answer: one rule for sampling, joining, scoring and grading.
 
 The words of an answer template ("The answer is") open a statement. Case does not matter, nor does
-white space around the template: "So the answer is 5" states 5. A template that begins or ends in a
-word is words of its own there: "The answer isn't 5", "The answer is5" and "canswer: 5" state
-nothing, while "Answer:5" and "####5" do. Scripts that put no space between words have no such
+white space around the template: "So the answer is 5" states 5. Where a template begins or ends in a
+word, that must be a whole word of the text: "The answer isn't 5", "The answer is5" and "canswer: 5"
+state nothing, while "Answer:5" and "####5" do. Scripts that put no space between words have no such
 border: in "答案是5" the template is 答案是.
 """
 
@@ -16,13 +16,13 @@ _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\
 
 
 MOST_STOP_STRINGS = 4
-"""A vLLM server refuses a request with more, unless it was told otherwise when it started."""
+"""A vLLM server refuses a request with more, unless it was started with a higher limit."""
 
 
 def template_pattern(template: str) -> re.Pattern[str]:
     """Return the pattern that every statement's template matches, in the order of the text.
 
-    What is stated stands behind `match.end()`.
+    The statement follows at `match.end()`.
 
     Raises:
         ValueError: `template` is white space alone.
@@ -37,18 +37,18 @@ def template_pattern(template: str) -> re.Pattern[str]:
 
 
 def ends_in_a_word(template: str) -> bool:
-    """Return whether the next character decides if the words of a template are whole."""
+    """Return whether a template's last word is known to be whole only by the next character."""
     return re.search(rf"(?![{_UNSPACED}])\w\s*\Z", template) is not None
 
 
 def ending_pattern(text: str) -> re.Pattern[str]:
-    """Return the pattern that a completion ends at, as far as it is written.
+    """Return the pattern that ends a completion once it matches the text written so far.
+
+    A template that ends in a word is whole only once the next character shows it: "The answer is"
+    may go on to "isn't". Half of a character does not count; it decodes to U+FFFD.
 
     Args:
-        text: an answer template; or white space, which is looked for to the letter.
-
-    Behind a word a template is whole only when the next character is there to tell: "The answer is"
-    may go on to "isn't". Half of a character is none; it decodes to U+FFFD.
+        text: an answer template; or white space, which is matched literally.
     """
     if text.isspace():
         return re.compile(re.escape(text))
@@ -57,10 +57,10 @@ def ending_pattern(text: str) -> re.Pattern[str]:
 
 
 def stop_strings(text: str) -> list[str]:
-    """Return strings that a completion which holds one matches `ending_pattern`.
+    """Return strings, each of which matches `ending_pattern`, for a server that stops at strings.
 
-    They are for servers that stop at strings, which take no more than a few, and are the likeliest
-    of all there are. Where a template stands otherwise, a completion is longer than need be.
+    Servers take only a few, so these are the likeliest spellings. A completion that spells the
+    template in another way runs on behind it, longer than need be.
     """
     if text.isspace():
         return [text]

@@ -1,8 +1,8 @@
-"""What a tokenizer's chat template makes of messages, and what it puts behind an assistant's turn.
+"""Render messages with a tokenizer's chat template, and find the token that ends a turn in it.
 
 Rendering happens in a process of its own (`latro.rollout.template_worker`), which this process
-starts once and asks from then on: a template that never ends, or takes all memory, is an error and
-no more.
+starts once and then keeps asking: so a template that never ends, or takes all memory, is only an
+error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from latro.rollout.template_worker import SECONDS
 from latro.worker import Worker, WorkerEndedError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
-# Words of no template; letters alone, so that nothing is escaped.
+# Words that no template has; of letters only, so that no template escapes them.
 _ASKED, _SAID = "Vrzyqka", "Wqhxolto"
 
 
@@ -30,7 +30,7 @@ class TemplateRefusalError(ValueError):
 
 
 def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what messages call a tokenizer."""
+    """Return the name of a tokenizer for error messages."""
     return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
@@ -44,8 +44,7 @@ def render(
 
     Raises:
         TemplateRefusalError: the template raises an error on the messages.
-        ValueError: it takes more time, memory or characters than it may; `template_worker` has the
-            limits.
+        ValueError: it exceeds the limits on time, memory or characters of `template_worker`.
     """
     request = {
         "conversations": [[dict(message) for message in messages]],
@@ -63,9 +62,9 @@ def render(
 
 
 def leaves_out_the_user(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the chat template renders whatever a user says as the same.
+    """Return whether the chat template renders the same text whatever a user says.
 
-    A template that refuses a single message of a user is not known to.
+    For a template that refuses a single user message this is not known, and the result is False.
     """
     try:
         one, other = (
@@ -78,21 +77,22 @@ def leaves_out_the_user(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, known_ends: Collection[int]) -> int | None:
-    """Return the token that ends an assistant's turn in the chat template's frame.
+    r"""Return the token that ends an assistant's turn in the chat template's frame.
 
-    That is the first special token behind the content: `<|im_end|>` of "<|im_end|>\\n". A token
-    that closes a frame ("</answer>") or begins a text ends no turn. Where a conversation's last
-    turn ends with nothing, one of `known_ends` may stand between it and the next.
+    It is the first special token after the content: `<|im_end|>` of "<|im_end|>\n". A token that
+    closes a frame ("</answer>") or begins a text does not end a turn. Where the template puts
+    nothing after a conversation's last turn, one of `known_ends` may separate it from a next one.
 
     Args:
-        tokenizer: perhaps with a chat template.
+        tokenizer: a tokenizer, with or without a chat template.
         known_ends: the tokens that are known to end a completion.
 
     Returns:
-        Its id. None: there is no template, none that renders an assistant's turn, or no such token.
+        The token's id; None where there is no template, the template cannot render an assistant's
+        turn, or there is no such token.
 
     Raises:
-        ValueError: the template takes too much.
+        ValueError: the template exceeds the limits of `render`.
     """
     if not tokenizer.chat_template:
         return None
@@ -115,7 +115,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, known_ends: Collection[int])
 
 
 def _marks(tokenizer: PreTrainedTokenizerBase, text: str, known_ends: Collection[int]) -> list[int]:
-    """The tokens of `text` that are no words and may end a turn."""
+    """Return the tokens of `text` that are not words and may end a turn."""
     added = tokenizer.added_tokens_decoder
     return [
         i
@@ -143,12 +143,12 @@ def _ask(request: Mapping[str, Any]) -> dict[str, str]:
             told = f"does not end within {SECONDS} seconds"
         reply = {"excess": told}
     if "excess" in reply:
-        # The process is gone, or about to be.
+        # The worker is gone or about to be; the next request starts another.
         _worker.cache_clear()
     return reply
 
 
 @functools.cache
 def _worker(pid: int) -> Worker:
-    """Return the worker of the process `pid`, which is this one."""
+    """Return the worker of this process, whose id is `pid`: a fork starts one of its own."""
     return Worker(_WORKER)

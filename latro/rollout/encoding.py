@@ -1,8 +1,8 @@
-"""Text as token ids, where what spells a special token is text.
+"""Encode text as token ids; a special token that is spelled in the text stays text.
 
-A question may ask what <eos> means. Its five characters are read as such, and never as the token
-that ends a text, in prompts, rationales and answers alike. Special tokens come from the frame of a
-chat template, from the tokenizer itself, and from what says that it wants them.
+A question may ask what <eos> means. Its five characters are encoded as characters, and never as the
+token that ends a text, in prompts, rationales and answers alike. Special tokens come only from the
+frame of a chat template, from the tokenizer itself, and from callers that ask for them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,38 @@ from functools import partial
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-# Unicode keeps these for use inside of a program, so that no text has them.
+# Unicode reserves these characters for use inside a program, so no text has them.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 
 
 class TextEncoder:
-    """Encodes text that no special token is in, whatever it spells.
+    """Encodes text without special tokens, whatever the text spells.
 
     Args:
-        tokenizer: any tokenizer, with all the special tokens that it is to have.
+        tokenizer: any tokenizer, to which all its special tokens have been added.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        # A character that the vocabulary lacks is unknown in text, too.
+        # The unknown token is left out: it also stands for characters that the vocabulary lacks.
         self._special_ids = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         tokens = {token: AddedToken(token) for token in tokenizer.all_special_tokens}
         added = tokenizer.added_tokens_decoder.values()
         tokens |= {token.content: token for token in added if token.special}
-        # Longer ones first, as they are read. White space is text by any name, and one character is
-        # nothing else.
+        # Longer names first, as the tokenizer matches them. White space and single characters
+        # count as text even where they are special tokens.
         names = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
         self._tokens = {name: tokens[name] for name in names}
         self._spelling = re.compile("|".join(map(re.escape, names)) or "(?!)")
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """Return the ids of `text`, with the special tokens that are always put around it or not.
+        """Return the ids of `text`.
 
         Equals `tokenizer.encode(text)` where nothing in the text spells a special token.
+
+        Args:
+            text: what is encoded.
+            add_special_tokens: whether to add the tokens that the tokenizer puts around every text.
         """
         if not self.spells_special(text):
             return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
@@ -48,28 +52,28 @@ class TextEncoder:
         spelled = self.tokenizer.convert_ids_to_tokens(sorted(self._special_ids & set(ids)))
         spelled = [token for token in spelled if token in self._tokens]
         if spelled:
-            # The vocabulary has them among the pieces of words.
+            # The vocabulary has these special tokens as ordinary pieces of words too.
             return self._cut(text, spelled, add_special_tokens=add_special_tokens)
         if add_special_tokens:
             return list(self.tokenizer.encode(text, split_special_tokens=True))
         return ids
 
     def after(self, before: str, text: str, *, special: bool = False) -> list[int]:
-        """Return the ids of `text` where `before` stands in front of it, without those of `before`.
+        """Return the ids that `text` has behind `before`, without the ids of `before`.
 
-        `special`: what spells a special token in `text` is that token.
+        With `special`, a special token that `text` spells is read as that token.
         """
         encode = partial(self._encode, special=True) if special else self
         prefix, whole = encode(before), encode(before + text)
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
             return whole[len(prefix) :]
-        # The two merge across the border; the text on its own is the nearest that keeps the ids.
+        # Tokens merge across the border. Encoding the text alone is the nearest to its ids there.
         return encode(text)
 
     def is_token(self, text: str, *, but: Collection[int]) -> bool:
-        """Return whether a text is one special token and nothing else, for a use of its own.
+        """Return whether a text is exactly one special token without a role in the tokenizer.
 
-        Those that the tokenizer has a role for (beginning, end, padding) are none, nor are `but`.
+        Tokens with a role (beginning, end, padding) do not count, nor do those in `but`.
         """
         ids = self._encode(text, special=True)
         return (
@@ -80,7 +84,7 @@ class TextEncoder:
         )
 
     def spells_special(self, text: str) -> bool:
-        """Return whether a special token would be read into `text`."""
+        """Return whether the tokenizer would read a special token in `text`."""
         return self._spelling.search(text) is not None
 
     def quoted(self, text: str) -> str:
@@ -93,11 +97,11 @@ class TextEncoder:
         return self._spelling.sub(lambda match: _OPEN + numbers[match[0]] + _CLOSE, text)
 
     def unquoted(self, text: str) -> list[int]:
-        """Return the ids of quoted texts in their frame, whose special tokens are tokens."""
+        """Return the ids of a frame with quoted texts in it; only the frame has special tokens."""
         names = list(self._tokens)
         ids: list[int] = []
         frame = ""
-        # Text and special tokens by turns.
+        # Text and special tokens alternate in the result.
         parts = re.split(f"({self._spelling.pattern})", text)
         for index, part in enumerate(parts):
             if index % 2 or _OPEN not in part:
@@ -106,9 +110,9 @@ class TextEncoder:
             ids += self._encode(frame, special=True)
             frame = ""
             content = re.sub(f"{_OPEN}([0-9]+){_CLOSE}", lambda match: names[int(match[1])], part)
-            # A template that cuts texts may have left half of a stand-in.
+            # A template that truncates texts may have left half of a stand-in.
             content = content.replace(_OPEN, "").replace(_CLOSE, "")
-            # Some tokens take the white space beside them.
+            # Some special tokens absorb the white space beside them.
             if index and self._tokens[parts[index - 1]].rstrip:
                 content = content.lstrip()
             if index + 1 < len(parts) and self._tokens[parts[index + 1]].lstrip:
@@ -123,7 +127,7 @@ class TextEncoder:
         return list(ids)
 
     def _cut(self, text: str, spelled: list[str], *, add_special_tokens: bool) -> list[int]:
-        """The ids of a text that is cut behind the first character of what is spelled in it."""
+        """Return the ids of a text that is cut after the first character of each of `spelled`."""
         first, *rest = re.split(
             "|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in spelled), text
         )

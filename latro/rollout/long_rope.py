@@ -1,4 +1,4 @@
-"""LongRoPE: a model with two sets of rotary frequencies takes one set for all that it is handed."""
+"""LongRoPE: a model with two sets of rotary frequencies uses one set for a whole batch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from transformers import PreTrainedModel
 
 
 def long_rope_boundary(model: PreTrainedModel) -> int | None:
-    """Tokens up to which a LongRoPE model takes its short rotary frequencies; None of any other.
+    """Return up to how many tokens a LongRoPE model uses its short frequencies; None: it has none.
 
-    A sequence of more tokens takes the long ones at each of its positions, and so does every
-    sequence that the model is handed beside it.
+    A longer sequence uses the long frequencies at all of its positions, and so does every sequence
+    in the same batch.
 
     Raises:
-        ValueError: its layers have boundaries that differ.
+        ValueError: the model's layers have different boundaries.
     """
     config = model.config.get_text_config()
-    # Of all layers, or a dict for each type of layer; a model may have no rotary embedding at all.
+    # One dict for all layers or one for each type of layer; a model may have no rotary embedding.
     parameters = getattr(config, "rope_parameters", None) or {}
     boundaries = {
         rope.get("original_max_position_embeddings") or config.original_max_position_embeddings

@@ -20,9 +20,9 @@ _SHOWN = 60  # characters of a prompt in a message
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """A prompt as one string, to show, to compare and to look up by; a model reads another form.
+    """Return a prompt as one string to show, compare and look up by; models read another form.
 
-    A conversation of one message of the user is the string that the message holds.
+    A conversation of a single user message is the string in that message.
     """
     if isinstance(prompt, str):
         return prompt
@@ -34,24 +34,25 @@ def prompt_text(prompt: Prompt) -> str:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoder: TextEncoder | None = None
 ) -> list[int]:
-    """Token ids of a prompt: in the chat template's frame where the tokenizer has one.
+    """Return the token ids of a prompt, in the frame of the tokenizer's chat template if any.
 
-    What spells a special token in a prompt is text; the frame has the special tokens.
+    A special token that is spelled in a prompt is read as text; only the frame has special tokens.
 
-    With a chat template a string is one message of the user. The template is applied once, and it
-    writes its own beginning-of-sequence token, so the tokenizer adds none. Without a template a
-    string, or one message of the user, is read as it is: the tokenizer adds what it always adds,
-    less an end-of-sequence token at the end. A string that begins with the spelled token which the
-    tokenizer adds there has it once.
+    With a chat template a string is one user message. The template is applied once, and it writes
+    its own beginning-of-sequence token, so the tokenizer adds none. Without a template a string, or
+    a single user message, is read as it is: the tokenizer adds its usual special tokens, except an
+    end-of-sequence token at the end. A string that begins with the spelling of the
+    beginning-of-sequence token gets that token once.
 
     Args:
-        tokenizer: any.
+        tokenizer: any tokenizer.
         prompt: a string, or messages.
-        encoder: of this tokenizer, for many prompts; it is made where there is none.
+        encoder: a `TextEncoder` of this tokenizer, to share between prompts; None: make one.
 
     Raises:
-        ValueError: the template refuses the messages or takes too much to render them
-            (`latro.rollout.chat_template`); or there is none and they are not one of the user.
+        ValueError: the template refuses the messages or exceeds its limits
+            (`latro.rollout.chat_template`); or there is no template and the messages are other than
+            a single user message.
     """
     encoder = encoder or TextEncoder(tokenizer)
     if tokenizer.chat_template:
@@ -79,7 +80,7 @@ def encode_prompt(
 
 
 class Longest(NamedTuple):
-    """The most tokens that any row of a dataset has; answers with template and end."""
+    """The largest token counts over a dataset's rows; answers include template and end token."""
 
     answer: int
     prompt_and_answer: int
@@ -93,25 +94,25 @@ def check_dataset(
     join: AnswerJoin,
     max_completion_length: int,
 ) -> Longest:
-    """Reject a dataset that some row of would fail in the middle of a run.
+    """Reject a dataset with a row that would fail in the middle of a run.
 
     Args:
-        dataset: with the columns prompt and answer.
-        name: what the messages call it.
-        model: its `max_position_embeddings` is the limit.
-        tokenizer: the model's.
+        dataset: rows with the columns prompt and answer.
+        name: the name of the dataset in messages.
+        model: the model, whose `max_position_embeddings` is the limit.
+        tokenizer: the model's tokenizer.
         join: makes the answer's tokens.
         max_completion_length: the longest rationale, in tokens.
 
     Returns:
-        Its longest lengths.
+        The largest lengths, in tokens.
 
     Raises:
-        ValueError: a missing column, no rows, an empty prompt or answer, a prompt that the
-            tokenizer cannot render, or a row that does not fit the model with a rationale of full
-            length, or would change its rotary frequencies within one; names the row and how its
-            prompt begins. Or a chat template that renders prompts as one in which users say
-            different things.
+        ValueError: there are no rows, a column is missing, a prompt or answer is empty, the
+            tokenizer cannot render a prompt, a row with a rationale of full length does not fit the
+            model or crosses the boundary of its rotary frequencies (the message names the row and
+            shows the beginning of its prompt); or the chat template renders two prompts alike in
+            which users say different things.
     """
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
@@ -151,7 +152,7 @@ def check_dataset(
                 f"{max_completion_length} and its answer takes {needed} positions, but the model "
                 f"has {limit}; lower max_completion_length or drop the row; {_beginning(prompt)}"
             )
-        # The answer's last token is not read.
+        # The model never reads the answer's last token.
         if boundary is not None and max_completion_length and len(ids) <= boundary < needed - 1:
             raise ValueError(
                 f"{name}: row {index}: a prompt of {len(ids)} tokens with a rationale of "
@@ -168,16 +169,16 @@ def check_dataset(
 
 
 class _Rendered:
-    """The prompts of a dataset as a chat template renders them, to see that it tells them apart."""
+    """Checks that a chat template renders different prompts of a dataset differently."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self.tokenizer = tokenizer
         self.name = name
-        # By a hash: the ids of all prompts together would be many.
+        # Keyed by a hash, since the ids of all prompts together would take much memory.
         self.first: dict[int, tuple[int, Prompt]] = {}
 
     def add(self, index: int, prompt: Prompt, ids: list[int]) -> None:
-        """Raise ValueError where a prompt in which users say something else has the same ids."""
+        """Raise ValueError where an earlier prompt with other user messages has the same ids."""
         if not self.tokenizer.chat_template:
             return
         first, other = self.first.setdefault(hash(tuple(ids)), (index, prompt))
@@ -190,7 +191,7 @@ class _Rendered:
 
 
 def _said(prompt: Prompt) -> list[str]:
-    """What users say in a prompt, as far as a template may be expected to keep it."""
+    """Return the user messages of a prompt, without what a template may be expected to drop."""
     said = (
         [prompt]
         if isinstance(prompt, str)
@@ -203,13 +204,13 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
     """Reject a dataset with a written rationale that is too long for the model.
 
     Args:
-        dataset: with the columns prompt, rationale and answer, as `check_dataset` takes it.
-        name: what the messages call it.
-        model: its `max_position_embeddings` is the limit.
+        dataset: rows that passed `check_dataset`, with the columns prompt, rationale and answer.
+        name: the name of the dataset in messages.
+        model: the model, whose `max_position_embeddings` is the limit.
         join: makes the rationale's and the answer's tokens.
 
     Raises:
-        ValueError: such a row; names it and how its prompt begins.
+        ValueError: there is such a row; the message names it and shows the beginning of its prompt.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
@@ -225,6 +226,6 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
 
 
 def _beginning(prompt: Prompt) -> str:
-    """For messages: in a split that a hash cut, a row's index is not its line in the file."""
+    """Return the beginning of a prompt for messages, where a row's index may not be its line."""
     text = " ".join(prompt_text(prompt).split())
     return f"its prompt begins {text[:_SHOWN]!r}"

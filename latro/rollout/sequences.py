@@ -1,4 +1,4 @@
-"""Rationales as token ids, with the answers joined to them; what samples them is an engine.
+"""Rationales as token ids, with the answers joined to them, and the protocol of what samples them.
 
 A completion z ends at an end token, where its decoded text shows the answer template ("The answer
 is", by the rule of `latro.rollout.answer_template`), or at the length limit. The sampled token ids
@@ -15,11 +15,12 @@ So the event that ends a rationale is an action of the policy in each case, and 
 answer rows spell the same text. y ends as a completion of the policy does: with the token that the
 chat template puts behind an assistant's turn, or else with the tokenizer's end token.
 
-A token that spells the end of the template and more (": 5" of "Answer:") is one that z ends with
-like an end token: y spells the template anew from there. A template that ends in a word is known to
-be whole only by what comes next, "is" or "isn't"; the token that tells is sampled, and is none of
-z's: log π(z|x) is that of the words up to the template, and what the policy would have stated is
-neither rewarded nor compared with π_0. It leaves out the probability that no letter follows.
+Where one token spells the end of the template and more (": 5" of "Answer: 5"), z ends with that
+token as with an end token, and y spells the rest of the template again. A template that ends in a
+word is known to be whole only by the next token ("is", or "isn't"). That token is sampled but does
+not belong to z: log π(z|x) covers the words up to the template, and what the policy would have
+stated is neither rewarded nor compared with π_0. log π(z|x) so leaves out the probability that no
+letter follows the template.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ from latro.rollout.encoding import TextEncoder
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion, as an engine returns it."""
+    """One completion as an engine returns it."""
 
     ids: list[int]
-    """Token ids, with the token or tokens that ended it."""
+    """Token ids, including the token or tokens that ended the completion."""
     logp: list[float] | None = None
-    """Log-probability of each id, in nats, as the engine computed it at the temperature of
-    sampling; None where it does not tell."""
+    """Log-probability of each id in nats, as the engine computed it at the sampling temperature;
+    None where the engine reports none."""
 
 
 class RolloutEngine(Protocol):
-    """What samples completions of prompts."""
+    """Samples completions of prompts."""
 
     def generate(
         self,
@@ -61,24 +62,24 @@ class RolloutEngine(Protocol):
         seeds: Sequence[int],
         template: str | None = None,
     ) -> list[list[Sample]]:
-        """`num_samples` completions of each prompt from the policy's whole distribution.
+        """Return `num_samples` completions of each prompt, drawn from the whole distribution.
 
         Args:
-            prompts: token ids, none empty.
-            num_samples: completions of one prompt.
-            max_new_tokens: the length limit.
-            temperature: 0 takes the likeliest token.
-            seeds: one per prompt; from 0 to 2⁶³ − 1.
-            template: a completion also ends with the token that completes this text.
+            prompts: token ids; no prompt is empty.
+            num_samples: number of completions per prompt.
+            max_new_tokens: the length limit of a completion.
+            temperature: of sampling; 0 takes the likeliest token.
+            seeds: one per prompt, from 0 to 2⁶³ − 1.
+            template: if given, a completion also ends with the token that completes this text.
         """
         ...
 
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Called with the policy after the optimiser's step number `step`.
+        """Take over the policy's weights after optimiser step number `step`.
 
-        `weights`: the state dict to take for the model's own, where that is in shards.
+        `weights`: the whole state dict, where the model itself holds only a shard of it.
         """
         ...
 
@@ -89,60 +90,60 @@ class Rollout:
 
     prompt_ids: list[int]
     sampled_ids: list[int]
-    """The rationale z with the token or tokens that ended it: what log π(z|x) sums over."""
+    """The rationale z with the token or tokens that ended it; log π(z|x) is the sum over these."""
     answer_ids: list[int]
-    """The answer y: what log π(y|x⊕z) sums over."""
+    """The answer y; log π(y|x⊕z) is the sum over these."""
     answer_start: int
-    """How many sampled tokens stand before y."""
+    """Number of sampled tokens that stand before y."""
     finished: bool
     """False where the length limit ended the rationale."""
     sampled_logp: list[float] | None = None
-    """Log-probability of each sampled id as the engine computed it, in nats, where it tells."""
+    """Log-probability of each sampled id in nats, as the engine computed it, if it reports them."""
     plain: bool = False
-    """The answer joined to the prompt without a rationale: scored beside the sequences of its
-    group, and none of them."""
+    """Whether this is a plain answer, joined to the prompt without a rationale: it is scored beside
+    its group's sequences, and is not one of them."""
     own_start: int = 0
-    """Where in `answer_ids` the answer's own tokens begin, those that hold a character of the
-    answer itself; the template's tokens stand before them."""
+    """Index in `answer_ids` of the first own token, one that holds a character of the answer
+    itself; the template's tokens stand before it."""
     own_end: int | None = None
-    """Where in `answer_ids` the answer's own tokens end; the end token stands after them. None:
-    where y ends."""
+    """Index in `answer_ids` behind the last own token, where the end token stands; None: the end of
+    y."""
 
     @property
     def branch_ids(self) -> list[int]:
-        """What the model reads after the prompt: all but y's last token, which nothing follows."""
+        """Return what the model reads after the prompt: z and y without y's last token."""
         return self.sampled_ids[: self.answer_start] + self.answer_ids[:-1]
 
     @property
     def input_ids(self) -> list[int]:
-        """What the model reads."""
+        """Return the token ids that the model reads."""
         return self.prompt_ids + self.branch_ids
 
     @property
     def rationale_ids(self) -> list[int]:
-        """z without the token or tokens that ended it."""
+        """Return z without the token or tokens that ended it."""
         return self.sampled_ids[: self.answer_start]
 
     @property
     def own_rows(self) -> range:
-        """The indices in `answer_ids` of the answer's own tokens."""
+        """Return the indices in `answer_ids` of the answer's own tokens."""
         return range(len(self.answer_ids))[self.own_start : self.own_end]
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of token ids to the letter: nothing skipped, no spaces tidied."""
+    """Return the exact text of token ids, with special tokens and all spaces."""
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def decode_batch(tokenizer: PreTrainedTokenizerBase, ids: Sequence[Sequence[int]]) -> list[str]:
-    """`decode` for many rows."""
+    """Return the texts that `decode` gives for each of several rows."""
     return tokenizer.batch_decode(
         ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion.
+    """Return the ids of all tokens that end a completion.
 
     The tokenizer has one, the generation config may have others, and the chat template puts one
     behind an assistant's turn.
@@ -158,16 +159,17 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 class AnswerJoin:
     """Joins an answer to a sampled rationale, token by token as it reads in context.
 
-    An answer, and a rationale that somebody wrote, are text (`latro.rollout.encoding`): what spells
-    a special token in them is not that token. An answer that is one special token and nothing else,
-    and none of the tokenizer's roles nor an end, is that token.
+    Answers and written rationales are text (`latro.rollout.encoding`): a special token spelled in
+    them is not read as that token. The exception is an answer that is exactly one special token,
+    which has no role in the tokenizer and ends no completion.
+
+    An answer ends with the token that the chat template puts behind an assistant's turn; where
+    there is none, with the tokenizer's end token, or else the first of `eos_token_ids`.
 
     Args:
         tokenizer: any tokenizer; special tokens are never added.
-        template: the words an answer begins with, "The answer is".
-        eos_token_ids: what ends a completion. What ends an answer is the token that the chat
-            template puts behind an assistant's turn; without a template, or one that has such a
-            token, the tokenizer's own end, or the first of these.
+        template: the words that an answer begins with, "The answer is".
+        eos_token_ids: the tokens that end a completion.
     """
 
     def __init__(
@@ -185,10 +187,10 @@ class AnswerJoin:
     def __call__(
         self, prompt_ids: list[int], sample: Sample, answer: str, *, statement: int = 0
     ) -> Rollout:
-        """The rollout of one completion; what follows its answer template is dropped.
+        """Return the rollout of one completion; what follows its answer template is dropped.
 
-        `statement`: which of its answer templates that is. The first, where a rationale is sampled;
-        in a whole completion the one that states the answer which counts.
+        `statement` is the index of that template in the completion: 0, the first, for a sampled
+        rationale; in a whole completion, the one that states the answer which counts.
         """
         finished = bool(sample.ids) and sample.ids[-1] in self.eos_token_ids
         read = sample.ids[:-1] if finished else sample.ids
@@ -215,16 +217,16 @@ class AnswerJoin:
         )
 
     def written(self, prompt_ids: list[int], rationale: str, answer: str) -> Rollout:
-        """The rollout of a rationale that somebody wrote; no token of it ends it.
+        """Return the rollout of a written rationale, which has no token that ends it.
 
-        An answer template in it, and what follows, are dropped.
+        An answer template in the rationale, and all that follows, is dropped.
         """
         before, text = self._anchor(prompt_ids, rationale)
         rollout = self(prompt_ids, Sample(self._ids_after(before, text)), answer)
         return replace(rollout, sampled_ids=rollout.rationale_ids, finished=True)
 
     def without_ends(self, ids: list[int]) -> list[int]:
-        """The ids before the end tokens and the padding that a completion ends with."""
+        """Return the ids of a completion without the end tokens and padding at its end."""
         ends = self.eos_token_ids | {self.tokenizer.pad_token_id}
         count = len(ids)
         while count and ids[count - 1] in ends:
@@ -241,7 +243,7 @@ class AnswerJoin:
         answer_start: int,
         finished: bool,
     ) -> Rollout:
-        """The rollout of a sample that ends with its rationale; `answer_ids` have no end yet."""
+        """Return the rollout of a sample that ends with z; add the end token to `answer_ids`."""
         return Rollout(
             prompt_ids,
             sample.ids,
@@ -254,14 +256,14 @@ class AnswerJoin:
         )
 
     def _own_start(self, ids: list[int], answer: str) -> int:
-        """Return the index of the first of `ids` that holds a character of `answer`, their end.
+        """Return the index of the first of `ids` with a character of `answer`, which ends them.
 
         A token that spells the end of the template together with the beginning of the answer is the
         answer's; a token that is nothing but the space between them is not.
         """
-        # As the tokenizer spells it, which may normalise characters.
+        # The answer as the tokenizer spells it, since it may normalise characters.
         spelled = decode(self.tokenizer, self._answer_ids(self.template, "", answer)).lstrip()
-        # By bisection: whatever stands before them, ids that spell the answer to its end still do.
+        # Bisection works: ids that end with the answer's spelling still do with more ids in front.
         first, last = 0, len(ids)
         while first < last:
             middle = (first + last + 1) // 2
@@ -272,12 +274,12 @@ class AnswerJoin:
         return first
 
     def _find_template(self, ids: list[int], statement: int) -> _Stated | None:
-        """The tokens that spell the answer template of a statement; None: there are fewer."""
+        """Return where the tokens of a statement's answer template are; None: no such statement."""
         text = decode(self.tokenizer, ids)
         match = next(islice(self.pattern.finditer(text), statement, None), None)
         if match is None:
             return None
-        # By bisection: a longer prefix keeps what a shorter one spells.
+        # Bisection works: a longer prefix keeps what a shorter one spells.
         low, high = 1, len(ids)
         while low < high:
             middle = (low + high) // 2
@@ -294,7 +296,7 @@ class AnswerJoin:
         return _Stated(start, high - 1, high, text[spelled : match.end()])
 
     def _answer_ids(self, before: str, template: str, answer: str) -> list[int]:
-        """The tokens of a template, or the rest of one, with the answer, behind `before`."""
+        """Return the tokens of a template, or its rest, and the answer as after `before`."""
         if self.encoder.is_token(answer, but=self.eos_token_ids):
             return self.encoder.after(before, f"{template} {answer}", special=True)
         if template and self._template_is_special:
@@ -306,9 +308,9 @@ class AnswerJoin:
         return self.encoder.after(before, text)
 
     def _anchor(self, ids: list[int], text: str) -> tuple[str, str]:
-        """A stand-in for what comes before a sentence that follows `ids`, and that sentence.
+        """Return a stand-in for the text of `ids`, and the sentence `text` as it reads after that.
 
-        Whether a space opens the sentence is all that matters.
+        All that matters is whether the sentence begins with a space.
         """
         if decode(self.tokenizer, ids[-4:])[-1:].isspace():
             return "\n", text
@@ -316,13 +318,13 @@ class AnswerJoin:
 
 
 class _Stated(NamedTuple):
-    """Where sampled tokens spell an answer template."""
+    """The place in sampled tokens where they spell an answer template."""
 
     start: int
-    """The first of them."""
+    """Index of the template's first token."""
     whole: int
-    """The end of those that spell nothing else behind it."""
+    """Index behind the last token that belongs to the template as a whole."""
     end: int
-    """The end of all: the last may spell more, as ": 5" does of "Answer:"."""
+    """Index behind the template's last token, which may spell more, as ": 5" in "Answer: 5"."""
     rest: str
-    """What `whole` leaves of the template's text."""
+    """The template's text from `whole` on."""

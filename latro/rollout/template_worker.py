@@ -1,14 +1,14 @@
-"""Renders chat templates in a process of its own, under limits; see `chat_template`.
+"""Render chat templates in a process of its own, under limits; see `chat_template`.
 
 A chat template is a program that comes with a model. It may loop for ever, or ask in one call for
-more memory than there is, which nothing in the same process could end. Here the kernel does: a
-limit of processor time a rendering, which other work on the machine does not use up, and one of
-memory.
+more memory than there is, and nothing in the same process could stop it. In this process the
+operating system does, by a limit on memory and one on processor time per rendering; other work on
+the machine does not count towards it.
 
-The argument is sys.path as JSON. Each line of the standard input is JSON of the arguments of a
-rendering, and is answered by a line of JSON: {"text": ...}, {"refusal": ...} where the template
-raises an error, or {"excess": ...} where it passes a limit, after which this process may be gone.
-What modules print on their import goes to the standard error.
+The argument is sys.path as JSON. Each line of the standard input holds the arguments of one
+rendering as JSON. The reply is a line of JSON: {"text": ...}, {"refusal": ...} where the template
+raises an error, or {"excess": ...} where it exceeds a limit, after which this process may be gone.
+Whatever modules print on import goes to the standard error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS = 5
 MEMORY_BYTES = 2 << 30
 CHARACTERS = 1 << 24
 
-# What expressions of a template may raise, besides Jinja's own errors.
+# The errors that a template's expressions may raise, besides Jinja's own.
 FAULTS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
         try:
             (text,), _ = render_jinja_template(**request)
         except (TemplateError, *FAULTS) as error:
-            # Jinja's own class is what a template raises to say something.
+            # A template raises Jinja's own class to tell something; other errors need their name.
             said = "" if type(error) is TemplateError else f"{type(error).__name__}: "
             answer(refusal=f"{said}{error}")
             continue
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def limit(what: int, amount: int) -> None:
-    """Lower a limit of this process to `amount`, or to what is allowed where that is less."""
+    """Lower a limit of this process to `amount`, or to the allowed maximum if that is less."""
     _, hard = resource.getrlimit(what)
     allowed = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
     resource.setrlimit(what, (allowed, hard))

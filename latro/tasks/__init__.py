@@ -19,7 +19,7 @@ def get_task(name: str) -> Task:
     """Return the task of that name.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: there is no such task; the message lists the tasks.
     """
     if name not in TASKS:
         raise ValueError(f"task must be one of {', '.join(sorted(TASKS))}; got {name!r}")

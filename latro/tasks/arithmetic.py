@@ -2,7 +2,7 @@
 
 "Tom has 10 pens. Tom loses 2. Tom gets 7. How many?" has the answer 15. A problem starts from 2 to
 20 things; two to four changes of 1 to 9 follow, and the count never falls below zero. A row has a
-third column, `rationale`: the sum a change at a time, "10 - 2 = 8. 8 + 7 = 15."
+third column, `rationale`: the sum, one change at a time, "10 - 2 = 8. 8 + 7 = 15."
 
 A problem belongs to the split that its start and changes hash to, so a held-out sum is never in
 "train", under any seed, number of examples, or choice of words.
@@ -30,9 +30,9 @@ _DEFAULT_EXAMPLES = {"train": 10_000, "validation": 500, "test": 500}
 
 @dataclass(frozen=True)
 class Problem:
-    """A start, the changes that follow it (gains positive), and the words that tell it.
+    """A start, the changes that follow it (gains positive), and the words of the story.
 
-    `verbs` holds one verb a change.
+    `verbs` holds one verb per change.
     """
 
     start: int
@@ -63,11 +63,11 @@ class Problem:
         return {"prompt": self.prompt, "answer": self.answer, "rationale": rationale}
 
     def steps(self, slip: tuple[int, int] | None = None) -> list[str]:
-        """Return the sentences that work it out, one a change: "10 - 2 = 8.", "8 + 7 = 15."
+        """Return one sentence of the solution per change: "10 - 2 = 8." and "8 + 7 = 15.".
 
         Args:
-            slip: (index, by): the result of that change is wrong by so much, though never below
-                zero, and what follows goes on from it.
+            slip: (index, by): make the result of that change wrong by so much, though never below
+                zero, and continue from the wrong result.
         """
         sentences = []
         count = self.start
@@ -82,7 +82,7 @@ class Problem:
 
     @property
     def split(self) -> str:
-        """Return the split that this sum belongs to: a tenth each is "validation" and "test"."""
+        """Return the split of this sum; "validation" and "test" have a tenth of all sums each."""
         bucket = stable_bucket(" ".join(map(str, (self.start, *self.changes))), 10)
         return {0: "validation", 1: "test"}.get(bucket, "train")
 
@@ -92,7 +92,7 @@ class GeneratedTask(Task):
 
     @abstractmethod
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Yield problems of one split without end; now and then one comes again."""
+        """Yield problems of one split without end; now and then a problem repeats."""
 
     def _rows(
         self, split: str, path: Path | None, num_examples: int | None, seed: int
@@ -118,7 +118,7 @@ class Arithmetic(GeneratedTask, NumericTask):
 
 
 def generate_problems(split: str, seed: int) -> Iterator[Problem]:
-    """Yield problems of one split without end; now and then one comes again."""
+    """Yield problems of one split without end; now and then a problem repeats."""
     rng = random.Random(f"arithmetic {split} {seed}")
     while True:
         problem = _random_problem(rng)

@@ -2,11 +2,11 @@
 
     Tom has 10 pens. Tom loses 2. Tom gets 7. How many? (A) 14 (B) 15 (C) 16 (D) 17
 
-is answered by the right option in full, "The answer is 15". It is graded as an option, by label or
-by exact text, so a row has the columns `choices` and `ground_truth`, the label (see `choice.py`).
-The options are four neighbouring numbers in order, and the right one has any place among them, so
-that a rough guess at the sum is worth little. A problem belongs to the split that its sum belongs
-to in `arithmetic`.
+is answered by the text of the right option, "The answer is 15". It is graded as an option, by label
+or by exact text, so a row has the columns `choices` and `ground_truth`, the label (see
+`choice.py`). The options are four neighbouring numbers in order, and the right one may be any of
+them, so that a rough guess at the sum is worth little. A problem belongs to the same split as its
+sum in `arithmetic`.
 """
 
 from __future__ import annotations

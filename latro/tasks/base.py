@@ -1,12 +1,12 @@
 """What a task is: where its problems come from, and how a completion is graded.
 
 A dataset row has the columns `prompt` (a string, or {"role", "content"} messages) and `answer` (a
-string); where a task has them, `rationale`, the worked solution, and `ground_truth`, what
-completions are graded against instead of `answer`; and what else its grading needs. A completion
-states its answer after the answer template, "The answer is 42". The first statement that holds an
-answer counts, as it is the one that a rollout ends at; what a model runs on to say counts for
-nothing, and neither does a mention of the template without an answer ("I hope the answer is
-correct."). Nothing else in the completion, and nothing in the prompt, counts.
+string). Where a task has them there are also `rationale`, the worked solution, `ground_truth`,
+which completions are graded against instead of `answer`, and whatever else its grading needs. A
+completion states its answer after the answer template, "The answer is 42". The first statement that
+holds an answer counts, as it is the one that a rollout ends at. What the model goes on to say does
+not count, nor does a mention of the template without an answer ("I hope the answer is correct."),
+nor anything else in the completion or in the prompt.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from datasets import Dataset
 from latro.rollout.answer_template import template_pattern
 
 SEVERAL = ""
-"""The canonical form of a statement that names several answers, or none that can be told."""
+"""The canonical form of a statement that names several answers, or an unclear one."""
 
 
 class Task(ABC):
     """A source of problems with known answers.
 
     Attributes:
-        name: what `get_task` knows it by.
-        answer_template: a rationale ends where this begins; the answer in full is
+        name: the task's name for `get_task`.
+        answer_template: the words that end a rationale; the whole answer is
             `f"{answer_template} {answer}"`.
-        splits: the names that `load` takes.
+        splits: the names of splits that `load` takes.
     """
 
     name: str
@@ -53,16 +53,16 @@ class Task(ABC):
 
         Args:
             split: one of `splits`. No problem of "train" is in "validation" or "test".
-            dataset_path: folder to read the task's JSON-lines files from, in place of the hub.
-            num_examples: at most so many rows, drawn without replacement. All of them, in the
-                order of the source, when None.
-            seed: of that draw, and of the problems where the task generates them.
+            dataset_path: a folder with the task's JSON-lines files, read instead of the hub.
+            num_examples: the largest number of rows, drawn without replacement; None: all rows, in
+                the order of the source.
+            seed: decides that draw, and the problems where the task generates them.
 
         Returns:
-            Dataset with the columns "prompt" and "answer", and what the task adds.
+            A dataset with the columns "prompt" and "answer", and those that the task adds.
 
         Raises:
-            ValueError: unknown split, `num_examples` below 1, or a malformed row.
+            ValueError: the split is unknown, `num_examples` is below 1, or a row is malformed.
             FileNotFoundError: `dataset_path` lacks the split's file.
         """
         if split not in self.splits:
@@ -81,12 +81,12 @@ class Task(ABC):
         Two completions with the same answer give equal strings, so these can be voted on.
 
         Args:
-            completion: what the model wrote after the prompt, without special tokens: they would
-                count as text, and "Paris<|im_end|>" is not "Paris".
-            example: the dataset row that it answers.
+            completion: the text that the model wrote after the prompt, without special tokens:
+                they would count as text, and "Paris<|im_end|>" is not "Paris".
+            example: the dataset row that the completion answers.
 
         Returns:
-            The canonical answer; None where none is stated or the statement is ambiguous.
+            The canonical answer; None where no answer is stated or the statement is ambiguous.
         """
         mentions = list(template_pattern(self.answer_template).finditer(completion))
         for i, mention in enumerate(mentions):
@@ -95,7 +95,8 @@ class Task(ABC):
             stated = self._canonical(statement, example)
             if stated:
                 return stated
-            # "12 or 13" may be settled on its own line; a later line may be another problem's.
+            # The line that says "12 or 13" may decide between them; a later line may belong to
+            # another problem.
             if stated == SEVERAL and "\n" in statement.lstrip():
                 return None
         return None
@@ -105,7 +106,7 @@ class Task(ABC):
         return self.is_correct(self.extract(completion, example), example)
 
     def truth(self, example: Mapping[str, Any]) -> str:
-        """Return what a row is graded against: `ground_truth`, or else its `answer`."""
+        """Return the text that a row is graded against: `ground_truth`, or else its `answer`."""
         return example.get("ground_truth", example["answer"])
 
     def is_correct(self, predicted: str | None, example: Mapping[str, Any]) -> bool:
@@ -114,42 +115,43 @@ class Task(ABC):
 
     @property
     def description(self) -> str:
-        """Return what a run calls its data: the name, and what there is to know of the source."""
+        """Return the description of the data for reports: its name, and its source if known."""
         return self.name
 
     @abstractmethod
     def same(self, predicted: str, answer: str) -> bool:
-        """Return whether two canonical answers are one: numbers by value, options by label."""
+        """Return whether two canonical answers are equal: numbers by value, options by label."""
 
     @abstractmethod
     def _canonical(self, statement: str, example: Mapping[str, Any]) -> str | None:
         """Return the canonical answer in `statement`, the text up to the next answer template.
 
-        None where it states nothing, `SEVERAL` where it states more than can count as one answer.
+        Return None where it states no answer, and `SEVERAL` where it names several or an unclear
+        one.
         """
 
     @abstractmethod
     def _rows(
         self, split: str, path: Path | None, num_examples: int | None, seed: int
     ) -> list[dict[str, Any]]:
-        """Return the rows of a split; arguments are those of `load`, already checked."""
+        """Return the rows of a split; the arguments are those of `load`, already checked."""
 
 
 def draw(rows: Sequence[dict[str, Any]], num_examples: int | None, seed: int) -> list[dict]:
-    """Return at most `num_examples` of the rows, drawn with `seed`, or all in order."""
+    """Return at most `num_examples` of the rows, drawn with `seed`; all rows in order if None."""
     if num_examples is None:
         return list(rows)
     return random.Random(seed).sample(rows, min(num_examples, len(rows)))
 
 
 def stable_bucket(text: str, buckets: int) -> int:
-    """Return a number in [0, buckets) that depends on nothing but the text, not on the machine."""
+    """Return a number in [0, buckets) that depends only on the text, and not on the machine."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % buckets
 
 
 def string_field(record: Mapping[str, Any], field: str, where: str) -> str:
-    """Return the non-empty string at `field`, or a ValueError that names the place."""
+    """Return the non-empty string at `field`; raise ValueError with the place where it is not."""
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{where}: expected a non-empty string at {field!r}, got {value!r}")

@@ -1,16 +1,17 @@
-"""Tasks whose answer is one of a few options: reading which, from text.
+r"""Tasks whose answer is one of a few options: find in a text which option it names.
 
 A row has a column `choices` with the lists "label" and "text". The label of the right option is
 what completions are graded against: `ground_truth`, or else `answer`.
 
-The rule. The statement behind the answer template names an option by its label ("B", "(b)", "<B>",
-"the letter B", "\\boxed{B}", "B) the whole text", "B is right"), by its whole text, never by a part
-of it, by both ("light energy (B)"), or by its place ("the second option", "the last one"). One that
-names no option or more than one is no answer. A reason or a contrast names none: "B because A is
-wrong" and "B, not A" are B, and "not B" is no answer. A label that a "." or "!" ends is the answer,
-whatever sentence follows, unless that is another option itself. Case and closing marks count only
-where options differ in nothing else, as in "Ww" and "WW". A statement that is one option's label
-and another's text is the label, which is what the prompt asks for.
+The rule: the statement after the answer template names an option by its label ("B", "(b)", "<B>",
+"the letter B", "\boxed{B}", "B) the whole text", "B is right"), by its whole text (never by a part
+of it), by both ("light energy (B)"), or by its place ("the second option", "the last one"). A
+statement that names no option, or more than one, is no answer. Options in a reason or a contrast do
+not count: "B because A is wrong" and "B, not A" are B, and "not B" is no answer. A label followed
+by "." or "!" is the answer, whatever sentence follows, unless that sentence is another option. Case
+and closing punctuation count only where options differ in nothing else, as in "Ww" and "WW". A
+statement that is one option's label and another option's text counts as the label, since the prompt
+asks for that.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CLOSING = _MARKS + ")]}>」】»"
 _MARKUP = r"[\s*_$\"'`“”‘’]*"
 _NOUN = r"(?:option|choice|letter|label|alternative|answer|item|statement|possibility)"
 
-# What may stand before the option without a say in which it is.
+# Words that may stand before the option without changing which it is.
 _LEAD = re.compile(
     rf"(?:[\s(\[*_\"“‘:=]*\b(?:{_NOUN}s?|number|correct|right|best|final|likely|probably|most"
     r"|definitely|certainly|clearly|obviously|surely|simply|just|only|therefore|thus|hence|so|then"
@@ -50,7 +51,8 @@ _REASON = (
 )
 _CONTRAST = r"(?:not|rather\s+than|instead\s+of|as\s+opposed\s+to|unlike)\b"
 _REMARK = re.compile(rf"\b(?:{_REASON}|{_CONTRAST})", re.IGNORECASE)
-# A bare label needs a mark behind it: "A stone" begins with an article, "3 metres" with a number.
+# A bare label needs punctuation after it: "A stone" begins with an article, "3 metres" with a
+# number.
 _BEHIND_LABEL = (
     r"(?:[)\]>}」】»][*_]*\s*[.!?:,;]?|[.!?](?!\w)|[.!?](?=[A-Z][a-z])|[:,;]|$"
     r"|(?<=\s)(?:only|alone)\s*[.!]?$|(?<=\s)[-–](?=\s)|—|(?<=\s)(?=\()"
@@ -60,7 +62,7 @@ _LABELLED = re.compile(
     rf"[-–—=>#→.…\s]*{_MARKUP}[(\[<{{「【«]{{0,2}}\s*(?P<label>\w){_MARKUP}{_BEHIND_LABEL}",
     re.IGNORECASE,
 )
-# Behind "option" a label needs no mark, but what follows may be about it: "option B is wrong".
+# After "option" a label needs no punctuation, but a remark may follow: "option B is wrong".
 _NOUN_LABELLED = re.compile(
     rf"[(\[<{{]?(?P<label>\w)(?!\w|['’]\w)[)\]>}}]?{_MARKUP}"
     rf"(?=$|[^\w\s]|(?:{_IS_RIGHT}|{_REASON}|{_CONTRAST}|which\b|that\b|with\b|for\b))",
@@ -117,11 +119,11 @@ class _Stated:
     spelled: str
     """The label in the case of the line."""
     rest: str
-    """What follows it and the mark behind it."""
+    """The text after the option and the punctuation that closes it."""
     ends: bool = False
-    """Whether that mark ends a statement."""
+    """Whether that punctuation ends a statement."""
     led: bool = False
-    """Whether words stand before it."""
+    """Whether words stand before the option."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +134,13 @@ class _Options:
     texts: list[str]
 
     def named_by(self, whole: str, plain: str) -> str | None:
-        """Return the label of the option that a statement names; None and `SEVERAL` as `Task` has.
+        """Return the label of the option that a statement names.
+
+        Return None where it names no option, and `SEVERAL` where it names more than one.
 
         Args:
             whole: the statement as it was written.
-            plain: the same without marks of LaTeX and the like.
+            plain: the statement without LaTeX and other markup.
         """
         line = first_line(plain)
         stated = self._leading_label(line)
@@ -169,7 +173,7 @@ class _Options:
         return SEVERAL if self._names_another(stated) else stated.label
 
     def with_text(self, statement: str) -> list[str]:
-        """Return labels of options whose whole text this is, under the strictest reading."""
+        """Return the labels of options with this text, by the strictest comparison that has any."""
         for reading in (_collapsed, _bare, _caseless, _letters):
             stated = reading(statement)
             texts = map(reading, self.texts)
@@ -189,7 +193,7 @@ class _Options:
         return not inner or any(stated.label in self.with_text(rest) for rest in rests)
 
     def _leading_label(self, line: str) -> _Stated | None:
-        """Return the label that a line begins with, behind words that do not matter."""
+        """Return the label that a line begins with, after words that do not matter."""
         lead = _LEAD.match(line)
         for start in [0, lead.end()] if lead else [0]:
             match = _LABELLED.match(line, start)
@@ -200,7 +204,7 @@ class _Options:
                 ends = match[0][-1:] in (".", "!")
                 rest = line[match.end() :]
                 return _Stated(label, match["label"], rest, ends=ends, led=start > 0)
-            # "B light energy", "B is light energy": both have to be the option's.
+            # In "B light energy" or "B is light energy", label and text must be of one option.
             match = _LABEL_AND_TEXT.match(line, start)
             label = self._label(match["label"]) if match else None
             by_text = self._leading_text(match["text"]) if match and label else None
@@ -241,7 +245,7 @@ class _Options:
         return re.match(remark, rest, re.IGNORECASE) is not None
 
     def _leading_place(self, line: str) -> _Stated | None:
-        """Return the option that a line names by its place among them: "the second option"."""
+        """Return the option that a line names by its place: "the second option"."""
         lead = _LEAD.match(line)
         matches = [_PLACE.match(line, start) for start in ([0, lead.end()] if lead else [0])]
         match = next((m for m in matches if m), None)
@@ -263,7 +267,7 @@ class _Options:
         return _Stated(label, label, rest)
 
     def _names_another(self, stated: _Stated) -> bool:
-        """Return whether the text behind an option names another, by label or whole text."""
+        """Return whether the text after an option names another, by label or whole text."""
         others = {label for label in self.labels if label != stated.label}
         if stated.ends:
             sentence = first_sentence(stated.rest)
@@ -284,7 +288,7 @@ class _Options:
         return bool(_ANOTHER in sentence or others & words)
 
     def _none_named(self, sentence: str) -> str | None:
-        """Return what a statement is that names no option: it may name several, or deny one."""
+        """Return `SEVERAL` if a statement that begins with no option mentions some, else None."""
         if _DENIAL.search(sentence):
             return None
         words = set(re.findall(r"\w+", _NO_LABEL.sub("", sentence)))
@@ -303,7 +307,7 @@ class _Options:
 
 
 def first_line(text: str) -> str:
-    """Return the first line of a text, with the next where it ends in a colon."""
+    """Return the first line of a text, with the next line too where it ends in a colon."""
     line, _, rest = text.partition("\n")
     while line.rstrip().endswith(":") and rest.strip():
         following, _, rest = rest.lstrip().partition("\n")
@@ -313,7 +317,7 @@ def first_line(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _plain(text: str) -> str:
-    """Return the text without marks, tags and symbols such as check marks."""
+    """Return the text without markup, tags and symbols such as check marks."""
     letters = re.sub("[✗✘❌❎🚫]", " not ", TAG.sub("\n", folded(unmarked(text))))
     return "".join(" " if unicodedata.category(c) == "So" else c for c in letters)
 
@@ -333,5 +337,5 @@ def _caseless(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _letters(text: str) -> str:
-    """Return what is left of a text without marks: "H₂O" is "H2O", "$x$" is "x"."""
+    """Return a text without markup: "H₂O" becomes "H2O", "$x$" becomes "x"."""
     return re.sub(r"[\^_{}]", "", _caseless(_plain(text)))

@@ -1,8 +1,8 @@
-"""Numbers of any spelling in one: what `numeric` reads is made here.
+"""Rewrite numbers of any spelling in the one spelling that `numeric` reads.
 
-`plain_figures` takes marks off (`markup`) and writes groups with commas, fractions as "3/4", powers
+`plain_figures` removes markup (`markup`) and writes groups with commas, fractions as "3/4", powers
 as "10^(6)", multiplication as "×", any currency as "$", any arrow or sign of approximation as "=".
-What is left of LaTeX after that, a backslash and a name, is nothing that is known.
+A LaTeX command that is left after that, a backslash and a name, is unknown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import unicodedata
 from .markup import TAG, folded, unmarked
 from .number_words import with_figures
 
-# Spaces that do not break or are thin, and what LaTeX writes for them.
+# Non-breaking and thin spaces, and their LaTeX commands.
 _GROUP_MARK = re.compile(
     r"(?<=\d)(?:[\u00a0\u2007-\u200a\u202f]|\\[,;: ]|\\thinspace\s?|\{(?:,|\\,|\\ )\}|,\\!|\\!,)"
     r"(?=\d{3}(?!\d))"
@@ -66,15 +66,15 @@ _ABBREVIATION = re.compile(
 
 
 UNREADABLE = r" \number "
-"""What stands where a number is that cannot be told: like a command that nobody knows."""
+"""Stands for a number whose value is unclear; it reads like an unknown LaTeX command."""
 
 
 def plain_figures(text: str, *, words: bool) -> str:
-    """Return the text with its numbers, signs and operators spelled in one way.
+    """Return the text with its numbers, signs and operators in one spelling.
 
     Args:
-        text: a statement, or an answer of the data.
-        words: whether numbers in words become figures.
+        text: a statement, or an answer from the data.
+        words: whether to turn numbers in words into figures.
     """
     text = unmarked(_GROUP_MARK.sub(",", text))
     text = TAG.sub("\n", _NUMBERED.sub(lambda _: UNREADABLE, folded(text).translate(_SIGNS)))

@@ -1,9 +1,9 @@
 """GSM8K: grade-school word problems with a number for an answer (arXiv 2110.14168).
 
-A record is `{"question", "answer"}`; the solution stands before "#### ", the final answer behind
-it. A row has a third column, `rationale`: the solution without the calculator's marks
-("<<3*4=12>>"). The source has no validation split: a fixed fifteenth of train, about 500 rows
-chosen by a hash of the question, is "validation" here and missing from "train".
+A record is `{"question", "answer"}`, where "#### " separates the solution from the final answer.
+A row has a third column, `rationale`: the solution without calculator annotations ("<<3*4=12>>").
+The source has no validation split: a fixed fifteenth of train, about 500 rows chosen by a hash of
+the question, is "validation" here and missing from "train".
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GSM8K(NumericTask):
 
 
 def _solution(solution: str, where: str) -> tuple[str, str]:
-    """Return the worked solution without calculator marks, and the canonical final answer."""
+    """Return the solution without calculator annotations, and the canonical final answer."""
     if solution.count(_ANSWER_MARK) != 1:
         raise ValueError(
             f"{where}: expected one {_ANSWER_MARK!r} in 'answer', "

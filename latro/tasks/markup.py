@@ -1,11 +1,11 @@
-"""Marks that say how a text looks, taken off it: LaTeX, Markdown, HTML and Unicode's variants.
+r"""Remove markup from a text: LaTeX, Markdown, HTML and Unicode variants of characters.
 
-Two stages, which graders run before they read a statement:
+Graders run two stages before they read a statement:
 
-- `unmarked` takes off what is around words and numbers: "\\boxed{B}", "**B**", "$$\\n18\\n$$";
-- `folded` writes one character for all that look alike: "Ｂ" and "Ⓑ" are B, "10⁶" is "10^{6}".
+- `unmarked` removes markup around words and numbers: "\boxed{B}", "**B**", "$$\n18\n$$";
+- `folded` replaces variants of a character by one: "Ｂ" and "Ⓑ" are B, "10⁶" is "10^{6}".
 
-`first_sentence` then says how far a statement goes.
+`first_sentence` then cuts a statement at the end of its first sentence.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 _BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
 TAG = re.compile(r"</?(?:[a-zA-Z]\w+|s)\s?/?>|</[a-zA-Z]>|<\|[^<>|]*\|>|\[/?INST\]")
-"""A token that ends a turn, or a tag without its other half; "<B>" may be an option."""
+"""A token that ends a turn, or a tag that stands alone; "<B>" is left, as it may be an option."""
 
 _MARK = re.compile(r"[\\$`*_~<{}&\n]")
 _FENCE = re.compile(r"```(?:[\w+-]*\n)?(.*?)```", re.DOTALL)
@@ -29,7 +29,7 @@ _STRUCK = re.compile(
     r"\\(?:tag|label|hspace|vspace|phantom)\*?\s*\{[^{}]*\}"
 )
 _DISPLAY = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\\\[(.+?)\\\]|(?<!\\)\\\((.+?)\\\)", re.DOTALL)
-# As Pandoc has it: no white space inside, and no digit behind, so "$5 and $6" are two prices.
+# Pandoc's rule: no white space inside and no digit after it, so "$5 and $6" are two prices.
 _INLINE = re.compile(r"(?<!\\)\$(?=\S)([^$\n]+?)(?<=[^\s\\])\$(?!\d)")
 _DELIMITER = re.compile(r"\\[\[\]()]|\$\$")
 _ENVIRONMENT_BODY = re.compile(r"\\begin\s*\{(\w+\*?)\}.*?\\end\s*\{\1\}", re.DOTALL)
@@ -65,18 +65,18 @@ _DARK_LETTERS = {
 } | {0xFE0F: None}
 _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d", "-"))
 
-# A closing quote or bracket goes with its sentence; a capital that follows begins the next one,
-# since base models write "5.Question:". Neither "3! = 6" nor "20? No, 18" ends at its mark.
+# A closing quote or bracket belongs to its sentence; a capital letter after it begins the next one,
+# since base models write "5.Question:". Neither "3! = 6" nor "20? No, 18" ends at "!" or "?".
 _SENTENCE_END = re.compile(
     r"[.!](?=[\"'”’)\]]*(?:\s|$)|[A-Z][a-z])(?!\s*=)|\?(?=[\"'”’)\]]*[ \t]*(?:\n|$))|\u3002|\n"
 )
 
 
 def unmarked(text: str) -> str:
-    """Return the text without marks of LaTeX, Markdown and HTML; what is struck out goes too.
+    """Return the text without LaTeX, Markdown and HTML markup, and without text struck through.
 
-    The marks at the beginning of a line (bullets, headings) go on every line but the first: the
-    first is the rest of the line that the answer template stands on, where "- 3" is a number.
+    Bullets and headings are removed from every line but the first: that is the rest of the line
+    with the answer template, where "- 3" is a number.
     """
     if _MARK.search(text) is None:
         return text
@@ -142,7 +142,7 @@ def first_sentence(statement: str) -> str:
 def _repeated(
     pattern: re.Pattern[str], replacement: Callable[[re.Match[str]], str], text: str
 ) -> str:
-    """Substitute until nothing matches: one mark stands inside another."""
+    """Substitute until nothing matches, since markup may stand inside markup."""
     count = 1
     while count:
         text, count = pattern.subn(replacement, text)
@@ -157,19 +157,19 @@ def _element(match: re.Match[str]) -> str:
 
 def _on_one_line(mathematics: str) -> str:
     content = " ".join(_LINE_BREAK.sub(" ", mathematics).split())
-    # A minus that begins a line of mathematics is no bullet.
+    # A minus at the beginning of a line of mathematics is not a bullet.
     content = re.sub(r"^([-+]) ", r"\1", content)
     return f" {content} "
 
 
 def _styled(match: re.Match[str]) -> str:
-    # Digits do not run into those beside the braces.
+    # A space keeps the digits apart from digits beside the braces.
     content = match[1]
     return f" {content} " if content[:1].isdigit() or content[-1:].isdigit() else content
 
 
 def _inside_its_braces(text: str) -> str:
-    """Return what comes before a closing brace that answers none: the template opened that one."""
+    """Return the text up to an unmatched closing brace, whose opening brace the template has."""
     start = depth = 0
     for found in re.finditer(r"(?<!\\)[{}]", text):
         depth += 1 if found[0] == "{" else -1

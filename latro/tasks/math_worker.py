@@ -1,12 +1,13 @@
-"""Reads mathematics with math-verify, in a process of its own: a line of JSON in, a line out.
+"""Read mathematics with math-verify in a process of its own: a line of JSON in, a line out.
 
 The argument is sys.path as JSON.
 
     {"truth": "x(x+1)", "stated": "x^2+x"}  ->  "x**2 + x"
 
-The line out is the canonical string of what was stated, that of the truth where the two are equal,
-or null where it cannot be read. SymPy may compute for ever, also where no exception reaches it, so
-an alarm ends this process with the answer that takes too long. `mathematics` starts another.
+The line out is the canonical string of the statement (the truth's string where the two are equal),
+or null where the statement cannot be read. SymPy may compute for ever, even where no exception can
+interrupt it, so an alarm ends this process when an answer takes too long. `mathematics` then starts
+another.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from math_verify import LatexExtractionConfig, parse, verify  # noqa: E402
 _SECONDS = 5
 _MEMORY = 4 * 2**30
 _LATEX = [LatexExtractionConfig()]
-# What SymPy raises where it cannot compute.
+# The errors that SymPy raises where it cannot compute.
 _FAILURES = (
     ArithmeticError,
     AttributeError,
@@ -43,7 +44,7 @@ _PRECISION = 60
 
 def main() -> None:
     """Answer the lines of standard input until it ends."""
-    logging.disable()  # math-verify warns of the missing timeout, which is the alarm's here
+    logging.disable()  # math-verify warns of a missing timeout; the alarm is the timeout here
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     for line in sys.stdin:
         request = json.loads(line)
@@ -54,7 +55,7 @@ def main() -> None:
 
 
 def canonical(truth: str, stated: str) -> str | None:
-    """Return the string that all spellings of what is stated have, or None."""
+    """Return the string that all spellings of a statement share, or None."""
     expression, right = _read(stated), _read(truth)
     if expression is None:
         return None
@@ -65,7 +66,7 @@ def canonical(truth: str, stated: str) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _read(latex: str) -> Any:
-    """Return the expression of some LaTeX, without the name it is assigned to: "x = 3" is 3."""
+    """Return the expression of some LaTeX without a name it is assigned to: "x = 3" is 3."""
     try:
         found = parse(f"${latex}$", _LATEX, fallback_mode="no_fallback", parsing_timeout=None)
         expression = found[0] if found else None
@@ -101,7 +102,7 @@ def _is_inequality(expression: Any) -> bool:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Return whether two constants differ in digits that math-verify does not look at."""
+    """Return whether two constants differ in digits that math-verify does not compare."""
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
         return False
     if not (a.is_number and b.is_number):

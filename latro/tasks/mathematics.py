@@ -1,9 +1,9 @@
 """Answers that are mathematics: expressions, sets, intervals, equations, matrices.
 
-A single number is read as `numeric` reads it, exactly. The rest is read and compared by
-math-verify (the extra "math"), in a process of its own (`math_worker`): SymPy may compute for ever,
-and math-verify's own limit of time works in a program's main thread only. An answer that takes
-longer than five seconds is none. Decimals are made fractions before, so that nothing is rounded.
+`numeric` reads a single number, exactly. math-verify (the extra "math") reads and compares the
+rest, in a process of its own (`math_worker`): SymPy may compute for ever, and math-verify's own
+time limit works only in a program's main thread. An answer that takes longer than five seconds does
+not count. Decimals are turned into fractions first, so that nothing is rounded.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
 
 
 class MathReader:
-    """What reads mathematics; it starts its process with the first answer that needs it.
+    """Reads mathematics; it starts its process at the first answer that needs it.
 
     Raises:
         ValueError: math-verify is not installed.
@@ -69,20 +69,20 @@ class MathReader:
         self._read: dict[tuple[str, str], str | None] = {}
 
     def stated(self, statement: str, truth: str) -> str | None:
-        """Return the canonical string of a statement's answer; None and `SEVERAL` as `Task` has.
+        """Return the canonical string of a statement's answer, the truth's where they are equal.
 
-        It is that of the truth where the two are equal.
+        Return None where it states no answer, and `SEVERAL` where it states more than one.
         """
         values = stated_values(statement)
         if len(values) == 1 and None not in values:
-            return str(values.pop())  # as SymPy spells it, too
+            return str(values.pop())  # SymPy spells it in the same way
         latex = _mathematics(statement)
         if not latex:
             return latex if latex == SEVERAL or not values else SEVERAL
         return self._spelled(latex, _mathematics(truth)) or SEVERAL
 
     def truth(self, answer: str) -> str | None:
-        """Return the canonical string of an answer of the data, or None where it cannot be read."""
+        """Return the canonical string of an answer in the data; None where it cannot be read."""
         return self.stated(answer, answer) or None
 
     def _spelled(self, latex: str, truth: str | None) -> str | None:
@@ -97,13 +97,13 @@ class MathReader:
             self._worker = Worker(_WORKER)
         try:
             return self._worker.ask({"truth": truth, "stated": latex})
-        except WorkerEndedError:  # by its alarm or the limit of memory
+        except WorkerEndedError:  # its alarm or its memory limit ended it
             self._worker = None
             return None
 
 
 def _mathematics(statement: str) -> str | None:
-    """Return the LaTeX that a statement's first sentence consists of or holds, if it holds one."""
+    """Return the mathematics of a statement's first sentence as LaTeX, or None."""
     segments: list[str] = []
 
     def masked(match: re.Match[str]) -> str:
@@ -142,6 +142,6 @@ def _from_plain_text(sentence: str) -> str | None:
 
 
 def _exact(latex: str) -> str:
-    """Return the LaTeX with decimals as fractions and numbers without group marks."""
+    """Return the LaTeX with decimals as fractions and without separators of thousands."""
     text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), latex.strip())
     return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)

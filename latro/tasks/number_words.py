@@ -34,15 +34,15 @@ _PRONOUN_BEHIND = {"of", "is", "was", "who", "that", "which", "more", "another",
 _RUN = re.compile(r"(?<![\w-])[A-Za-z]+(?:[ \t-][A-Za-z]+)*(?!\w)")
 _WORD = re.compile(r"[A-Za-z]+")
 _NEAR = 40
-# What makes a number of words behind figures a second number: "18 or twenty", "18, twenty".
+# Figures and a joint that make number words after them a second number: "18 or twenty".
 _JOINED = re.compile(r"\d[\d.,]*\s*(?:or|to|and|through|plus|minus|times|,|-|–|/)\s*$")
 
 
 def with_figures(text: str) -> str:
     """Return the text with its numbers in figures.
 
-    Behind a number in figures words count only where they are joined to it: "18 or twenty" has two
-    numbers, "18 pens for the two of them" one.
+    After a number in figures, words count only where they are joined to it: "18 or twenty" has two
+    numbers, "18 pens for the two of them" has one.
     """
     pieces, done = [], 0
     figure_before = re.search(r"\d", text)
@@ -50,7 +50,7 @@ def with_figures(text: str) -> str:
     for run in _RUN.finditer(text):
         words = list(_WORD.finditer(text, run.start(), run.end()))
         spelled = [word[0].lower() for word in words]
-        # A hyphen joins what is no number to it: "twenty-first", "five-year".
+        # A hyphen joins a number to a word that makes it none: "twenty-first", "five-year".
         hyphens = [text[word.end() : word.end() + 1] == "-" for word in words]
         i = 0
         while i < len(words):
@@ -63,7 +63,7 @@ def with_figures(text: str) -> str:
             start = words[i].start()
             counts = start < first_figure or _JOINED.search(text[max(0, start - _NEAR) : start])
             if alone and counts and not _is_pronoun(spelled, i, end):
-                # "One hundred and two hundred" is no number; the command is one that nobody reads.
+                # "One hundred and two hundred" is no number; it is replaced by an unknown command.
                 whole = spelled[end : end + 1] not in [["hundred"], *([name] for name in _SCALES)]
                 figure = _figure(value) if whole else "\\number"
                 pieces += [text[done:start], figure]
@@ -73,7 +73,7 @@ def with_figures(text: str) -> str:
 
 
 def _number(words: list[str], i: int) -> tuple[Fraction, int] | None:
-    """Return the number that begins at a word, with the place behind it."""
+    """Return the number that begins at word `i`, and the index of the word after it."""
     following = words[i + 1 : i + 3]
     if words[i] == "half":
         return (Fraction(6), i + 3) if following == ["a", "dozen"] else (Fraction(1, 2), i + 1)
@@ -114,7 +114,7 @@ def _whole(words: list[str], i: int) -> tuple[int, int] | None:
         if part is not None and words[part[1] : part[1] + 1] == [name]:
             total, end = total + part[0] * scale, part[1] + 1
     last = _below_1000(words, _past_and(words, end, total))
-    # "A" is one only of a scale: "a thousand", not "a pen".
+    # "A" is a number only before a scale: "a thousand", not "a pen".
     if last is not None and words[last[1] - 1] not in _ARTICLES:
         total, end = total + last[0], last[1]
     return (total, end) if end > i else None

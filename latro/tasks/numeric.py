@@ -1,18 +1,18 @@
-"""Tasks whose answer is a number: reading it from text, exactly.
+r"""Tasks whose answer is a number, which is read from text exactly.
 
-The rule. The sentence that the answer template begins must name one number, however often: "12 or
-13" names two and is no answer, "18, that is $18.00" names one. Of "5 + 3 = 8" the last part counts,
-since an arithmetic expression stands before it; any other "=" is a remark. Remarks behind a number
-are left out: a reason ("18 because 3 are left"), a contrast ("18, not 20"), a condition ("5 (with
+The rule: the sentence that the answer template begins must name one number, however often: "12 or
+13" names two and is no answer, "18, that is $18.00" names one. In "5 + 3 = 8" the last part counts,
+since an arithmetic expression stands before it; any other "=" is a remark. Remarks after a number
+are ignored: a reason ("18 because 3 are left"), a contrast ("18, not 20"), a condition ("5 (with
 x = 2)"). A bound or a denial ("more than 18", "not 18") states nothing.
 
 Thousands are grouped in threes or not at all, by commas, apostrophes or thin spaces. Currency,
 percent and units are dropped: "$18", "5%" and "18 m²" are 18, 5 and 18. "3/4", "½" and
-"\\frac{3}{4}" are fractions, and "2 3/4" is a mixed one; "2.5e3", "2.5 × 10³", "2.5k" and "2.5
-thousand" are 2500; "minus eighteen" is -18. A Unicode minus is a minus, as is an en dash that comes
-first, or right before a number and not behind one. What would have to be computed, as "2π" and
-"9 + 9", is no answer, nor is a letter that may be unit or scale ("5 B"). Values are compared as
-fractions, so 1200 is 1,200.00 and 0.1 is exactly 1/10.
+"\frac{3}{4}" are fractions, and "2 3/4" is a mixed one; "2.5e3", "2.5 × 10³", "2.5k" and "2.5
+thousand" are 2500; "minus eighteen" is -18. A Unicode minus is a minus, and so is an en dash that
+comes first, or stands right before a number and not after one. A value that is still to be
+computed, such as "2π" or "9 + 9", is no answer, nor is a number with a letter that may be a unit or
+a scale ("5 B"). Values are compared as fractions, so 1200 equals 1,200.00 and 0.1 is exactly 1/10.
 """
 
 from __future__ import annotations
@@ -55,9 +55,10 @@ _EN_DASH_AS_MINUS = re.compile(r"^\s*\u2013|(?<!\d)(?<!\d\s)\u2013(?=\$?[.0-9])"
 # Past this a string of digits is degenerate sampling, and int() refuses a few thousand of them.
 _MAX_DIGITS = 100
 
-# How many characters before a number tell what it is a part of.
+# Number of characters before a number that are searched for what it is a part of.
 _NEAR = 40
-# What a number is a part of: "√9", "2 × 3", "|-5|", "twice 9"; "2π", "3x", "3 - x", "9 squared".
+# Expressions that a number may be part of: "√9", "2 × 3", "|-5|", "twice 9"; "2π", "3x", "3 - x",
+# "9 squared".
 _PART_BEFORE = re.compile(
     r"[√|~⌊⌈±×÷*/]\s*$|[\w)]\s*[-+]\s*$|[-\u2014\u2015]$|[-+]\s*\(\s*$"
     r"|\b(?:twice|thrice|double|triple|half of|root|sqrt|log|ln|sin|cos|tan|exp|base|mod|modulo)"
@@ -73,7 +74,7 @@ _PART_BEHIND = re.compile(
 _UNKNOWN = re.compile(
     r"\\[a-zA-Z]|(?<![A-Za-z_0-9])[0-9]|[π\u2102\u2115\u211a\u211d\u2124\u2200-\u22ff\u2a00-\u2aff]"
 )
-# Two numbers with one value are one only where the second is said to be the first again.
+# Two numbers of equal value count as one only where the text says that they are the same.
 _AGAIN = re.compile(
     r"\(|\s\u2013|\u2014|\bi\.?e\b|\bthat(?: i|['’])s\b|\b(?:or|namely|so|thus|hence|therefore)\b"
     r"|\b(?:exactly|meaning|which is|in total|altogether|in other words)\b",
@@ -88,7 +89,7 @@ _NO_STATEMENT = re.compile(
     r"|[≤≥≠>]|<(?!/?\w+>|\|)|[0-9]\+(?!\s?[0-9])",
     re.IGNORECASE,
 )
-# What is said behind a number about it.
+# Remarks about a number that stand after it.
 _CONTRAST = r"[,;(]?\s*\b(?:rather than|instead of|as opposed to|and not|but not)\b|[,;(]\s*not\b"
 _REASON = (
     r"\b(?:because|since|given|due to|where|which"
@@ -148,7 +149,8 @@ def parse_number(text: str) -> Fraction | None:
 def stated_values(statement: str) -> set[Fraction | None]:
     """Return the values that a statement's first sentence names, in figures or words.
 
-    None stands for what is no single value, such as "2π"; the set is empty where nothing is named.
+    None stands for something without a single value, such as "2π"; the set is empty where the
+    sentence names nothing.
     """
     return _values(first_sentence(plain_figures(statement, words=True)))
 
@@ -187,12 +189,12 @@ def _values_of_part(part: str) -> set[Fraction | None]:
             return values
         rest += part[end : match.start()] + " "
         end = after
-    # What is left may change any number, as in "ℝ∖{2}", or be one that cannot be told: "1,2".
+    # Unknown text that is left may change any number, as in "ℝ∖{2}", or be an unclear one: "1,2".
     return values | {None} if _UNKNOWN.search(rest + part[end:]) else values
 
 
 def _is_part_of_more(match: re.Match[str], part: str, after: int) -> bool:
-    """Return whether a number in some text is only a part of what is stated."""
+    """Return whether a number in some text is only a part of a larger expression."""
     before = part[max(0, match.start() - _NEAR) : match.start()]
     if _PART_BEFORE.search(before) or _PART_BEHIND.match(part, after):
         return True
@@ -204,7 +206,7 @@ def _is_part_of_more(match: re.Match[str], part: str, after: int) -> bool:
 
 
 def _scaled(match: re.Match[str], text: str) -> tuple[Fraction | None, int]:
-    """Return the value of a number with the scale behind it, "$2.5 million", and its end."""
+    """Return the value of a number with its scale, as in "$2.5 million", and where it ends."""
     value, end = _value(match), match.end()
     while scale := _SCALE_WORD.match(text, end):
         value = None if value is None else value * _SCALES[scale["scale"].lower()]
@@ -230,7 +232,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     power = match["power"] or match["power_in"]
     ten = match["ten"] or match["ten_in"]
     if power is not None:
-        # The bound of the canonical form is checked before it is computed.
+        # The length of the canonical form is bounded before the power is computed.
         if abs(int(power)) * len(match["magnitude"]) > _MAX_DIGITS or (
             not value and int(power) < 0
         ):
@@ -255,7 +257,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _without_remarks(sentence: str) -> str:
-    """Return the sentence without what it says about its first number behind it."""
+    """Return the sentence without remarks about its first number."""
     first = _NUMBER.search(sentence)
     if first is None:
         return sentence
@@ -272,7 +274,7 @@ def _kept_brackets(match: re.Match[str]) -> str:
 
 
 def _is_arithmetic(part: str) -> bool:
-    """Return whether an "=" behind this gives its value: it computes, or has no number at all."""
+    """Return whether an "=" after this text gives its value: it computes, or has no number."""
     if not _NUMBER.search(part):
         # "3x = 18" and "x² = 18" have a number all the same.
         return not re.search(r"(?<![\w.(])[0-9]|[\^√]", part)

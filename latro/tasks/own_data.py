@@ -4,19 +4,19 @@
 
 - A folder or a hub data set has the splits that it names; "dev", "val" and "valid" are other names
   of "validation". A prompt of "validation" or "test" is dropped from "train", with a warning.
-- Without a "validation" of its own, that is cut from "train": a tenth, by a hash of the prompt, so
-  that a row stays where it is whatever rows join it later.
-- A single file is cut in the same way, and its "test" is the whole file: training refuses that as
-  its held-out split, and evaluation on a file of its own takes each row of it.
+- Without a "validation" split, a tenth of "train" becomes it, chosen by a hash of the prompt, so
+  that a row keeps its split whatever rows join it later.
+- A single file is split in the same way, and its "test" is the whole file: training refuses that as
+  its held-out split, and evaluation of a separate file uses all of its rows.
 
-A completion's statement, what follows the answer template, is graded
+A completion's statement, the text after the answer template, is graded
 
-- "exact": as a string. The statement, or what begins it up to the end of a line or sentence, is the
-  answer, white space, case, and quotes and closing marks around it aside, and marks of Markdown
-  and LaTeX, unless the answer is written with such marks itself. A wrong one is cut to as many
-  lines or sentences as the right one has;
+- "exact": as a string. The statement, or its beginning up to the end of a line or sentence, must
+  equal the answer. White space, case, quotes and closing punctuation around it do not count, nor
+  does Markdown or LaTeX markup, unless the answer itself has some. A wrong answer is reported with
+  as many lines or sentences as the right one has;
 - "number": by value, as in GSM8K (`numeric`);
-- "choice": by the option it names, as in ARC (`choice`); needs a column `choices`;
+- "choice": by the option that it names, as in ARC (`choice`); this needs a column `choices`;
 - "math": as an expression, a set, an interval or an equation (`mathematics`).
 """
 
@@ -54,17 +54,17 @@ _WHOLE_FILE = "all"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # An answer that is a number and nothing else; the grader itself reads one among words too.
 _BARE_NUMBER = re.compile(r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/]+(?:[eE][-+]?\d+)?\s?%?")
-# With the closing quotes and asterisks, and the white space before what comes next.
+# The end of a sentence, with closing quotes and asterisks and the white space after it.
 _SENTENCE_END = re.compile(r"[.!?]+[*_\"'`”’]*(?:\s+|$)|\n\s*")
 
 _logger = logging.getLogger(__name__)
 
 
 class OwnData(Task):
-    """Rows that were read already, by split; what grades them is a subclass.
+    """Rows that were read already, by split; subclasses grade them.
 
     Attributes:
-        grader: what `--grader` calls that.
+        grader: the subclass's name for `--grader`.
     """
 
     grader: str
@@ -98,7 +98,7 @@ class _Exact(OwnData):
         truth = self.truth(example).strip()
         right = _plain(truth)
         first = ""
-        # Marks are a part of what is stated where the right answer has some: "__init__" is no bold.
+        # Where the right answer has markup, so may the statement: "__init__" is not bold text.
         for spelled in (statement, unmarked(statement) if unmarked(truth) == truth else statement):
             whole = spelled.strip(" \t\r\n:")
             # The answer may itself have sentences and lines: "Dr. Smith" ends two.
@@ -131,7 +131,7 @@ class _Math(OwnData):
         return self._reader.stated(statement, self.truth(example))
 
     def check(self, row: Mapping[str, Any], where: str) -> None:
-        """Raise ValueError where a row's truth cannot be read."""
+        """Raise ValueError if the grader cannot read a row's right answer."""
         if self._reader.truth(self.truth(row)) is None:
             field = "ground_truth" if "ground_truth" in row else "answer"
             raise ValueError(
@@ -146,14 +146,15 @@ def read_own_data(name: str, *, config: str | None = None, grader: str | None = 
     """Return the task of a user's own data.
 
     Args:
-        name: a file in one of `FORMATS`, a folder with such a file a split ("train.jsonl",
+        name: a file in one of `FORMATS`, a folder with one such file per split ("train.jsonl",
             "validation.jsonl", "test.jsonl"), or the id of a data set on the hub, "org/name".
-        config: of the data set on the hub.
+        config: the configuration of a data set on the hub, where it has several.
         grader: one of `GRADERS`. None: "choice" where rows have choices, "number" where every
             answer is a number and nothing else, else "exact".
 
     Raises:
-        ValueError: there is nothing of that name, or a row is malformed; names file and line.
+        ValueError: there is nothing of that name, or a row is malformed; the message names file and
+            line.
     """
     if grader is not None and grader not in GRADERS:
         raise ValueError(f"grader: expected one of {', '.join(GRADERS)}, got {grader!r}")
@@ -177,7 +178,7 @@ def read_own_data(name: str, *, config: str | None = None, grader: str | None = 
 
 
 def _sources(name: str, config: str | None) -> dict[str, Records]:
-    """Return the records of each split, by its name; those of a single file as `_WHOLE_FILE`."""
+    """Return the records of each split by its name; a single file is the split `_WHOLE_FILE`."""
     path = Path(name)
     local = path.exists() or path.suffix.lower() in FORMATS
     if not local and _HUB_ID.fullmatch(name):
@@ -255,7 +256,7 @@ def _derived_grader(rows: list[dict[str, Any]]) -> str:
 
 
 def _prepare(row: dict[str, Any], grader: str, where: str) -> None:
-    """Check that the grader can read a row's truth; a choice's becomes its option's label."""
+    """Check that the grader can read a row's right answer; turn an option's text into its label."""
     field = "ground_truth" if "ground_truth" in row else "answer"
     truth = row[field]
     if grader == "number" and parse_number(truth) is None:
@@ -281,7 +282,7 @@ def _prepare(row: dict[str, Any], grader: str, where: str) -> None:
 
 
 def _align(rows: list[dict[str, Any]]) -> None:
-    """Give every row the columns and the form of prompt that any has: a table has one of each."""
+    """Give all rows the same columns and form of prompt, since a table has one of each."""
     conversations = any(not isinstance(row["prompt"], str) for row in rows)
     columns = {column for row in rows for column in row}
     for row in rows:
@@ -318,10 +319,10 @@ def _splits(
 
 
 def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return training and validation rows; neither is empty where there are two prompts."""
+    """Return training and validation rows; with two or more prompts, neither is empty."""
     texts = [prompt_text(row["prompt"]) for row in rows]
     held_out = {text for text in texts if stable_bucket(text, _VALIDATION_BUCKETS) == 0}
-    # Among a handful of prompts the hash may choose none, or all.
+    # With only a few prompts the hash may choose none of them, or all.
     by_hash = sorted(set(texts), key=lambda text: stable_bucket(text, 2**64))
     if len(held_out) == len(by_hash):
         held_out = set(by_hash[:-1])
@@ -333,7 +334,7 @@ def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[st
 
 
 def _plain(text: str) -> str:
-    """Return the text for comparing: white space, case, and marks around it aside."""
+    """Return the text to compare, without outer punctuation, in one case and with single spaces."""
     collapsed = " ".join(text.split())
     caseless = (collapsed.strip(" .!*\"'`“”‘’") or collapsed).casefold()
     return unicodedata.normalize("NFC", caseless)

@@ -1,4 +1,6 @@
-"""What a record of a user's own data may hold, and the row that becomes of it.
+"""Turn a record of a user's own data into a row.
+
+A record may hold:
 
     prompt         a string, or a list of {"role", "content"} messages, the last of the user
     answer         a string or a number: what is trained on, behind the answer template
@@ -23,10 +25,10 @@ _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the row of a record: "prompt" and "answer", and those optional columns that it fills.
+    """Return the row of a record: "prompt" and "answer", and the optional columns that it fills.
 
     Raises:
-        ValueError: a column is missing or holds something else; begins with `where`.
+        ValueError: a column is missing or malformed; the message begins with `where`.
     """
     if any(field not in record for field in _REQUIRED):
         raise ValueError(
@@ -56,7 +58,7 @@ def own_row(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _absent(value: Any) -> bool:
-    """Return whether a cell is empty: None, or what CSV has for it."""
+    """Return whether a cell is empty: None, or an empty cell of CSV."""
     return value is None or value == ""
 
 
@@ -80,7 +82,7 @@ def _prompt(prompt: Any, where: str) -> str | list[dict[str, str]]:
 def _message(message: Any, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise ValueError(f"{where}: expected an object with role and content, got {message!r}")
-    # Arrow gives every message the keys of all, None where a message has none.
+    # Arrow gives every message the keys of all messages, with None where a message lacks one.
     keys = {key for key, value in message.items() if value is not None}
     if keys != {"role", "content"}:
         raise ValueError(f"{where}: expected role and content, got {sorted(map(str, keys))}")
@@ -98,7 +100,7 @@ def _answer(record: Mapping[str, Any], field: str, where: str) -> str:
     value = record[field]
     if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
         number = Decimal(str(value))
-        # The answer is trained on, so 0.00001 is not to read "1e-05".
+        # The answer is trained on, so 0.00001 must not become "1e-05".
         text = format(number, "f") if number.is_finite() else ""
     else:
         text = value
@@ -111,7 +113,7 @@ def _choices(choices: Any, where: str) -> dict[str, list[str]]:
     if isinstance(choices, str):  # a cell of CSV
         try:
             choices = json.loads(choices)
-        except (ValueError, RecursionError) as error:  # no JSON, or too long or too deep
+        except (ValueError, RecursionError) as error:  # not JSON, or too long or too deep
             raise ValueError(f"{where}: expected JSON at 'choices', got {choices!r}") from error
     if isinstance(choices, list):
         choices = {"label": list(_LABELS[: len(choices)]), "text": choices}

@@ -1,7 +1,7 @@
-"""Reads files of records, each with the place it stands at, for messages.
+"""Read files of records, each with its place in the file for error messages.
 
-A place is "file:line", with the line that the record begins at; a Parquet file has no lines, so
-there it is "file: row 3", counted from 0 as pandas and `datasets` do.
+A place is "file:line", the line where the record begins. A Parquet file has no lines, so there it
+is "file: row 3", counted from 0 as in pandas and `datasets`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def read_records(path: Path) -> Records:
     """Yield (place, record) for each record of a file, in the format that its name ends in.
 
     Raises:
-        ValueError: another format than `FORMATS` has, or the file is not in it; names the place.
+        ValueError: the format is not one of `FORMATS`, or the file is malformed; the message names
+            the place.
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: expected a file in {', '.join(FORMATS)}, got {path.suffix!r}")
@@ -32,7 +33,7 @@ def read_records(path: Path) -> Records:
 
 @contextmanager
 def _in_utf8(path: Path) -> Iterator[None]:
-    """Name the file where its bytes are no UTF-8."""
+    """Raise ValueError with the file's name where its bytes are not UTF-8."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -40,11 +41,11 @@ def _in_utf8(path: Path) -> Iterator[None]:
 
 
 def read_jsonl(path: Path) -> Records:
-    """Yield (place, record) for each line of a JSON-lines file, blank ones left out.
+    """Yield (place, record) for each line of a JSON-lines file that is not blank.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is no JSON object, or the file is not in UTF-8; names it.
+        ValueError: a line is not a JSON object, or the file is not UTF-8; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"dataset_path: there is no file {path}")
@@ -64,7 +65,7 @@ def read_jsonl(path: Path) -> Records:
 
 
 def _read_json(path: Path) -> Records:
-    """Yield the records of a list of objects, or of an object a line."""
+    """Yield the records of a JSON list of objects, or of one object per line."""
     with _in_utf8(path):
         text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
@@ -74,7 +75,7 @@ def _read_json(path: Path) -> Records:
 
 
 def _list_of_objects(text: str, path: Path) -> Records:
-    # The list's elements one by one: parsed whole, it would not tell where each of them stands.
+    # Elements are decoded one by one, since parsing the whole list would lose their places.
     decode = json.JSONDecoder().raw_decode
     at = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
@@ -121,7 +122,7 @@ def _read_csv(path: Path) -> Records:
 
 
 def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield each row that is not blank, with the line it begins at: cells may hold line ends."""
+    """Yield each row that is not blank and the line where it begins: cells may hold line ends."""
     while True:
         line = reader.line_num + 1
         try:
