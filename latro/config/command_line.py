@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to dataclasses of settings."""
+"""Turn a command line and a YAML file into dataclasses of settings."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from latro.terminal import one_line
 
 
 class _FileParser(HfArgumentParser):
-    """Raises ValueError for bad input, where the command line's ends the process."""
+    """Raises ValueError for bad input; the command line's own parser ends the process instead."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 class _AsWritten(yaml.SafeLoader):
-    """Reads scalars as the text that they are, but null."""
+    """Reads every scalar but null as text."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
@@ -38,7 +38,7 @@ class _AsWritten(yaml.SafeLoader):
 
 
 class _WithExponents(yaml.SafeLoader):
-    """Reads 1e-6 as a number, which YAML 1.1 has as 1.0e-6 alone."""
+    """Reads 1e-6 as a number; YAML 1.1 by itself takes only 1.0e-6 for one."""
 
 
 _WithExponents.add_implicit_resolver(
@@ -55,20 +55,21 @@ def parse_arguments(
     prog: str,
     small_settings: str = "default.yaml",
 ) -> tuple[Any, ...]:
-    """Dataclass instances from the command line, over `--config`'s YAML, over the defaults.
+    """Return an instance of each class, filled from the command line, `--config` and the defaults.
 
-    What is given also beats a setting of a weaker source that would overrule it, or that belongs to
-    what it replaces (`latro.config.precedence`).
+    The command line wins over the YAML file of `--config`, and that over the defaults. A given
+    setting also removes weaker settings that would overrule it or that belong to what it replaces
+    (`latro.config.precedence`).
 
     The YAML file takes the names and values of the command line, and lists, mappings and null.
-    Without `--model_name_or_path` the small model that ships is meant, and the settings made for
-    it (`small_settings`, a file in `latro/assets`) stand in for the defaults.
+    Without `--model_name_or_path` the commands use the small model that ships, and the settings
+    made for it (`small_settings`, a file in `latro/assets`) replace the defaults.
 
     Raises:
-        ValueError: an unknown argument, or a YAML file that is missing, malformed or has a value
+        ValueError: an argument is unknown, or the YAML file is missing, malformed or has a value
             that its argument does not take.
     """
-    # argparse's own usage would be four screens of brackets.
+    # argparse's own usage message would fill four screens.
     usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
     parser = HfArgumentParser(classes, prog=prog, usage=usage, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
@@ -82,7 +83,7 @@ def parse_arguments(
         known = {f.name for cls in classes for f in dataclasses.fields(cls)}
         small = {k: v for k, v in _read_yaml(path).items() if k in known}
         small = _parse_yaml(classes, small, path)
-    # For --help; what is given beats them.
+    # These defaults are for --help; given settings win over them below.
     parser.set_defaults(**small | file)
     settings = by_precedence(small, file, _given(parser, argv))
     parsed = tuple(
@@ -90,17 +91,18 @@ def parse_arguments(
         for cls in classes
     )
     for part in parsed:
-        # accelerate's file names a precision too, which transformers takes where none is true.
+        # accelerate's own configuration names a precision too, and transformers takes that one
+        # where both bf16 and fp16 are false.
         if isinstance(part, TrainingArguments) and settings.get(part.mixed_precision) is False:
             part.mixed_precision = "no"
     return parsed
 
 
 def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
-    """What the command line itself gives, by field, without any default."""
+    """Return the settings that the command line itself gives, by field, without any default."""
     absent = object()
     names = {action.dest: absent for action in parser._actions}
-    # argparse fills in a default where the namespace has no such name yet.
+    # argparse fills in a default only where the namespace lacks the name.
     parsed, unknown = parser.parse_known_args(argv, argparse.Namespace(**names))
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, n=1)
@@ -117,7 +119,7 @@ def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A file's arguments: text as it is written, so that `no` is no false; mappings as YAML."""
+    """Return a file's arguments: scalars as text (`no` is not false), mappings by YAML."""
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -128,8 +130,8 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"--config: {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # A ValueError: bytes that are no UTF-8, or a date that the calendar does not have. Brackets
-        # in brackets end in a RecursionError.
+        # ValueError comes from bytes that are not UTF-8 or an impossible date, RecursionError from
+        # deeply nested brackets.
         raise ValueError(f"--config: {path} is not YAML: {one_line(str(error))}") from error
     if not isinstance(written, dict):
         raise ValueError(f"--config: {path}: expected lines of `name: value`, got {written!r}")
@@ -139,9 +141,9 @@ def _read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _parse_yaml(
     classes: Sequence[type], arguments: dict[str, Any], path: str | os.PathLike[str]
 ) -> dict[str, Any]:
-    """Values by the names of their fields; text is read as on the command line."""
+    """Return the values by the names of their fields, with text read as on the command line."""
     parser = _FileParser(classes, add_help=False, allow_abbrev=False)
-    # What takes no value is --no_NAME.
+    # Options that take no value are of the form --no_NAME.
     options = {o: a for o, a in parser._option_string_actions.items() if a.nargs != 0}
     hints = {name: hint for cls in classes for name, hint in get_type_hints(cls).items()}
     settings = {}
@@ -169,13 +171,13 @@ def _parse_yaml(
 
 
 def _kinds(hint: Any) -> set[type]:
-    """The classes of values that an annotation admits."""
+    """Return the classes of values that an annotation admits."""
     union = get_origin(hint) in (Union, types.UnionType)
     return {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
 
 
 def _group_help(parser: HfArgumentParser, classes: Sequence[type]) -> None:
-    """Put a method's own settings before the hundred that come from the Trainer, in `--help`."""
+    """Put a method's own settings before the Trainer's hundred in `--help`."""
     options = parser._optionals._group_actions
     for config in classes:
         if not issubclass(config, AnswerConfig):

@@ -1,9 +1,9 @@
-"""Which settings hold where several sources give some: a file that ships, a file, a command line.
+"""Decide which settings hold where a file that ships, a user's file and a command line differ.
 
-A later source beats an earlier one, setting by setting. That is not all, since some settings
-overrule others: `max_steps` overrules `num_train_epochs`, so that epochs asked for on the command
-line would do nothing beside a file's updates. So where a source gives a setting, what earlier
-sources gave gives way as well if it would overrule that setting, or belongs to what it replaces.
+A later source wins over an earlier one, setting by setting. That is not enough, since some settings
+overrule others: `max_steps` overrules `num_train_epochs`, so that a number of epochs on the command
+line would have no effect beside `max_steps` in a file. So where a source gives a setting, earlier
+settings are dropped too if they would overrule it or belong to the value that it replaces.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 
 from latro.config.training import PeftArguments
 
-# By a setting, those that would overrule it or say the same in another way.
+# For each setting, those that would overrule it or mean the same.
 _OVERRULED_BY: Mapping[str, tuple[str, ...]] = {
     "num_train_epochs": ("max_steps",),
-    # Both are the warm-up's length; the first is gone from newer transformers.
+    # Both are the length of the warm-up; newer transformers lack the first.
     "warmup_ratio": ("warmup_steps",),
     "warmup_steps": ("warmup_ratio",),
-    # The name of before, which transformers reads only where the new one is not given.
+    # The old name; transformers reads it only where the new one is not given.
     "gradient_checkpointing": ("activation_checkpointing",),
     "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
 }
-# Of these one at most may be on.
+# At most one of each pair may be on.
 _EXCLUSIVE = (("bf16", "fp16"), ("fsdp", "deepspeed"))
-# By a setting, those that mean nothing, or are an error, with another value of it.
+# For each setting, those that have no meaning or are an error with another value of it.
 _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "optim": ("optim_args", "optim_target_modules"),
@@ -34,7 +34,7 @@ _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "rollout_engine": ("importance_cap",),
     "use_peft": tuple(f.name for f in dataclasses.fields(PeftArguments) if f.name != "use_peft"),
 }
-# An interval does nothing unless the strategy is to count steps.
+# An interval has an effect only where the strategy is "steps".
 _STRATEGIES = {
     "eval_steps": "eval_strategy",
     "save_steps": "save_strategy",
@@ -43,7 +43,7 @@ _STRATEGIES = {
 
 
 def by_precedence(*sources: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that hold of `sources`, the weakest first."""
+    """Return the settings that hold, from `sources` in order, the weakest first."""
     settings: dict[str, Any] = {}
     for source in sources:
         for name in _giving_way(settings, source):
@@ -64,7 +64,7 @@ def _giving_way(settings: Mapping[str, Any], source: Mapping[str, Any]) -> Itera
 
 
 def _strategies(source: Mapping[str, Any]) -> dict[str, str]:
-    """Strategies that a source asks for by an interval, and does not name."""
+    """Return the strategies that a source implies by an interval without naming them."""
     return {
         strategy: "steps"
         for interval, strategy in _STRATEGIES.items()

@@ -1,7 +1,7 @@
-"""The ranges of numbers among the settings.
+"""Check the ranges of numeric settings.
 
-transformers takes most of its own as they come, so that an infinite rate, or an ε of 0 where a
-weight has no gradient, would show in the weights alone.
+transformers does not check most of its own, so an infinite learning rate, or an ε of 0 where a
+weight has no gradient, would show only in the weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LEAST: dict[str, float] = {
     "max_grad_norm": 0,
     "adam_beta1": 0,
     "adam_beta2": 0,
-    # Without a gradient a weight moves by 0 / (0 + ε).
+    # A weight without gradient moves by 0 / (0 + ε), which must not be 0 / 0.
     "adam_epsilon": _FP32.tiny,
     "eval_delay": 0,
     "seed": 0,
@@ -37,14 +37,14 @@ _LEAST: dict[str, float] = {
 _BELOW: dict[str, float] = {
     "adam_beta1": 1,
     "adam_beta2": 1,
-    # What numpy takes.
+    # The largest seed that numpy takes, plus one.
     "seed": 2**32,
     "data_seed": 2**32,
 }
 
 
 def check_numbers(args: TrainingArguments) -> None:
-    """Raise ValueError for a number out of its range, TypeError for what is none."""
+    """Raise ValueError for a number out of its range, and TypeError for another type."""
     for field in dataclasses.fields(TrainingArguments):
         for name, number in _floats(field.name, getattr(args, field.name)):
             if not abs(number) <= _FP32.max:
@@ -65,14 +65,14 @@ def check_numbers(args: TrainingArguments) -> None:
         ("save_steps", args.save_strategy, SaveStrategy.STEPS),
     ):
         value = getattr(args, name)
-        # Without eval_steps, or with 0, transformers takes logging_steps.
+        # Where eval_steps is missing or 0, transformers uses logging_steps.
         left_out = name == "eval_steps" and not value
         if strategy == by_steps and not left_out and not value > 0:
             raise ValueError(f"{name}: expected more than 0, got {value}")
 
 
 def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:
-    """The floating-point numbers of a setting, also those inside of lists and mappings."""
+    """Yield the floats of a setting with their names, including those in lists and mappings."""
     if isinstance(value, float):
         yield name, value
     elif isinstance(value, dict):
@@ -84,7 +84,7 @@ def _floats(name: str, value: Any) -> Iterator[tuple[str, float]]:
 
 
 def at_least(name: str, value: float, least: float, why: str = "") -> None:
-    """Raise for a setting that is no number, below `least`, NaN or infinite in fp32."""
+    """Raise for a setting that is not a number, or below `least`, NaN or infinite in fp32."""
     check_number(name, value)
     if not value >= least:
         raise ValueError(
@@ -95,7 +95,7 @@ def at_least(name: str, value: float, least: float, why: str = "") -> None:
 
 
 def above_zero(name: str, value: float) -> None:
-    """Raise for a setting that is no number above 0, or not one that fp32 holds in full."""
+    """Raise for a setting that is not a number above 0, or is outside fp32's normal numbers."""
     check_number(name, value)
     if not value > 0:
         raise ValueError(f"{name}: expected more than 0, got {value}")
@@ -107,6 +107,6 @@ def above_zero(name: str, value: float) -> None:
 
 
 def check_number(name: str, value: object) -> None:
-    """Raise TypeError for a setting that is no number."""
+    """Raise TypeError for a setting that is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

@@ -1,4 +1,4 @@
-"""Which trackers a run may report to."""
+"""Check which trackers a run reports to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _PACKAGES = {
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """Refuse trackers that cannot be reported to, before a model is loaded for nothing.
+    """Refuse trackers that are not available, before a model is loaded in vain.
 
     Raises:
-        ValueError: an unknown name, or one whose package is not installed.
+        ValueError: a name is unknown, or its package is not installed.
     """
     for name in report_to:
         if name not in INTEGRATION_TO_CALLBACK:

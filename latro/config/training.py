@@ -20,18 +20,16 @@ from latro.config.unsupported import check_loader, check_refused
 from latro.objectives import OBJECTIVES
 from latro.tasks import FORMATS, GRADERS, TASKS
 
-"""What scoring computes with."""
-
 ASSETS = Path(__file__).parents[1] / "assets"
 SMALL_MODEL = ASSETS / "small"
-# What tells a better model from a worse one by its evaluation; more is better for each.
+# Evaluation metrics by which the best model can be chosen; for each, more is better.
 BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
-# Steps by the metric of an evaluation, and takes it for a loss unless it is told.
+# Schedulers that step by an evaluation metric, and take it for a loss unless told otherwise.
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
-    """A dataclass field that the command line shows with a help text and other names."""
+    """Return a dataclass field with a help text and further names for the command line."""
     metadata: dict[str, Any] = {"help": text, **kwargs}
     if aliases:
         metadata["aliases"] = [f"--{alias}" for alias in aliases]
@@ -40,18 +38,18 @@ def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
 
 @dataclass
 class AnswerConfig(TrainingArguments):
-    """`transformers.TrainingArguments` with what training on prompts with answers needs.
+    """`transformers.TrainingArguments` and what training on prompts with answers needs.
 
     Class attributes:
-        title: of the method, for messages and help.
+        title: name of the method in messages and help.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     title: ClassVar[str]
 
-    # The parents' fields with a default of ours.
+    # Inherited fields with defaults of our own.
     per_device_eval_batch_size: int = setting(64, "Prompts per device and evaluation batch.")
     logging_steps: float = setting(1, "Log every so many updates.")
     remove_unused_columns: bool | None = setting(
@@ -64,7 +62,7 @@ class AnswerConfig(TrainingArguments):
         const=True,
     )
     dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
-    # The parent's takes one name on the command line.
+    # The parent's field takes only one name on the command line.
     report_to: list[str] = field(  # type: ignore[assignment]
         default_factory=list,
         metadata={"help": "Whom to report to: tensorboard, wandb, trackio; several, all or none."},
@@ -96,13 +94,13 @@ class AnswerConfig(TrainingArguments):
         if self.metric_for_best_model is None and (  # type: ignore[has-type]
             self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST or by_metric
         ):
-            # The Trainer's own default is a loss on held-out rows, which nobody computes here.
+            # The Trainer's own default is the loss on held-out rows, which is not computed here.
             self.metric_for_best_model = BEST_MODEL_METRICS[0]
         if not self.deepspeed and not torch.accelerator.is_available():
-            # Without it the Trainer makes no group of processes that have no GPU: each would be a
-            # run of its own, all of them in one folder.
+            # Without this the Trainer would not group processes that have no GPU: each would be a
+            # separate run, all of them in one folder.
             self.use_cpu = True
-        # Of what transformers itself trips over, its messages do not name the argument.
+        # Checked first, since the messages of transformers do not name the argument.
         check_numbers(self)
         super().__post_init__()
         if is_torchelastic_launched() and self.parallel_mode != ParallelMode.DISTRIBUTED:
@@ -111,10 +109,10 @@ class AnswerConfig(TrainingArguments):
                 f"over which they make no group; got {self.use_cpu}"
             )
         check_loader(self.accelerator_config)
-        # By now mappings that were given as text are read.
+        # Checked again: mappings that were given as text have been parsed now.
         check_numbers(self)
         if by_metric:
-            # A part of a negative metric would make a threshold that a worse model passes.
+            # With a relative threshold a worse model would pass where the metric is negative.
             told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}
             given: Any = self.lr_scheduler_kwargs  # type: ignore[has-type]
             self.lr_scheduler_kwargs = told | (given or {})
@@ -136,7 +134,7 @@ class AnswerConfig(TrainingArguments):
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
-            # Every trainable weight has a gradient in every backward.
+            # Every trainable weight gets a gradient in every backward pass.
             self.ddp_find_unused_parameters = False
 
     def _check_best_model(self) -> None:
@@ -202,12 +200,12 @@ class LatroConfig(EngineArguments, AnswerConfig):
     over the prompts. Defaults are those of the paper (arXiv 2411.04282).
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     title = "LaTRO"
 
-    # The parents' fields with a default of ours.
+    # Inherited fields with defaults of our own.
     output_dir: str = setting("runs/latro", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(5e-7, "The initial learning rate.")
     per_device_train_batch_size: int = setting(3, "Prompts per device and step.")
@@ -274,12 +272,12 @@ class SftConfig(AnswerConfig):
     """The settings of supervised fine-tuning.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     title = "SFT"
 
-    # The parents' fields with a default of ours.
+    # Inherited fields with defaults of our own.
     output_dir: str = setting("runs/sft", "Where checkpoints, metrics and the model go.")
     learning_rate: float = setting(1e-5, "The initial learning rate.")
 
@@ -296,7 +294,7 @@ class SftConfig(AnswerConfig):
 
 @dataclass
 class ModelArguments:
-    """Which model, and how it is loaded."""
+    """The model to load, and how to load it."""
 
     _argument_group_name = "model"
 
@@ -319,10 +317,11 @@ class ModelArguments:
 
 @dataclass
 class PeftArguments:
-    """Whether an adapter is trained instead of the model, by TRL's names and defaults.
+    """The adapter to train instead of the whole model, with TRL's names and defaults.
 
     Raises:
-        ValueError: a setting out of its range, or one for an adapter without `use_peft`.
+        ValueError: a setting is out of its range, or one for an adapter is given without
+            `use_peft`.
     """
 
     _argument_group_name = "adapter"
@@ -361,10 +360,10 @@ class PeftArguments:
 
 @dataclass
 class DataArguments:
-    """Which problems.
+    """The problems to train or evaluate on.
 
     Raises:
-        ValueError: an answer template that is empty, or begins or ends with white space.
+        ValueError: the answer template is empty, or begins or ends with white space.
     """
 
     _argument_group_name = "data"

@@ -1,7 +1,7 @@
-"""Which of `transformers.TrainingArguments` mean nothing to a trainer of this package.
+"""Refuse those of `transformers.TrainingArguments` that this package's trainers do not support.
 
-A trainer has a training step and an evaluation of its own, so that what the Trainer does in its own
-would not be done; or it would change what the method is.
+The trainers have a training step and an evaluation of their own, so settings of the Trainer's step
+and evaluation would have no effect; others would change the method.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SIGNALS = "SIGTERM and SIGINT are answered already, by a whole checkpoint after
 _CACHE = "every forward of the trainer says itself whether it keeps a cache"
 _MEAN = "an update is the mean over the prompts of all processes"
 
-# The reason, and the values that are refused where that is not every one but the default.
+# The reason, and the values that are refused; None: every value but the default.
 _REFUSED: dict[str, tuple[str, Sequence[str | bool] | None]] = {
     "torch_compile": (_COMPILED, None),
     "torch_compile_backend": (_COMPILED, None),
@@ -61,7 +61,7 @@ _REFUSED: dict[str, tuple[str, Sequence[str | bool] | None]] = {
 }
 
 
-# Of the Trainer's `accelerator_config`: the value that is taken, and why no other is.
+# Fields of the Trainer's `accelerator_config`: the only supported value, and why.
 _LOADER: dict[str, tuple[bool, str]] = {
     "split_batches": (False, "per_device_train_batch_size is of each device"),
     "dispatch_batches": (
@@ -76,7 +76,7 @@ _LOADER: dict[str, tuple[bool, str]] = {
 
 
 def check_loader(config: AcceleratorConfig) -> None:
-    """Raise ValueError for a way of handing out prompts that is not this package's."""
+    """Raise ValueError for settings of data loading that this package does not support."""
     for name, (expected, reason) in _LOADER.items():
         value = getattr(config, name)
         if bool(value) != expected and value is not None:
@@ -86,10 +86,10 @@ def check_loader(config: AcceleratorConfig) -> None:
 
 
 def check_refused(args: TrainingArguments) -> None:
-    """Raises ValueError for an argument that would do nothing here, or harm."""
+    """Raise ValueError for an argument that would have no effect here, or do harm."""
     defaults = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
     for name, (reason, values) in _REFUSED.items():
-        # Some came with later versions of transformers, and went with others.
+        # Some arguments exist only in some versions of transformers.
         if name not in defaults:
             continue
         value = getattr(args, name)

@@ -1,1 +1,1 @@
-"""What samples rationales: transformers in this process, or a vLLM server."""
+"""The engines that sample rationales: transformers in this process, or a vLLM server."""

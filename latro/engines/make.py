@@ -1,4 +1,4 @@
-"""From the settings to the engine that they name."""
+"""Make the engine that the settings name."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
 ) -> RolloutEngine:
-    """Return the engine that `args` name; a server still has to be given the model's weights.
+    """Return the engine that `args` name; a server still needs `update_weights` with the model.
 
     Args:
         args: the settings.
         model: the policy.
-        tokenizer: the model's.
-        folder: where the output goes; weights for a server go through `vllm_weights` in it, unless
+        tokenizer: the model's tokenizer.
+        folder: the output folder; a server reads weights from `vllm_weights` in it, unless
             `args.vllm_weights_dir` names another folder.
 
     Raises:

@@ -28,23 +28,23 @@ from latro.rollout.sequences import Sample, decode_batch, eos_token_ids
 
 
 def seed_of(*entropy: int) -> int:
-    """A seed from 0 to 2⁶³ − 1, another one for any other sequence of non-negative integers."""
+    """Return a seed from 0 to 2⁶³ − 1 for a sequence of non-negative integers, as a hash of it."""
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class TransformersEngine:
     """Samples from the policy in this process.
 
-    A prompt's samples depend on its seed, the weights and nothing else: not on the prompts beside
-    it, nor on how many processes share them. The global random state is left alone.
+    A prompt's samples depend only on its seed and the weights, and not on the prompts beside it or
+    the number of processes that share them. The global random state is not touched.
 
     Args:
-        model: a causal language model; put into eval mode while it generates.
-        tokenizer: decodes the text that a template is looked for in.
+        model: a causal language model; it is in eval mode while it generates.
+        tokenizer: decodes the text that is searched for the template.
 
     Raises:
-        ValueError: the model does not keep what it has read in a cache of transformers, and so may
-            not know padding from tokens, and its samples could not share what reads their prompt.
+        ValueError: the model keeps a cache of its own instead of one of transformers', so it may
+            read padding as tokens, and its samples cannot share their prompt's prefill.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -68,11 +68,11 @@ class TransformersEngine:
         seeds: Sequence[int],
         template: str | None = None,
     ) -> list[list[Sample]]:
-        """As `RolloutEngine.generate` says.
+        """Return samples as `RolloutEngine.generate` describes.
 
-        A LongRoPE model takes the frequencies of the longest sequence for all that it is handed, so
-        prompts on different sides of its boundary do not go together, and a completion ends, as by
-        the length limit, before its sequence would go past the boundary.
+        A LongRoPE model uses the frequencies of the longest sequence for a whole batch. So prompts
+        on different sides of its boundary go into different batches, and a completion ends, as at
+        the length limit, before its sequence would cross the boundary.
 
         Raises:
             ValueError: a prompt has as many tokens as the boundary.
@@ -102,38 +102,38 @@ class TransformersEngine:
         seeds: Sequence[int],
         template: str | None,
     ) -> list[list[Sample]]:
-        """`generate` for prompts that may go together."""
+        """Return the samples of prompts that may share a batch."""
         model = self.model
         eos = eos_token_ids(model, self.tokenizer)
         device = model.device
         width = max(len(p) for p in prompts)
-        # The padding is masked, so its id is never seen by a real token and any id will do.
+        # The padding is masked, so real tokens never attend to it and any id will do.
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         sampling = [SeededSampling(seeds, num_samples, temperature, device)] if temperature else []
 
         was_training = model.training
         model.eval()
-        # A model's own generation config may cut the distribution (top-k, top-p, penalties).
-        # Samples from a cut distribution are not samples of the policy: a plain one stands in.
+        # A model's own generation config may truncate the distribution (top-k, top-p, penalties),
+        # and then samples are not the policy's. A plain config replaces it for the call.
         plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=eos or None,
             pad_token_id=eos[0] if eos else 0,
         )
-        # PEFT's wrapper hands its own to the model inside of it, and leaves it there.
+        # PEFT's wrapper copies its own config to the model inside and leaves it there.
         owners = (model, without_wrapper(model))
         own_configs = [owner.generation_config for owner in owners]
         for owner in owners:
             owner.generation_config = plain
         try:
-            # Up to their last token but one the longest prompts just beyond LongRoPE's boundary
-            # are within it, and would be read with the other frequencies.
+            # A prompt one token longer than LongRoPE's boundary would be prefilled without its
+            # last token, and so with the short frequencies instead of the long ones.
             apart = self.boundary is not None and width - 1 == self.boundary
             shared = {} if width == 1 or apart else _prefill(model, ids, mask)
             for cache in shared.values():
-                # Layers of linear attention can be reordered, and not repeated.
+                # Reordered with repeated rows: caches of linear attention cannot be repeated.
                 cache.reorder_cache(torch.arange(len(ids)).repeat_interleave(num_samples))
                 if not _knows_its_length(cache):
                     ids, mask = ids[:, -1:], mask[:, -1:]
@@ -145,8 +145,8 @@ class TransformersEngine:
                 **shared,
                 logits_processor=LogitsProcessorList(sampling),
                 stopping_criteria=StoppingCriteriaList([stop]),
-                # Where weights are sharded they are gathered for the whole call, so that no step
-                # waits for other processes.
+                # Sharded weights are gathered for the whole call, so no step has to wait for other
+                # processes.
                 synced_gpus=False,
             )
         finally:
@@ -161,11 +161,11 @@ class TransformersEngine:
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Nothing to do: the policy is here."""
+        """Do nothing: the engine samples from the policy itself."""
 
 
 class _Limit(NamedTuple):
-    """What prompts have in common that may go through a LongRoPE model together."""
+    """The properties that prompts must share to go through a LongRoPE model in one batch."""
 
     long: bool
     new_tokens: int
@@ -186,16 +186,17 @@ def _limit(prompt_length: int, max_new_tokens: int, boundary: int | None) -> _Li
 
 
 class SeededSampling(LogitsProcessor):
-    """Leaves one token a row, drawn from softmax(logits / T) with the prompt's own random numbers.
+    """Leaves one token per row, drawn from softmax(logits / T) with the prompt's own random numbers.
 
-    One number u a row, and the first token whose cumulative probability exceeds it: a number a
-    token, as other ways take, costs more than the rest of a decoding step's head.
+    Each row draws one number u and takes the first token whose cumulative probability exceeds u.
+    Other ways draw a number for every token of the vocabulary, which costs more than the rest of a
+    decoding step's head.
 
     Args:
         seeds: one per prompt.
-        num_samples: consecutive rows of one prompt.
+        num_samples: number of consecutive rows that belong to one prompt.
         temperature: T, more than 0.
-        device: where the logits are.
+        device: the device of the logits.
     """
 
     def __init__(
@@ -206,10 +207,10 @@ class SeededSampling(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
-        # fp64, so that the sum keeps the digits of tokens of little probability.
+        # fp64, so that the sum keeps the digits of tokens with little probability.
         cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
         u = torch.cat([self._numbers(g, scores.device) for g in self.generators])[:, None]
-        # "Exceeds", not "reaches": a token of probability 0 is never the first to.
+        # `right=True` means exceeds, not reaches, so a token of probability 0 is never taken.
         chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
         chosen.clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
@@ -219,14 +220,14 @@ class SeededSampling(LogitsProcessor):
 
 
 class TemplateStop(StoppingCriteria):
-    """Ends a row where its decoded text shows `template` whole, and keeps each row's length.
+    """Ends a row where its decoded text contains the whole `template`, and records row lengths.
 
-    Where the template ends in a word, that takes one token more, the one that tells that the word
-    has ended (`latro.rollout.answer_template.ending_pattern`).
+    Where the template ends in a word, this takes one more token, which shows that the word has
+    ended (`latro.rollout.answer_template.ending_pattern`).
 
-    Decoded text is matched and not token ids, because the same words can be cut into tokens in
-    many ways. The lengths make padding unnecessary for finding ends, so that a tokenizer whose
-    padding token is its end token is no special case.
+    Decoded text is matched instead of token ids, because the same words can be tokenized in many
+    ways. Thanks to the lengths, ends need not be found by padding, so a tokenizer whose padding
+    token is its end token is no special case.
     """
 
     def __init__(
@@ -241,8 +242,9 @@ class TemplateStop(StoppingCriteria):
         self.prompt_length = prompt_length
         self.eos_token_ids = frozenset(eos_token_ids)
         self.pattern = ending_pattern(template) if template else None
-        # A token stands for at least one byte, or for nothing visible at the start of the window;
-        # the characters on both sides of the template count, of up to 4 bytes each.
+        # Tokens to look back over. A token spells at least one byte, or nothing visible at the
+        # start of the window; the characters on both sides of the template, up to 4 bytes each,
+        # decide whether it is whole.
         self.window = len(template.encode()) + 12 if template else 1
         self.lengths = [0] * num_rows
         self.done = [False] * num_rows
@@ -252,7 +254,8 @@ class TemplateStop(StoppingCriteria):
     ) -> Tensor:
         start = max(self.prompt_length, input_ids.shape[1] - self.window)
         tails = input_ids[:, start:].tolist()
-        # Of a match where the window begins it is not seen what stands before. It is an old one.
+        # A match at the window's first character is skipped: what stands before it is not visible,
+        # and an earlier step has judged it.
         cut = int(start > self.prompt_length)
         open_rows = [row for row, done in enumerate(self.done) if not done]
         texts = (
@@ -269,21 +272,22 @@ class TemplateStop(StoppingCriteria):
 
 
 def caches_in(output: ModelOutput) -> dict[str, Cache]:
-    """The caches that a model's output holds, by their names in this version of transformers."""
+    """Return the caches in a model's output, by their names in this version of transformers."""
     return {name: value for name, value in output.items() if isinstance(value, Cache)}
 
 
 def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Cache]:
-    """The cache of every prompt token but the last, which generation reads itself, by its name.
+    """Return the cache of all prompt tokens but the last, by its name; generation reads the last.
 
-    The model makes the cache and names it: generation hands it back to the model's forward by the
-    same name, which differs between versions of transformers.
+    The name is the model's: generation passes the cache back to the model's forward by that name,
+    which differs between versions of transformers.
 
     Raises:
-        ValueError: the model returns no cache, so that K samples would read their prompt K times.
+        ValueError: the model returns no cache, so K samples would have to read their prompt K
+            times.
     """
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    # The whole model and not its trunk alone: sharding engines want to be called at the root.
+    # Call the whole model, not only its trunk: sharding engines expect calls at the root.
     output = model(
         input_ids=ids[:, :-1],
         attention_mask=mask[:, :-1],
@@ -303,10 +307,10 @@ def _prefill(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Cac
 
 
 def _knows_its_length(cache: Cache) -> bool:
-    """Whether `generate` can tell how many tokens a cache holds, so that it leaves those out."""
+    """Return whether a cache knows how many tokens it holds, so that `generate` skips those."""
     try:
         cache.get_seq_length()
     except ValueError:
-        # Each of its layers keeps a state of one size, however much it has read.
+        # All its layers keep a state of fixed size, however many tokens they have read.
         return False
     return True

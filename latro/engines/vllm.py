@@ -5,16 +5,17 @@ The server runs beside the trainer, on GPUs of its own or on the same machine:
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs
 
 `processed_logprobs` makes it report log-probs under softmax(logits / temperature), the distribution
-that it samples from; the dev mode opens the routes that load weights. Those are for a private
-network: whoever reaches them can change the model. On a CPU it takes --no-enable-chunked-prefill
-too, since vLLM 0.32 ends there at a seeded prompt that it reads in pieces; and a model whose
-embeddings are tied cannot be updated there, since the packed head stays the old one.
+that it samples from; the dev mode opens the routes that load weights. Keep the server on a private
+network, since whoever reaches those routes can change the model. On a CPU it needs
+--no-enable-chunked-prefill too, because vLLM 0.32 crashes there at a seeded prompt that it reads in
+pieces; and a model with tied embeddings cannot be updated there, because vLLM keeps a packed copy
+of the old head.
 
-After each update the policy is written as safetensors into a folder that the server reads too, and
-the server loads it in place and forgets its cached prefixes, whose keys and values are the old
-policy's. On one machine a folder in memory (/dev/shm) saves the disk. Every set of weights has a
-version of its own, which the server must still name before it samples: a server that was restarted,
-or that another run has taken, is an error and never a stale rollout.
+After each update the policy is written as safetensors into a folder that the server can read. The
+server loads the weights in place and drops its cached prefixes, whose keys and values are the old
+policy's. On one machine a folder in memory (/dev/shm) avoids the disk. Every set of weights gets a
+version name of its own, which the server must report before it samples: a server that was
+restarted, or that another run has taken over, is an error and never a stale rollout.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from latro.model.adapters import check_ties, has_adapter
 from latro.rollout.answer_template import stop_strings
 from latro.rollout.sequences import Sample
 
-# Each is named, since the server takes what is not from the model's own generation config.
+# All are given, since the server takes missing ones from the model's own generation config.
 _WHOLE_DISTRIBUTION = {
     "top_k": 0,
     "top_p": 1.0,
@@ -56,8 +57,8 @@ _WHOLE_DISTRIBUTION = {
 _PROBE = "The answer is 42."
 _CHECK_SECONDS = 60.0
 _MAX_CONNECTIONS = 256
-_BYTES_PER_TOKEN = 1024  # of an answer: an id and a log-prob take 30, a token's text some more
-# Of a probability of 1, in the coarsest dtype that a server computes in.
+_BYTES_PER_TOKEN = 1024  # at most, in a reply: id and log-prob take 30, the token's text some more
+# How far rounding may raise the log-prob of a sure token above 0, in a server's coarsest dtype.
 _LOGP_ROUNDING = torch.finfo(torch.bfloat16).eps
 _SHOWN_CHARACTERS = 200
 _WEIGHTS = re.compile(r"step-\d+-\w+")  # folders of weights, as `update_weights` names them
@@ -66,23 +67,23 @@ _WEIGHTS = re.compile(r"step-\d+-\w+")  # folders of weights, as `update_weights
 class VllmEngine:
     """A `RolloutEngine` that samples from `vllm serve`.
 
-    Seeds decide the samples as far as the server's arithmetic does: its batches are made as
-    requests arrive, and a sum's rounding depends on the batch.
+    Seeds decide the samples up to the server's arithmetic: it batches requests as they arrive, and
+    rounding depends on the batch.
 
     Args:
-        url: of the server, "http://127.0.0.1:8000".
-        tokenizer: the policy's; the server must have the same.
-        eos_token_ids: every token that ends a completion.
+        url: the server's address, "http://127.0.0.1:8000".
+        tokenizer: the policy's tokenizer; the server must have the same.
+        eos_token_ids: all tokens that end a completion.
         weights_dir: a folder that this process writes and the server reads, under the same path and
-            as the same user; made where it is missing. One set of weights lies there while the
-            server loads it, and none between updates; what a run that was killed left there goes
-            at the start of the next.
-        vocab_size: token ids that the policy takes; None: as many as the tokenizer has.
-        timeout: seconds that one request may take, its wait in the server's queue included.
+            as the same user; it is made if missing. It holds one set of weights while the server
+            loads them, and none between updates; leftovers of a killed run are deleted when the
+            next one starts.
+        vocab_size: number of token ids that the policy knows; None: the tokenizer's.
+        timeout: seconds that one request may take, including its wait in the server's queue.
 
     Raises:
-        ValueError: no server at `url`, or one that does not serve this policy's rollouts; or a
-            `weights_dir` that is no folder.
+        ValueError: there is no server at `url`, or it cannot serve this policy's rollouts; or
+            `weights_dir` is not a folder.
     """
 
     def __init__(
@@ -128,14 +129,14 @@ class VllmEngine:
     ) -> list[list[Sample]]:
         """Sample `num_samples` completions of each prompt from the model's whole distribution.
 
-        All prompts are under way at once, so the server batches them. `Sample.logp` is the server's
+        All prompts are sent at once, so the server batches them. `Sample.logp` is the server's
         log-prob of each token under softmax(logits / temperature), and None at temperature 0.
 
         Raises:
-            ValueError: a prompt too long for the server, or a server that has other weights than
-                this engine gave it last.
-            ConnectionError: the server went away, failed, took longer than `timeout` or answered
-                with other than the samples it was asked for; the requests beside it are ended.
+            ValueError: a prompt is too long for the server, or the server has other weights than
+                this engine loaded last.
+            ConnectionError: the server is gone, failed, took longer than `timeout` or did not
+                return the samples that were asked for; the other requests are then cancelled.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected {len(prompts)}, one per prompt, got {len(seeds)}")
@@ -159,7 +160,8 @@ class VllmEngine:
                     "n": num_samples,
                     "max_tokens": max_new_tokens,
                     "temperature": temperature,
-                    # Sample j gets seed + j there: neighbouring seeds would share their draws.
+                    # The server seeds sample j with seed + j, so neighbouring seeds would share
+                    # their draws: hash the seed.
                     "seed": Random(seed).getrandbits(62),
                     "stop": [] if template is None else stop_strings(template),
                     "stop_token_ids": self.eos_token_ids,
@@ -168,7 +170,7 @@ class VllmEngine:
                     "logprobs": 0,
                 }
                 | _WHOLE_DISTRIBUTION,
-                # A choice repeats its prompt's ids.
+                # Each choice in the reply repeats its prompt's ids.
                 largest=LARGEST_ANSWER
                 + _BYTES_PER_TOKEN * num_samples * (len(prompt) + max_new_tokens),
                 hangup=hangup,
@@ -183,8 +185,8 @@ class VllmEngine:
                 for future in as_completed(futures):
                     future.result()
             finally:
-                # After a failure nothing is left to wait for; the queue goes before the requests,
-                # whose threads would take from it.
+                # After a failure nothing is left to wait for. The queue is emptied before the
+                # requests are cancelled, since their threads would take from it.
                 pool.shutdown(wait=False, cancel_futures=True)
                 hangup()
         return [future.result() for future in futures]
@@ -192,14 +194,14 @@ class VllmEngine:
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Make the server sample from `model` as it is now; one process of several calls this.
+        """Make the server sample from `model` as it is now; only one of several processes calls this.
 
-        Adapters of PEFT are merged into a copy of the model, on the model's device.
+        PEFT's adapters are merged into a copy of the model, on the model's device.
 
         Raises:
-            ConnectionError: the server could not load the weights, and must be started anew.
-            ValueError: the embeddings are tied, and the server runs on a CPU, or head and embedding
-                are two all the same.
+            ConnectionError: the server could not load the weights, and must be restarted.
+            ValueError: the model's embeddings are tied and the server runs on a CPU; or the config
+                ties them while head and embedding differ.
         """
         if weights is None:
             check_ties(model)
@@ -237,7 +239,7 @@ class VllmEngine:
         self._version = version
 
     def _check_settings(self) -> bool:
-        """Of the server; whether it runs on a CPU."""
+        """Check the server's settings, and return whether it runs on a CPU."""
         info = self._request("/server_info?config_format=json", timeout=_CHECK_SECONDS)
         config = info.at("vllm_config")
         mode = config.at("model_config", "logprobs_mode").of(str)
@@ -266,7 +268,7 @@ class VllmEngine:
             )
 
     def _check_version(self) -> None:
-        # The process that gave no weights does not know their version.
+        # A process that loaded no weights does not know their version.
         if self._version is None:
             return
         version = self._request("/weight_info").at("weight_version").of(str)
@@ -324,9 +326,9 @@ class VllmEngine:
 
 
 def _logp(logp: Answer) -> float:
-    """A log-prob, finite and of a probability; JSON's whole numbers are numbers too."""
+    """Return a log-prob that is finite and at most 0, up to rounding; JSON may write it as an int."""
     value = logp.value if type(logp.value) is int else logp.of(float)
-    # NaN is within no bounds, and a whole number has no largest.
+    # The comparison is false for NaN, and an int may be larger than any float.
     if not -sys.float_info.max <= value <= _LOGP_ROUNDING:
         raise ConnectionError(
             f"{logp.source}: expected a finite log-prob of at most 0 at {logp.place}, got "
@@ -336,16 +338,16 @@ def _logp(logp: Answer) -> float:
 
 
 def _lock(folder: Path) -> int:
-    """Share the lock that tells others that a run has weights in the folder, while it lives."""
+    """Take a shared lock on the folder: while it is held, nobody removes weights there."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    # Some network file systems have no locks of folders; then nobody tidies up there.
+    # Some network file systems cannot lock folders; then nobody removes leftovers there.
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_SH)
     return descriptor
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove weights that a killed run left; where another run uses the folder, none."""
+    """Remove weights that a killed run left, unless another run uses the folder."""
     if not folder.is_dir():
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
@@ -364,6 +366,6 @@ def _remove_leftovers(folder: Path) -> None:
 def _merged(model: PreTrainedModel) -> PreTrainedModel:
     if not has_adapter(model):
         return model
-    # Merging in place and out again would round the frozen weights at every update.
+    # Merging in place and unmerging again would round the frozen weights at every update.
     peft_model: Any = copy.deepcopy(model)
     return peft_model.merge_and_unload()

@@ -1,8 +1,8 @@
-"""JSON over HTTP from a server that may be slow, broken or another program altogether.
+"""Request JSON over HTTP from a server that may be slow, broken or another program altogether.
 
-A request has one limit of time, from the connection to the last byte, however the bytes drip in,
-and one of size. Redirections are not followed. No message has an answer's content in it, which may
-repeat prompts, but for the reason that an error states.
+Each request has one time limit, from the connection to the last byte however slowly bytes arrive,
+and one size limit. Redirections are not followed. Messages do not show an answer's content, which
+may repeat prompts, except for the reason that an error states.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from latro.terminal import one_line
 SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs"
 
 LARGEST_ANSWER = 1 << 24
-"""Bytes; of an answer that has no samples in it."""
+"""Size limit in bytes for an answer without samples."""
 
 _ATTEMPTS = 3
 _LONGEST_REASON = 200
@@ -36,20 +36,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Answer:
-    """A part of what a server answered."""
+    """A part of a server's answer."""
 
     value: Any
-    """As JSON has it."""
+    """The JSON value."""
     source: str
-    """The address that was asked."""
+    """The address that was requested."""
     place: str = ""
-    """Where in the answer it stands, ".choices[0]"."""
+    """The position in the answer, ".choices[0]"."""
 
     def at(self, *keys: str | int) -> Answer:
         """Return the part at these keys and indices.
 
         Raises:
-            ConnectionError: there is none.
+            ConnectionError: there is no such part.
         """
         value, place = self.value, self.place
         for key in keys:
@@ -63,10 +63,10 @@ class Answer:
         return Answer(value, self.source, place)
 
     def of(self, kind: type[T]) -> T:
-        """Return the value, which is of this very type: true is no number.
+        """Return the value if its type is exactly `kind`: true is not a number.
 
         Raises:
-            ConnectionError: it is not.
+            ConnectionError: it is of another type.
         """
         if type(self.value) is not kind:
             raise ConnectionError(
@@ -79,13 +79,13 @@ class Answer:
         """Return the elements of a list.
 
         Raises:
-            ConnectionError: it is none.
+            ConnectionError: the value is not a list.
         """
         return [self.at(index) for index in range(len(self.of(list)))]
 
 
 class Hangup:
-    """Ends requests from another thread: those under way, and those that would begin."""
+    """Cancels requests from another thread: those in progress, and those that would begin."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -93,7 +93,7 @@ class Hangup:
         self._happened = threading.Event()
 
     def __call__(self) -> None:
-        """End them."""
+        """Cancel the requests."""
         with self._lock:
             self._happened.set()
             for open_socket in self._sockets:
@@ -101,16 +101,16 @@ class Hangup:
 
     @property
     def happened(self) -> bool:
-        """Whether requests were ended."""
+        """Return whether requests were cancelled."""
         return self._happened.is_set()
 
     def wait(self, seconds: float) -> None:
-        """Sleep so long, or until requests are ended."""
+        """Sleep for so many seconds, or until requests are cancelled."""
         self._happened.wait(seconds)
 
     @contextmanager
     def reaches(self, open_socket: socket.socket) -> Iterator[None]:
-        """Within the block it can end what waits for this socket."""
+        """Let a cancellation within the block end what waits for this socket."""
         with self._lock:
             self._sockets.add(open_socket)
             if self.happened:
@@ -123,23 +123,23 @@ class Hangup:
 
 
 class Client:
-    """Asks one server.
+    """Sends requests to one server.
 
     Attributes:
-        url: of the server, without a slash at its end.
+        url: the server's address, without a slash at its end.
 
     Args:
-        url: "http://127.0.0.1:8000".
+        url: the server's address, "http://127.0.0.1:8000".
 
     Raises:
-        ValueError: it is of another form. A user and password have no place in it, since a run's
-            settings are written down in its checkpoints and shown by trackers.
+        ValueError: the address is malformed, or has a user and password: those would be written
+            into checkpoints and shown by trackers with the run's settings.
     """
 
     def __init__(self, url: str) -> None:
         parts = _parsed(url)
         if parts is None:
-            # What stands before an "@" may be a password, wherever a malformed URL has it.
+            # Even in a malformed URL, the text before an "@" may be a password: do not show it.
             before, at, behind = url.rpartition("@")
             shown = f"{before.partition('://')[0]}://…@{behind}" if at else url
             raise ValueError(
@@ -159,22 +159,22 @@ class Client:
         largest: int = LARGEST_ANSWER,
         hangup: Hangup | None = None,
     ) -> Answer:
-        """Return what the server answers to a POST of `body`, or to a GET where there is none.
+        """Return the server's answer to a POST of `body`, or to a GET if there is no body.
 
-        A connection that breaks is tried again: each request has one meaning however often it
-        comes. One that is refused is not, since a server that comes back has lost its weights.
+        A broken connection is tried again, since repeating a request does no harm. A refused one is
+        not, since a server that restarts has lost its weights.
 
         Args:
-            path: behind the server's URL.
-            body: JSON.
-            timeout: seconds for all of it, further attempts included.
-            largest: bytes that the answer may have.
-            hangup: can end it.
+            path: the path after the server's URL.
+            body: a JSON object.
+            timeout: seconds for the whole request, including further attempts.
+            largest: size limit of the answer, in bytes.
+            hangup: can cancel the request.
 
         Raises:
-            ConnectionError: no answer, one that took too long or is too large, no JSON, a
-                redirection or an error of the server's.
-            ValueError: the server has no such path, or refuses the request.
+            ConnectionError: there is no answer in time; or the answer is too large, not JSON, a
+                redirection or a server error.
+            ValueError: the server has no such path, or rejects the request.
         """
         where = f"{self.url}{path}"
         hangup = hangup or Hangup()
@@ -186,7 +186,7 @@ class Client:
             except (OSError, UnicodeError, http.client.HTTPException) as error:
                 if hangup.happened:
                     raise ConnectionError(f"{where}: ended, as another request failed") from error
-                # Without a number it is the socket's own limit, else the system's for a connection.
+                # Without an errno the timeout is the socket's own, else the system's.
                 late = isinstance(error, TimeoutError) and error.errno is None
                 if late or time.monotonic() >= deadline:
                     raise ConnectionError(f"{where}: no answer in {timeout:g} seconds") from error
@@ -222,7 +222,7 @@ class Client:
         largest: int,
         hangup: Hangup,
     ) -> tuple[int, bytes]:
-        """Return the status, and of the content at most one byte more than `largest`."""
+        """Return the status and the content, cut one byte after `largest`."""
         host, secure = self._parts.hostname, self._tls is not None
         port = self._parts.port or (443 if secure else 80)
         left = max(deadline - time.monotonic(), 1e-3)
@@ -231,7 +231,7 @@ class Client:
             open_socket = self._tls.wrap_socket(
                 open_socket, server_hostname=host, do_handshake_on_connect=False
             )
-        # A socket's own limit is for each of its reads, so that a byte now and then would do.
+        # The socket's own timeout is per read, so single bytes now and then would outlast it.
         timer = threading.Timer(max(deadline - time.monotonic(), 0), _shut, [open_socket])
         timer.daemon = True
         timer.start()
@@ -242,7 +242,7 @@ class Client:
                 if isinstance(open_socket, ssl.SSLSocket):
                     open_socket.do_handshake()
                 path = self._parts.path.rstrip("/") + path
-                # Compressed, an answer of a few bytes could have any size.
+                # No compression: a few compressed bytes could expand to any size.
                 headers = {"Accept-Encoding": "identity", "Connection": "close"}
                 if body is None:
                     connection.request("GET", path, headers=headers)
@@ -251,10 +251,10 @@ class Client:
                     connection.request("POST", path, json.dumps(body), headers)
                 response = connection.getresponse()
                 content = response.read(largest + 1)
-                # As much as it announced: `read` of a size does not check.
+                # `read` with a size does not check that all announced bytes came.
                 if response.length and len(content) <= largest:
                     raise http.client.IncompleteRead(b"", response.length)
-                # An answer without a length ends where the connection does, for whatever reason.
+                # An answer without a length ends with the connection, also if that was cut here.
                 if hangup.happened or time.monotonic() >= deadline:
                     raise TimeoutError
                 return response.status, content
@@ -264,7 +264,7 @@ class Client:
 
 
 def _parsed(url: str) -> SplitResult | None:
-    """The parts of a URL; None: it is none of a server."""
+    """Return the parts of a URL; None: it is not the address of a server."""
     try:
         parts = urlsplit(url)
         whole = parts.hostname and (parts.port is None or parts.port > 0)
@@ -276,14 +276,14 @@ def _parsed(url: str) -> SplitResult | None:
 
 
 def _shut(open_socket: socket.socket) -> None:
-    """Make every read and write of a socket end, from another thread."""
-    # The server may have closed it. TLS's own `shutdown` would take its state from the reader.
+    """End every read and write of a socket, from another thread."""
+    # The server may have closed it already. TLS's own `shutdown` would disturb the reading thread.
     with contextlib.suppress(OSError):
         socket.socket.shutdown(open_socket, socket.SHUT_RDWR)
 
 
 def _fault(error: Exception) -> str:
-    """What broke a connection; exceptions of HTTP quote what came, unless it was too little."""
+    """Describe what broke a connection, without the content that most HTTP exceptions quote."""
     if isinstance(error, http.client.HTTPException) and not isinstance(
         error, http.client.RemoteDisconnected | http.client.IncompleteRead
     ):
@@ -292,12 +292,12 @@ def _fault(error: Exception) -> str:
 
 
 def _reason(content: bytes) -> str:
-    """What an answer states as the reason of its status, behind a colon; "" where it has none."""
+    """Return the reason that an error answer states, after a colon; "" where it states none."""
     try:
         stated = json.loads(content)
     except (ValueError, RecursionError):
         return ""
-    # vLLM's {"error": {"message": …}}, and {"detail": …} of the framework below it.
+    # vLLM writes {"error": {"message": …}}, the web framework below it {"detail": …}.
     for name in ("error", "message", "detail"):
         if isinstance(stated, dict):
             stated = stated.get(name, stated)

@@ -1,1 +1,1 @@
-"""A run that can be stopped and resumed: checkpoints, signals, the time it takes."""
+"""Runs that can be stopped and resumed: checkpoints, signals, timing."""

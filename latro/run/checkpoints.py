@@ -1,14 +1,14 @@
-"""Checkpoint folders that are there whole or not at all, and that show what damaged them later.
+"""Checkpoint folders that are complete or absent, with a manifest that reveals later damage.
 
 A checkpoint is written under `.latro-partial/` in the run's folder and renamed to `checkpoint-N`
-when all of it stands there, the manifest last; a checkpoint that goes is renamed away before it is
-deleted. So no crash leaves half a `checkpoint-N`. What a disk or a copy does to one afterwards is
-found by the manifest, `checkpoint_manifest.json`:
+when it is complete, the manifest last; a checkpoint to be deleted is renamed first. So no crash
+leaves half a `checkpoint-N`. Damage by a disk or a copy afterwards is found with the manifest,
+`checkpoint_manifest.json`:
 
     {"files": {"model.safetensors": {"bytes": 3639592, "crc32": "1c291ca3"}, ...}}
 
-A CRC-32 finds every short burst of wrong bits, and misses other damage in one case of 2³²; it is as
-fast as a disk, and no guard against intent.
+A CRC-32 finds every short burst of wrong bits, and misses other damage in one of 2³² cases. It is
+as fast as a disk, but does not protect against intent.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 PARTIAL = ".latro-partial"
 
-# What JSON of another shape than expected raises; RecursionError where it is nested too deep.
+# The errors that reading JSON of an unexpected shape raises; RecursionError: nested too deeply.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
 
 _logger = logging.getLogger(__name__)
 
 
 def last_whole_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint folder without damage; each newer one is named in a warning, and why.
+    """Return the newest undamaged checkpoint folder, and warn of each newer one that is damaged.
 
     Raises:
-        ValueError: there is none, or that one cannot be resumed from.
+        ValueError: there is none, or it cannot be resumed from.
     """
     for folder in _newest_first(Path(output_dir)):
         fault = damage(folder)
@@ -55,7 +55,8 @@ def check_checkpoint(folder: str) -> None:
     """Refuse a checkpoint folder that cannot be resumed from as it was saved.
 
     Raises:
-        ValueError: it is no checkpoint, damaged (the message names the file), or of weights alone.
+        ValueError: it is not a checkpoint, is damaged (the message names the file), or has only
+            weights.
     """
     if not os.path.isfile(os.path.join(folder, STATE)):
         raise ValueError(
@@ -74,13 +75,13 @@ def check_checkpoint(folder: str) -> None:
 def check_optimizer_state(folder: str) -> None:
     """Refuse a checkpoint without the state of optimiser and schedule.
 
-    The Trainer would begin both anew, and say nothing.
+    The Trainer would silently start both anew.
 
     Raises:
-        ValueError: there is none, neither a Trainer's nor FSDP's nor DeepSpeed's.
+        ValueError: there is no such state in the form of the Trainer, FSDP or DeepSpeed.
     """
     place = Path(folder)
-    # FSDP has `optimizer.bin` or a folder `optimizer_0`; DeepSpeed keeps all in `global_step<N>`.
+    # FSDP writes `optimizer.bin` or a folder `optimizer_0`; DeepSpeed writes `global_step<N>`.
     whole = any(place.glob("optimizer*")) and os.path.isfile(place / "scheduler.pt")
     if not whole and not any(place.glob("global_step*")):
         raise ValueError(
@@ -91,10 +92,10 @@ def check_optimizer_state(folder: str) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Tell which file of a checkpoint is not as it was written, and how; None: all of them are.
+    """Describe the first file of a checkpoint that is not as it was written; None: all are intact.
 
-    A checkpoint without manifest, as Trainers write them, is taken if its `trainer_state.json`, its
-    last file, can be read and its safetensors have the size that their headers tell.
+    A checkpoint without a manifest, as other Trainers write them, passes if `trainer_state.json`,
+    its last file, can be read and its safetensors files have the size that their headers imply.
     """
     try:
         has_manifest = MANIFEST in os.listdir(folder)
@@ -112,9 +113,9 @@ def _damage_by_manifest(folder: Path) -> str | None:
     except _MALFORMED as error:
         return f"{MANIFEST}: cannot be read ({error!r})"
     if STATE not in files:
-        # The last file of a checkpoint: without it the manifest is of something else.
+        # Every checkpoint has this file, so the manifest belongs to something else.
         return f"{MANIFEST}: does not list {STATE}"
-    # Sizes first: a missing or short file is told without reading the large ones.
+    # Sizes first: a missing or short file is found without reading the large ones.
     for name, (size, _) in files.items():
         path = folder / name
         fault = _no_file(path)
@@ -130,7 +131,7 @@ def _damage_by_manifest(folder: Path) -> str | None:
 
 
 def _no_file(path: Path) -> str | None:
-    """Tell why a path is no regular file; None: it is one. A pipe would be waited for."""
+    """Tell why a path is not a regular file; None: it is one. Reading a pipe would block."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -138,7 +139,7 @@ def _no_file(path: Path) -> str | None:
     except OSError as error:
         return str(error.strerror)
     except ValueError as error:
-        # A name that no file can have, such as one with a null byte.
+        # No file can have such a name, for example one with a null byte.
         return str(error)
     return None if stat.S_ISREG(mode) else "not a file"
 
@@ -147,7 +148,7 @@ def _listed(manifest: Any) -> dict[str, tuple[int, str]]:
     """Return the size and checksum of each file by its name.
 
     Raises:
-        ValueError, KeyError, TypeError or AttributeError: it is no manifest of a folder's files.
+        ValueError, KeyError, TypeError or AttributeError: it is not a manifest of a folder's files.
     """
     files = {}
     for name, entry in manifest["files"].items():
@@ -186,7 +187,7 @@ def _damage_by_headers(folder: Path) -> str | None:
 
 
 def _safetensors_bytes(path: Path) -> int:
-    """Return the size by the header: its length in 8 little-endian bytes, JSON, the tensors."""
+    """Return the file size that the header implies: 8 bytes of length, the JSON, the tensors."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
@@ -205,7 +206,7 @@ def _crc32(path: Path) -> str:
 
 
 def write_manifest(folder: Path) -> None:
-    """Note every file of a checkpoint, its size and checksum."""
+    """Write the manifest: size and checksum of every file of a checkpoint."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _crc32(path)}
         for path in sorted(folder.rglob("*"))
@@ -215,13 +216,13 @@ def write_manifest(folder: Path) -> None:
 
 
 def publish(folder: Path, run_dir: Path) -> Path:
-    """Give a checkpoint, all written, its manifest and its place in `run_dir`.
+    """Write a complete checkpoint's manifest, move it to its place in `run_dir` and return that.
 
-    A checkpoint of the same step, of before the run was taken back to an earlier one, makes room.
+    It replaces a checkpoint of the same step, from before the run went back to an earlier one.
     """
     write_manifest(folder)
     place = run_dir / folder.name
-    # Also a link that leads nowhere is in the way of a folder.
+    # A dangling link is in the way of a folder, too.
     if os.path.lexists(place):
         _put_away(place)
     folder.rename(place)
@@ -229,7 +230,7 @@ def publish(folder: Path, run_dir: Path) -> Path:
 
 
 def publish_files(folder: Path, place: Path) -> None:
-    """Move what is in `folder` to its place, over what has the same names there."""
+    """Move the contents of `folder` to `place`, and replace what has the same names there."""
     for path in sorted(folder.iterdir()):
         target = place / path.name
         if target.is_dir() and not target.is_symlink():
@@ -238,9 +239,9 @@ def publish_files(folder: Path, place: Path) -> None:
 
 
 def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:
-    """Put away the oldest checkpoints over `save_total_limit`, none of `keep` (newest and best).
+    """Put away the oldest checkpoints beyond `limit`, except those in `keep` (newest and best).
 
-    No limit, or one below 1: all stay.
+    Without a limit, or with one below 1, all stay.
     """
     if limit is None or limit < 1:
         return
@@ -258,7 +259,7 @@ def _put_away(folder: Path) -> None:
 
 
 def remove_partial(run_dir: Path) -> None:
-    """Delete what was put away, and what a crash left half written."""
+    """Delete what was put away and what a crash left unfinished."""
     shutil.rmtree(run_dir / PARTIAL, ignore_errors=True)
 
 

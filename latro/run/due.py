@@ -1,8 +1,8 @@
-"""What a run that goes on from a checkpoint makes up for before its next update.
+"""Make up for an evaluation that was due when a run stopped, before the next update.
 
-A signal stops a run after its update, without the evaluation that this update was due; and a kill
-may come between a checkpoint at the end of an epoch and the evaluation that follows it. The
-evaluation is then not in the checkpoint's history, so whoever goes on from it knows.
+A signal stops a run after an update, without the evaluation that was due after it; and a kill may
+come between a checkpoint at the end of an epoch and the evaluation that follows. The evaluation is
+then missing from the checkpoint's history, so a run that resumes can tell.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from transformers.trainer_callback import (
 
 
 def evaluation_due(args: TrainingArguments, state: TrainerState) -> TrainerControl | None:
-    """Tell what the last update was due, where that is an evaluation which it has not had.
+    """Return what was due after the last update if an evaluation is missing.
 
     Returns:
-        What the Trainer's own callback asks for where it asks for the evaluation, the saving that
-        goes with it included; None: it asks for none, or there was one.
+        The control flags of the Trainer's own callback, with the saving that goes with the
+        evaluation; None: no evaluation was due, or it was made.
     """
     if any(
         entry.get("step") == state.global_step and any(name.startswith("eval_") for name in entry)
@@ -33,7 +33,7 @@ def evaluation_due(args: TrainingArguments, state: TrainerState) -> TrainerContr
         return None
     flow = DefaultFlowCallback()
     control = flow.on_step_end(args, state, TrainerControl())
-    # The Trainer ends the epoch at the last update, wherever in the epoch that is.
+    # The Trainer ends the epoch at the last update, even in the middle of an epoch.
     ends = float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
     if ends and not control.should_evaluate:
         control = flow.on_epoch_end(args, state, TrainerControl())
@@ -41,10 +41,10 @@ def evaluation_due(args: TrainingArguments, state: TrainerState) -> TrainerContr
 
 
 class GoingOn(TrainerCallback):
-    """Has a run that goes on make up for what is due, and not do again what was done.
+    """Makes a resumed run make up for what is due, and not repeat what was done.
 
     Args:
-        make_up: called when all callbacks that were added before have begun.
+        make_up: called after `on_train_begin` of all callbacks that were added before.
     """
 
     def __init__(self, make_up: Callable[[], None]) -> None:
@@ -69,6 +69,6 @@ class GoingOn(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.global_step == self.first_step:
-            # No update was left to make: this end of the epoch was before the checkpoint.
+            # No update was left to do: this end of an epoch lies before the checkpoint.
             control.should_evaluate = False
             control.should_save = False

@@ -1,9 +1,9 @@
-"""One folder, one run: who may write into an output folder, and over what.
+"""One folder, one run: decide who may write into an output folder, and what may be overwritten.
 
-While a process trains it holds a lock in the folder; the kernel frees it when the process ends, in
-whatever way. A run that begins writes over nothing that it finds, unless it is told to
-(`--overwrite_output_dir`); one that resumes from a checkpoint in the folder goes on with its own
-files. The folder may not be the place of the model or the data that the run reads.
+While a process trains it holds a lock in the folder; the operating system frees it when the process
+ends, however that happens. A new run overwrites nothing that it finds, unless told to
+(`--overwrite_output_dir`); a run that resumes from a checkpoint in the folder continues its own
+files. The output folder must not be the folder of the model or the data that the run reads.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from latro.run.checkpoints import PARTIAL
 
-# Pushed to the hub are no files whose names begin so: it tells the machine's name.
+# Files with such a prefix are not pushed to the hub: the lock holds the machine's name.
 LOCK_FILE = "_latro.lock"
 
-# Of the model's files those whose names depend on its size.
+# The model's files whose names depend on its size.
 _WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(adapter_)?model\.safetensors\.index\.json"
 )
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
-# What file systems say that know no locks.
+# The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _logger = logging.getLogger(__name__)
 
 
 def lock_of(output: str | os.PathLike[str]) -> Path:
-    """The lock of an output file, beside it."""
+    """Return the path of an output file's lock, beside it."""
     return Path(output).with_name(f".{Path(output).stem}{LOCK_FILE}")
 
 
 @contextmanager
 def locked(path: Path, used: str) -> Iterator[None]:
-    """Hold the file `path` as this process's alone; it is gone when the block ends.
+    """Hold the lock file `path` for this process alone, and delete it when the block ends.
 
-    Folders on the way to it are made, and removed again if nothing else came into them.
+    Missing parent folders are made, and removed again if they are still empty.
 
     Args:
-        path: the file.
-        used: what the file stands for, as messages name it, "output_dir: runs/latro".
+        path: the lock file.
+        used: what the lock protects, for messages: "output_dir: runs/latro".
 
     Raises:
         ValueError: another process holds it.
@@ -64,7 +64,7 @@ def locked(path: Path, used: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Before the lock is given up, so that it is nobody else's file.
+        # Deleted before the lock is released, while no other process can hold this file.
         path.unlink(missing_ok=True)
         os.close(handle)
         for folder in missing:
@@ -78,7 +78,7 @@ def _open_locked(path: Path, used: str) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it a moment ago has deleted it: this one may have no name any more.
+            # The holder of a moment ago may have deleted the file that is open here.
             if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
                 os.close(handle)
                 continue
@@ -102,11 +102,11 @@ def _open_locked(path: Path, used: str) -> int:
 
 @contextmanager
 def locked_by_all(path: Path, used: str) -> Iterator[None]:
-    """As `locked`, for processes that work together: the main one holds it for all.
+    """Hold a lock as `locked` does, for processes that work together: the main one holds it.
 
     Raises:
-        ValueError: another run's process holds it, in all of them.
-        OSError: it cannot be made; ValueError in all but the main process.
+        ValueError: another run's process holds it; raised in all processes.
+        OSError: it cannot be made; the other processes raise ValueError.
     """
     with ExitStack() as stack:
         error: ValueError | OSError | None = None
@@ -120,10 +120,10 @@ def locked_by_all(path: Path, used: str) -> Iterator[None]:
 
 
 def raise_in_all(error: ValueError | OSError | None) -> None:
-    """Raise the main process's error in every process, so that none waits for one that is gone.
+    """Raise the main process's error in every process, so that none waits for a process that ended.
 
     Args:
-        error: the main process's, None where it has none; the others' is not looked at.
+        error: the main process's error or None; that of other processes is ignored.
 
     Raises:
         ValueError: in the other processes, with the error's text.
@@ -141,16 +141,16 @@ def raise_in_all(error: ValueError | OSError | None) -> None:
 def check_apart(
     output_dir: str | os.PathLike[str], sources: Iterable[tuple[str, str | None]]
 ) -> None:
-    """Check that a run's folder is not, and does not hold, what the run reads.
+    """Check that a run's folder neither is nor contains what the run reads.
 
     Args:
-        output_dir: the folder; it need not be there.
-        sources: arguments with their values, paths or the names of models and data sets.
+        output_dir: the folder; it need not exist.
+        sources: pairs of an argument's name and its value, a path or a name of a model or data set.
 
     Raises:
-        ValueError: it does; names the argument.
+        ValueError: it does; the message names the argument.
     """
-    # `Path.resolve` raises RuntimeError at links that lead to each other.
+    # `Path.resolve` would raise RuntimeError at links that lead to each other.
     folder = Path(os.path.realpath(output_dir))
     for argument, value in sources:
         if not value or not os.path.exists(value):
@@ -164,15 +164,15 @@ def check_apart(
 
 
 def to_replace(folder: Path, names: Collection[str], *, overwrite: bool) -> list[Path]:
-    """What a run that begins finds in its folder and would write over.
+    """Return the paths in a new run's folder that the run would overwrite.
 
     Args:
-        folder: the run's; it need not be there.
-        names: of the files that the run writes there, but checkpoints and weights.
-        overwrite: whether it may.
+        folder: the run's folder; it need not exist.
+        names: the files that the run writes there besides checkpoints and weights.
+        overwrite: whether the run may overwrite them.
 
     Raises:
-        ValueError: there is some, and `overwrite` is false.
+        ValueError: there are some, and `overwrite` is false.
     """
     if not folder.is_dir():
         return []
@@ -194,7 +194,7 @@ def to_replace(folder: Path, names: Collection[str], *, overwrite: bool) -> list
 
 
 def delete(paths: Iterable[Path]) -> None:
-    """Delete files, folders with what is in them, and links without what they lead to."""
+    """Delete files, folders with their contents, and links without their targets."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

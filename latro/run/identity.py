@@ -1,11 +1,11 @@
-"""What a checkpoint is a checkpoint of, so that no run goes on as another.
+"""Record which run a checkpoint belongs to, so that no other run resumes from it.
 
 `checkpoint_run.json` in a checkpoint holds every setting that decides what is learnt, with
-fingerprints of data, tokenizer and initial weights. A run that resumes is compared with it. What
-changes results is refused by name; what does not, such as another number of processes with as many
-prompts an update, is told and goes on. So does a longer or shorter run: it trains from the
-checkpoint on by the schedule of its new length. Where things go, what is logged, saved and pushed,
-and how data is loaded, is free.
+fingerprints of data, tokenizer and initial weights. A run that resumes is compared with it. A
+difference that changes results is refused by name. A difference that does not, such as another
+number of processes with as many prompts per update, is only reported, as is a longer or shorter
+run, which trains from the checkpoint on by the schedule of its new length. Settings of paths,
+logging, saving, pushing and data loading may differ freely.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from latro.model.adapters import has_adapter, without_wrapper
 RUN_FILE = "checkpoint_run.json"
 
 Facts = dict[str, dict[str, Any]]
-"""Two sections of values by name: "decides" what is learnt, and "told"."""
+"""Values by name in two sections: "decides" (must be equal), and "told" (reported if changed)."""
 
-# Settings that change nothing of what is learnt.
+# Settings without an effect on what is learnt.
 _FREE = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "run_name", "project"),
     *("report_to", "disable_tqdm", "enable_jit_checkpoint", "push_to_hub", "debug"),
@@ -42,36 +42,36 @@ _FREE = {
     *("eval_on_start", "per_device_eval_batch_size", "use_cache", "remove_unused_columns"),
     *("log_completions", "num_completions_to_print", "max_skipped_updates"),
     *("vllm_url", "vllm_weights_dir", "restore_callback_states_from_checkpoint"),
-    # Other names of the settings for activations.
+    # Other names of the settings for activation checkpointing.
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 }
 _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "ddp_", "trackio_")
-# Those that change no more than rounding, how far a run goes, or what a resume itself does.
+# Settings that change only rounding, the length of a run, or how a run resumes.
 _TOLD = {
     *("max_steps", "num_train_epochs", "ignore_data_skip"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "token_budget", "backend"),
     *("activation_checkpointing", "activation_checkpointing_kwargs", "tf32", "use_cpu"),
     *("fsdp", "fsdp_config", "deepspeed"),
 }
-# Those of evaluations, which decide where the best model is taken or the learning rate follows it.
+# Settings of evaluations; they decide where the best model or the learning rate depends on them.
 _EVALUATION = {
     *("eval_strategy", "eval_steps", "eval_delay", "eval_split", "num_eval_examples"),
     *("metric_for_best_model", "greater_is_better"),
 }
 _HELD_OUT = "held-out data"
 _CONFIG_APART = {
-    # Where a model lies, which version wrote it, and how it is run.
+    # Where the model is stored, which version wrote it, and how it is run.
     *("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures"),
     *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
 }
-# Of a tensor, so many values at most make its fingerprint: training changes nearly all.
+# A tensor's fingerprint covers at most so many of its values, since training changes nearly all.
 _VALUES = 1000
 
 _logger = logging.getLogger(__name__)
 
 
 def settings_of(args: TrainingArguments, num_processes: int) -> Facts:
-    """The settings that are compared."""
+    """Return the settings that are compared."""
     decides: dict[str, Any] = {}
     told: dict[str, Any] = {"processes": num_processes}
     by_evaluation = args.load_best_model_at_end or args.lr_scheduler_type in (
@@ -87,7 +87,7 @@ def settings_of(args: TrainingArguments, num_processes: int) -> Facts:
         args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes
     )
     if args.dataloader_drop_last:
-        # How many prompts are left out of an epoch depends on the batch itself.
+        # The number of prompts that an epoch leaves out depends on the batch size itself.
         decides["prompts a batch"] = args.per_device_train_batch_size * num_processes
     told["torch"], told["transformers"] = torch.__version__, transformers.__version__
     told["device"] = args.device.type
@@ -95,7 +95,7 @@ def settings_of(args: TrainingArguments, num_processes: int) -> Facts:
 
 
 def model_facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
-    """A model before its training, its adapter and its tokenizer."""
+    """Return the facts of an untrained model, its adapter and its tokenizer."""
     base = without_wrapper(model)
     config = {k: v for k, v in base.config.to_dict().items() if k not in _CONFIG_APART}
     decides = {f"model config: {name}": value for name, value in config.items()}
@@ -111,7 +111,7 @@ def model_facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
 
 
 def data_facts(train: Dataset | None, held_out: Dataset | None, answer_template: str) -> Facts:
-    """What is learnt from, and what is evaluated on."""
+    """Return the facts of the training data and the held-out data."""
     return {
         "decides": {
             "answer template": answer_template,
@@ -122,7 +122,7 @@ def data_facts(train: Dataset | None, held_out: Dataset | None, answer_template:
 
 
 def merged(settings: Facts, *others: Facts) -> Facts:
-    """All facts of a run; held-out data decides where the settings of evaluations do."""
+    """Return all facts of a run; held-out data decides only where settings of evaluations do."""
     facts = {
         section: {
             name: value for part in (settings, *others) for name, value in part[section].items()
@@ -135,7 +135,7 @@ def merged(settings: Facts, *others: Facts) -> Facts:
 
 
 def rows_fingerprint(dataset: Dataset) -> dict[str, Any]:
-    """How many rows, and a checksum of what is learnt from them."""
+    """Return the number of rows and a checksum of what is learnt from them."""
     columns = [c for c in ("prompt", "answer", "rationale") if c in dataset.column_names]
     checksum = 0
     for row in dataset:
@@ -145,9 +145,9 @@ def rows_fingerprint(dataset: Dataset) -> dict[str, Any]:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """A checksum over a sample of every tensor.
+    """Return a checksum over a sample of values of every tensor.
 
-    Of a model with an adapter those that stay as they are: a checkpoint has all others.
+    For a model with an adapter, only frozen tensors count: a checkpoint holds all others.
     """
     checksum = 0
     adapter = has_adapter(model)
@@ -164,15 +164,15 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def write_identity(folder: Path, identity: Facts) -> None:
-    """Note in a checkpoint which run it is of."""
+    """Write into a checkpoint which run it belongs to."""
     write_json(folder / RUN_FILE, _as_json(identity))
 
 
 def check_identity(folder: str, identity: Facts) -> None:
-    """Compare a run with the one that a checkpoint is of; what only is to be told is a warning.
+    """Compare a run with a checkpoint's run, and warn of differences that do not matter.
 
     Raises:
-        ValueError: it is another run, or the file that says so is damaged.
+        ValueError: it is another run, or the file with its facts is damaged.
     """
     path = Path(folder) / RUN_FILE
     try:
@@ -214,7 +214,7 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
 
 
 def _as_json(identity: Facts) -> Facts:
-    """As it is read back: tuples are lists there, and keys are strings."""
+    """Return facts as they are read back from JSON: lists for tuples, and strings as keys."""
     return json.loads(json.dumps(identity, default=str))
 
 

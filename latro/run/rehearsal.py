@@ -1,7 +1,7 @@
-"""Tries before the first update what would fail late in a run: the schedule, and saving the model.
+"""Try before the first update what could fail late in a run: the schedule and saving the model.
 
-A generation config that transformers refuses to save, or a learning rate that is divided by zero in
-the last update, would else cost the whole training.
+Otherwise a generation config that transformers refuses to save, or a learning rate that is divided
+by zero in the last update, would cost the whole training.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from latro.model.adapters import has_adapter
 from latro.terminal import one_line
 
-# A rate is worked out in about a microsecond.
+# Computing one learning rate takes about a microsecond.
 _MOST_UPDATES = 1_000_000
 
 
 def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> set[str]:
-    """Save into a temporary folder all that goes beside the weights; returns the files' names.
+    """Save all files but the weights into a temporary folder, and return the files' names.
 
     Raises:
-        ValueError: something cannot be saved; the message says what, and why.
+        ValueError: something cannot be saved; the message says what and why.
     """
     parts: list[tuple[str, Callable[[str], object]]] = []
     if has_adapter(model):
@@ -52,10 +52,10 @@ def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> set[str
 
 
 def try_schedule(scheduler: Any, num_updates: int, name: str) -> None:
-    """Work out every learning rate that a schedule will give; one by a metric's has none yet.
+    """Compute every learning rate of a schedule; one that follows a metric has none yet.
 
     Raises:
-        ValueError: one is negative, no number, or more than fp32 holds.
+        ValueError: a rate is negative, NaN, or too large for fp32.
     """
     if not isinstance(scheduler, LambdaLR):
         return

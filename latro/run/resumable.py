@@ -1,4 +1,4 @@
-"""`LongRunTrainer`: what Hugging Face's Trainer needs to get through days on shared machines."""
+"""`LongRunTrainer`: Hugging Face's Trainer, made fit for days on shared machines."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from latro.terminal import one_line
 
 
 class _Beginning(TrainerCallback):
-    """Calls `begin` when optimiser and schedule are made, and a checkpoint is loaded."""
+    """Calls `begin` once optimiser and schedule exist and any checkpoint is loaded."""
 
     def __init__(self, begin: Callable[[], None]) -> None:
         self.begin = begin
@@ -59,13 +59,13 @@ _SHOWN_KEYS = 5
 
 
 class LongRunTrainer(Trainer):
-    """A Trainer whose checkpoints are whole (`checkpoints`) and that signals stop in order.
+    """A Trainer whose checkpoints are never half written, and which stops cleanly at signals.
 
-    It trains alone in its output folder, and writes over nothing there that is not its run's
-    (`latro.run.folder`). What would fail at the end is tried at the start (`latro.run.rehearsal`).
+    It trains alone in its output folder and overwrites only files of its own run
+    (`latro.run.folder`). What could fail at the end is tried at the start (`latro.run.rehearsal`).
 
     Class attributes:
-        run_files: names of what is written into the output folder beside model and checkpoints.
+        run_files: names of the files in the output folder besides model and checkpoints.
 
     Attributes:
         interruption: its `signal` tells whether SIGTERM or SIGINT ended `train()` early.
@@ -93,15 +93,14 @@ class LongRunTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """As the Trainer's; True resumes from the newest checkpoint without damage.
+        """Train as the Trainer does; with True, resume from the newest undamaged checkpoint.
 
-        A folder is taken as it is: `latro.run.checkpoints.check_checkpoint` tells whether it is
-        whole.
+        A folder is not checked here for damage: `latro.run.checkpoints.check_checkpoint` does that.
 
         Raises:
-            ValueError: there is no whole checkpoint, or it has no state of the optimiser; the
-                output folder is in use, or holds what is not this run's; a setting shows only now
-                to be wrong.
+            ValueError: there is no undamaged checkpoint, or it lacks the optimiser's state; the
+                output folder is in use or holds files of another run; or a setting turns out to be
+                wrong only now.
             OSError: the output folder cannot be written to.
         """
         if resume_from_checkpoint is True:
@@ -125,10 +124,10 @@ class LongRunTrainer(Trainer):
         return output
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The Trainer warns, and goes on with weights that are not the checkpoint's.
+        # The Trainer would only warn, and go on with weights that are not the checkpoint's.
         state = self.model.state_dict()
         found = {t.data_ptr() for name, t in state.items() if name not in load_result.missing_keys}
-        # Of tied weights a checkpoint has one.
+        # A checkpoint has only one of several tied weights.
         missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in found]
         if missing or load_result.unexpected_keys:
             raise ValueError(
@@ -139,14 +138,14 @@ class LongRunTrainer(Trainer):
             )
 
     def _run_identity(self) -> Facts:
-        """What makes this run the one that it is; see `latro.run.identity`."""
+        """Return the facts that identify this run; see `latro.run.identity`."""
         identity = settings_of(self.args, self.accelerator.num_processes)
         identity["decides"]["trainer"] = type(self).__name__
         return identity
 
     @contextmanager
     def holding_output(self) -> Iterator[None]:
-        """Within, the output folder is this run's alone; `train` by itself sees to that.
+        """Hold the output folder for this run alone within the block; `train` does so by itself.
 
         Raises:
             ValueError: another run holds it.
@@ -163,7 +162,7 @@ class LongRunTrainer(Trainer):
                 self._holds_output = False
 
     def _check_output_together(self) -> None:
-        """`_check_output` in the main process, whose error all of them raise."""
+        """Call `_check_output` in the main process, and raise its error in all processes."""
         error: ValueError | None = None
         if self.is_world_process_zero():
             try:
@@ -173,7 +172,7 @@ class LongRunTrainer(Trainer):
         raise_in_all(error)
 
     def _check_output(self) -> None:
-        """Check that the trained model can be saved, and over nothing that is not this run's.
+        """Check that the trained model can be saved, without overwriting files of another run.
 
         Raises:
             ValueError: it cannot.
@@ -185,8 +184,8 @@ class LongRunTrainer(Trainer):
             self._replaced = to_replace(folder, {*self.run_files, *names}, overwrite=overwrite)
 
     def _begin_run(self) -> None:
-        """Take the output folder over, now that nothing else can fail before the first update."""
-        # A checkpoint's state has the intervals of when it was saved; those asked for now hold.
+        """Clear the output folder, now that nothing else can fail before the first update."""
+        # The checkpoint's state has the intervals of its own run; those of the arguments hold now.
         self.state.compute_steps(self.args, self.state.max_steps)
         if self.is_world_process_zero():
             delete(self._replaced)
@@ -196,10 +195,10 @@ class LongRunTrainer(Trainer):
         self._owns_output = True
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As the Trainer's.
+        """Make the optimiser as the Trainer does.
 
         Raises:
-            ValueError: it cannot be made of the settings, or its package is not installed.
+            ValueError: the settings do not fit it, or its package is not installed.
         """
         try:
             return super().create_optimizer(*args, **kwargs)
@@ -212,10 +211,10 @@ class LongRunTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """As the Trainer's, for learning rates that are numbers in every update.
+        """Make the schedule as the Trainer does, and try its learning rate of every update.
 
         Raises:
-            ValueError: it cannot be made of the settings, or gives a rate that is no number.
+            ValueError: the settings do not fit it, or it gives an invalid learning rate.
         """
         name = self.args.lr_scheduler_type.value
         try:
@@ -229,24 +228,24 @@ class LongRunTrainer(Trainer):
         return scheduler
 
     def _is_saved(self) -> bool:
-        # Where the best checkpoint is loaded at the end, that one is there, and the model is no
-        # more what the optimiser's state belongs to.
+        # Where the best checkpoint was loaded at the end, it exists already, and the optimiser's
+        # state belongs to the weights of another update.
         return self.args.load_best_model_at_end or self._saved_step == self.state.global_step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """As the Trainer's; no batch after the last update.
+        """Return batches as the Trainer does, but none after the last update.
 
-        The Trainer looks for the end after an update, and so makes one too many where it resumes
-        from the checkpoint of the last.
+        The Trainer checks for the end only after an update, so it would do one too many when it
+        resumes from the checkpoint of the last update.
         """
         if self._is_done():
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _is_done(self) -> bool:
-        # An evaluation that was made up for may stop the training before an update.
+        # An evaluation that was made up for may have stopped the training before any update.
         return self.state.global_step >= self.state.max_steps or self.control.should_training_stop
 
     def _inner_training_loop(
@@ -257,11 +256,11 @@ class LongRunTrainer(Trainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        # By now the Trainer has set the model's special tokens, which are saved with it.
+        # Checked now, as the Trainer has set the model's special tokens, which are saved with it.
         self._check_output_together()
         going_on = None
         if resume_from_checkpoint is not None:
-            # The run's first evaluation is behind it.
+            # The run has had its first evaluation.
             args = copy.copy(args)
             args.eval_on_start = False
             going_on = GoingOn(
@@ -285,11 +284,11 @@ class LongRunTrainer(Trainer):
     def _make_up_evaluation(
         self, checkpoint: str, trial: Any, ignore_keys_for_eval: list[str] | None
     ) -> None:
-        """Make the evaluation that the checkpoint's update was due, if it has not had it."""
+        """Make the evaluation that was due after the checkpoint's update, if it is missing."""
         due = evaluation_due(self.args, self.state)
         if due is None:
             return
-        # As the update left it: what is saved below holds it.
+        # The random state as the update left it, since it is saved below.
         self._load_rng_state(checkpoint)
         metrics = self._evaluate(trial, ignore_keys_for_eval)
         is_best = self._determine_best_metric(metrics=metrics, trial=trial)
@@ -298,7 +297,7 @@ class LongRunTrainer(Trainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _get_output_dir(self, trial: Any) -> str:
-        # Where the Trainer makes `checkpoint-N`; it asks once a checkpoint.
+        # The folder where the Trainer makes `checkpoint-N`; it calls this once per checkpoint.
         run_dir = super()._get_output_dir(trial)
         return run_dir if self._partial is None else str(self._partial)
 
@@ -309,7 +308,7 @@ class LongRunTrainer(Trainer):
             with writing(self._partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
                 self._write_checkpoint(model, trial, run_dir)
         except OSError:
-            # What a full disk holds of a checkpoint is of no use, and takes its space.
+            # Part of a checkpoint on a full disk is useless and takes space.
             remove_partial(run_dir)
             raise
         finally:
@@ -330,8 +329,8 @@ class LongRunTrainer(Trainer):
             self.state.best_model_checkpoint = str(place)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-        # On a shared disk all ranks have written into the one folder; a node with a disk of its own
-        # has a folder of its own. So process 0 renames first, then each node what it still has.
+        # On a shared disk all ranks wrote into one folder; a node with its own disk has a folder of
+        # its own. So process 0 renames first, and then each node what is still there.
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             self._finish_checkpoint(folder, run_dir)
@@ -348,10 +347,10 @@ class LongRunTrainer(Trainer):
         remove_partial(run_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's; a file of before is there until the whole model is written.
+        """Save the model as the Trainer does; old files stay until the whole model is written.
 
         Raises:
-            OSError: it cannot be written; the folder is then as it was.
+            OSError: it cannot be written; the folder is then unchanged.
         """
         if _internal_call:
             super().save_model(output_dir, _internal_call)
@@ -380,7 +379,7 @@ class LongRunTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
         scheduler = self.lr_scheduler
         if isinstance(scheduler, LambdaLR):
-            # Where a run goes on for longer, the optimiser's state has the old length's rate.
+            # The optimiser's state holds the learning rate of a run of the old length.
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             rates = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
             for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -392,6 +391,7 @@ class LongRunTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The upload runs beside the training: it starts when the folder has its last name.
+        # The upload runs in parallel with training, so it starts when the folder has its final
+        # name.
         if self._partial is None:
             super()._push_from_checkpoint(checkpoint_folder)

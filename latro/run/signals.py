@@ -1,4 +1,4 @@
-"""Stops a run at SIGTERM or SIGINT after the update it is at, with a checkpoint."""
+"""Stop a run at SIGTERM or SIGINT after its current update, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from transformers.trainer_utils import IntervalStrategy
 
 
 class Interruption(TrainerCallback):
-    """A callback, and a context that holds the signal handlers while a run trains.
+    """A callback, and a context manager that installs signal handlers while a run trains.
 
-    Schedulers send SIGTERM some time before they kill; Ctrl-C is SIGINT. At the first of either the
-    update goes on to its end, a checkpoint follows, and training stops without a further
-    evaluation, which is made when the run goes on (`latro.run.due`): a scheduler's patience must
-    outlast one update, an evaluation under way, and the saving. After the last update it is left to
-    the trainer to save (`after_training`). A second Ctrl-C is Python's KeyboardInterrupt at once; a
-    second SIGTERM changes nothing, since schedulers send several. A signal that the parent had the
-    process ignore stays ignored. With several processes a signal at one of them stops all at the
-    same update.
+    Schedulers send SIGTERM some time before they kill; Ctrl-C sends SIGINT. At the first of either,
+    the run finishes its update, saves a checkpoint, and stops without a further evaluation, which
+    is made when the run resumes (`latro.run.due`). So the scheduler's grace period must cover one
+    update, an evaluation under way, and the saving. After the last update the trainer has to save
+    (`after_training`). A second Ctrl-C raises KeyboardInterrupt at once; a second SIGTERM changes
+    nothing, since schedulers send several. A signal that the process was started to ignore stays
+    ignored. With several processes, a signal to any one stops all at the same update.
 
-    Python takes signals in the main thread only: trained in another, a run has no handlers.
+    Python handles signals in the main thread only, so a run in another thread has no handlers.
     """
 
     signal: int | None
-    """The number of the signal that stopped the last run; None: it went to its end."""
+    """The number of the signal that stopped the last run; None: the run was completed."""
 
     def __init__(self) -> None:
         self.signal = None
@@ -56,16 +55,16 @@ class Interruption(TrainerCallback):
     ) -> None:
         while self._previous:
             number, handler = self._previous.popitem()
-            # None: a handler that Python did not install and cannot put back.
+            # None stands for a handler that Python did not install and cannot restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._received and self.signal is None and error is None:
-            # It came when all was done, and there is nothing to stop: it does what it would.
+            # The signal came after the end, with nothing to stop: it has its usual effect.
             signal.raise_signal(self._received)
 
     def after_training(self, args: TrainingArguments) -> bool:
-        """Whether a signal came after the last update had ended; it is `signal` then.
+        """Return whether a signal came after the last update, and keep it as `signal` then.
 
-        Evaluation and saving follow that update. All processes must ask together.
+        Evaluation and saving follow that update. All processes must call this together.
         """
         if self.signal is None:
             self.signal = self._highest_received(args) or None
@@ -74,19 +73,19 @@ class Interruption(TrainerCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # A data loader's worker: it ends with its parent.
+            return  # This is a data loader's worker, which ends with its parent.
         if number == signal.SIGINT and self._received:
             raise KeyboardInterrupt
         if not self._received:
             name = signal.Signals(number).name
-            # To stderr, and not by print: the signal may have interrupted one.
+            # Not by print, since the signal may have interrupted a print.
             os.write(2, f"\n{name}: saving after this update\n".encode())
         self._received = number
 
     def _highest_received(self, args: TrainingArguments) -> int:
         if args.world_size == 1:
             return self._received
-        # All ranks must leave the loop at the same update, or those left would wait for ever.
+        # All ranks must leave the loop at the same update, or the rest would wait for ever.
         highest = torch.tensor(self._received, device=args.device)
         distributed.all_reduce(highest, distributed.ReduceOp.MAX)
         return int(highest)
@@ -101,7 +100,7 @@ class Interruption(TrainerCallback):
         number = self._highest_received(args)
         if number:
             self.signal = number
-            # What was summed up since the last log is in no checkpoint.
+            # Checkpoints do not hold the sums since the last log, so log them now.
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
             control.should_save = True
             control.should_evaluate = False

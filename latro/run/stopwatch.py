@@ -1,4 +1,4 @@
-"""Seconds of the parts of a step, without waiting for the device in the middle of it."""
+"""Measure the seconds of parts of a step, without waiting for the device in between."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 class Stopwatch:
-    """Sums the time of named parts, each as often as it comes.
+    """Sums the time of named parts, over all their occurrences.
 
-    On a CUDA device a part is timed by events on the current stream, since the host has long gone
-    on when the kernels run; elsewhere by the clock.
+    On a CUDA device a part is timed by events on the current stream, since the host does not wait
+    for the kernels; elsewhere by the clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,7 +36,7 @@ class Stopwatch:
             self._add(name, time.perf_counter() - started)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last call; to be called where the device is waited for."""
+        """Return the seconds of each part since the last call; call it once the device is done."""
         for name, start, end in self._events:
             end.synchronize()
             self._add(name, start.elapsed_time(end) / 1e3)
