@@ -1,4 +1,4 @@
-"""What the training commands share: from the command line to the files that a run leaves."""
+"""Run a training command, from its arguments to the files that the run leaves."""
 
 from __future__ import annotations
 
@@ -40,28 +40,27 @@ def run_training(
     prog: str,
     small_settings: str = "default.yaml",
 ) -> dict[str, dict[str, float]]:
-    """Run a command line; returns the metrics before ("base") and after ("final").
+    """Run a training command, and return the metrics before ("base") and after it ("final").
 
     There is no "base" where `eval_on_start` is false.
 
     Args:
         trainer_class: takes a model, settings, a dataset, a tokenizer and a task, as
             `AnswerTrainer` does.
-        config_class: of its settings.
+        config_class: the class of its settings.
         argv: the command line; None: the process's own.
-        prog: the command, "latro.train".
-        small_settings: in `latro/assets`, for the model that ships.
+        prog: the name of the command, "latro.train".
+        small_settings: the file in `latro/assets` with settings for the model that ships.
 
     Raises:
-        ValueError: bad settings, model or data; the output folder is then as it was.
+        ValueError: settings, model or data are bad; the output folder is then unchanged.
         TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
     """
     classes = (ModelArguments, PeftArguments, DataArguments, config_class)
     model_args, peft_args, data_args, args = parse_arguments(
         classes, argv, prog=f"python -m {prog}", small_settings=small_settings
     )
-    # The library's remarks on its own defaults, and its bars for each file read or written, are
-    # none of the user's business here.
+    # Do not show the library's remarks on its own defaults and its progress bars for files.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     check_apart(
@@ -101,7 +100,7 @@ def run_training(
     with trainer.holding_output():
         results = _train(trainer, resume, console)
     if args.push_to_hub:
-        # Once more, over what `save_model` pushed: the card and the results are there only now.
+        # `save_model` pushed before the card and the results existed, so push again.
         trainer.push_to_hub()
     return results
 
@@ -109,7 +108,7 @@ def run_training(
 def _train(
     trainer: AnswerTrainer, resume: str | None, console: Terminal
 ) -> dict[str, dict[str, float]]:
-    """Train, evaluate and save; returns the metrics before and after."""
+    """Train, evaluate and save, and return the metrics before and after."""
     args = trainer.args
     trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signal is not None:
@@ -129,7 +128,7 @@ def _train(
     results["final"] = final[-1]
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / RESULTS_FILE, _without_infinite(results))
-    # Again, now that the last evaluation is known.
+    # Write the card again, now that the last evaluation is known.
     trainer.create_model_card()
     console.print(_table(results, len(trainer.eval_dataset)))
     if best is not None:
@@ -144,7 +143,7 @@ def _train(
 
 
 def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """As JSON has it: null where an answer is impossible, whose log-probability is −∞."""
+    """Return the results for JSON, with null for the −∞ of an impossible answer's log-prob."""
     return {
         name: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         for name, metrics in results.items()
@@ -152,18 +151,18 @@ def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[st
 
 
 def _best_step(args: AnswerConfig, state: TrainerState) -> int | None:
-    """The update of the checkpoint that was loaded at the end as the best; None: none was."""
+    """Return the update of the best checkpoint that was loaded at the end; None: none was."""
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return None
     return int(state.best_model_checkpoint.rpartition("-")[2])
 
 
 def _checkpoint(args: AnswerConfig) -> str | None:
-    """The folder to resume from, or None.
+    """Return the checkpoint folder to resume from, or None.
 
     Raises:
-        ValueError: there is no such checkpoint, it is damaged, or one would be mixed with another
-            run's.
+        ValueError: there is no such checkpoint, it is damaged, or the output folder has checkpoints
+            of another run.
     """
     asked = args.resume_from_checkpoint
     if asked and asked.lower() in ("true", "latest"):

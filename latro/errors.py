@@ -1,7 +1,7 @@
-"""Errors that come from outside, such as a full disk or a damaged file, in one line with the path.
+"""Report errors from outside, such as a full disk or a damaged file, in one line with the path.
 
-Where such an error is caught it gets the name of what was written or read, since most libraries
-leave that out; the commands end with its line and exit code 1. An error in the program itself keeps
+Where such an error is caught, the path that was written or read is added, since most libraries
+leave it out; the commands end with that line and exit code 1. An error in the program itself keeps
 its traceback.
 """
 
@@ -23,22 +23,23 @@ from torch import distributed
 
 from latro.terminal import one_line
 
-# What input and surroundings raise: bad values, updates that are not finite, files, disks, servers
-# and the hub (`OSError` with its kin), cut weights, and packages that are not installed.
+# The errors of input and environment: bad values, updates that are not finite, files, disks,
+# servers and the hub (`OSError` and subclasses), truncated weights, and packages that are not
+# installed.
 _FROM_OUTSIDE = (ValueError, FloatingPointError, OSError, SafetensorError, ImportError)
 
-# torch raises RuntimeError, and tokenizers Exception itself, where a file cannot be written or
-# read. Other errors have classes of their own, also those that inherit from these.
+# Where a file cannot be written or read, torch raises exactly RuntimeError, and tokenizers exactly
+# Exception. Their subclasses stand for other errors.
 _UNTYPED = (RuntimeError, Exception)
 _DAMAGE = (
     *(OSError, SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError),
-    # An unpickler that is given text pops from an empty stack.
+    # An unpickler that reads text pops from an empty stack.
     *(pickle.UnpicklingError, zipfile.BadZipFile, IndexError),
 )
 
 
 class TrainingInterrupted(Exception):
-    """A run ended at signal `number`, after so many updates, with a checkpoint in `output_dir`."""
+    """A run ended at signal `number` after `updates` updates, with a checkpoint in `output_dir`."""
 
     def __init__(self, number: int, updates: int, output_dir: str) -> None:
         super().__init__(
@@ -49,7 +50,7 @@ class TrainingInterrupted(Exception):
 
 
 class writing:
-    """Within, an error in writing names `path`, a file or a folder.
+    """A context manager: errors in writing within it name `path`, a file or a folder.
 
     Raises:
         OSError: `path` or a file in it could not be written.
@@ -78,9 +79,9 @@ class writing:
 
 
 def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The error with the path: what it names itself if that lies in `path`, else `path`.
+    """Return the error with a path: its own if that lies in `path`, else `path`.
 
-    What a library names may be a temporary file; most of a write's errors name nothing.
+    Most errors in writing name no file, and a library may name a temporary one.
     """
     if error.strerror is None:
         return OSError(f"{path}: {error}")
@@ -89,7 +90,7 @@ def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
 
 
 class reading:
-    """Within, an error in reading names `path`, a file or a folder, behind the argument it is of.
+    """A context manager: errors in reading within it name `path` and the argument it came from.
 
     Raises:
         ValueError: `path` or a file in it is damaged, or cannot be read.
@@ -115,18 +116,18 @@ class reading:
 
 
 def told(error: BaseException | None) -> str:
-    """What an error says: of the system's the path and the reason, without the number."""
+    """Return an error's message; for a system error, path and reason without the error number."""
     if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
 
 
 def exit_with(prog: str, run: Callable[[], object]) -> None:
-    """Run a command: errors from outside end it with one line, and not with a traceback.
+    """Run a command, and end it at an error from outside with one line instead of a traceback.
 
-    Exit codes: 0 for a run that went to its end; 1 for an error; 128 plus the signal's number for
-    one that a signal stopped (143 for SIGTERM, 130 for SIGINT), as a shell has it for any process
-    that a signal ends. 0 would tell a scheduler that there is nothing left to do.
+    The exit code is 0 for a completed run and 1 for an error. For a run that a signal stopped it is
+    128 plus the signal's number (143 for SIGTERM, 130 for SIGINT), as in a shell: 0 would tell a
+    scheduler that there is nothing left to do.
     """
     try:
         run()
@@ -140,6 +141,6 @@ def exit_with(prog: str, run: Callable[[], object]) -> None:
 
 
 def _leave_group() -> None:
-    """Leave the processes' group before the exit, in which a lost connection would be an abort."""
+    """Leave the process group before the exit, where a lost connection would abort the process."""
     if distributed.is_initialized():
         distributed.destroy_process_group()

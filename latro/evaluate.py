@@ -1,6 +1,6 @@
-"""`python -m latro.evaluate`: accuracy of a model on a task, and every completion it gave.
+"""`python -m latro.evaluate`: measure a model's accuracy on a task, and write every completion.
 
-An evaluation that was killed goes on from its lines when it is started again.
+A killed evaluation resumes from its lines when it is started again.
 """
 
 from __future__ import annotations
@@ -33,26 +33,28 @@ from latro.terminal import Terminal
 
 @dataclass
 class EvaluateArguments(EngineArguments):
-    """How to evaluate, and where the result goes."""
+    """How to evaluate, and where to write the result."""
 
     _argument_group_name = "evaluation"
 
     output: str = setting(
         "evaluation.json", "The JSON file to write; beside it goes .jsonl, one line per problem."
     )
-    overwrite: bool = setting(False, "Start anew where the output has lines already.")
-    eval_split: str = setting("test", "Which problems: validation or test.")
-    num_eval_examples: int | None = setting(None, "Evaluate on so many; without it, on all.")
-    num_shots: int = setting(0, "Problems of the training split shown worked before each problem.")
+    overwrite: bool = setting(False, "Start anew even if the output has lines already.")
+    eval_split: str = setting("test", "The problems to evaluate on: validation or test.")
+    num_eval_examples: int | None = setting(None, "Number of problems; without it, all.")
+    num_shots: int = setting(
+        0, "Number of worked examples, from the training split, before each problem."
+    )
     num_samples: int = setting(8, "Sampled completions per problem; 0: greedy only.")
     majority: list[int] | None = field(
         default=None, metadata={"help": "The k of maj@k; without it, num_samples."}
     )
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
-    temperature: float = setting(1.0, "Of the sampled completions.")
+    temperature: float = setting(1.0, "Temperature of the sampled completions.")
     batch_size: int = setting(64, "Problems per batch; results do not depend on it.")
     seed: int = setting(42, "Decides the samples.")
-    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
         if self.majority is None:
@@ -62,10 +64,10 @@ class EvaluateArguments(EngineArguments):
 
 
 def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; returns what the JSON file holds.
+    """Run the command, and return the content of the JSON file.
 
     Raises:
-        ValueError: bad settings, model or data, or lines of another evaluation at the output;
+        ValueError: settings, model or data are bad, or the output has lines of another evaluation;
             nothing is then written.
     """
     model_args, data_args, args = parse_arguments(
@@ -96,7 +98,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     examples = []
     if args.num_shots:
         examples = draw_examples(load_train(task, data_args, seed=0), dataset, args.num_shots)
-    # Before the model is loaded: it sets which device is this process's.
+    # Before the model is loaded, since this selects the process's device.
     processes = PartialState(cpu=not torch.cuda.is_available())
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
@@ -107,7 +109,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "settings": asdict(args),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    # Where lines go, how many are made at once and which votes are taken leaves them as they are.
+    # Settings that do not change the lines, so that an evaluation may resume with other ones.
     apart = ("output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir")
     identity = {
         "model": {**result["model"], "weights": weights_crc32(model), "device": model.device.type},
@@ -162,7 +164,7 @@ def _table(
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    """Run the command, and exit with a code of `latro.errors.exit_with`."""
     exit_with("latro.evaluate", evaluate)
 
 

@@ -1,4 +1,4 @@
-"""Output files that are whole or not there."""
+"""Write output files that are complete or absent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from latro.errors import named
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error.
+    """Yield a temporary path, and move it to `path` when the block ends without an error.
 
-    Whoever reads `path` sees the old content or the new one, never a part: the rename is atomic
-    within one file system, which is why the temporary file lies in the same folder.
+    Readers of `path` see the old content or the new one, never a part: a rename is atomic within
+    one file system, which is why the temporary file lies in the same folder.
 
     Raises:
         OSError: it cannot be written; the error names `path`.
@@ -33,14 +33,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.close(handle)
         temporary = Path(name)
         yield temporary
-        # mkstemp's files are for their owner alone; an output file follows the umask.
+        # mkstemp makes files readable by their owner only; output files follow the umask.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except OSError as error:
         if temporary is not None and error.filename not in (None, str(temporary)):
-            raise  # Of another file, which the block has to do with.
+            raise  # The error is about another file, which the block uses.
         raise named(error, path) from error
     finally:
         if temporary is not None:
@@ -48,7 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def append(path: str | os.PathLike[str], text: str, *, durable: bool = False) -> None:
-    """Add `text` to the end of a file; `durable`: so that it outlasts the machine's power.
+    """Append `text` to a file; with `durable`, so that it survives a power failure.
 
     Raises:
         OSError: it cannot be written; the error names the file.
@@ -66,7 +66,7 @@ def append(path: str | os.PathLike[str], text: str, *, durable: bool = False) ->
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, whole or not at all."""
+    """Write `value` as indented JSON, completely or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -75,16 +75,16 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def check_output(
     output: str | os.PathLike[str], *sources: str | None, beside: Sequence[str] = ()
 ) -> None:
-    """Check, before any work is done, that a result can be written, and over nothing that it needs.
+    """Check before any work that a result can be written without overwriting its sources.
 
     Args:
-        output: a JSON file; what goes beside it has its name, with another suffix.
+        output: a JSON file; files beside it have the same name with other suffixes.
         sources: what the result is made from: files, folders, or names of data sets and models.
         beside: the other suffixes.
 
     Raises:
-        ValueError: `output` has another suffix than .json, is a folder or lies where no file can be
-            written, or it or what goes beside it is one of the sources, or a file in one.
+        ValueError: `output` does not end in .json, is a folder, or cannot be written; or it or a
+            file beside it is one of the sources, or lies in one.
     """
     output = Path(output)
     if output.suffix != ".json":

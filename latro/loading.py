@@ -1,4 +1,4 @@
-"""Loads a model, its tokenizer and a task's problems, with errors that say what to mend."""
+"""Load a model, its tokenizer, an engine and a task's problems; errors say what to fix."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _SHOWN_KEYS = 5
 _SHOWN_CHARACTERS = 300
-# What transformers, PEFT, safetensors and tokenizers raise over a folder's contents.
+# The errors that transformers, PEFT, safetensors and tokenizers raise about a folder's contents.
 _OF_FILES = (
     *(OSError, ImportError, SafetensorError, StrictDataclassError, ValueError, TypeError),
     *(LookupError, ArithmeticError, AttributeError, RuntimeError),
@@ -54,14 +54,14 @@ _OF_FILES = (
 def load_model(
     args: ModelArguments,
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The model that the arguments name, and its tokenizer; an adapter comes on its base model.
+    """Return the named model and its tokenizer; an adapter is loaded on its base model.
 
-    Only safetensors are read: a pickled checkpoint can run code. Code that comes with a model runs
-    where `trust_remote_code` asks for it, and nobody is asked in between.
+    Only safetensors are read, since a pickled checkpoint can run code. Code that comes with a model
+    runs only with `trust_remote_code`, without a further question.
 
     Raises:
-        ValueError: no such model, one with code that is not trusted, a tokenizer with more tokens
-            than the model has, or an adapter where PEFT is not installed.
+        ValueError: there is no such model, its code is not trusted, its tokenizer has more tokens
+            than the model, or it is an adapter and PEFT is not installed.
     """
     name = args.model_name_or_path or str(SMALL_MODEL)
     model: PreTrainedModel | PeftModel
@@ -84,7 +84,7 @@ def check_vocabulary(
     """Check that every token has a row in the model's embedding.
 
     Raises:
-        ValueError: one has none; the message begins with `name`.
+        ValueError: a token has none; the message begins with `name`.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     highest = max(tokenizer.get_vocab().values(), default=0)
@@ -95,17 +95,17 @@ def check_vocabulary(
 
 
 class _Reading:
-    """Within, what libraries raise over a model's files is one line that names the model.
+    """A context manager that turns libraries' errors about a model's files into one line.
 
-    What they warn of is not shown: the checks behind it refuse what matters.
+    Warnings are not shown, since later checks refuse what matters.
 
     Args:
-        model: in words.
+        model: the model's name in messages.
         trusted: whether code that comes with a model may run.
 
     Raises:
-        ValueError: in the place of all that a config, a tokenizer or weights with other contents
-            than they should have make a library raise.
+        ValueError: instead of any error that a library raises about a malformed config, tokenizer
+            or weights file.
     """
 
     def __init__(self, model: str, trusted: bool) -> None:
@@ -116,7 +116,7 @@ class _Reading:
         self._warnings = warnings.catch_warnings()
         self._warnings.__enter__()
         warnings.filterwarnings("ignore", category=UserWarning)
-        # PEFT asks a model for it by its old name.
+        # PEFT asks the model for this attribute by its old name.
         warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
 
     def __exit__(
@@ -125,7 +125,7 @@ class _Reading:
         self._warnings.__exit__(None, None, None)
         if kind is None or issubclass(kind, torch.OutOfMemoryError):
             return
-        # tokenizers raise an Exception, and none of a class of its own.
+        # tokenizers raises exactly Exception.
         if not issubclass(kind, _OF_FILES) and kind is not Exception:
             return
         if not self.trusted and "trust_remote_code" in str(error):
@@ -147,7 +147,7 @@ class _Reading:
 def _load_weights(
     name: str, revision: str, args: ModelArguments, adapter: str | None = None
 ) -> PreTrainedModel:
-    """A whole model; `adapter` is what it is the base model of."""
+    """Return a whole model; `adapter` names the adapter that it is the base model of."""
     told_name = repr(name) if adapter is None else f"{name!r}, the base model of {adapter!r}"
     with _Reading(told_name, args.trust_remote_code), whole_on_load():
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -157,18 +157,18 @@ def _load_weights(
             attn_implementation=args.attn_implementation or _attention(args.dtype),
             use_safetensors=True,
             trust_remote_code=args.trust_remote_code,
-            # Without it transformers names these in a table of many lines.
+            # Otherwise transformers raises an error with a table of many lines.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-        # Of a damaged file transformers makes none, and so may lose a model's other end tokens.
+        # transformers ignores a damaged generation config, and loses further end tokens in it.
         if has_file(name, GENERATION_CONFIG_NAME, revision=revision):
             GenerationConfig.from_pretrained(name, revision=revision)
-        # transformers goes on with the weights as they are.
+        # transformers would take weights of an unknown quantisation as they are.
         quantised = getattr(model.config, "quantization_config", None)
         if quantised is not None and getattr(model, "hf_quantizer", None) is None:
             raise ValueError(f"it is quantised in a way that is not known: {quantised}")
-    # Buffers that are made and not read were saved by older versions.
+    # Older versions saved buffers that are now computed, and show up as unexpected.
     buffers = {buffer for buffer, _ in model.named_buffers()}
     _check_weights(
         told_name,
@@ -191,7 +191,7 @@ def _check_weights(
     unexpected: Iterable[str],
     mismatched: Iterable[str] = (),
 ) -> None:
-    """Raises ValueError for weights that are not those of the model, which would be random."""
+    """Raise ValueError where weights do not fit the model, which would leave some random."""
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
     told = []
     for fault, named in faults.items():
@@ -213,13 +213,13 @@ def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTraine
 
 
 def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """An adapter on the base model that its config names; trainable."""
+    """Return a trainable adapter on the base model that its config names."""
     require_peft("model_name_or_path")
     from peft import PeftConfig, PeftModel
 
     with _Reading(repr(name), args.trust_remote_code):
         config = PeftConfig.from_pretrained(name, revision=args.model_revision)
-        # PEFT itself would go on to a pickled file.
+        # Without this file PEFT itself would read a pickled one.
         cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
     base = config.base_model_name_or_path
     if not base:
@@ -237,10 +237,10 @@ def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTraine
 
 
 def _check_adapter_weights(model: PeftModel, name: str, revision: str) -> None:
-    """Raises ValueError where the file does not have what the adapter's config asks for.
+    """Raise ValueError where the file lacks weights that the adapter's config asks for.
 
-    PEFT warns of some of these. What a second reading leaves as it was, is not in the file,
-    whatever names older versions gave to the weights.
+    PEFT only warns of some. So the weights are set to NaN and loaded again: what is still NaN is
+    not in the file, whatever names older versions gave to the weights.
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
@@ -255,7 +255,7 @@ def _check_adapter_weights(model: PeftModel, name: str, revision: str) -> None:
 
 
 def _attention(dtype: str) -> str | None:
-    """flash-attn where it is installed and can run; else what transformers takes by itself."""
+    """Return flash-attn's name where it is installed and can run; else None for the default."""
     half = dtype in ("bfloat16", "float16")
     if half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
@@ -274,10 +274,10 @@ def load_engine(
 
     Args:
         args: the settings.
-        model: the model that is evaluated; a server samples from its weights, whatever it served.
-        tokenizer: the model's.
-        folder: where the output goes.
-        processes: all of them call this; one of them loads the weights.
+        model: the model to sample from; a server takes over its weights, whatever it served before.
+        tokenizer: the model's tokenizer.
+        folder: the output folder.
+        processes: the processes of the command, which all call this.
 
     Raises:
         ValueError: the engine cannot sample for this model, or there is no usable server.
@@ -291,11 +291,11 @@ def load_engine(
 
 
 def load_task(args: DataArguments) -> Task:
-    """The task that the arguments name, or that of the user's own data.
+    """Return the task that the arguments name, or the task of the user's own data.
 
     Raises:
-        ValueError: there is nothing of that name, a malformed row, or an argument that the one or
-            the other does not take.
+        ValueError: there is nothing of that name, a row is malformed, or an argument does not apply
+            to the task.
     """
     if args.dataset_name in TASKS:
         for name in ("dataset_config", "grader"):
@@ -320,10 +320,10 @@ def load_task(args: DataArguments) -> Task:
 def load_splits(
     task: Task, args: DataArguments, seed: int, eval_split: str, num_eval_examples: int | None
 ) -> tuple[Dataset, Dataset]:
-    """The training problems and the held-out ones, no prompt of which is trained on.
+    """Return the training problems and the held-out ones, which have no prompt in common.
 
     Raises:
-        ValueError: as `load_train` and `load_held_out`; or the two have a prompt in common.
+        ValueError: `load_train` or `load_held_out` raises it, or they have a prompt in common.
     """
     train = load_train(task, args, seed)
     held_out = load_held_out(task, eval_split, args, num_eval_examples)
@@ -338,19 +338,19 @@ def load_splits(
 
 
 def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:
-    """The training problems that the arguments name; `seed` draws them.
+    """Return the training problems that the arguments name, drawn with `seed`.
 
     Raises:
-        ValueError: a missing file or a malformed row.
+        ValueError: a file is missing or a row is malformed.
     """
     return _load(task, "train", args, args.num_train_examples, seed)
 
 
 def load_held_out(task: Task, split: str, args: DataArguments, num_examples: int | None) -> Dataset:
-    """Held-out problems, of "validation" or "test", the same ones for every seed of a run.
+    """Return problems of "validation" or "test", the same for every seed of a run.
 
     Raises:
-        ValueError: a missing file, a malformed row or an unknown split.
+        ValueError: a file is missing, a row is malformed, or the split is unknown.
     """
     return _load(task, split, args, num_examples, seed=0)
 

@@ -1,6 +1,6 @@
-"""`python -m latro.probe`: how likely answers are without and with rationales, before any training.
+"""`python -m latro.probe`: measure how likely answers are without and with rationales.
 
-It writes a JSON file and a picture beside it; `latro.evaluation.likelihood` tells what is measured.
+It writes a JSON file and a picture beside it; `latro.evaluation.likelihood` says what is measured.
 """
 
 from __future__ import annotations
@@ -29,36 +29,37 @@ from latro.terminal import Terminal
 
 @dataclass
 class ProbeArguments(EngineArguments):
-    """How to probe, and where the result goes."""
+    """How to probe, and where to write the result."""
 
     _argument_group_name = "probe"
 
     output: str = setting("probe.json", "The JSON file to write; the picture goes beside it.")
     overwrite: bool = setting(False, "Write over an output that is there already.")
     eval_split: str = setting(
-        "validation", "Which problems: validation, since it is before training, or test."
+        "validation",
+        "The problems to probe: validation, since the result may guide training, or test.",
     )
-    num_eval_examples: int | None = setting(None, "Probe so many problems; without it, all.")
-    num_samples: int = setting(4, "Sampled rationales per problem; 0: the greedy one alone.")
+    num_eval_examples: int | None = setting(None, "Number of problems; without it, all.")
+    num_samples: int = setting(4, "Sampled rationales per problem; 0: only the greedy one.")
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
-    temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    temperature: float = setting(1.0, "Temperature of the policy, in sampling and in scoring.")
     batch_size: int = setting(64, "Problems per batch.")
     seed: int = setting(42, "Decides the samples.")
-    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
 
 def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the command line; returns what the JSON file holds.
+    """Run the command, and return the content of the JSON file.
 
     Raises:
-        ValueError: bad settings, model or data; nothing is then written.
+        ValueError: settings, model or data are bad; nothing is then written.
     """
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DataArguments, ProbeArguments), argv, prog="python -m latro.probe"
     )
     sources = (data_args.dataset_name, data_args.dataset_path, model_args.model_name_or_path)
     check_output(args.output, *sources, beside=(".png",))
-    # Before the model is loaded: it sets which device is this process's.
+    # Before the model is loaded, since this selects the process's device.
     processes = PartialState(cpu=not torch.cuda.is_available())
     with locked_by_all(lock_of(args.output), f"output: {args.output}"):
         return _probe(model_args, data_args, args, processes=processes)
@@ -141,7 +142,7 @@ def _with_error(figure: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    """Run the command, and exit with a code of `latro.errors.exit_with`."""
     exit_with("latro.probe", probe)
 
 

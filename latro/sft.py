@@ -1,7 +1,7 @@
 """`python -m latro.sft`: fine-tune a causal language model on written rationales and answers.
 
-`--target answer` trains on the answers alone. Without a model the small one that ships learns the
-generated word problems, in about a minute on one core.
+`--target answer` trains on the answers alone. Without a model it trains the small model that ships
+on the generated word problems, in about a minute on one core.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ PROG = "latro.sft"
 
 
 def sft(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the command line; returns the metrics before ("base") and after ("final").
+    """Run the command, and return the metrics before ("base") and after training ("final").
 
     Raises:
-        ValueError: bad settings, model or data; the output folder is then as it was.
+        ValueError: settings, model or data are bad; the output folder is then unchanged.
         TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
     """
     return run_training(SftTrainer, SftConfig, argv, prog=PROG, small_settings="sft.yaml")
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    """Run the command, and exit with a code of `latro.errors.exit_with`."""
     exit_with(PROG, sft)
 
 

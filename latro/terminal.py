@@ -1,8 +1,8 @@
-"""Prints what a run has to tell, in which text of users and models is never more than text.
+"""Print to the terminal, where the text of users and models has no effect but to be shown.
 
-A prompt may hold `[/INST]`, which a rich console takes for markup, a completion the escape sequence
-that clears a screen, a path what the terminal cannot encode. A `Terminal` shows each to the letter,
-in lines, in cells of tables and in their titles alike.
+A prompt may contain `[/INST]`, which a rich console takes for markup; a completion, the escape
+sequence that clears a screen; a path, characters that the terminal cannot encode. A `Terminal`
+shows them literally, in lines as well as in cells and titles of tables.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _ACTING_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "P
 class Terminal(Console):
     """A rich console without markup, emoji codes and highlights: every string is text.
 
-    Styles go beside the text (`print(text, style="red")`), never into it.
+    Give styles as arguments (`print(text, style="red")`), not in the text.
     """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make what is printed of a string; rich calls it for lines, cells and titles."""
+        """Return a string in printable form; rich calls this for lines, cells and titles."""
         encodable = shown(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
         return super().render_str(encodable, **options)
 
 
 def shown(text: str) -> str:
-    """Return `text` with every character spelled out that acts on a terminal or cannot be written.
+    r"""Return `text` with every character escaped that controls a terminal or cannot be written.
 
-    These are the control characters but tab and line feed, halves of surrogate pairs, separators of
-    lines and paragraphs, and what turns the direction of writing: "\\x1b[2J" becomes "\\\\x1b[2J".
+    These are control characters except tab and line feed, halves of surrogate pairs, line and
+    paragraph separators, and marks of writing direction: "\x1b[2J" becomes "\\x1b[2J".
     """
     if text.isprintable():
         return text
@@ -46,9 +46,9 @@ def shown(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` as one line of bounded length, as a command ends with: its middle is left out.
+    """Return `text` as one line of bounded length for error messages; cut its middle if too long.
 
-    Messages of libraries have line breaks, and those that quote a value are as long as it is.
+    Messages of libraries may have line breaks, and quoted values may be long.
     """
     line = re.sub(r"\s*\n\s*", " ", shown(text).strip())
     if len(line) <= _LONGEST_LINE:

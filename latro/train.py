@@ -17,17 +17,17 @@ PROG = "latro.train"
 
 
 def train(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Run the command line; returns the metrics before ("base") and after ("final").
+    """Run the command, and return the metrics before ("base") and after training ("final").
 
     Raises:
-        ValueError: bad settings, model or data; the output folder is then as it was.
+        ValueError: settings, model or data are bad; the output folder is then unchanged.
         TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
     """
     return run_training(LatroTrainer, LatroConfig, argv, prog=PROG)
 
 
 def main() -> None:
-    """The command, with exit codes as `latro.errors.exit_with` tells."""
+    """Run the command, and exit with a code of `latro.errors.exit_with`."""
     exit_with(PROG, train)
 
 

@@ -1,7 +1,8 @@
-"""A process that answers requests, one line of JSON each, and that may end over one of them.
+"""A process that answers requests, one line of JSON each, and may end while working on one.
 
-A chat template or an answer in LaTeX may compute for ever or take all memory, which nothing in the
-same process could stop. So it is worked on in a process of its own, whose script sets its limits.
+A chat template or an answer in LaTeX may compute for ever or take all memory, and nothing in the
+same process could stop it. So it is handled in a separate process, whose script sets its own
+limits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import IO, Any
 
 
 class WorkerEndedError(Exception):
-    """A worker ended and will not answer; `code` is its exit status, negative for a signal."""
+    """A worker ended before it answered; `code` is its exit status, negative for a signal."""
 
     def __init__(self, code: int, errors: str) -> None:
         told = signal.Signals(-code).name if code < 0 else [str(code), *errors.splitlines()][-1]
@@ -28,18 +29,18 @@ class WorkerEndedError(Exception):
 
 
 class Worker:
-    """Runs a script that answers each line of its input with a line; requests take turns.
+    """Runs a script that answers each input line with one line; requests take turns.
 
-    The process ends with this object. One that was forked from this process needs a worker of its
-    own, since both would read the answers.
+    The process ends with this object. After a fork the child needs a worker of its own, since both
+    would read the answers.
 
     Args:
-        script: a Python file. It is run isolated, so that no file beside it stands in for a module,
-            and is handed this process's sys.path as JSON.
+        script: a Python file. It runs isolated, so that no file beside it shadows a module, and
+            gets this process's sys.path as a JSON argument.
     """
 
     def __init__(self, script: Path) -> None:
-        # It is read when the process has ended. A pipe would fill up unread.
+        # A file, read after the process has ended: a pipe would fill up unread.
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, "-I", str(script), json.dumps(sys.path)],
@@ -47,9 +48,9 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             encoding="utf-8",
-            # A pool of threads for each core would take all of the address space that is allowed.
+            # A thread pool with a thread per core would exceed the limit on address space.
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-            # A signal to the run's processes is the run's to handle.
+            # Signals to the run's process group are for the run to handle.
             start_new_session=True,
         )
         self.owner = os.getpid()
@@ -58,7 +59,7 @@ class Worker:
         weakref.finalize(self, _kill, self._process, self._errors, self.owner)
 
     def ask(self, request: object) -> Any:
-        """Return the answer to a request, both as JSON has them.
+        """Return the answer to a request; both are JSON values.
 
         Raises:
             WorkerEndedError: the process ended before it answered.
@@ -84,7 +85,7 @@ class Worker:
 
 def _kill(process: subprocess.Popen[str], errors: IO[str], owner: int) -> None:
     if os.getpid() != owner:
-        return  # forked from the owner, whose worker it is
+        return  # this process is a fork, and the worker belongs to its parent
     process.kill()
     process.communicate()
     errors.close()

@@ -51,13 +51,13 @@ class AnswerConfig(TrainingArguments):
 
     # Inherited fields with defaults of our own.
     per_device_eval_batch_size: int = setting(64, "Prompts per device and evaluation batch.")
-    logging_steps: float = setting(1, "Log every so many updates.")
+    logging_steps: float = setting(1, "Number of updates between logs.")
     remove_unused_columns: bool | None = setting(
         False, "Not used: the prompt and answer columns are no arguments of the model."
     )
     eval_on_start: bool | None = setting(  # type: ignore[assignment]
         None,
-        "Evaluate before the first update of a run; without it a command does.",
+        "Evaluate before the first update; the commands do so by default.",
         nargs="?",
         const=True,
     )
@@ -65,13 +65,15 @@ class AnswerConfig(TrainingArguments):
     # The parent's field takes only one name on the command line.
     report_to: list[str] = field(  # type: ignore[assignment]
         default_factory=list,
-        metadata={"help": "Whom to report to: tensorboard, wandb, trackio; several, all or none."},
+        metadata={
+            "help": "Trackers to report to: tensorboard, wandb, trackio; several, all or none."
+        },
     )
 
     eval_split: str = setting(
         "validation", "Held-out problems: validation, so that no choice is made on the test split."
     )
-    num_eval_examples: int | None = setting(500, "Evaluate on so many held-out problems.")
+    num_eval_examples: int | None = setting(500, "Number of held-out problems to evaluate on.")
     max_completion_length: int = setting(
         500, "The longest rationale that is sampled, in tokens.", "response_length"
     )
@@ -81,11 +83,11 @@ class AnswerConfig(TrainingArguments):
         "depend on it.",
     )
     max_skipped_updates: int = setting(
-        3, "So many updates in a row that are NaN or infinite are skipped; one more stops the run."
+        3, "Number of NaN or infinite updates in a row that are skipped before the run stops."
     )
-    backend: str = setting("auto", "Of the kernels: auto, reference, cpu, triton or cuda.")
+    backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
     overwrite_output_dir: bool = setting(
-        False, "Begin also where the output folder has files of the same names, and delete those."
+        False, "Start even if the output folder has files of an earlier run, and delete those."
     )
 
     def __post_init__(self) -> None:
@@ -211,14 +213,14 @@ class LatroConfig(EngineArguments, AnswerConfig):
     per_device_train_batch_size: int = setting(3, "Prompts per device and step.")
 
     num_generations: int = setting(16, "K, rationales sampled for each prompt.", "rloo_k")
-    temperature: float = setting(1.0, "Of the policy, in sampling and in scoring alike.")
+    temperature: float = setting(1.0, "Temperature of the policy, in sampling and in scoring.")
     objective: str = setting(
         "latro",
-        "What is maximised: the answers' log-likelihood or a relative of it; latro/objectives.py.",
+        "What to maximise: the answers' log-likelihood or a relative; see latro/objectives.py.",
         choices=list(OBJECTIVES),
     )
     rlpr_min_std: float = setting(
-        0.01, "For rlpr: groups whose rewards, from 0 to 1, spread no further are dropped."
+        0.01, "For rlpr: groups whose rewards (from 0 to 1) have no larger std are dropped."
     )
     beta: float = setting(0.05, "β, the weight of the KL to the initial model.", "kl_coef")
     kl: str = setting(
@@ -243,7 +245,7 @@ class LatroConfig(EngineArguments, AnswerConfig):
     )
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
     num_completions_to_print: int = setting(
-        4, "Rows of that table, and of the one that trackers get; 0: no table."
+        4, "Rows of that table and of the trackers' table; 0: no table."
     )
 
     def __post_init__(self) -> None:
@@ -283,7 +285,7 @@ class SftConfig(AnswerConfig):
 
     target: str = setting(
         "rationale",
-        "What is learnt: the written rationale with the answer after it, or the answer alone.",
+        "What to learn: the written rationale with the answer after it, or the answer alone.",
         choices=["rationale", "answer"],
     )
 
@@ -304,13 +306,13 @@ class ModelArguments:
     model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
     dtype: str = setting(
         "auto",
-        "Of the weights; auto: as they were saved, and fp32 for what mixed precision trains.",
+        "Dtype of the weights; auto: as they were saved, and fp32 for what mixed precision trains.",
         choices=["auto", "float32", "bfloat16", "float16"],
     )
     attn_implementation: str | None = setting(
         None,
-        "transformers' name; without it flash_attention_2 where flash-attn is installed and dtype "
-        "is given as bfloat16 or float16, else its default.",
+        "Name of the attention in transformers; without it flash_attention_2 where flash-attn is "
+        "installed and dtype is given as bfloat16 or float16, else its default.",
     )
     trust_remote_code: bool = setting(False, "Run model code that comes with a hub model.")
 
@@ -327,10 +329,10 @@ class PeftArguments:
     _argument_group_name = "adapter"
 
     use_peft: bool = setting(False, "Train a LoRA adapter by PEFT; the model stays as it is.")
-    lora_r: int = setting(16, "r, the rank.")
+    lora_r: int = setting(16, "r, the rank of the adapter.")
     lora_alpha: int = setting(32, "α: what the adapter adds is scaled by α/r.")
     lora_dropout: float = setting(
-        0.0, "0 alone: a rationale is scored by the policy that sampled it."
+        0.0, "Only 0 is allowed: a rationale is scored by the policy that sampled it."
     )
     lora_target_modules: list[str] | None = field(
         default=None,
@@ -373,13 +375,15 @@ class DataArguments:
         f"A task: {', '.join(sorted(TASKS))}. Or data of your own: a file ({', '.join(FORMATS)}), "
         "a folder with a file a split, or a hub id.",
     )
-    dataset_config: str | None = setting(None, "Of your own data on the hub, where it has several.")
+    dataset_config: str | None = setting(
+        None, "Configuration of your own data on the hub, where it has several."
+    )
     dataset_path: str | None = setting(
         None, "A folder with a task's raw files; without it they come from the hub."
     )
-    num_train_examples: int | None = setting(None, "Use so many training problems.")
+    num_train_examples: int | None = setting(None, "Number of training problems; without it, all.")
     answer_template: str | None = setting(
-        None, 'What an answer is stated behind; without it "The answer is".'
+        None, 'The words before a stated answer; without it "The answer is".'
     )
     grader: str | None = setting(
         None,

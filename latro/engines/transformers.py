@@ -186,7 +186,7 @@ def _limit(prompt_length: int, max_new_tokens: int, boundary: int | None) -> _Li
 
 
 class SeededSampling(LogitsProcessor):
-    """Leaves one token per row, drawn from softmax(logits / T) with the prompt's own random numbers.
+    """Leaves one token per row, drawn from softmax(logits / T) by the prompt's own random numbers.
 
     Each row draws one number u and takes the first token whose cumulative probability exceeds u.
     Other ways draw a number for every token of the vocabulary, which costs more than the rest of a

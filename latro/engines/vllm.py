@@ -194,7 +194,7 @@ class VllmEngine:
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
     ) -> None:
-        """Make the server sample from `model` as it is now; only one of several processes calls this.
+        """Make the server sample from `model` as it is now; only one process of several calls it.
 
         PEFT's adapters are merged into a copy of the model, on the model's device.
 
@@ -326,7 +326,7 @@ class VllmEngine:
 
 
 def _logp(logp: Answer) -> float:
-    """Return a log-prob that is finite and at most 0, up to rounding; JSON may write it as an int."""
+    """Return a log-prob, finite and at most 0 up to rounding; JSON may write it as an int."""
     value = logp.value if type(logp.value) is int else logp.of(float)
     # The comparison is false for NaN, and an int may be larger than any float.
     if not -sys.float_info.max <= value <= _LOGP_ROUNDING:

@@ -33,10 +33,10 @@ from latro.rollout.sequences import (
 )
 from latro.tasks import Task
 
-# Room for the answer after a rationale of full length, where the data's own answers are shorter.
+# Tokens for the answer after a rationale of full length, unless the data has longer answers.
 ANSWER_TOKENS = 32
 
-# The columns of a row that its record has.
+# The columns of a row that are copied into its record.
 _SHOWN = ("prompt", "answer", "ground_truth")
 
 
@@ -45,16 +45,16 @@ class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
-        num_samples: completions per problem, sampled at `temperature`; 0: greedy only.
+        num_samples: sampled completions per problem; 0: greedy only.
         majority: the k of maj@k, each at most `num_samples`.
-        max_completion_length: tokens of a rationale; the answer may take 32 more, or as many as
-            the longest of the data.
-        batch_size: problems per batch and process; results do not depend on it, up to the rounding
-            of the model's arithmetic.
-        temperature: of sampling.
+        max_completion_length: the longest rationale, in tokens; the answer may take 32 more, or as
+            many as the longest answer in the data.
+        batch_size: problems per batch and process; results do not depend on it, up to rounding in
+            the model.
+        temperature: the sampling temperature.
         seed: decides the samples.
         token_budget: padded tokens of one scoring batch.
-        progress: show a progress bar.
+        progress: whether to show a progress bar.
     """
 
     num_samples: int = 1
@@ -89,35 +89,38 @@ def evaluate_model(
     examples: Sequence[Mapping[str, Any]] = (),
     journal: Journal | None = None,
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Generate, grade and score.
+    """Generate completions of a dataset's prompts, grade them and score the known answers.
 
     Several processes share the problems, and each returns the results of all.
 
     Args:
-        scorer: of the model; used for log π(y|x⊕z).
-        tokenizer: the model's.
+        scorer: computes log π(y|x⊕z) with the model.
+        tokenizer: the model's tokenizer.
         task: grades the completions.
-        dataset: rows of the task; at least one.
-        settings: how many samples, how long, and so on.
-        engine: samples the completions, and has the model's weights; None: transformers, here.
-        accelerator: knows the processes; None: there is one.
-        examples: rows of the training split, shown worked before each problem
+        dataset: rows of the task, at least one.
+        settings: number of samples, lengths and so on.
+        engine: samples the completions with the model's weights; None: transformers, here.
+        accelerator: knows the processes; None: there is only this one.
+        examples: rows of the training split, shown as worked examples before each problem
             (`latro.evaluation.few_shot`).
-        journal: takes the records batch by batch, and may hold those of a run that was killed.
+        journal: receives the records batch by batch, and may hold those of a killed evaluation.
 
     Raises:
-        ValueError: the dataset lacks a column, a row of it does not fit the model, or the journal
-            is of another evaluation.
+        ValueError: the dataset lacks a column, a row does not fit the model, or the journal belongs
+            to another evaluation.
 
     Returns:
-        Metrics, and one record per problem: `index`, its row's `prompt`, `answer` and, if it has
-        one, `ground_truth`, and the lists of completions `greedy` and, with samples, `sampled`,
-        each completion with `text`, `predicted` (the answer it states, or None), `correct`,
-        `finished`, `rationale_tokens` and `answer_logp` (log π(y|x⊕z), nats).
-        Metrics: `accuracy_greedy`; with samples `accuracy_sampled` (mean over all) and its standard
-        error over problems `accuracy_sampled_stderr`, and `maj@k`; `rationale_length` (tokens),
-        `unfinished` (share that states no answer and does not end) and `answer_logp` (mean), each
-        over the samples, or over the greedy completions without samples.
+        The metrics, and one record per problem.
+
+        A record has `index`, the row's `prompt`, `answer` and (if it has one) `ground_truth`, and
+        the lists of completions `greedy` and, with samples, `sampled`. Each completion has `text`,
+        `predicted` (the answer it states, or None), `correct`, `finished`, `rationale_tokens` and
+        `answer_logp` (log π(y|x⊕z), nats).
+
+        The metrics are `accuracy_greedy`; with samples `accuracy_sampled` (mean over all samples),
+        its standard error over problems `accuracy_sampled_stderr`, and `maj@k`; and over the
+        samples, or else over the greedy completions, `rationale_length` (tokens), `unfinished`
+        (share that states no answer and does not end) and `answer_logp` (mean).
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
@@ -131,14 +134,14 @@ def evaluate_model(
         longest = check_dataset(
             shown, "dataset", model, tokenizer, join, settings.max_completion_length
         )
-        # A turn of a conversation has its own end.
+        # The turns of a conversation have ends of their own.
         separator = None if tokenizer.chat_template else SEPARATOR
     prompts = [encode_prompt(tokenizer, prompt, join.encoder) for prompt in shown["prompt"]]
     max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
-        # Each problem fits with a rationale and its answer, which is scored behind whatever was
-        # sampled. One limit for all, so that batches do not matter.
+        # Leave room for the known answer, which is scored after whatever was sampled. All problems
+        # have the same limit, so that batches do not matter.
         max_new_tokens = min(max_new_tokens, positions - longest.prompt_and_answer)
     evaluator = _Evaluator(
         scorer,
@@ -163,7 +166,7 @@ def evaluate_model(
         unit="problem",
         dynamic_ncols=True,
         disable=not settings.progress or rank > 0,
-        # A file wants a line now and then, not ten a second.
+        # In a file, one line every ten seconds is enough.
         mininterval=0.1 if sys.stderr.isatty() else 10,
     ) as bar:
         for start in range(len(records), len(dataset), batch_size):
@@ -180,7 +183,7 @@ def evaluate_model(
 
 
 def check_temperature(temperature: float) -> None:
-    """Raise for one that nothing can be sampled or scored at."""
+    """Raise ValueError for a temperature at which sampling or scoring is impossible."""
     check_number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(
@@ -192,7 +195,7 @@ def check_temperature(temperature: float) -> None:
 
 @torch.no_grad()
 def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) -> list[float]:
-    """log π(y|x⊕z) of each rollout, in nats, in micro-batches under a token budget."""
+    """Return log π(y|x⊕z) of each rollout in nats, scored in micro-batches under a token budget."""
     was_training = scorer.model.training
     scorer.model.eval()
     values: dict[int, float] = {}
@@ -203,7 +206,7 @@ def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) 
         of_each = answer_sums(scorer(batch).logp, batch)
         values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
     scorer.model.train(was_training)
-    # Micro-batches go by length; the caller's order is another.
+    # Micro-batches are sorted by length; return to the caller's order.
     return [values[id(r)] for r in rollouts]
 
 
@@ -221,16 +224,16 @@ class _Completion:
     """One completion of a problem."""
 
     text: str
-    """What the record shows: without the end token, or what ends it."""
+    """The text for the record, without an end token or separator at its end."""
     stated: str
-    """What is graded: without end tokens and padding behind it."""
+    """The text to grade, without end tokens and padding at its end."""
     rollout: Rollout
-    """What is scored."""
+    """The rollout to score."""
 
 
 @dataclass(frozen=True)
 class _Evaluator:
-    """From problems to their records."""
+    """Turns problems into their records."""
 
     scorer: Scorer
     engine: RolloutEngine
@@ -240,12 +243,12 @@ class _Evaluator:
     settings: EvaluationSettings
     separator: str | None
     max_new_tokens: int
-    """Of a completion: a rationale and its answer."""
+    """The longest completion (rationale and answer), in tokens."""
 
     def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
         shown = [name for name in _SHOWN if problems and name in problems[0].row]
         records = [{"index": p.index} | {name: p.row[name] for name in shown} for p in problems]
-        # The last batch of several processes may have nothing for some.
+        # Some processes may have no problem of the last batch.
         if not problems:
             return records
         modes = [("greedy", 0.0, 1)]
@@ -264,7 +267,7 @@ class _Evaluator:
     def _generate(
         self, problems: Sequence[_Problem], temperature: float, num_samples: int
     ) -> list[list[_Completion]]:
-        """Each problem's completions."""
+        """Return the completions of each problem."""
         samples = self.engine.generate(
             [problem.prompt_ids for problem in problems],
             num_samples=num_samples,
@@ -281,7 +284,7 @@ class _Evaluator:
     def _ended(self, problem: _Problem, sample: Sample) -> _Completion:
         kept = cut_at_separator(self.tokenizer, sample.ids) if self.separator else None
         if kept is not None:
-            # The separator ends a completion as an end token does; what it is made of is dropped.
+            # The separator ends a completion as an end token does, and is dropped.
             text = decode(self.tokenizer, sample.ids).partition(SEPARATOR)[0]
             rollout = self._joined(problem, Sample(kept), text)
             return _Completion(text, text, replace(rollout, finished=True))
@@ -292,7 +295,7 @@ class _Evaluator:
         return _Completion(text, stated, self._joined(problem, sample, stated))
 
     def _joined(self, problem: _Problem, sample: Sample, stated: str) -> Rollout:
-        """The known answer in the place of the one that counts; of the first where none does."""
+        """Put the known answer in place of the stated one that counts, else of the first one."""
         starts = [match.start() for match in self.join.pattern.finditer(stated)]
         counted = 0
         for index, end in enumerate([*starts[1:], len(stated)]):
@@ -316,7 +319,7 @@ class _Evaluator:
 
 
 def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Of the problems so far, for the progress bar."""
+    """Return the accuracies on the problems so far, for the progress bar."""
     shown = {}
     for name in ("greedy", "sampled"):
         grades = [c["correct"] for record in records for c in record.get(name, ())]

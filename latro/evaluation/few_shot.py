@@ -1,17 +1,16 @@
-"""Worked examples before a problem, and where a completion ends that goes on with more of them.
+"""Show worked examples before a problem, and cut completions that invent more of them.
 
 With a chat template examples are earlier turns of user and assistant. Without one they are text:
 
     problem␣solution ⏎⏎ problem␣solution ⏎⏎ ... problem
 
-A solution is the rationale, where the row has one, and the answer behind the answer template. The
-white space between problem and solution is the problem's own, or one space where it has none at its
-end.
+A solution is the row's rationale, if any, and the answer after the answer template. Problem and
+solution are separated by the white space at the problem's end, or by one space if it has none.
 
 A model that was only pre-trained does not stop at its answer: it writes the separator, an empty
-line, and invents the next problem, whose answer is not to be taken for this one's. So in text a
-completion ends where its first separator begins. No solution shown has an empty line in it (those
-of the data are closed up), and what follows the examples' form is never cut short.
+line, and invents the next problem, whose answer must not be taken for this one's. So without a chat
+template a completion ends where its first separator begins. No shown solution contains an empty
+line (those in the data are removed), so a completion in the examples' form is never cut short.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ SEPARATOR = "\n\n"
 
 
 def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dict[str, Any]]:
-    """The same rows of the training split in every call: with a rationale, where any row has one.
+    """Draw rows of the training split, the same in every call, with rationales if any row has one.
 
     Args:
         train: rows of the task's training split.
-        problems: rows that are evaluated; a training row with the prompt of one is no example.
-        num_shots: how many; 0 or more.
+        problems: rows that are evaluated; training rows with one of their prompts are left out.
+        num_shots: number of examples, 0 or more.
 
     Raises:
-        ValueError: there are fewer.
+        ValueError: there are fewer rows.
     """
     asked = {prompt_text(prompt) for prompt in problems["prompt"]}
     rows = [row for row in train if prompt_text(row["prompt"]) not in asked]
@@ -60,13 +59,13 @@ def with_examples(
     answer_template: str,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Dataset:
-    """The dataset with examples in front of each prompt.
+    """Return the dataset with examples in front of each prompt.
 
     Args:
-        dataset: with the column prompt: text, or messages.
-        examples: rows with prompt, answer and, perhaps, rationale; none: nothing changes.
-        answer_template: the words an answer begins with.
-        tokenizer: whether it has a chat template decides between messages and text.
+        dataset: rows with the column prompt, text or messages.
+        examples: rows with prompt, answer and, perhaps, rationale; if empty, nothing changes.
+        answer_template: the words that an answer begins with.
+        tokenizer: its chat template, if any, decides between messages and text.
     """
     if not examples:
         return dataset
@@ -82,12 +81,12 @@ def with_examples(
 
 
 def cut_at_separator(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int] | None:
-    """The tokens before the first separator, less one that reaches into it; None: there is none."""
+    """Return the tokens that lie wholly before the first separator; None: there is none."""
     text = decode(tokenizer, ids)
     end = text.find(SEPARATOR)
     if end < 0:
         return None
-    # The last tokens go one by one: generation stops at the separator, so that few stand behind.
+    # Drop the last tokens one by one: generation stops at the separator, so few follow it.
     count = len(ids)
     while count and len(decode(tokenizer, ids[:count])) > end:
         count -= 1
@@ -96,7 +95,7 @@ def cut_at_separator(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list
 
 def _solution(row: Mapping[str, Any], answer_template: str) -> str:
     rationale = (row.get("rationale") or "").strip()
-    # A rationale ends where it states an answer itself.
+    # Cut the rationale where it states an answer itself.
     rationale = template_pattern(answer_template).split(rationale, maxsplit=1)[0].rstrip()
     solution = f"{rationale} {answer_template.strip()} {row['answer']}".strip()
     return re.sub(r"\n\s*\n", "\n", solution)
@@ -107,7 +106,7 @@ def _joined(prompt: str, solution: str) -> str:
 
 
 def _conversation(prompt: Prompt, solved: Sequence[tuple[Prompt, str]]) -> list[dict[str, str]]:
-    """Earlier turns between the problem's own system message, where it has one, and the rest."""
+    """Insert the examples as turns after the problem's own system message, if it has one."""
     own = _messages(prompt)
     system = own[:1] if own[0]["role"] == "system" else []
     turns = []

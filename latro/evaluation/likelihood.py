@@ -1,14 +1,14 @@
-"""How likely right answers are: without a rationale, behind a written one, behind a model's own.
+"""Measure how likely right answers are without a rationale, after written and after own ones.
 
 For a problem x with the answer y, a written rationale z* and rationales z of the model itself:
 
     none       log π(y|x)
     gold       log π(y|x⊕z*)
-    greedy     log π(y|x⊕z), z of the likeliest tokens
-    sampled    log π(y|x⊕z), z sampled
+    greedy     log π(y|x⊕z), with z decoded greedily
+    sampled    log π(y|x⊕z), with z sampled
 
-That a model's own likelihood tells good rationales from none is what LaTRO rests on (arXiv
-2411.04282); this measures it for a model before anything is trained.
+LaTRO assumes that a model's own likelihood tells good rationales from bad ones (arXiv 2411.04282);
+this measures it for a model before anything is trained.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from latro.rollout.sequences import (
 )
 from latro.tasks import Task
 
-# What stands before the answer, and its name in pictures and tables.
+# Each kind of rationale before the answer, and its name in pictures and tables.
 KINDS = {
     "none": "none",
     "gold": "written",
@@ -57,10 +57,10 @@ class ProbeSettings:
     """How to probe.
 
     Attributes:
-        num_samples: sampled rationales per problem; 0: the greedy one alone.
+        num_samples: sampled rationales per problem; 0: only the greedy one.
         max_completion_length: the longest rationale of the model's own, in tokens.
         batch_size: problems per batch.
-        temperature: of sampling.
+        temperature: the sampling temperature.
         seed: decides the samples.
         token_budget: tokens of one scoring batch.
     """
@@ -93,21 +93,21 @@ def probe_model(
     Several processes share the problems, and each returns the records of all.
 
     Args:
-        scorer: of the model.
-        tokenizer: the model's.
-        task: its answer template ends rationales and opens answers.
-        dataset: rows of the task; at least one. `gold` is left out where it has no column
-            `rationale`, and for a row whose rationale is empty.
-        settings: how many samples, how long, and so on.
-        engine: samples the rationales, and has the model's weights; None: transformers, here.
-        accelerator: knows the processes; None: there is one.
+        scorer: computes log-probs with the model.
+        tokenizer: the model's tokenizer.
+        task: the task; its answer template ends rationales and opens answers.
+        dataset: rows of the task, at least one. `gold` is left out where there is no column
+            `rationale`, and for rows with an empty rationale.
+        settings: number of samples, lengths and so on.
+        engine: samples the rationales with the model's weights; None: transformers, here.
+        accelerator: knows the processes; None: there is only this one.
 
     Raises:
-        ValueError: the dataset lacks a column, or a row of it does not fit the model.
+        ValueError: the dataset lacks a column, or a row does not fit the model.
 
     Returns:
         One record per problem: `index`, `prompt` and `answer`, and for each of `KINDS` a list of
-        {`rationale`: its text, `answer_logp`: log π(y|·) in nats, `answer_tokens`: tokens of y}.
+        {`rationale`: text, `answer_logp`: log π(y|·) in nats, `answer_tokens`: number of tokens}.
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
@@ -124,12 +124,12 @@ def probe_model(
         unit="problem",
         dynamic_ncols=True,
         disable=rank > 0,
-        # A file wants a line now and then, not ten a second.
+        # In a file, one line every ten seconds is enough.
         mininterval=0.1 if sys.stderr.isatty() else 10,
     ) as bar:
         for start in range(0, len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))
-            # The last batch of several processes may have nothing for some.
+            # Some processes may have no problem of the last batch.
             own = indices[rank::world]
             groups = _rollouts(
                 [(index, dataset[index]) for index in own],
@@ -167,7 +167,7 @@ def _rollouts(
     join: AnswerJoin,
     settings: ProbeSettings,
 ) -> list[dict[str, list[Rollout]]]:
-    """Return the answer of each problem, an index and a row, behind each kind of rationale."""
+    """Return the answer of each problem (index and row) after each kind of rationale."""
     if not problems:
         return []
     prompts = [encode_prompt(join.tokenizer, row["prompt"], join.encoder) for _, row in problems]
@@ -198,14 +198,14 @@ def _rollouts(
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the records come to, for each of `KINDS` that they have.
+    """Summarise the records for each of `KINDS` that they have.
 
     Returns:
-        By kind: `problems`; `sequence` and `token`, the mean log π(y|·) of an answer and of a token
-        of one, in nats, each {`mean`, `stderr`}. A kind other than none has `sequence_gain` and
-        `token_gain` as well, the same problem's difference to none, and `helps`, the share of
-        rationales that make the answer likelier. Several rationales of a problem count as their
-        mean, and standard errors are over problems.
+        By kind: `problems`, their number; `sequence` and `token`, the mean log π(y|·) per answer
+        and per answer token in nats, each as {`mean`, `stderr`}. Kinds other than "none" also have
+        `sequence_gain` and `token_gain`, the differences to "none" on the same problem, and
+        `helps`, the share of rationales that make the answer likelier. Several rationales of a
+        problem count as their mean, and standard errors are over problems.
     """
     result: dict[str, dict[str, Any]] = {}
     for kind in (k for k in KINDS if any(k in record for record in records)):
@@ -224,7 +224,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def gains(record: Mapping[str, Any], kind: str, unit: str) -> list[float]:
-    """What each rationale of a kind adds to log π(y|x), of the "sequence" or a "token" of it."""
+    """Return what each rationale of a kind adds to log π(y|x), per "sequence" or per "token"."""
     (none,) = _values(record, "none", unit)
     return [value - none for value in _values(record, kind, unit)]
 
@@ -242,7 +242,7 @@ def _mean_and_error(values: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def draw(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Histograms over problems: log π(y|·) by kind, and what rationales add to log π(y|x)."""
+    """Draw histograms over problems: log π(y|·) by kind, and what rationales add to log π(y|x)."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     likelihoods, added = {}, {}
@@ -261,10 +261,10 @@ def draw(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _histograms(axis: Any, kinds: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """One line a kind over the same bins; of each the values of every problem's rationales."""
+    """Draw one line per kind over common bins, from the values of all problems' rationales."""
     axis.hist(
         [[value for values in problems for value in values] for problems in kinds.values()],
-        # A problem counts once, however many rationales it has.
+        # Every problem has the same weight, however many rationales it has.
         weights=[
             [1 / len(values) / len(problems) for values in problems for _ in values]
             for problems in kinds.values()

@@ -1,13 +1,13 @@
-"""What graded completions say: accuracies with intervals, majority votes, lengths.
+"""Compute metrics of graded completions: accuracies with intervals, majority votes, lengths.
 
-Everything here is made of the records of problems, as `latro.evaluation.accuracy` writes one per
-line, so that an evaluation which was interrupted and one which was not give the same bits.
+Everything is computed from the records of problems, which `latro.evaluation.accuracy` writes one
+per line, so an interrupted evaluation gives the same bits as one that was not interrupted.
 
-Intervals are Wilson's, of 95 %, over problems. One completion, or vote, per problem makes n
-outcomes of n problems. Several are worth more, by how their shares of right ones spread: it takes
-n_eff = p(1−p)/se² outcomes for a mean p to have the standard error se that is found over problems.
-n_eff is held between the number of problems (all that is known of a model that is always right, or
-always wrong) and that of completions.
+Intervals are Wilson's 95 % intervals over problems. With one completion or vote per problem, their
+sample size n is the number of problems. With several, it is n_eff = p(1−p)/se², the number of
+independent outcomes for which a mean p has the standard error se that is found over problems. n_eff
+is kept between the number of problems (for a model that is always right or always wrong) and the
+number of completions.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _Z = 1.959963984540054
 def accuracies(
     records: Sequence[Mapping[str, Any]], majority: Sequence[int]
 ) -> dict[str, list[float]]:
-    """The share of right completions, or votes, of each problem: 0 or 1 where it has one.
+    """Return each problem's share of right completions or votes: 0 or 1 where it has only one.
 
     Args:
-        records: of all problems; at least one.
+        records: the records of all problems, at least one.
         majority: the k of maj@k, each at most the number of samples.
 
     Returns:
         By metric: `accuracy_greedy`, and with samples `accuracy_sampled` and `maj@k`. The votes of
-        maj@k are the ⌊n/k⌋ disjoint blocks of k successive samples among n, so that few samples go
-        to waste and each vote is one that k samples would have given: maj@1 is `accuracy_sampled`.
+        maj@k are over the ⌊n/k⌋ disjoint blocks of k successive samples among n: few samples are
+        wasted, and each vote is one that k samples would have given. maj@1 is `accuracy_sampled`.
     """
     shares = {"accuracy_greedy": [_mean(_right(record["greedy"])) for record in records]}
     if "sampled" in records[0]:
@@ -44,7 +44,7 @@ def accuracies(
 
 
 def metrics_of(records: Sequence[Mapping[str, Any]], majority: Sequence[int]) -> dict[str, float]:
-    """Return the metrics that `evaluate_model` names; the arguments are those of `accuracies`."""
+    """Return the metrics that `evaluate_model` lists; the arguments are those of `accuracies`."""
     metrics = {}
     for name, shares in accuracies(records, majority).items():
         metrics[name] = _mean(shares)
@@ -61,7 +61,7 @@ def metrics_of(records: Sequence[Mapping[str, Any]], majority: Sequence[int]) ->
 def intervals_of(
     records: Sequence[Mapping[str, Any]], majority: Sequence[int]
 ) -> dict[str, list[float]]:
-    """[low, high] of each accuracy's 95 % interval; arguments as of `accuracies`."""
+    """Return [low, high] of each accuracy's 95 % interval; the arguments are `accuracies`'."""
     num_samples = len(records[0].get("sampled", ()))
     each = {"accuracy_greedy": 1, "accuracy_sampled": num_samples}
     each |= {f"maj@{k}": num_samples // k for k in majority}
@@ -72,22 +72,22 @@ def intervals_of(
 
 
 def majority_correct(completions: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the commonest stated answer is right; of equally common ones the first stated."""
+    """Return whether the most frequent answer is right; on a tie, the first stated one counts."""
     grades = {c["predicted"]: c["correct"] for c in completions if c["predicted"] is not None}
     votes = Counter(c["predicted"] for c in completions if c["predicted"] is not None)
     return bool(votes) and grades[votes.most_common(1)[0][0]]
 
 
 def wilson_interval(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a probability, of which a share p was seen in n outcomes."""
+    """Return Wilson's 95 % interval of a probability, given a share p of n outcomes."""
     middle = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    # An end that is 0 or 1 in exact arithmetic rounds to a hair beside it.
+    # An end that is exactly 0 or 1 would be slightly off by rounding.
     return (0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half)
 
 
 def effective_size(shares: Sequence[float], each: int) -> float:
-    """How many independent outcomes shares of `each` outcomes a problem are worth."""
+    """Return how many independent outcomes the shares are worth; each is over `each` outcomes."""
     p, error = _mean(shares), standard_error(shares)
     if error == 0:
         return len(shares) * (1 if p in (0, 1) else each)
@@ -95,7 +95,7 @@ def effective_size(shares: Sequence[float], each: int) -> float:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for one value."""
+    """Return the standard error of the mean; 0 for a single value."""
     if len(values) < 2:
         return 0.0
     mean = _mean(values)

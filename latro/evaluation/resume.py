@@ -1,10 +1,10 @@
-"""The lines of an evaluation under way, from which one that was killed goes on.
+"""Write the lines of an evaluation as it runs, and resume a killed evaluation from them.
 
 `evaluation.jsonl` has one line per problem, in the order of the dataset, and nothing else.
-`evaluation.settings.json` beside it says what they are of: the model with a checksum of its
-weights, the data with checksums of rows and prompts, the settings. Where all of that is the same,
-an evaluation goes on behind the lines that are there, at the start of a batch, and so ends with the
-bits of one that was never stopped; where it is not, it is refused.
+`evaluation.settings.json` beside it identifies the evaluation: the model with a checksum of its
+weights, the data with checksums of rows and prompts, the settings. Where all of it is the same, an
+evaluation continues after the existing lines at the start of a batch, and ends with the same bits
+as one that was never stopped; where it differs, the evaluation is refused.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from latro.files import append, write_json
 
 
 class Journal:
-    """Lines that are added batch by batch.
+    """A file of lines that grows batch by batch.
 
     Args:
-        path: of the lines, a `.jsonl`.
-        identity: what they are made of, as sections of JSON values by name.
-        overwrite: start anew, whichever evaluation's lines are there.
+        path: the `.jsonl` file.
+        identity: what identifies the evaluation, as sections of JSON values by name.
+        overwrite: whether to start anew, whatever evaluation the existing lines belong to.
     """
 
     def __init__(
@@ -43,17 +43,17 @@ class Journal:
         self.overwrite = overwrite
 
     def open(self, prompts: Sequence[Sequence[int]], batch_size: int) -> list[dict[str, Any]]:
-        """The records that are there already, a whole number of batches; later ones are dropped.
+        """Return the existing records up to the last whole batch, and drop later ones.
 
         Args:
             prompts: token ids of all problems, as the model reads them.
-            batch_size: problems that are written together.
+            batch_size: number of problems that are written together.
 
         Raises:
-            ValueError: the lines are of another evaluation, or damaged before their last; or the
-                file is of none, which `overwrite` does not touch either.
+            ValueError: the lines belong to another evaluation, or a line before the last is
+                damaged; or no evaluation wrote the file, which `overwrite` does not touch either.
         """
-        # As it is read back: tuples are lists there, and keys are strings.
+        # In the form that is read back from JSON: lists for tuples, and strings as keys.
         identity = json.loads(json.dumps({**self.identity, "prompts": {"crc32": crc32(prompts)}}))
         if self.path.exists() and not self.settings_path.exists():
             raise ValueError(
@@ -62,7 +62,7 @@ class Journal:
             )
         if self.overwrite or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # The lines go first: none of them may stand beside settings that are not theirs.
+            # Delete the lines first: they must never stand beside settings of another evaluation.
             self.path.unlink(missing_ok=True)
             write_json(self.settings_path, identity)
             self.path.touch()
@@ -78,7 +78,7 @@ class Journal:
         return records
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Write the lines of a batch, so that they outlast this process and the machine's power."""
+        """Write the lines of a batch, so that they survive the process and a power failure."""
         lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
         append(self.path, "".join(lines), durable=True)
 
@@ -121,12 +121,12 @@ class Journal:
 
 
 def crc32(value: Any) -> str:
-    """Checksum of a JSON value."""
+    """Return the checksum of a JSON value."""
     return f"{zlib.crc32(json.dumps(value).encode()):08x}"
 
 
 def weights_crc32(model: nn.Module) -> str:
-    """Checksum of a model's weights, in the order of its state dict."""
+    """Return the checksum of a model's weights, in the order of its state dict."""
     checksum = 0
     for name, tensor in model.state_dict().items():
         checksum = zlib.crc32(name.encode(), checksum)

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, plots, trackers, samples and the model card."""
+"""Reports of a run: metrics, plots, trackers, samples and the model card."""

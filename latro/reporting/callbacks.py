@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a progress bar, `metrics.jsonl`, `progress.png`, sample tables."""
+"""Show a run: a progress bar, `metrics.jsonl`, `progress.png` and tables of samples."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
 
 Panels = Sequence[tuple[str, Sequence[str]]]
-"""Four plots: of each its title, and the names of the metrics in it."""
+"""Four plots, each as its title and the names of its metrics."""
 
 
 class MetricsFiles(TrainerCallback):
     """Appends every log to `metrics.jsonl`; draws `progress.png` at evaluations, saves and the end.
 
-    At the start of training the file is rewritten from the trainer's state. A resumed run thus
-    drops what an interrupted one logged after its last checkpoint, and a line that it left torn.
+    At the start of training the metrics are rewritten from the trainer's state: so a resumed run
+    drops what an interrupted one logged after its last checkpoint, including a half-written line.
     """
 
     def __init__(self, panels: Panels) -> None:
@@ -74,7 +74,7 @@ class MetricsFiles(TrainerCallback):
 
 
 def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -> None:
-    """Draw metrics over the updates into a PNG."""
+    """Draw metrics over the updates into a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,7 +86,7 @@ def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
             if points:
-                # A line through two or three evaluations hides where they were made.
+                # Markers show where the points are on a line through only a few evaluations.
                 marker = "o" if len(points) < 30 else None
                 axis.plot(*zip(*points, strict=True), marker=marker, markersize=4, label=name)
         if len(names) > 1 and axis.lines:
@@ -99,7 +99,7 @@ def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the updates, with the figures that tell whether a run goes well."""
+    """A progress bar over the updates, with the figures that show whether a run goes well."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -119,7 +119,7 @@ class ProgressBar(TrainerCallback):
                 desc=self.title,
                 unit="update",
                 dynamic_ncols=True,
-                # A file wants a line now and then, not ten a second.
+                # In a file, one line every ten seconds is enough.
                 mininterval=0.1 if sys.stderr.isatty() else 10,
             )
 
@@ -187,7 +187,7 @@ class CompletionsTable:
         table.add_column("reward", justify="right")
         table.add_column("advantage", justify="right")
         for sample in report.samples:
-            # repr: line ends are to be seen.
+            # repr makes line ends visible.
             cells = (repr(sample.rationale), f"{sample.reward:.2f}", f"{sample.advantage:+.2f}")
             table.add_row(*cells)
         self.console.print(table)

@@ -1,8 +1,8 @@
-"""The same few held-out problems through the run: `samples.jsonl`, one line an evaluation.
+"""Keep the same few held-out problems of every evaluation in `samples.jsonl`, a line for each.
 
     {"step": 0, "problems": [{"prompt": …, "answer": …, "text": …, "predicted": …, "correct": …}]}
 
-`text` is the greedy completion. The model card shows the first line beside the last.
+`text` is the greedy completion. The model card shows the first and the last line.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PROBLEMS = 3
 class HeldOutSamples(TrainerCallback):
     """Writes the file.
 
-    At the start of training it is rewritten to the evaluations that the trainer's state knows: a
-    new run drops an earlier one's, and a resumed one what came after its checkpoint.
+    At the start of training it is cut to the evaluations in the trainer's state: a new run drops
+    all lines, and a resumed run those from after its checkpoint.
     """
 
     def on_train_begin(
@@ -42,7 +42,7 @@ class HeldOutSamples(TrainerCallback):
 
     @staticmethod
     def keep(output_dir: str, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Note the first problems of an evaluation; `records` are `evaluate_model`'s."""
+        """Write the first problems of an evaluation, given the records of `evaluate_model`."""
         problems = [
             {name: record[name] for name in ("prompt", "answer")}
             | {name: record["greedy"][0][name] for name in ("text", "predicted", "correct")}
@@ -53,15 +53,15 @@ class HeldOutSamples(TrainerCallback):
 
 
 def read_samples(path: Path) -> dict[int, list[dict[str, Any]]]:
-    """The problems of each evaluation by its step, in the order of steps; {} without a file.
+    """Return the problems of each evaluation by its step, in order of steps; {} without a file.
 
     Raises:
-        ValueError: the file is damaged, or not one of these; names the line.
+        ValueError: the file is damaged or of another kind; the message names the line.
     """
     if not path.exists():
         return {}
     samples = {}
-    # A file's lines end at "\n" alone; those of `splitlines` at what stands in texts too.
+    # Lines end only at "\n"; `splitlines` would also cut at characters that texts may contain.
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:

@@ -1,7 +1,7 @@
-"""The model card: `README.md` of a run's output folder.
+"""Write the model card, `README.md` in a run's output folder.
 
-What was trained, on what and how, the curve, accuracy and a few completions before and after, and
-the command that evaluates again. Its front matter is what the Hugging Face hub reads.
+It tells what was trained, on what data and how, with the curve, accuracy and a few completions
+before and after, and the command that repeats the evaluation. The hub reads its front matter.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from latro.terminal import shown
 
 CARD_FILE = "README.md"
 LONGEST_TEXT = 2000
-"""Characters of a prompt or completion that a card shows."""
+"""Number of characters of a prompt or completion that a card shows at most."""
 
 Evaluation = Mapping[str, float]
-"""An evaluation as it was logged: its "step", and metrics that begin with "eval_"."""
+"""A logged evaluation: its "step", and metrics with names that begin with "eval_"."""
 
 METRICS = (
     ("greedy accuracy", "eval_accuracy_greedy", "{:.1%}"),
@@ -36,7 +36,7 @@ METRICS = (
     ("completions without an end", "eval_unfinished", "{:.1%}"),
     ("mean log π(y given x⊕z), nats", "eval_answer_logp", "{:.2f}"),
 )
-"""Title, name and format of what is told of an evaluation."""
+"""Title, name and format of each metric that a card shows."""
 
 _PACKAGES = ("latro-kernels", "torch", "transformers", "accelerate", "datasets", "peft")
 
@@ -55,50 +55,50 @@ class HeldOut:
     """How a run was evaluated."""
 
     problems: int
-    """How many."""
+    """Number of problems."""
     split: str
     grader: str
-    """The class that grades."""
+    """Name of the class that grades."""
     max_completion_length: int
     temperature: float
     num_samples: int
     command: str | None = None
-    """Evaluates again; None: there is none, as for a task that no command knows."""
+    """The command that repeats the evaluation; None where the commands do not know the task."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a card tells of a run."""
+    """The facts about a run that its card shows."""
 
     name: str
-    """Of the model."""
+    """Name of the model."""
     method: str
     """A key of `METHODS`."""
     task: str
-    """The data set, in words."""
+    """Description of the data set."""
     prompts: int
-    """Trained on."""
+    """Number of training prompts."""
     update: int
-    """The last one of the model that is saved."""
+    """Number of the update after which the model was saved."""
     base: str = "a model that is not on the hub"
-    """Where the training began, in words."""
+    """Description of the model that training started from."""
     base_model: str | None = None
-    """The same as a hub id; None where it came from a folder or from code."""
+    """Its hub id; None where it came from a folder or from code."""
     dataset: str | None = None
-    """A hub id; None for other data."""
+    """Hub id of the data set; None for other data."""
     settings: Sequence[Setting] = ()
     adapter: str | None = None
-    """Which, in words; None where the whole model is trained."""
+    """Description of the adapter; None where the whole model is trained."""
     held_out: HeldOut | None = None
     before: Evaluation | None = None
-    """The first evaluation; None without one."""
+    """The first evaluation, if there is one."""
     after: Evaluation | None = None
-    """That of the model that is saved; None without one."""
+    """The evaluation of the saved model, if there is one."""
     samples_before: Sequence[Mapping[str, Any]] = ()
     """Problems as `latro.reporting.held_out_samples` keeps them."""
     samples_after: Sequence[Mapping[str, Any]] = ()
     picture: str | None = None
-    """File name of the curve; None without one."""
+    """File name of the curve, if there is one."""
     device: str = "cpu"
     tags: Sequence[str] = ()
     language: str | None = None
@@ -107,7 +107,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training, and the paper to cite for it."""
+    """A training method and the paper to cite for it."""
 
     title: str
     sentence: str
@@ -173,7 +173,7 @@ def write_card(run: Run, folder: str | os.PathLike[str]) -> None:
 
 
 def is_own_card(path: Path) -> bool:
-    """Whether `path` is a card as `write_card` leaves it, or there is none."""
+    """Return whether `path` is a card that `write_card` wrote, or does not exist."""
     if not path.exists():
         return True
     try:
@@ -184,7 +184,7 @@ def is_own_card(path: Path) -> bool:
 
 
 def model_card(run: Run) -> ModelCard:
-    """The card of `run`."""
+    """Return the card of `run`."""
     parts = [_summary(run), _results(run), _curve(run), _samples(run)]
     parts += [_evaluation(run), _settings(run), _versions(run), _citation(run)]
     front = _front_matter(run).to_yaml()
@@ -201,7 +201,7 @@ def _front_matter(run: Run) -> ModelCardData:
         library_name="peft" if run.adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["latro", *run.tags],
-        # The name of the results, and an entry of its own where there are none.
+        # Names the results; without results the hub's library would add an entry by this name.
         model_name=shown(run.name) if results else None,
         eval_results=results,
     )
@@ -333,7 +333,7 @@ def _citation(run: Run) -> str:
     return f"## Citation\n\n{_fenced(entry, 'bibtex')}"
 
 
-# Markdown that no text breaks out of.
+# Markdown that no text can break out of.
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -342,7 +342,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _text(text: str) -> str:
-    """In a line: a backslash before what would be markup."""
+    """Return a text in one line, with backslashes before characters that would be markup."""
     return re.sub(r"[\\`*_\[\]<>#|&$~]", r"\\\g<0>", " ".join(shown(text).split()))
 
 
@@ -355,7 +355,7 @@ def _fenced(text: str, language: str = "text") -> str:
 
 
 def _code(text: str) -> str:
-    """In a line, also of a table."""
+    """Return a text as inline code, which may stand in a table."""
     text = " ".join(shown(text).split()).replace("|", "\\|")
     ticks = "`" * (_longest_ticks(text) + 1)
     space = " " if text[:1] == "`" or text[-1:] == "`" else ""

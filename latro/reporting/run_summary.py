@@ -1,4 +1,4 @@
-"""What a trainer knows of its run, as the model card tells it."""
+"""Collect from a trainer what the model card shows of its run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 _HUB_DATASETS = {"gsm8k": gsm8k.HUB_DATASET[0], "arc_challenge": arc_challenge.HUB_DATASET[0]}
 
-# Of the Trainer's settings those that decide what is learnt; none that names a machine or a person.
+# The Trainer's settings that decide what is learnt, and none that names a machine or a person.
 _TRAINERS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "max_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "optim", "weight_decay"),
     *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "bf16", "fp16", "seed"),
 )
-# Of our own those that do not, or that stand elsewhere in the card.
+# Our own settings that do not decide it, or that stand elsewhere in the card.
 _LEFT_OUT = {
     *("eval_split", "num_eval_examples", "token_budget", "max_skipped_updates", "backend"),
     *("rollout_engine", "vllm_url", "vllm_weights_dir"),
@@ -42,7 +42,7 @@ _LEFT_OUT = {
 
 
 class TrainedRun(Protocol):
-    """What the card reads of a trainer."""
+    """The attributes of a trainer that the card reads."""
 
     args: AnswerConfig
     state: TrainerState
@@ -61,7 +61,7 @@ class TrainedRun(Protocol):
 
 
 def run_of(trainer: TrainedRun, folder: Path) -> Run:
-    """The run of `trainer`, whose model is saved in `folder`, up to now."""
+    """Return the facts of a trainer's run up to now; its model is saved in `folder`."""
     args, state, task = trainer.args, trainer.state, trainer.task
     best = state.best_global_step if args.load_best_model_at_end else None
     update = best or state.global_step
@@ -93,14 +93,14 @@ def run_of(trainer: TrainedRun, folder: Path) -> Run:
 
 
 def _at(update: int, evaluations: Sequence[Evaluation]) -> Evaluation | None:
-    """The last evaluation of the model after that update; without one, the last there is."""
+    """Return the last evaluation of the model after an update; without one, the last of all."""
     exact = [e for e in evaluations if e["step"] == update]
     shown = exact or evaluations
     return shown[-1] if shown else None
 
 
 def _base(model: PreTrainedModel | PeftModel) -> tuple[str, str | None]:
-    """Where the weights came from, in words and, if they have one, by hub id."""
+    """Return where the weights came from, as a description and as a hub id, if they have one."""
     name = (model.get_base_model() if has_adapter(model) else model).config.name_or_path
     if name == str(SMALL_MODEL):
         return "the small model that comes with latro-kernels", None
@@ -108,7 +108,7 @@ def _base(model: PreTrainedModel | PeftModel) -> tuple[str, str | None]:
 
 
 def _dataset(task: Task) -> str | None:
-    """As a hub id."""
+    """Return the data set's hub id, if it has one."""
     if isinstance(task, OwnData):
         return task.name if _is_hub_id(task.name) else None
     return _HUB_DATASETS.get(task.name)
@@ -128,7 +128,7 @@ def _adapter(model: PreTrainedModel | PeftModel) -> str | None:
     if not has_adapter(model):
         return None
     config = model.active_peft_config
-    # Of LoRA and its kin; other kinds have none.
+    # Only LoRA and similar adapters have a rank.
     rank = config.to_dict().get("r")
     return f"a {config.peft_type.value} adapter{f' of rank {rank}' if rank else ''}"
 
@@ -170,7 +170,7 @@ def _command(
     if data is None:
         return None
     args = trainer.args
-    # Where it is pushed the Trainer completes the id, which the arguments may not have at all.
+    # When pushing, the Trainer completes the hub id, which the arguments may lack.
     pushed = trainer.hub_model_id if args.push_to_hub else None
     options: dict[str, Any] = {
         "model_name_or_path": pushed or args.output_dir,

@@ -1,14 +1,14 @@
-"""Sequences of the updates, as histograms and a table of samples, to whoever watches a run.
+"""Report the sequences of updates to trackers, as histograms and a table of samples.
 
-Scalars go to TensorBoard, Weights & Biases or Trackio by the callbacks of transformers
-(`--report_to`). Into the very runs that those have opened go, whenever the run logs:
+The callbacks of transformers report scalars to TensorBoard, Weights & Biases or Trackio
+(`--report_to`). This module adds to the runs that they have opened, whenever the run logs:
 
-    train/advantages          histogram of A, of every sequence since the last log, of all processes
-    train/rationale_lengths   histogram of the rationales' lengths in tokens, of the same sequences
-    train/samples             table: prompt, rationale, answer, reward, advantage; of one prompt
+    train/advantages          histogram of A over all sequences of all processes since the last log
+    train/rationale_lengths   histogram of the same sequences' rationale lengths, in tokens
+    train/samples             table for one prompt: prompt, rationale, answer, reward, advantage
 
-An update that was skipped shows in none of them. Values stay on the device until then: logging
-waits for the loss anyway, and the step for nothing more.
+Skipped updates are left out. Values stay on the device until a log, which waits for the loss
+anyway, so steps need not wait for them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from latro.update.metrics import Outcome
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence to read: texts to the letter, special tokens and what ended it included."""
+    """One sequence as exact text, including special tokens and what ended the rationale."""
 
     prompt: str
     rationale: str
@@ -50,16 +50,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Report:
-    """What was seen since the last log."""
+    """The sequences since the last log."""
 
     advantages: list[float]
     rationale_lengths: list[int]
     samples: list[Sample]
-    """Of the first prompt of the last update, in the main process."""
+    """Sequences of the first prompt of the last update, in the main process."""
 
 
 class Sink(Protocol):
-    """Who shows a report; called in the main process alone."""
+    """Shows a report; called only in the main process."""
 
     def __call__(self, step: int, report: Report) -> None: ...
 
@@ -67,23 +67,23 @@ class Sink(Protocol):
 @dataclass
 class _Seen:
     rewards_and_advantages: list[Tensor] = field(default_factory=list)
-    """[2, S] each, on the device."""
+    """Tensors [2, S], on the device."""
     rationale_lengths: list[int] = field(default_factory=list)
     rollouts: list[Rollout] = field(default_factory=list)
-    """The first group of the last update alone, so that a log's worth of token ids is not kept."""
+    """The first group of the last update; the token ids of other groups are not kept."""
     first: int = 0
-    """Where that group stands among the sequences."""
+    """Index of that group's first sequence among all."""
 
 
 class SequenceReports(TrainerCallback):
     """Hands a `Report` to each sink whenever the run logs its updates.
 
     Args:
-        sinks: who shows it.
-        tokenizer: of the samples.
+        sinks: what shows the reports.
+        tokenizer: decodes the samples.
         accelerator: knows the processes, whose sequences are gathered.
-        num_generations: K, sequences of one prompt.
-        num_samples: sequences of the table, at most K; 0: none.
+        num_generations: K, the number of sequences per prompt.
+        num_samples: number of sequences in the table, at most K; 0: no table.
     """
 
     def __init__(
@@ -104,17 +104,17 @@ class SequenceReports(TrainerCallback):
         self._seen = _Seen()
 
     def reset(self) -> None:
-        """Forget what was seen, and an update that an error ended half-way."""
+        """Forget all sequences, including those of an update that an error interrupted."""
         self._update = []
         self._seen = _Seen()
 
     def add(self, outcomes: Sequence[Outcome], *, last: bool, skipped: bool) -> None:
-        """Take in an accumulation step.
+        """Add the sequences of one accumulation step.
 
         Args:
-            outcomes: its sequences.
-            last: the update ends with it.
-            skipped: that update was skipped, and none of its sequences is reported.
+            outcomes: the outcomes of its sequences.
+            last: whether the update ends with this step.
+            skipped: whether that update was skipped, so that its sequences are not reported.
         """
         self._update += outcomes
         if not last:
@@ -126,7 +126,7 @@ class SequenceReports(TrainerCallback):
     def _take(self, outcomes: Sequence[Outcome]) -> None:
         seen = self._seen
         seen.first = len(seen.rationale_lengths)
-        # There are none where other processes have all prompts of the update.
+        # There are no outcomes if other processes have all prompts of the update.
         seen.rollouts = [r for outcome in outcomes[:1] for r in outcome.rollouts]
         seen.rollouts = seen.rollouts[: self.num_generations][: self.num_samples]
         for outcome in outcomes:
@@ -141,7 +141,7 @@ class SequenceReports(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        # All processes are here together at a log of updates, with or without sequences to tell of.
+        # At a log of updates all processes come here together, even those without sequences.
         if not logs or "loss" not in logs:
             return
         report = self._report()
@@ -177,7 +177,7 @@ class SequenceReports(TrainerCallback):
 
 
 def sinks_of(callbacks: Sequence[TrainerCallback]) -> list[Sink]:
-    """A sink for each tracker that a Trainer's callbacks report to."""
+    """Return a sink for each tracker that a Trainer's callbacks report to."""
     sinks: list[Sink] = []
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback):
@@ -190,7 +190,7 @@ def sinks_of(callbacks: Sequence[TrainerCallback]) -> list[Sink]:
 
 
 class TensorBoard:
-    """Into the writer of the Trainer's callback."""
+    """Writes with the writer of the Trainer's callback."""
 
     def __init__(self, callback: TensorBoardCallback) -> None:
         self.callback = callback
@@ -207,7 +207,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Into the run that is open."""
+    """Writes into the open run."""
 
     def __call__(self, step: int, report: Report) -> None:
         import wandb
@@ -217,7 +217,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """Into the run that is open."""
+    """Writes into the open run."""
 
     def __call__(self, step: int, report: Report) -> None:
         import trackio
@@ -227,13 +227,13 @@ class Trackio:
 
 
 def _media(tracker: ModuleType, step: int, report: Report) -> dict[str, Any]:
-    """The report in the classes of wandb, which Trackio has by the same names."""
+    """Return the report as objects of wandb's classes; Trackio's classes have the same names."""
     import pandas as pd
 
     media: dict[str, Any] = {
         "train/advantages": tracker.Histogram(report.advantages),
         "train/rationale_lengths": tracker.Histogram(report.rationale_lengths),
-        # What the Trainer's callbacks draw everything over.
+        # The Trainer's callbacks plot all metrics over this one.
         "train/global_step": step,
     }
     if report.samples:
@@ -255,7 +255,7 @@ def _markdown_table(samples: Sequence[Sample]) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text as it is, in a cell of Markdown: no mark-up in it, line ends shown."""
+    """Return a text for a cell of Markdown, with markup escaped and line ends shown."""
     return "".join(
         "<br>" if c == "\n" else c if c.isalnum() or c == " " else f"&#{ord(c)};"
         for c in shown(text)
