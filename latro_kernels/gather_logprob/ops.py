@@ -82,16 +82,9 @@ def _(logits: Tensor, *_: Any) -> None:
     """Return nothing, as the gradient takes the place of the logits."""
 
 
-def _write_gradient(
-    dlogits: Tensor,
-    logits: Tensor,
-    target: Tensor,
-    temperature: float,
-    softcap: float,
-    with_entropy: bool,
-    backend: str,
-    *rows: Tensor,
-) -> None:
+def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
+    """Fill `dlogits` from the arguments that both backward ops take after the logits."""
+    target, temperature, softcap, with_entropy, backend, *rows = arguments
     logp, entropy, row_max, log_sum, grad_logp, grad_entropy = rows
     grad = RowGrad(
         target=target.contiguous(),

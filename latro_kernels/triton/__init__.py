@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers, imported only when that backend runs."""
+"""What the Triton kernels of several ops are made of, imported only when that backend runs."""
