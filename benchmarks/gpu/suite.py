@@ -171,7 +171,7 @@ def stages(
             file="ops.json",
             figure=gpu_goals.ops_figure,
         ),
-        measured("forms", [study], 90, file="study_head.json", figure=gpu_goals.forms_figure),
+        measured("forms", [study], 110, file="study_head.json", figure=gpu_goals.forms_figure),
         tested("smoke", "smoke", 100),
         tested("tests", "rest", 200),
         sanitized("memcheck"),
