@@ -30,6 +30,7 @@ from latro.loading import check_vocabulary
 from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper
 from latro.model.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.model.dropout import disable_dropout
+from latro.model.packing import Group
 from latro.model.scoring import Scorer
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
 from latro.reporting.held_out_samples import SAMPLES_FILE, HeldOutSamples
@@ -43,9 +44,9 @@ from latro.run.resumable import LongRunTrainer
 from latro.run.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro.update import metrics as statistics
-from latro.update.accumulation import Accumulation
+from latro.update.coefficients import Coefficients
+from latro.update.gradient import Update
 from latro.update.nonfinite import Finding, FiniteUpdates
-from latro.update.out_of_memory import FittingUpdate
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -56,24 +57,28 @@ RESULTS_FILE = "results.json"
 class AnswerTrainer(LongRunTrainer):
     """Trains a causal language model on prompts, and evaluates it by the answers it states.
 
+    An update is two choices: where rollouts come from, which is `_rollouts`, and what their rows
+    count for, which is `coefficients`. The rest is one path (`latro.update.gradient`).
+
     Args:
         model: what is trained. Its dropout is set to 0. Of a `PeftModel` the adapter is trained.
         args: the settings.
         train_dataset: rows with `prompt` and `answer`.
         processing_class: the model's tokenizer.
         task: its answer template opens answers; it grades in evaluation.
+        coefficients: what the rows of rollouts count for in the loss.
         eval_dataset: held-out rows for `evaluate()`.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
         callbacks: added to the Trainer's own.
         temperature: of the policy, in the loss and in evaluation.
 
     Class attributes:
-        sum_names: of the sums that `update` returns.
         panels: of the plot, a title and the names of what is drawn.
 
     Attributes:
+        targets: what is learnt from each prompt, in words.
         scorer: of `model`.
-        update: what gives the gradient; set by the class that inherits.
+        update: what gives the gradient.
         data: the arguments that the rows were loaded by, where a command loaded them: the model
             card tells how to evaluate again.
 
@@ -86,12 +91,11 @@ class AnswerTrainer(LongRunTrainer):
         *(*LongRunTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE),
         RESULTS_FILE,
     )
-    sum_names: ClassVar[tuple[str, ...]]
     panels: ClassVar[Panels]
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase
-    update: Accumulation
+    targets: str
     data: DataArguments | None = None
 
     def __init__(
@@ -102,6 +106,7 @@ class AnswerTrainer(LongRunTrainer):
         processing_class: PreTrainedTokenizerBase,
         task: Task,
         *,
+        coefficients: Coefficients,
         eval_dataset: Dataset | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -148,8 +153,11 @@ class AnswerTrainer(LongRunTrainer):
         keep_fp32_weights(model, self.accelerator)
         self._stopwatch = Stopwatch(self.args.device)
         self.scorer = Scorer(model, temperature=temperature, backend=args.backend)
+        self.update = Update(
+            self.scorer, coefficients, args.token_budget, self.accelerator, self._stopwatch
+        )
         self._finite_updates = FiniteUpdates(
-            self.sum_names, args.max_skipped_updates, self.accelerator
+            coefficients.names, args.max_skipped_updates, self.accelerator
         )
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._flos = 0
@@ -179,16 +187,11 @@ class AnswerTrainer(LongRunTrainer):
             )
         super()._check_output()
 
-    @property
-    @abstractmethod
-    def targets(self) -> str:
-        """What is learnt from each prompt, in words."""
-
     @abstractmethod
     def _check_train_dataset(
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
     ) -> None:
-        """Raises ValueError for a row that cannot be trained on; `join` and `task` are there."""
+        """Raise ValueError for a row that cannot be trained on; `join` and `task` are set."""
 
     # The update.
 
@@ -216,22 +219,13 @@ class AnswerTrainer(LongRunTrainer):
         finally:
             accelerator.dataloader_config = given
 
-    def _set_update(self, update: Accumulation) -> None:
-        self.update = update
-        self._fitting_update = FittingUpdate(update)
-
     @abstractmethod
+    def _rollouts(self, examples: Sequence[Any]) -> Sequence[Group]:
+        """Return the rollouts that a collated batch is learnt from, by prompt."""
+
     def _num_items(self, examples: Sequence[Any]) -> int:
-        """How many of what the loss is a mean of a collated batch has."""
-
-    @abstractmethod
-    def _backpropagate(
-        self, examples: Sequence[Any], num_items: int | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add the gradient of a collated batch; the loss, detached, and sums by `sum_names`.
-
-        `num_items`: of the whole update, over all processes; None: it has this batch alone.
-        """
+        """Return the number of items of a batch that the loss averages over: here, of prompts."""
+        return len(examples)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # Each training begins here, also one that `auto_find_batch_size` begins again.
@@ -239,8 +233,8 @@ class AnswerTrainer(LongRunTrainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _begin_training(self) -> None:
-        """Forget what a training before, which an error may have ended anywhere, left behind."""
-        self._fitting_update.reset()
+        """Forget what an earlier training, which an error may have ended anywhere, left behind."""
+        self.update.reset()
         self._finite_updates.reset()
         self._stopwatch.read()
         self._sums.clear()
@@ -249,7 +243,10 @@ class AnswerTrainer(LongRunTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:
-        """As the Trainer's; items are what the loss is a mean of, over all processes."""
+        """Return an update's batches, and the number of items that its loss averages over.
+
+        Items are prompts, or target tokens for SFT; those of all processes are counted.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_done():
             # Whoever has no share of an epoch's last batch takes part in the update all the same.
@@ -263,18 +260,21 @@ class AnswerTrainer(LongRunTrainer):
         inputs: dict[str, Any],
         num_items_in_batch: int | None = None,
     ) -> Tensor:
-        """Backpropagate one batch of rows; returns the detached loss."""
+        """Backpropagate one batch of rows; return the detached loss."""
         started = time.perf_counter()
         model.train()
         self._set_optimizer_mode("train")
         self.scorer.caller = model
         self.scorer.sharded = is_sharded(self.accelerator)
-        loss, sums = self._backpropagate(inputs["examples"], num_items_in_batch)
+        groups = self._rollouts(inputs["examples"])
+        # Without a number the update has this batch alone.
+        count = self._num_items(groups) if num_items_in_batch is None else num_items_in_batch
+        loss, sums = self.update(groups, count)
         self._flos += self._update_flos()
         # The step's one wait for the device.
         finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
         if finding.sums is not None:
-            self._record(dict(zip(self.sum_names, finding.sums, strict=True)))
+            self._record(dict(zip(self.update.coefficients.names, finding.sums, strict=True)))
         self._sums["skipped_updates"] += finding.skipped
         self._sums["updates"] += self.accelerator.sync_gradients
         # The statistics have waited for the device, so the clock tells the whole step.
@@ -291,14 +291,15 @@ class AnswerTrainer(LongRunTrainer):
             switch()
 
     def _end_step(self, finding: Finding) -> None:
-        """Called when a step is done; for classes that inherit."""
+        """Do what a class that inherits does when an accumulation step is done."""
 
     def _update_flos(self) -> int:
-        # 2 FLOP a parameter and token: forward, and twice that backward.
-        return 6 * self.model.num_parameters() * self.update.trunk_tokens
+        # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
+        passes = 3 + (self.update.ref_scorer is not None)
+        return 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the last update; the Trainer adds them up."""
+        """Return the FLOP since the last call; the Trainer adds them up."""
         flos, self._flos = self._flos, 0
         return flos
 
@@ -318,24 +319,20 @@ class AnswerTrainer(LongRunTrainer):
         super().log(logs, start_time)
 
     def _averages(self) -> dict[str, float]:
-        """Over all processes, and the largest memory of them."""
+        """Return the metrics over all processes, and the largest memory of them."""
         memory = statistics.peak_memory_gib(self.args.device)
         sums = dict(self._sums)
         if self.accelerator.num_processes > 1:
             everyone = gather_object([(sums, memory)])
             sums = statistics.over_processes([s for s, _ in everyone])
             memory = max(m for _, m in everyone)
-        return self._metrics(sums) | {"peak_memory_gib": memory}
-
-    @abstractmethod
-    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """What is logged, from the sums over the updates since the last log."""
+        return self.update.coefficients.averages(sums) | {"peak_memory_gib": memory}
 
     # Evaluation.
 
     @property
     def evaluation_settings(self) -> EvaluationSettings:
-        """How `evaluate` does it."""
+        """The settings of `evaluate`."""
         return EvaluationSettings(
             max_completion_length=self.args.max_completion_length,
             batch_size=self.args.per_device_eval_batch_size,
@@ -354,7 +351,7 @@ class AnswerTrainer(LongRunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Greedy and sampled accuracy on held-out rows; see `latro.evaluation.accuracy`.
+        """Return greedy and sampled accuracy on held-out rows; see `latro.evaluation.accuracy`.
 
         Raises:
             ValueError: neither the call nor the trainer has an evaluation dataset.
@@ -389,7 +386,7 @@ class AnswerTrainer(LongRunTrainer):
     # The model card.
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, with a model card where it is no checkpoint."""
+        """Save the model as the Trainer does, with a model card where it is no checkpoint."""
         if not _internal_call:
             self._set_optimizer_mode("eval")
         super().save_model(output_dir, _internal_call)
@@ -437,5 +434,5 @@ class AnswerTrainer(LongRunTrainer):
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch is its rows: tokenising them belongs to the update."""
+    """Return the rows as they are: tokenising them belongs to the update."""
     return {"examples": examples}

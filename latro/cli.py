@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -33,7 +33,7 @@ _SHOWN = (
 
 
 def run_training(
-    trainer_class: type[AnswerTrainer],
+    trainer_class: Callable[..., AnswerTrainer],
     config_class: type[AnswerConfig],
     argv: Sequence[str] | None,
     *,

@@ -54,8 +54,7 @@ from latro.rollout.prompts import check_dataset, encode_prompt
 from latro.rollout.sequences import Rollout, RolloutEngine, Sample
 from latro.run.identity import Facts, weights_fingerprint
 from latro.tasks import Task
-from latro.update import metrics as statistics
-from latro.update.gradient import Update
+from latro.update.coefficients import ObjectiveCoefficients
 from latro.update.metrics import rollout_sums
 from latro.update.nonfinite import Finding
 
@@ -85,7 +84,6 @@ class LatroTrainer(AnswerTrainer):
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
     """
 
-    sum_names = statistics.NAMES
     panels = (
         ("reward: mean log π(y|x⊕z), nats", ("reward",)),
         ("held-out accuracy", ("eval_accuracy_greedy", "eval_accuracy_sampled")),
@@ -93,7 +91,6 @@ class LatroTrainer(AnswerTrainer):
         ("KL to the initial model, nats", ("kl",)),
     )
     args: LatroConfig
-    update: Update
 
     def __init__(
         self,
@@ -114,20 +111,14 @@ class LatroTrainer(AnswerTrainer):
             train_dataset,
             processing_class,
             task,
+            coefficients=ObjectiveCoefficients(args),
             eval_dataset=eval_dataset,
             peft_config=peft_config,
             callbacks=callbacks,
             temperature=args.temperature,
         )
-        self._set_update(
-            Update(
-                self.scorer,
-                self._make_ref_scorer(ref_model),
-                args,
-                self.accelerator,
-                self._stopwatch,
-            )
-        )
+        self.targets = f"{args.num_generations} rationales each"
+        self.update.ref_scorer = self._make_ref_scorer(ref_model)
         self.engine = self._make_engine()
         self._engine_is_stale = True
         self._micro_step = 0
@@ -149,7 +140,7 @@ class LatroTrainer(AnswerTrainer):
     def _make_ref_scorer(
         self, ref_model: PreTrainedModel | None
     ) -> Scorer | AdapterOff | InitialAdapter | None:
-        """Of π_0; None where β is 0 and no reference is given."""
+        """Return the scorer of π_0; None where β is 0 and no reference is given."""
         if ref_model is None:
             if self.args.beta == 0:
                 return None
@@ -171,11 +162,11 @@ class LatroTrainer(AnswerTrainer):
 
     @property
     def ref_scorer(self) -> Scorer | AdapterOff | InitialAdapter | None:
-        """Of π_0."""
+        """The scorer of π_0."""
         return self.update.ref_scorer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `AnswerTrainer.save_model`; a checkpoint has the initial adapter of the run too."""
+        """Save as `AnswerTrainer` does; a checkpoint has the run's initial adapter too."""
         super().save_model(output_dir, _internal_call)
         if not _internal_call or output_dir is None or not self.args.should_save:
             return
@@ -183,7 +174,7 @@ class LatroTrainer(AnswerTrainer):
             self.ref_scorer.save(Path(output_dir))
 
     def _ref_of_adapter(self, initial: Mapping[str, Tensor] | None) -> AdapterOff | InitialAdapter:
-        """Of the policy with the initial values of what is trained; None: with its adapter off."""
+        """Return the policy with `initial` for what is trained; where None, with adapters off."""
         if initial is None:
             return AdapterOff(self.scorer)
         return InitialAdapter(self.scorer, initial, self.accelerator)
@@ -194,11 +185,6 @@ class LatroTrainer(AnswerTrainer):
             initial = initial_of_checkpoint(Path(checkpoint), self._trained)
             self.update.ref_scorer = self._ref_of_adapter(initial)
         super()._load_optimizer_and_scheduler(checkpoint)
-
-    @property
-    def targets(self) -> str:
-        """What is learnt from each prompt, in words."""
-        return f"{self.args.num_generations} rationales each"
 
     def _check_train_dataset(
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
@@ -236,19 +222,13 @@ class LatroTrainer(AnswerTrainer):
         if self.reports is not None:
             self.reports.add(self.update.outcomes, last=last, skipped=finding.skipped)
 
-    def _num_items(self, examples: Sequence[dict[str, Any]]) -> int:
-        return len(examples)
-
-    def _backpropagate(
-        self, examples: Sequence[dict[str, Any]], num_items: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _rollouts(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         with self._stopwatch.lap("time_rollout"):
             self._groups = self.rollout(examples)
-        num_groups = len(self._groups) if num_items is None else num_items
-        return self._fitting_update(self._with_plain(self._groups, examples), num_groups)
+        return self._with_plain(self._groups, examples)
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
-        """K rationales for each example, drawn by the seed, the step and its place in the batch."""
+        """Sample K rationales for each example, by the seed, the step and its place in a batch."""
         prompts = [
             encode_prompt(self.processing_class, e["prompt"], self.join.encoder) for e in examples
         ]
@@ -276,7 +256,7 @@ class LatroTrainer(AnswerTrainer):
     def _with_plain(
         self, groups: list[list[Rollout]], examples: Sequence[dict[str, Any]]
     ) -> list[list[Rollout]]:
-        """The groups, each with its plain answer where the objective reads that."""
+        """Return the groups, each with its plain answer where the objective reads that."""
         if self.args.objective not in PLAIN_OBJECTIVES:
             return groups
         return [
@@ -326,26 +306,20 @@ class LatroTrainer(AnswerTrainer):
         entropy = (self.args.seed, self.state.global_step)
         return [seed_of(*entropy, first + index) for index in range(count)]
 
-    def _update_flos(self) -> int:
-        # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
-        passes = 3 + (self.ref_scorer is not None)
-        return 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
-
     # What is logged.
 
     def _record(self, sums: dict[str, float]) -> None:
         super()._record(sums | rollout_sums(self._groups))
-        if self.update.importance is not None:
-            total, largest = self.update.importance.tolist()
-            self._sums["importance_ratio"] += total
-            self._sums["importance_ratio_max"] = max(self._sums["importance_ratio_max"], largest)
-
-    def _metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        return statistics.averages(sums)
+        for outcome in self.update.outcomes:
+            if outcome.importance is not None:
+                total, largest = outcome.importance.tolist()
+                self._sums["importance_ratio"] += total
+                largest = max(self._sums["importance_ratio_max"], largest)
+                self._sums["importance_ratio_max"] = largest
 
 
 def _check_apart(ref_model: nn.Module, policy: nn.Module) -> None:
-    """Raises ValueError for a reference that changes as the policy does."""
+    """Raise ValueError for a reference that changes as the policy does."""
     trained = {parameter for parameter in policy.parameters() if parameter.requires_grad}
     if any(parameter in trained for parameter in ref_model.parameters()):
         raise ValueError(

@@ -201,10 +201,10 @@ def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) 
     values: dict[int, float] = {}
     alone = [[rollout] for rollout in rollouts]
     for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
-        (piece,) = micro.pieces
+        (piece,) = micro
         batch = scorer.collate(piece)
         of_each = answer_sums(scorer(batch).logp, batch)
-        values.update(zip(map(id, micro.rollouts), of_each.tolist(), strict=True))
+        values.update(zip(map(id, batch.sequences), of_each.tolist(), strict=True))
     scorer.model.train(was_training)
     # Micro-batches are sorted by length; return to the caller's order.
     return [values[id(r)] for r in rollouts]

@@ -32,6 +32,9 @@ from latro_kernels import GroupLayout
 
 Group = Sequence[Rollout]
 """Rollouts of one prompt."""
+MicroBatch = list[list[Group]]
+"""Whole groups that go through together, in one piece where the token budget allows; each piece
+holds groups, or parts of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,18 +65,8 @@ class Batch:
     """int64 [Q + 1], from 0 to M: where among these rows each plain answer begins and ends."""
     num_rows: int
     """N."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Whole groups that go through together, in one piece where the token budget allows."""
-
-    pieces: list[list[Group]]
-    """Each piece holds groups, or parts of them."""
-
-    @property
-    def rollouts(self) -> list[Rollout]:
-        return [rollout for piece in self.pieces for group in piece for rollout in group]
+    sequences: list[Rollout]
+    """The S sequences, in the order of their rows."""
 
 
 def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
@@ -100,6 +93,7 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
         plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
         num_rows=sum(counts),
         engine_logp=_engine_logp(sequences, device),
+        sequences=sequences,
     )
 
 
@@ -267,7 +261,7 @@ def plan(
         sides = _sides(group, boundary)
         if len(sides) > 1 or size.tokens(packed=packed) > token_budget:
             parts = [p for side in sides for p in _split(side, token_budget, packed=packed)]
-            planned.append(MicroBatch([[part] for part in parts]))
+            planned.append([[part] for part in parts])
             continue
         long = _is_long(group[0], boundary)
         for bin in bins:
@@ -278,7 +272,7 @@ def plan(
                 break
         else:
             bins.append(_Bin(long, size, [group]))
-    return planned + [MicroBatch([bin.groups]) for bin in bins]
+    return planned + [[bin.groups] for bin in bins]
 
 
 def _sides(group: Group, boundary: int | None) -> list[Group]:

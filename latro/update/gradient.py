@@ -1,235 +1,244 @@
 """One update's gradient: micro-batches through policy and reference, coefficients, backward.
 
+This is one path for all trainers. Where rollouts come from, sampled or written, is the trainer's
+choice; what their rows count for is that of the `Coefficients`.
+
 In one piece a micro-batch's policy forward serves the coefficients and the gradient. A group over
 the token budget comes in several pieces: all are scored without gradient first, because an
 advantage needs its whole group, and then each is run once more for its gradient.
+
+Where memory runs out, the token budget is halved and all of the update runs again
+(`latro.update.out_of_memory`). An error in a backward leaves some parameters with the micro-batch's
+gradient and some without, and nobody can tell which. To keep a copy of the gradient against that
+would cost the memory that is short. So all gradients are dropped, those of the update's earlier
+accumulation steps too, and these steps are run again from their rollouts, which are a few lists of
+token ids. Nothing random is drawn after the rollouts: the numbers are those of a run with the
+smaller budget from the start.
 """
 
 from __future__ import annotations
 
-import contextlib
+import gc
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from latro.config.training import LatroConfig
 from latro.model.head_rows import Reference
 from latro.model.initial import AdapterOff, InitialAdapter
-from latro.model.packing import Batch, Group, group_layout, plain_offsets
+from latro.model.packing import Batch, Group, MicroBatch, plan
 from latro.model.scoring import Scorer, Scores
-from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
+from latro.rollout.sequences import Rollout
 from latro.run.stopwatch import Stopwatch
-from latro.update.accumulation import Accumulation
-from latro.update.importance import importance
-from latro.update.metrics import NAMES, Outcome, micro_batch_sums
-from latro_kernels import GroupAdvantage
+from latro.update.coefficients import NOTHING, Coefficients, Weights, rows_loss
+from latro.update.metrics import Outcome
+from latro.update.out_of_memory import is_out_of_memory, smaller_budget
+from latro.update.processes import agreed_pieces, backward, exchange
 
 
-class Update(Accumulation):
-    """Accumulates the gradient of the objective's loss over rollouts.
+class Update:
+    """Accumulates the gradient of a loss over groups of rollouts.
 
     Args:
         scorer: of the policy.
-        ref_scorer: of π_0; None where β is 0.
-        args: the settings.
+        coefficients: what the rows count for in the loss.
+        token_budget: positions of one micro-batch.
         accelerator: runs backwards and knows the engine.
         stopwatch: its laps are time_score and time_backward.
 
     Attributes:
-        importance: of the last update's rationale tokens, the sum of their importance ratios and
-            the largest, fp64 [2]; None where the engine tells no log-probs.
+        ref_scorer: of the reference model π_0; None where there is none.
+        token_budget: at first as it was given; halved as often as memory runs out, and stays so.
+        trunk_tokens: positions that the last call took through the policy's trunk with gradient,
+            padding included.
         outcomes: of the last call's sequences, one a micro-batch; each process has its own.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        ref_scorer: Scorer | AdapterOff | InitialAdapter | None,
-        args: LatroConfig,
+        coefficients: Coefficients,
+        token_budget: int,
         accelerator: Accelerator,
         stopwatch: Stopwatch,
     ) -> None:
-        super().__init__(scorer, args.token_budget, accelerator, stopwatch)
-        self.ref_scorer = ref_scorer
-        self.args = args
-        self.objective = OBJECTIVES[args.objective]
-        self.settings = ObjectiveSettings(
-            beta=args.beta,
-            answer_weight=args.answer_weight,
-            kl=args.kl,
-            unfinished=args.unfinished,
-            rlpr_min_std=args.rlpr_min_std,
-            backend=args.backend,
-        )
-        self.importance: Tensor | None = None
+        self.scorer = scorer
+        self.coefficients = coefficients
+        self.ref_scorer: Scorer | AdapterOff | InitialAdapter | None = None
+        self.token_budget = token_budget
+        self.accelerator = accelerator
+        self.stopwatch = stopwatch
+        self.trunk_tokens = 0
         self.outcomes: list[Outcome] = []
+        self._steps: list[tuple[Sequence[Group], int]] = []
 
-    def __call__(self, groups: Sequence[Group], num_groups: int) -> tuple[Tensor, Tensor]:
-        """Add the gradient of `groups` to the parameters'.
+    def __call__(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
+        """Add the gradient of `groups` to that of the update's earlier accumulation steps.
 
         Args:
-            groups: K rollouts of each prompt, none where other processes have all prompts; one
-                more, plain, where the objective is one of `PLAIN_OBJECTIVES`.
-            num_groups: prompts of the whole update, over all processes; the loss is their mean.
+            groups: rollouts of each prompt, none where other processes have all prompts; one more,
+                plain, where the objective is one of `PLAIN_OBJECTIVES`.
+            count: number of items (prompts, or target tokens for SFT) that the loss of the whole
+                update averages over, those of all processes.
 
         Returns:
-            The loss, [], and the sums that `latro.update.metrics.NAMES` names, fp64.
+            The loss, [], and the sums that `coefficients.names` names, fp64, both on the device.
+
+        Raises:
+            torch.OutOfMemoryError: a single sequence does not fit, or there are several processes.
         """
+        self._steps.append((groups, count))
+        result = None
+        try:
+            result = self._run(self._steps[-1:])
+            while result is None:
+                # Only here is the error gone, and with it the frames that held tensors.
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                planned = [micro for groups, _ in self._steps for micro in self.plan(groups)]
+                self.token_budget = smaller_budget(
+                    planned, self.token_budget, packed=self.scorer.packed
+                )
+                self.scorer.caller.zero_grad(set_to_none=True)
+                result = self._run(self._steps)
+            return result
+        finally:
+            if result is None or self.accelerator.sync_gradients:
+                self._steps.clear()
+
+    def reset(self) -> None:
+        """Forget the accumulation steps of an update that an error elsewhere ended."""
+        self._steps.clear()
+
+    def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
+        """Return the micro-batches of `groups` within the token budget."""
+        return plan(
+            groups,
+            self.token_budget,
+            packed=self.scorer.packed,
+            boundary=self.scorer.boundary,
+        )
+
+    def _run(self, steps: Sequence[tuple[Sequence[Group], int]]) -> tuple[Tensor, Tensor] | None:
+        """Return the last step's loss and sums; None where memory ran out in one of the steps."""
+        try:
+            results = [self._accumulate(groups, count) for groups, count in steps]
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.accelerator.num_processes > 1:
+                raise torch.OutOfMemoryError(
+                    f"{error}\nOut of memory with token_budget {self.token_budget}: with several "
+                    "processes it cannot be halved under way; lower it"
+                ) from error
+            return None
+        return results[-1]
+
+    def _accumulate(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
+        """Run the micro-batches of one accumulation step, as often as every other process does."""
         planned = self.plan(groups)
-        planned.sort(key=lambda micro: len(micro.pieces), reverse=True)
-        counts = self._agree([len(micro.pieces) for micro in planned])
-        loss = torch.zeros((), device=self.args.device)
-        sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
+        # Every process has its micro-batches of many pieces first, so that few fill up.
+        planned.sort(key=len, reverse=True)
+        agreed = agreed_pieces(list(map(len, planned)), self.accelerator)
+        device = self.accelerator.device
+        loss = torch.zeros((), device=device)
+        sums = torch.zeros(len(self.coefficients.names), dtype=torch.float64, device=device)
         self.trunk_tokens = 0
-        self.importance = None
         self.outcomes = []
-        for slot, count in enumerate(counts):
-            pieces = planned[slot].pieces if slot < len(planned) else []
+        for slot, num_pieces in enumerate(agreed):
+            pieces = planned[slot] if slot < len(planned) else []
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
-            fill = [self._filler() for _ in range(count - len(pieces))]
-            last = slot == len(counts) - 1
-            micro_loss, micro_sums, advantage = self._micro_batch(batches, fill, num_groups, last)
-            if advantage is not None:
-                rollouts = [r for r in planned[slot].rollouts if not r.plain]
-                self.outcomes.append(Outcome(rollouts, advantage.reward, advantage.advantage))
+            fill = [self._filler() for _ in range(num_pieces - len(pieces))]
+            run = self._in_one_piece if num_pieces == 1 else self._in_pieces
+            micro_loss, micro_sums = run(batches, fill, count, last=slot == len(agreed) - 1)
             loss += micro_loss
             sums += micro_sums
         return loss, sums
 
-    def _micro_batch(
-        self, batches: list[Batch], fill: list[Batch], num_groups: int, last: bool
-    ) -> tuple[Tensor, Tensor, GroupAdvantage | None]:
-        """Accumulate the gradient of whole groups; `fill` runs behind them and counts for nothing.
+    def _in_one_piece(
+        self, batches: list[Batch], fill: list[Batch], count: int, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of a micro-batch of one batch, which runs forward once.
 
-        `last`: gradients are exchanged with other processes at its last backward.
+        Args:
+            batches: the batch, where it holds whole groups.
+            fill: the batch, where it fills up and counts for nothing.
+            count: as in `__call__`.
+            last: whether its backward exchanges gradients with other processes.
+
+        Returns:
+            The loss and the sums.
         """
-        every = batches + fill
-        advantage: GroupAdvantage | None = None
-        whole = len(every) == 1
-        loss = torch.zeros((), device=self.args.device)
-        sums = torch.zeros(len(NAMES), dtype=torch.float64, device=self.args.device)
-        with contextlib.ExitStack() as stack:
-            if whole:
-                stack.enter_context(self._exchange(last))
+        (batch,) = batches + fill
+        with exchange(self.scorer.caller, self.accelerator, last=last):
             with self.stopwatch.lap("time_score"), self.accelerator.autocast():
                 # π_0 first, while the policy's graph does not take memory yet.
-                references = [self._reference(batch) for batch in every]
-                ref_logps = [self._ref_logp(batch) for batch in every]
-                with torch.set_grad_enabled(whole):
-                    scores = [
-                        self.scorer(batch, reference)
-                        for batch, reference in zip(every, references, strict=True)
-                    ]
-                coefficients = [_Coefficients(None, None)] * len(every)
-                if batches:
-                    own = slice(len(batches))
-                    advantage, sums = self._advantage(
-                        batches, scores[own], ref_logps[own], num_groups
-                    )
-                    coefficients[own] = _by_batch(advantage, batches)
+                reference, ref_logp = self._reference(batch)
+                score = self.scorer(batch, reference)
+                (weights,), sums = self._weights(batches, fill, [score], [ref_logp], count)
+            with self.stopwatch.lap("time_backward"):
+                return backward(rows_loss(score, weights), self.accelerator), sums
 
-            for index, batch in enumerate(every):
-                with self.stopwatch.lap("time_backward"), contextlib.ExitStack() as inner:
-                    score = scores[index]
-                    if not whole:
-                        inner.enter_context(self._exchange(last and index == len(every) - 1))
-                        with self.accelerator.autocast():
-                            score = self.scorer(batch, references[index])
-                    loss += self._backward(coefficients[index].loss(score))
-        return loss, sums, advantage
+    def _in_pieces(
+        self, batches: list[Batch], fill: list[Batch], count: int, *, last: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Accumulate the gradient of a micro-batch of several batches, which run forward twice.
 
-    def _advantage(
-        self,
-        batches: Sequence[Batch],
-        scores: Sequence[Scores],
-        ref_logps: Sequence[Tensor | None],
-        num_groups: int,
-    ) -> tuple[GroupAdvantage, Tensor]:
-        """Coefficients of all rows of a micro-batch, and its statistics."""
-        K = self.args.num_generations
-        layout = group_layout(batches, K, num_groups)
-        scored = list(zip(scores, batches, strict=True))
-        rows = Rows(
-            torch.cat([s.logp[: b.num_rows] for s, b in scored]),
-            layout,
-            ref_logp=_of_sequences(ref_logps, batches),
-            row_kl=_of_sequences([s.row_kl for s in scores], batches),
-        )
-        if self.args.objective in PLAIN_OBJECTIVES:
-            plain = torch.cat([s.logp[b.num_rows :] for s, b in scored])
-            rows = replace(
-                rows,
-                own_answer=torch.cat([b.own_answer for b in batches]),
-                plain_logp=plain,
-                plain_offsets=plain_offsets(batches),
-            )
-        advantage = self.objective(rows, self.settings)
-        engine_logp = _of_sequences([batch.engine_logp for batch in batches], batches)
-        if engine_logp is not None:
-            weight = self._importance_weight(rows.logp, engine_logp)
-            advantage = replace(advantage, coefficient=advantage.coefficient * weight)
-        entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
-        return advantage, micro_batch_sums(advantage, entropy, layout.offsets, K)
-
-    def _importance_weight(self, logp: Tensor, engine_logp: Tensor) -> Tensor:
-        """Of each row's coefficient; its ratio is counted in `importance`."""
-        ratio, weight = importance(logp, engine_logp, self.args.importance_cap)
-        total = ratio.double().nansum()
-        largest = ratio.double().nan_to_num(nan=0.0).max()
-        if self.importance is not None:
-            total, largest = total + self.importance[0], largest.maximum(self.importance[1])
-        self.importance = torch.stack([total, largest])
-        return weight
-
-    def _reference(self, batch: Batch) -> Reference | None:
-        """π_0 at the rows of a batch, where the KL is exact."""
-        if self.ref_scorer is None or self.args.kl != "exact":
-            return None
-        return self.ref_scorer.reference(batch)
+        The arguments and results are those of `_in_one_piece`; `fill` runs behind `batches`.
+        """
+        every = batches + fill
+        with self.stopwatch.lap("time_score"), self.accelerator.autocast():
+            known = [self._reference(batch) for batch in every]
+            references, ref_logps = [r for r, _ in known], [logp for _, logp in known]
+            with torch.no_grad():
+                scores = list(map(self.scorer, every, references))
+            weights, sums = self._weights(batches, fill, scores, ref_logps, count)
+        loss = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(every):
+            exchanges = last and index == len(every) - 1
+            with (
+                self.stopwatch.lap("time_backward"),
+                exchange(self.scorer.caller, self.accelerator, last=exchanges),
+            ):
+                with self.accelerator.autocast():
+                    score = self.scorer(batch, references[index])
+                loss += backward(rows_loss(score, weights[index]), self.accelerator)
+        return loss, sums
 
     @torch.no_grad()
-    def _ref_logp(self, batch: Batch) -> Tensor | None:
-        """log π_0 of the rows of a batch, where the KL is of sampled tokens."""
-        if self.ref_scorer is None or self.args.kl == "exact":
-            return None
-        return self.ref_scorer(batch).logp
+    def _reference(self, batch: Batch) -> tuple[Reference | None, Tensor | None]:
+        """Return π_0 at a batch's rows where the KL is exact; else log π_0 of them; or neither."""
+        if self.ref_scorer is None:
+            return None, None
+        if self.coefficients.exact_kl:
+            return self.ref_scorer.reference(batch), None
+        return None, self.ref_scorer(batch).logp
 
+    def _weights(
+        self,
+        batches: list[Batch],
+        fill: list[Batch],
+        scores: list[Scores],
+        ref_logps: list[Tensor | None],
+        count: int,
+    ) -> tuple[list[Weights], Tensor]:
+        """Return the weights of `batches` and of `fill`, in this order, and the sums."""
+        weights: list[Weights] = []
+        names = self.coefficients.names
+        sums = torch.zeros(len(names), dtype=torch.float64, device=self.accelerator.device)
+        if batches:
+            own = slice(len(batches))
+            weights, sums, outcome = self.coefficients(batches, scores[own], ref_logps[own], count)
+            if outcome is not None:
+                self.outcomes.append(outcome)
+        return weights + [NOTHING] * len(fill), sums
 
-@dataclass(frozen=True)
-class _Coefficients:
-    """Of the rows of a batch's sequences, which come before those of plain answers.
+    def _filler(self) -> Batch:
+        """Return the shortest batch there can be: one token is read, and two are predicted.
 
-    None and None: the batch fills up, and counts for nothing.
-    """
-
-    logp: Tensor | None
-    row_kl: Tensor | None
-
-    def loss(self, score: Scores) -> Tensor:
-        if self.logp is None:
-            loss = score.logp.sum() * 0
-            return loss if score.row_kl is None else loss + score.row_kl.sum() * 0
-        rows = slice(len(self.logp))
-        loss = (self.logp * score.logp[rows]).sum()
-        if score.row_kl is not None and self.row_kl is not None:
-            loss = loss + (self.row_kl * score.row_kl[rows]).sum()
-        return loss
-
-
-def _by_batch(advantage: GroupAdvantage, batches: Sequence[Batch]) -> list[_Coefficients]:
-    rows = [batch.num_rows for batch in batches]
-    logp = advantage.coefficient.split(rows)
-    if advantage.kl_coefficient is None:
-        return [_Coefficients(c, None) for c in logp]
-    row_kl = advantage.kl_coefficient.split(rows)
-    return [_Coefficients(c, k) for c, k in zip(logp, row_kl, strict=True)]
-
-
-def _of_sequences(rows: Sequence[Tensor | None], batches: Sequence[Batch]) -> Tensor | None:
-    """Values of the rows of all batches' sequences; for all batches there are some, or for none."""
-    there = [t[: b.num_rows] for t, b in zip(rows, batches, strict=True) if t is not None]
-    return torch.cat(there) if there else None
+        Which token it is does not matter; every vocabulary has a first one.
+        """
+        return self.scorer.collate([[Rollout([0], [0], [0], answer_start=0, finished=True)]])

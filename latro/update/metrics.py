@@ -14,13 +14,16 @@ from latro_kernels import GroupAdvantage
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """Sequences of one micro-batch, whole groups, and what the objective made of them."""
+    """The sequences of one micro-batch, whole groups, and what the objective made of them."""
 
     rollouts: list[Rollout]
     reward: Tensor
     """[S] fp32, nats in LaTRO, on the device."""
     advantage: Tensor
     """[S] fp32, on the device."""
+    importance: Tensor | None = None
+    """fp64 [2], on the device: the sum of the rationale tokens' importance ratios and the largest;
+    None where the engine tells no log-probs."""
 
 
 NAMES = (
@@ -36,7 +39,7 @@ NAMES = (
 def micro_batch_sums(
     advantage: GroupAdvantage, entropy: Tensor, offsets: Tensor, num_generations: int
 ) -> Tensor:
-    """Sums over a micro-batch of what `NAMES` names, fp64 [6], left on the device."""
+    """Return the sums over a micro-batch that `NAMES` names, fp64 [6], left on the device."""
     flat = (advantage.advantage.view(-1, num_generations) == 0).all(dim=1)
     # A row is a rationale's where it stands in an even segment.
     row = torch.arange(entropy.shape[0], device=entropy.device)
@@ -54,7 +57,7 @@ def micro_batch_sums(
 
 
 def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """What the rollouts of an update add to the sums."""
+    """Return what the rollouts of an accumulation step add to the sums."""
     rollouts = [rollout for group in groups for rollout in group]
     return {
         "sequences": len(rollouts),
@@ -66,7 +69,7 @@ def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of all processes, and of `importance_ratio_max` the largest.
+    """Return the sums over all processes, and of `importance_ratio_max` the largest.
 
     Updates and seconds, which pass for all at once, are averaged. A process with no step that was
     finite has no statistics of any.
@@ -82,14 +85,11 @@ def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def averages(sums: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of the updates since the last log, from the sums over all of them.
+    """Return the metrics of LaTRO's updates since the last log, from the sums over all of them.
 
     Where none of them was finite there is nothing to tell but that, and the times.
     """
-    updates = max(1.0, sums["updates"])
-    metrics = {"skipped_updates": sums["skipped_updates"]}
-    for name in ("time_rollout", "time_score", "time_backward", "time_step"):
-        metrics[name] = sums[name] / updates
+    metrics = _skipped_and_times(sums, "time_rollout", "time_score", "time_backward", "time_step")
     if not sums.get("sequences"):
         return metrics
     sequences, groups = sums["sequences"], sums["groups"]
@@ -103,7 +103,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
         "rationale_length": sums["rationale_tokens"] / sequences,
         "unfinished": sums["unfinished"] / sequences,
         "rows_per_second": sums["rows"] / sums["time_step"],
-        "trunk_tokens": sums["trunk_tokens"] / updates,
+        "trunk_tokens": sums["trunk_tokens"] / max(1.0, sums["updates"]),
     }
     if "importance_ratio" in sums:
         metrics["importance_ratio"] = sums["importance_ratio"] / max(1.0, sums["rationale_rows"])
@@ -111,8 +111,28 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     return metrics
 
 
+def likelihood_averages(sums: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of supervised updates, as `averages` does those of LaTRO's."""
+    metrics = _skipped_and_times(sums, "time_score", "time_backward", "time_step")
+    if not sums.get("sequences"):
+        return metrics
+    updates = max(1.0, sums["updates"])
+    return metrics | {
+        "answer_logp": sums["answer_logp"] / sums["sequences"],
+        "target_tokens": sums["target_tokens"] / updates,
+        "trunk_tokens": sums["trunk_tokens"] / updates,
+        "tokens_per_second": sums["trunk_tokens"] / sums["time_step"],
+    }
+
+
+def _skipped_and_times(sums: Mapping[str, float], *times: str) -> dict[str, float]:
+    """Return the number of skipped updates, and seconds of each update by their names."""
+    updates = max(1.0, sums["updates"])
+    return {"skipped_updates": sums["skipped_updates"]} | {t: sums[t] / updates for t in times}
+
+
 def peak_memory_gib(device: torch.device) -> float:
-    """Of the device since the start; of the process, resident, on a CPU."""
+    """Return the most memory of the device since the start; on a CPU, resident, of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

@@ -240,7 +240,7 @@ def test_long_rope_sequences_are_kept_apart(tiny, rollouts, sharper):
     lengths = [len(r.input_ids) for group in groups for r in group]
     assert min(lengths) <= 24 < max(lengths)
     planned = plan(groups, 10**6, packed=True, boundary=scorer.boundary)
-    for piece in [piece for micro in planned for piece in micro.pieces]:
+    for piece in [piece for micro in planned for piece in micro]:
         together = scorer(scorer.collate(piece)).logp
         alone = [scorer(collate([[r]], CPU, packed=False)).logp for g in piece for r in g]
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)

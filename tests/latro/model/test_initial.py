@@ -124,10 +124,16 @@ def test_autocast_keeps_no_weight_of_the_reference(make_trainer, tiny, kl, head)
     trainer = make_trainer(model, max_steps=1, bf16=True, kl=kl)
     moved(model)
     seen = []
-    own = trainer.update._advantage
-    trainer.update._advantage = lambda batches, scores, *more: (
-        seen.append((batches, [s.logp.detach() for s in scores])) or own(batches, scores, *more)
-    )
+    own = trainer.update.coefficients
+
+    class Watched:
+        names, exact_kl, averages = own.names, own.exact_kl, own.averages
+
+        def __call__(self, batches, scores, *more):
+            seen.append((batches, [s.logp.detach() for s in scores]))
+            return own(batches, scores, *more)
+
+    trainer.update.coefficients = Watched()
     before = Scorer(copy.deepcopy(model))
     trainer.train()
     ((batch, *_), (logp, *_)) = seen[0]

@@ -178,6 +178,10 @@ def cost(piece: list[list[Rollout]], packed: bool) -> int:
     return collate(piece, CPU, packed=packed).input_ids.numel()
 
 
+def rollouts_of(micro):
+    return [rollout for piece in micro for group in piece for rollout in group]
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @given(
     groups=st.lists(groups_of_one_prompt, min_size=1, max_size=8),
@@ -186,25 +190,25 @@ def cost(piece: list[list[Rollout]], packed: bool) -> int:
 )
 def test_micro_batches_hold_whole_groups_within_the_budget(packed, groups, budget, boundary):
     planned = plan(groups, budget, packed=packed, boundary=boundary)
-    placed = [id(r) for micro in planned for r in micro.rollouts]
+    placed = [id(r) for micro in planned for r in rollouts_of(micro)]
     assert sorted(placed) == sorted(id(r) for group in groups for r in group)
     for micro in planned:
-        members = {id(r) for r in micro.rollouts}
+        members = {id(r) for r in rollouts_of(micro)}
         for group in groups:
             inside = [id(r) in members for r in group]
             assert all(inside) or not any(inside)
-        for piece in micro.pieces:
+        for piece in micro:
             assert cost(piece, packed) <= budget or sum(map(len, piece)) == 1
             if boundary is not None:
                 assert len({len(r.input_ids) > boundary for g in piece for r in g}) == 1
-        if len(micro.pieces) > 1:
+        if len(micro) > 1:
             assert len([g for g in groups if id(g[0]) in members]) == 1
 
 
 def test_groups_share_micro_batches_where_they_fit():
     groups = [grouped(4, [(n, 2)] * 2) for n in (1, 9, 3, 7, 5)]
     planned = plan(groups, 40, packed=True)
-    assert sum(map(len, groups)) == sum(len(micro.rollouts) for micro in planned)
+    assert sum(map(len, groups)) == sum(len(rollouts_of(micro)) for micro in planned)
     # 24 + 16 and 20 + 12 + 8 tokens: full to the last.
     assert len(planned) == 2
     assert len(plan(groups, 10**6, packed=True)) == 1

@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latro.update.out_of_memory import FittingUpdate, is_out_of_memory
+from latro.rollout.sequences import Rollout
+from latro.run.stopwatch import Stopwatch
+from latro.update.coefficients import LikelihoodCoefficients
+from latro.update.gradient import Update
+from latro.update.out_of_memory import is_out_of_memory
 
 
 def run_out(trainer, where, tokens, micro_step=0):
@@ -73,7 +77,7 @@ def test_earlier_accumulation_steps_are_run_again(make_trainer, tiny, caplog, wh
 
     trainer, found = trained(True)
     assert budgets(caplog)
-    assert not trainer._fitting_update._steps
+    assert not trainer.update._steps
     _, expected = trained(False, token_budget=trainer.update.token_budget)
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.equal(ours, theirs)
@@ -85,23 +89,24 @@ def test_one_sequence_that_does_not_fit_is_final(make_trainer):
     with pytest.raises(torch.OutOfMemoryError, match="one sequence at a time: lower max_compl"):
         trainer.train()
     # A next try starts with nothing of this one.
-    assert not trainer._fitting_update._steps
+    assert not trainer.update._steps
 
 
 def test_with_several_processes_it_is_final():
-    def update(groups, num_groups):
+    def collate(groups):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    several = SimpleNamespace(num_processes=2, sync_gradients=True)
-    fitting = FittingUpdate(update)
-    update.accelerator, update.token_budget = several, 4096
+    scorer = SimpleNamespace(packed=True, boundary=None, collate=collate)
+    several = SimpleNamespace(num_processes=2, sync_gradients=True, device=torch.device("cpu"))
+    update = Update(scorer, LikelihoodCoefficients(), 4096, several, Stopwatch(several.device))
+    rollout = Rollout([1], [2], [3], answer_start=1, finished=True)
     with pytest.raises(torch.OutOfMemoryError, match=r"token_budget 4096: with several processes"):
-        fitting([], 1)
+        update([[rollout]], 1)
 
 
 def test_other_errors_pass(make_trainer):
     trainer = make_trainer()
-    trainer.update._micro_batch = lambda *_: torch.ones(2) @ torch.ones(3)
+    trainer.update._in_one_piece = lambda *_, **__: torch.ones(2) @ torch.ones(3)
     with pytest.raises(RuntimeError, match="size"):
         trainer.train()
     assert trainer.update.token_budget == trainer.args.token_budget

@@ -1,0 +1,185 @@
+"""The choice of what each row's log-prob is multiplied by in the loss.
+
+An update is one path (`latro.update.gradient`) with this choice in it: the coefficients of an
+objective, LaTRO's or a relative's, or those of the negative log-likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from latro.config.training import LatroConfig
+from latro.model.packing import Batch, answer_sums, group_layout, plain_offsets
+from latro.model.scoring import Scores
+from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Rows
+from latro.update import metrics
+from latro.update.importance import importance
+from latro.update.metrics import Outcome
+
+Weights = tuple[Tensor | float, Tensor | None]
+"""Coefficients of the rows of a batch's sequences: of their log-probs, [N] or the same float for
+all, and of their exact KL, [N] or none."""
+NOTHING: Weights = (0.0, None)
+"""The coefficients of a batch that counts for nothing."""
+
+
+class Coefficients(Protocol):
+    """Gives the coefficients of all rows of a micro-batch, and its statistics."""
+
+    names: tuple[str, ...]
+    """Names of the statistics, which are sums."""
+    exact_kl: bool
+    """Whether the coefficients are of the exact KL, and not of sampled tokens' log-probs."""
+
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        scores: Sequence[Scores],
+        ref_logps: Sequence[Tensor | None],
+        count: int,
+    ) -> tuple[list[Weights], Tensor, Outcome | None]:
+        """Return the coefficients by batch, the statistics, and what became of the sequences.
+
+        Args:
+            batches: pieces of one micro-batch, which hold whole groups together.
+            scores: the policy's, of each batch.
+            ref_logps: log π_0 of each batch's rows, where the KL is of sampled tokens.
+            count: number of items that the loss of the whole update averages over.
+
+        Returns:
+            Coefficients; sums by `names`, fp64 [len(names)]; the outcome, where there are rewards.
+        """
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the updates since the last log, from the sums over all of them."""
+
+
+class ObjectiveCoefficients:
+    """Gives rows the coefficients of an objective: LaTRO's, or those of a relative of it.
+
+    Args:
+        args: the settings; `count` is of prompts, each with `num_generations` sequences.
+
+    Attributes:
+        objective: what makes coefficients of log-probs.
+    """
+
+    names: tuple[str, ...] = metrics.NAMES
+
+    def __init__(self, args: LatroConfig) -> None:
+        self.objective = OBJECTIVES[args.objective]
+        self.reads_plain = args.objective in PLAIN_OBJECTIVES
+        self.exact_kl = args.kl == "exact"
+        self.num_generations = args.num_generations
+        self.importance_cap = args.importance_cap
+        self.settings = ObjectiveSettings(
+            beta=args.beta,
+            answer_weight=args.answer_weight,
+            kl=args.kl,
+            unfinished=args.unfinished,
+            rlpr_min_std=args.rlpr_min_std,
+            backend=args.backend,
+        )
+
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        scores: Sequence[Scores],
+        ref_logps: Sequence[Tensor | None],
+        count: int,
+    ) -> tuple[list[Weights], Tensor, Outcome]:
+        """Return an objective's coefficients; see `Coefficients`."""
+        layout = group_layout(batches, self.num_generations, count)
+        scored = list(zip(scores, batches, strict=True))
+        rows = Rows(
+            torch.cat([s.logp[: b.num_rows] for s, b in scored]),
+            layout,
+            ref_logp=_of_sequences(ref_logps, batches),
+            row_kl=_of_sequences([s.row_kl for s in scores], batches),
+        )
+        if self.reads_plain:
+            rows = replace(
+                rows,
+                own_answer=torch.cat([b.own_answer for b in batches]),
+                plain_logp=torch.cat([s.logp[b.num_rows :] for s, b in scored]),
+                plain_offsets=plain_offsets(batches),
+            )
+        advantage = self.objective(rows, self.settings)
+        coefficient, ratios = advantage.coefficient, None
+        engine_logp = _of_sequences([batch.engine_logp for batch in batches], batches)
+        if engine_logp is not None:
+            ratio, weight = importance(rows.logp, engine_logp, self.importance_cap)
+            coefficient = coefficient * weight
+            ratio = ratio.double()
+            ratios = torch.stack([ratio.nansum(), ratio.nan_to_num(nan=0.0).max()])
+        entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
+        sums = metrics.micro_batch_sums(advantage, entropy, layout.offsets, self.num_generations)
+        outcome = Outcome(
+            [rollout for batch in batches for rollout in batch.sequences],
+            advantage.reward,
+            advantage.advantage,
+            ratios,
+        )
+        counts = [batch.num_rows for batch in batches]
+        row_kl: Sequence[Tensor | None] = [None] * len(batches)
+        if advantage.kl_coefficient is not None:
+            row_kl = advantage.kl_coefficient.split(counts)
+        return list(zip(coefficient.split(counts), row_kl, strict=True)), sums, outcome
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the updates since the last log, from the sums over all of them."""
+        return metrics.averages(sums)
+
+
+class LikelihoodCoefficients:
+    """Gives every row −1/count: the loss is the negative log-likelihood of all target tokens."""
+
+    names: tuple[str, ...] = ("answer_logp", "sequences", "target_tokens")
+    exact_kl = False
+
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        scores: Sequence[Scores],
+        ref_logps: Sequence[Tensor | None],
+        count: int,
+    ) -> tuple[list[Weights], Tensor, None]:
+        """Return the likelihood's coefficients; see `Coefficients`. `count` is of target tokens."""
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=scores[0].logp.device)
+        for batch, score in zip(batches, scores, strict=True):
+            answers = answer_sums(score.logp.detach(), batch)
+            numbers = answers.new_tensor([len(answers), batch.num_rows])
+            sums += torch.cat([answers.sum()[None], numbers])
+        return [(-1 / count, None)] * len(batches), sums, None
+
+    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """Return the metrics of the updates since the last log, from the sums over all of them."""
+        return metrics.likelihood_averages(sums)
+
+
+def rows_loss(score: Scores, weights: Weights) -> Tensor:
+    """Return Σ coefficient·logp, and Σ coefficient·row_kl where there is one, over a batch's rows.
+
+    Rows of plain answers stand after those of the sequences, and have no coefficient.
+    """
+    coefficient, kl_coefficient = weights
+    if isinstance(coefficient, float):
+        loss = score.logp.sum() * coefficient
+        # Every output takes part in the backward, in every process alike.
+        return loss if score.row_kl is None else loss + score.row_kl.sum() * 0
+    rows = slice(len(coefficient))
+    loss = (coefficient * score.logp[rows]).sum()
+    if score.row_kl is not None and kl_coefficient is not None:
+        loss = loss + (kl_coefficient * score.row_kl[rows]).sum()
+    return loss
+
+
+def _of_sequences(rows: Sequence[Tensor | None], batches: Sequence[Batch]) -> Tensor | None:
+    """Return values of the rows of all batches' sequences; all batches have some, or none has."""
+    there = [t[: b.num_rows] for t, b in zip(rows, batches, strict=True) if t is not None]
+    return torch.cat(there) if there else None
