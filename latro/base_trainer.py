@@ -15,12 +15,8 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_callback import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from latro.config.training import AnswerConfig, DataArguments
@@ -41,7 +37,6 @@ from latro.rollout.sequences import AnswerJoin, RolloutEngine, eos_token_ids
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts
 from latro.run.resumable import LongRunTrainer
-from latro.run.stopwatch import Stopwatch
 from latro.tasks import Task
 from latro.update import metrics as statistics
 from latro.update.coefficients import Coefficients
@@ -72,25 +67,20 @@ class AnswerTrainer(LongRunTrainer):
         callbacks: added to the Trainer's own.
         temperature: of the policy, in the loss and in evaluation.
 
-    Class attributes:
-        panels: of the plot, a title and the names of what is drawn.
-
     Attributes:
+        panels: of the plot, a title and the names of what is drawn.
         targets: what is learnt from each prompt, in words.
         scorer: of `model`.
         update: what gives the gradient.
-        data: the arguments that the rows were loaded by, where a command loaded them: the model
-            card tells how to evaluate again.
+        data: the arguments by which a command loaded the rows; the model card tells them.
 
     Raises:
         ValueError: a row that cannot be trained on, or a model that cannot be scored, or is another
             in training than in evaluation.
     """
 
-    run_files = (
-        *(*LongRunTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, SAMPLES_FILE),
-        RESULTS_FILE,
-    )
+    run_files = (*LongRunTrainer.run_files, CARD_FILE, SAMPLES_FILE, METRICS_FILE, PLOT_FILE)
+    run_files += (RESULTS_FILE,)
     panels: ClassVar[Panels]
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
@@ -151,10 +141,9 @@ class AnswerTrainer(LongRunTrainer):
         disable_dropout(model)
         keep_output_dtype(self.accelerator)
         keep_fp32_weights(model, self.accelerator)
-        self._stopwatch = Stopwatch(self.args.device)
         self.scorer = Scorer(model, temperature=temperature, backend=args.backend)
         self.update = Update(
-            self.scorer, coefficients, args.token_budget, self.accelerator, self._stopwatch
+            self.scorer, coefficients, accelerator=self.accelerator, token_budget=args.token_budget
         )
         self._finite_updates = FiniteUpdates(
             coefficients.names, args.max_skipped_updates, self.accelerator
@@ -224,29 +213,23 @@ class AnswerTrainer(LongRunTrainer):
         """Return the rollouts that a collated batch is learnt from, by prompt."""
 
     def _num_items(self, examples: Sequence[Any]) -> int:
-        """Return the number of items of a batch that the loss averages over: here, of prompts."""
+        """Return the number of items (prompts, or target tokens for SFT) to average over."""
         return len(examples)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        # Each training begins here, also one that `auto_find_batch_size` begins again.
-        self._begin_training()
-        return super()._inner_training_loop(*args, **kwargs)
-
-    def _begin_training(self) -> None:
-        """Forget what an earlier training, which an error may have ended anywhere, left behind."""
+        # Each training begins here, also one that `auto_find_batch_size` begins again. What an
+        # earlier one left behind, which an error may have ended anywhere, is forgotten.
         self.update.reset()
         self._finite_updates.reset()
-        self._stopwatch.read()
+        self.update.stopwatch.read()
         self._sums.clear()
         self._flos = 0
+        return super()._inner_training_loop(*args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:
-        """Return an update's batches, and the number of items that its loss averages over.
-
-        Items are prompts, or target tokens for SFT; those of all processes are counted.
-        """
+        """Return an update's batches, and the number of its loss's items in all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self._is_done():
             # Whoever has no share of an epoch's last batch takes part in the update all the same.
@@ -255,10 +238,7 @@ class AnswerTrainer(LongRunTrainer):
         return batches, sum(gather_object([own]))
 
     def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        num_items_in_batch: int | None = None,
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None
     ) -> Tensor:
         """Backpropagate one batch of rows; return the detached loss."""
         started = time.perf_counter()
@@ -270,16 +250,20 @@ class AnswerTrainer(LongRunTrainer):
         # Without a number the update has this batch alone.
         count = self._num_items(groups) if num_items_in_batch is None else num_items_in_batch
         loss, sums = self.update(groups, count)
-        self._flos += self._update_flos()
+        # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
+        passes = 3 + (self.update.ref_scorer is not None)
+        self._flos += 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
         # The step's one wait for the device.
         finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
         if finding.sums is not None:
-            self._record(dict(zip(self.update.coefficients.names, finding.sums, strict=True)))
+            for name, value in zip(self.update.coefficients.names, finding.sums, strict=True):
+                self._sums[name] += value
+            self._sums["trunk_tokens"] += self.update.trunk_tokens
         self._sums["skipped_updates"] += finding.skipped
         self._sums["updates"] += self.accelerator.sync_gradients
         # The statistics have waited for the device, so the clock tells the whole step.
         self._sums["time_step"] += time.perf_counter() - started
-        for name, seconds in self._stopwatch.read().items():
+        for name, seconds in self.update.stopwatch.read().items():
             self._sums[name] += seconds
         self._end_step(finding)
         return loss
@@ -291,12 +275,7 @@ class AnswerTrainer(LongRunTrainer):
             switch()
 
     def _end_step(self, finding: Finding) -> None:
-        """Do what a class that inherits does when an accumulation step is done."""
-
-    def _update_flos(self) -> int:
-        # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
-        passes = 3 + (self.update.ref_scorer is not None)
-        return 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
+        """Do what else there is to do after an accumulation step; for classes that inherit."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the FLOP since the last call; the Trainer adds them up."""
@@ -305,28 +284,16 @@ class AnswerTrainer(LongRunTrainer):
 
     # What is logged.
 
-    def _record(self, sums: dict[str, float]) -> None:
-        """Add a step's statistics to the sums."""
-        for name, value in sums.items():
-            self._sums[name] += value
-        self._sums["trunk_tokens"] += self.update.trunk_tokens
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the update's own statistics since the last log."""
         if "loss" in logs and self._sums["updates"]:
-            logs = {**logs, **self._averages()}
+            sums = {**self._sums, "peak_memory_gib": statistics.peak_memory_gib(self.args.device)}
+            if self.accelerator.num_processes > 1:
+                sums = statistics.over_processes(gather_object([sums]))
+            averages = self.update.coefficients.averages(sums)
+            logs = {**logs, **averages, "peak_memory_gib": sums["peak_memory_gib"]}
             self._sums.clear()
         super().log(logs, start_time)
-
-    def _averages(self) -> dict[str, float]:
-        """Return the metrics over all processes, and the largest memory of them."""
-        memory = statistics.peak_memory_gib(self.args.device)
-        sums = dict(self._sums)
-        if self.accelerator.num_processes > 1:
-            everyone = gather_object([(sums, memory)])
-            sums = statistics.over_processes([s for s, _ in everyone])
-            memory = max(m for _, m in everyone)
-        return self.update.coefficients.averages(sums) | {"peak_memory_gib": memory}
 
     # Evaluation.
 
@@ -408,29 +375,20 @@ class AnswerTrainer(LongRunTrainer):
     ) -> None:
         """Write `latro.reporting.model_card`'s card of the run into the output folder.
 
-        Args:
-            language: of the data, for the hub.
-            license: of the model, for the hub.
-            tags: more of them, for the hub.
-            model_name: in place of the output folder's.
-            finetuned_from: a hub id, where the model's config does not tell it.
-            dataset_tags: a hub id, where the task has none.
-            tasks, dataset, dataset_args: not used; the Trainer's have them.
+        The arguments are those of `Trainer.create_model_card`: `finetuned_from` counts where the
+        model's config does not tell its hub id, `dataset_tags` where the task has no hub id, and
+        `tasks`, `dataset` and `dataset_args` are not used.
         """
-        told = {
-            "language": language,
-            "licence": license,
-            "tags": [tags] if isinstance(tags, str) else tags,
-            "name": model_name,
-            "base_model": finetuned_from,
-            "dataset": dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags,
-        }
-        given = {name: value for name, value in told.items() if value}
-        self._write_card(Path(self.args.output_dir), **given)
+        told: dict[str, Any] = {"language": language, "licence": license, "name": model_name}
+        told["tags"] = [tags] if isinstance(tags, str) else tags
+        told["base_model"] = finetuned_from
+        told["dataset"] = dataset_tags[0] if isinstance(dataset_tags, list) else dataset_tags
+        self._write_card(Path(self.args.output_dir), **told)
 
     def _write_card(self, folder: Path, **told: Any) -> None:
         if self.is_world_process_zero():
-            write_card(replace(run_of(self, folder), **told), folder)
+            given = {name: value for name, value in told.items() if value}
+            write_card(replace(run_of(self, folder), **given), folder)
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ from latro_kernels import (
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a policy forward, and a reference forward, say about the rows of whole groups.
+    """What forwards of the policy and of the reference give for the rows of whole groups.
 
     Args:
         logp: [N] fp32, nats: log π(token). fp64 goes through as fp64 (latro: with
@@ -97,7 +97,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the objectives have in common, as in `latro_kernels.group_advantage`.
+    """The settings of the objectives, as in `latro_kernels.group_advantage`.
 
     Args:
         beta: β, weight of the KL term, at least 0.
@@ -120,7 +120,7 @@ Objective = Callable[[Rows, ObjectiveSettings], GroupAdvantage]
 
 
 class _Groups:
-    """Sequences of a batch in their groups; everything is fp64 [G, K] unless it says otherwise."""
+    """The sequences of a batch in their groups; all is fp64 [G, K] where nothing else is said."""
 
     def __init__(self, rows: Rows, settings: ObjectiveSettings) -> None:
         wanted, unwanted = "ref_logp", "row_kl"
@@ -157,17 +157,17 @@ class _Groups:
         self._own_reward = everyone if exclude else finished
 
     def _sums(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Of values [N], over each sequence's rationale and over its answer."""
+        """Return the sums of values [N] over each sequence's rationale and over its answer."""
         sums = segment_sums(rows, self.layout.offsets).view(-1, self.layout.num_generations, 2)
         return sums[..., 0], sums[..., 1]
 
     @property
     def count(self) -> Tensor:
-        """[G, 1], m, how many sequences count."""
+        """m, the number of sequences that count, [G, 1]."""
         return self.member.sum(1, keepdim=True).double()
 
     def answer_means(self, rows: Tensor, own_answer: Tensor) -> Tensor:
-        """The mean of values [N] over each answer's own tokens, a bool [N]."""
+        """Return the mean of values [N] over each answer's own tokens, a bool [N]."""
         _, sums = self._sums(torch.where(own_answer, rows, 0))
         _, lengths = self._sums(own_answer.double())
         return sums / lengths.clamp(min=1)
@@ -185,7 +185,7 @@ class _Groups:
         self.member = self.member & ~groups
 
     def update(self, reward: Tensor, advantage: Tensor, answer_weight: Tensor) -> GroupAdvantage:
-        """The coefficients, with the KL added; `reward` is logged, A and w are what counts."""
+        """Return the coefficients, with the KL added; `reward` is logged, and A and w count."""
         beta, kl = self.settings.beta, self.settings.kl
         if kl != "k3" and beta != 0:
             penalty = self.floored(-beta * self.kl)
@@ -221,7 +221,7 @@ class _Groups:
 
 
 def latro(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """LaTRO: maximise E_z[ℓ], by `latro_kernels.group_advantage` and nothing else.
+    """Maximise LaTRO's E_z[ℓ], by `latro_kernels.group_advantage` and nothing else.
 
         ∇J = 1/(NK) Σ_{n,k} [ (ℓ_k − mean_{j≠k} ℓ_j) ∇log π(z_k|x) + λ·∇ℓ_k ]
 
@@ -241,7 +241,7 @@ def latro(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
 
 
 def verifree(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """VeriFree: maximise E_z[π(y|x⊕z)], the chance that a sampled answer is y.
+    """Maximise VeriFree's E_z[π(y|x⊕z)], the chance that a sampled answer is y.
 
         ∇J = 1/(NK) Σ_{n,k} [ (R_k − mean_{j≠k} R_j) ∇log π(z_k|x) + λ·R_k·∇ℓ_k ],   R_k = e^ℓ_k
 
@@ -256,7 +256,7 @@ def verifree(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
 
 
 def jepo(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """JEPO: maximise E_{z_1…z_m}[log mean_k π(y|x⊕z_k)], a bound on log π(y|x) above LaTRO's.
+    """Maximise JEPO's E_{z_1…z_m}[log mean_k π(y|x⊕z_k)], a bound on log π(y|x) above LaTRO's.
 
         L = log mean_j e^ℓ_j,   L_{−k} = log mean_{j≠k} e^ℓ_j
         ∇J = 1/N Σ_{n,k} [ (L − L_{−k}) ∇log π(z_k|x) + λ·softmax_k(ℓ)·∇ℓ_k ]
@@ -283,7 +283,7 @@ def jepo(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
 
 
 def rlpr(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """RLPR: the mean probability of the answer's own tokens, less what it is without a rationale.
+    """Maximise RLPR's mean probability of the answer's own tokens, less that without a rationale.
 
         R_k = clip(mean_t p(y_t|x⊕z_k) − mean_t p(y_t|x), 0, 1)
         ∇J  = 1/(NK) Σ_{n,k} (R_k − mean_j R_j)/std_j R_j · ∇log π(z_k|x)
@@ -328,7 +328,7 @@ def rlpr(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
 
 
 def sft(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
-    """Supervised: the answers' likelihood after the model's own rationales, which earn nothing.
+    """Maximise the answers' likelihood after the model's own rationales, which earn nothing.
 
         ∇J = 1/(NK) Σ_{n,k} λ·∇ℓ_k
 
@@ -349,7 +349,7 @@ PLAIN_OBJECTIVES = frozenset({"rlpr"})
 
 
 def _log_mean_exp(logs: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
-    """(peak, log mean exp(logs − peak)) over the members along the last dimension."""
+    """Return peak and log mean exp(logs − peak) over the members along the last dimension."""
     peak = torch.where(member, logs, -math.inf).amax(-1, keepdim=True)
     total = torch.where(member, (logs - peak).exp(), 0).sum(-1)
     return peak.squeeze(-1), (total / member.sum(-1)).log()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from latro.base_trainer import AnswerTrainer
 from latro.config.training import AnswerConfig, LatroConfig
@@ -207,15 +208,24 @@ class LatroTrainer(AnswerTrainer):
 
     # The update.
 
-    def _begin_training(self) -> None:
-        super()._begin_training()
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
         # A checkpoint may have been loaded.
         self._engine_is_stale = True
         self._micro_step = 0
         if self.reports is not None:
             self.reports.reset()
+        return super()._inner_training_loop(*args, **kwargs)
 
     def _end_step(self, finding: Finding) -> None:
+        if finding.sums is not None:
+            for name, value in rollout_sums(self._groups).items():
+                self._sums[name] += value
+            for outcome in self.update.outcomes:
+                if outcome.importance is not None:
+                    total, largest = outcome.importance.tolist()
+                    self._sums["importance_ratio"] += total
+                    so_far = self._sums["importance_ratio_max"]
+                    self._sums["importance_ratio_max"] = max(so_far, largest)
         last = self.accelerator.sync_gradients
         self._engine_is_stale |= last
         self._micro_step = 0 if last else self._micro_step + 1
@@ -223,9 +233,14 @@ class LatroTrainer(AnswerTrainer):
             self.reports.add(self.update.outcomes, last=last, skipped=finding.skipped)
 
     def _rollouts(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
-        with self._stopwatch.lap("time_rollout"):
+        with self.update.stopwatch.lap("time_rollout"):
             self._groups = self.rollout(examples)
-        return self._with_plain(self._groups, examples)
+        if self.args.objective not in PLAIN_OBJECTIVES:
+            return self._groups
+        return [
+            [*group, replace(self.join(group[0].prompt_ids, Sample([]), e["answer"]), plain=True)]
+            for group, e in zip(self._groups, examples, strict=True)
+        ]
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """Sample K rationales for each example, by the seed, the step and its place in a batch."""
@@ -251,20 +266,6 @@ class LatroTrainer(AnswerTrainer):
         return [
             [self.join(prompt, sample, example["answer"]) for sample in group]
             for prompt, group, example in zip(prompts, samples, examples, strict=True)
-        ]
-
-    def _with_plain(
-        self, groups: list[list[Rollout]], examples: Sequence[dict[str, Any]]
-    ) -> list[list[Rollout]]:
-        """Return the groups, each with its plain answer where the objective reads that."""
-        if self.args.objective not in PLAIN_OBJECTIVES:
-            return groups
-        return [
-            [
-                *group,
-                replace(self.join(group[0].prompt_ids, Sample([]), example["answer"]), plain=True),
-            ]
-            for group, example in zip(groups, examples, strict=True)
         ]
 
     def _make_engine(self) -> RolloutEngine:
@@ -305,17 +306,6 @@ class LatroTrainer(AnswerTrainer):
         first = batch * self._train_batch_size
         entropy = (self.args.seed, self.state.global_step)
         return [seed_of(*entropy, first + index) for index in range(count)]
-
-    # What is logged.
-
-    def _record(self, sums: dict[str, float]) -> None:
-        super()._record(sums | rollout_sums(self._groups))
-        for outcome in self.update.outcomes:
-            if outcome.importance is not None:
-                total, largest = outcome.importance.tolist()
-                self._sums["importance_ratio"] += total
-                largest = max(self._sums["importance_ratio_max"], largest)
-                self._sums["importance_ratio_max"] = largest
 
 
 def _check_apart(ref_model: nn.Module, policy: nn.Module) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
-    """PEFT's own settings from the command line's; None without `use_peft`.
+    """Return PEFT's own settings, from the command line's; None without `use_peft`.
 
     Args:
         args: the settings.
@@ -51,7 +51,7 @@ def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
 
 
 def require_peft(name: str) -> None:
-    """Raises ValueError where PEFT is not installed; `name` is the argument that needs it."""
+    """Raise ValueError where PEFT is not installed; `name` is the argument that needs it."""
     if not is_peft_available():
         raise ValueError(
             f"{name}: needs the package peft, which is not installed: "
@@ -60,7 +60,7 @@ def require_peft(name: str) -> None:
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether `model` is PEFT's wrapper of a model."""
+    """Return whether `model` is PEFT's wrapper of a model."""
     if not is_peft_available():
         return False
     from peft import PeftModel
@@ -69,12 +69,12 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def without_wrapper(model: Any) -> PreTrainedModel:
-    """The model inside of PEFT's wrapper, its adapters in their places; or the model itself."""
+    """Return the model in PEFT's wrapper, its adapters in their places; or the model itself."""
     return model.get_base_model() if has_adapter(model) else model
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """`peft.get_peft_model(model, peft_config)`, for settings that can be trained with LaTRO.
+    """Return `peft.get_peft_model(model, peft_config)`, where LaTRO can train with the settings.
 
     Raises:
         TypeError: `peft_config` is none of PEFT's.
@@ -156,7 +156,7 @@ def check_ties(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _adds_to(layer: nn.Module) -> bool:
-    """Whether an adapter adds something to the weights of `layer`, or to rows of them."""
+    """Return whether an adapter adds something to the weights of `layer`, or to rows of them."""
     if not is_peft_available():
         return False
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -167,7 +167,7 @@ def _adds_to(layer: nn.Module) -> bool:
 
 
 def head_without_adapter(head: Any) -> Any:
-    """The head that an adapter lies on, or the head itself."""
+    """Return the head that an adapter lies on, or the head itself."""
     if not is_peft_available():
         return head
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -179,7 +179,7 @@ def head_without_adapter(head: Any) -> Any:
 
 
 def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight [V, H] and bias [V] that make a head's logits, with its active adapters.
+    """Return the weight [V, H] and bias [V] that make a head's logits, active adapters included.
 
     Of LoRA weight + Σ scaling · B·A over the active adapters, in the weight's dtype and
     differentiable in A and B; of `modules_to_save` the copy that is trained; with adapters off or

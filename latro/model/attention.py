@@ -48,7 +48,7 @@ class SharedPrefix:
 
     @functools.cached_property
     def key_lengths(self) -> list[int]:
-        """Keys that the queries of each segment are offered: its prefix's and its own."""
+        """The number of keys that the queries of each segment see: its prefix's and its own."""
         return [
             length + (self.lengths[prefix] if prefix >= 0 else 0)
             for length, prefix in zip(self.lengths, self.prefixes, strict=True)
@@ -76,7 +76,7 @@ class SharedPrefix:
 
 
 def allow_shared_prefix(model: PreTrainedModel) -> bool:
-    """Let `model` take a `shared_prefix`; False where its attention cannot be replaced.
+    """Let `model` take a `shared_prefix`; return False where its attention cannot be replaced.
 
     Its attention becomes "latro_" + the name that it had. Nothing is changed where this returns
     False, and nothing is changed twice.
@@ -96,7 +96,7 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
 
 
 def placeholder_mask(device: torch.device) -> Tensor:
-    """Handed to a model with a `shared_prefix`, keeps it from making a [T, T] mask of its own.
+    """Return a mask that keeps a model with a `shared_prefix` from making a [T, T] mask itself.
 
     transformers takes a mask of four dimensions as it is, and `attention` does not read it.
     """
@@ -114,7 +114,7 @@ def attention(
     shared_prefix: SharedPrefix | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """One layer's attention, as transformers calls it.
+    """Return one layer's attention; transformers calls it with these arguments.
 
     Args:
         module: the attention layer.
@@ -171,7 +171,7 @@ def _by_segment(
     window: float,
     softcap: float | None,
 ) -> Tensor:
-    """Segment after segment, on any device and in any dtype."""
+    """Attend segment after segment, on any device and in any dtype."""
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -188,7 +188,7 @@ def _by_segment(
 def _one_segment(
     query: Tensor, key: Tensor, value: Tensor, scaling: float, window: float, softcap: float | None
 ) -> Tensor:
-    """The last queries of a sequence, [1, heads, Q, size], over all its keys, [1, heads, T, size].
+    """Attend from a sequence's last queries, [1, heads, Q, size], to its keys, [1, heads, T, size].
 
     Query i stands at position T − Q + i and sees the `window` positions that end there.
     """
@@ -207,7 +207,7 @@ def _one_segment(
 
 
 def _has_fused(query: Tensor, value: Tensor, softcap: float | None) -> bool:
-    """Whether a fused kernel for segments of many lengths runs here."""
+    """Return whether a fused kernel for segments of many lengths runs here."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
@@ -224,7 +224,7 @@ def _fused(
     window: float,
     softcap: float | None,
 ) -> Tensor:
-    """All segments in one call of flash-attn's or torch's kernel."""
+    """Attend in all segments by one call of flash-attn's or torch's kernel."""
     if flash := _flash_attention():
         # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
         kernel = functools.partial(
@@ -254,7 +254,7 @@ def _fused(
 
 @functools.cache
 def _flash_attention() -> Callable | None:
-    """flash-attn's kernel; None where the package is not installed.
+    """Return flash-attn's kernel; None where the package is not installed.
 
     Raises:
         ImportError: it is installed, and built for another torch.
@@ -269,7 +269,7 @@ def _flash_attention() -> Callable | None:
 
 
 def _own(name: str, module: nn.Module) -> Callable:
-    """The attention function that the model was loaded with."""
+    """Return the attention function that the model was loaded with."""
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     function = ALL_ATTENTION_FUNCTIONS[name]

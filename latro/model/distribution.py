@@ -31,7 +31,7 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether a process holds a part of each weight only."""
+    """Return whether a process holds a part of each weight only."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return accelerator.state.deepspeed_plugin.zero_stage == 3
@@ -39,10 +39,9 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def keep_output_dtype(accelerator: Accelerator) -> None:
-    """Have FSDP2 return what forwards return, log-probs in fp32 among it.
+    """Let FSDP2 return what forwards return, with log-probs in fp32.
 
-    accelerate's policy for mixed precision would cast it all. To be called before a model is
-    sharded.
+    accelerate's policy for mixed precision would cast it all. Call this before a model is sharded.
     """
     if accelerator.distributed_type != DistributedType.FSDP:
         return
@@ -52,7 +51,7 @@ def keep_output_dtype(accelerator: Accelerator) -> None:
 
 
 def keep_fp32_weights(model: nn.Module, accelerator: Accelerator) -> None:
-    """Under mixed precision have the optimiser step fp32 weights, whatever they were saved in.
+    """Let the optimiser step fp32 weights under mixed precision, whatever they were saved in.
 
     bf16 keeps 8 bits: to a weight of 0.02 an update of 5e-7 is nothing. FSDP2 and DeepSpeed make
     fp32 weights of their own.
@@ -91,7 +90,7 @@ def follow_fp32_weights(
 
 @contextlib.contextmanager
 def whole_on_load() -> Iterator[None]:
-    """Within, transformers loads whole models under ZeRO-3 too, to be sharded by the Trainer.
+    """Let transformers load whole models under ZeRO-3 too, for the Trainer to shard.
 
     A model that is sharded as it is loaded could neither be checked nor copied for a reference.
     """
@@ -109,7 +108,7 @@ def whole_on_load() -> Iterator[None]:
 
 @contextlib.contextmanager
 def gathered(scorer: Scorer, accelerator: Accelerator) -> Iterator[None]:
-    """Within, every weight of the scorer's model is whole, and no forward waits for others.
+    """Keep every weight of the scorer's model whole, so that no forward waits for other processes.
 
     All processes must enter and leave together.
     """
@@ -152,7 +151,7 @@ def _unsharded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[Non
 
 
 def _tail(model: PreTrainedModel) -> list[nn.Module]:
-    """The head with what shares its weights or its place at the end of the forward."""
+    """Return the head, and what shares its weights or its place at the end of the forward."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head.weight is embedding.weight
     blocks = {m for parent in model.modules() if isinstance(parent, nn.ModuleList) for m in parent}
@@ -166,7 +165,7 @@ def _tail(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Tensor:
-    """A copy of process 0's `whole` as the engine keeps `parameter`: its device, dtype and shard.
+    """Return process 0's `whole` as the engine keeps `parameter`: its device, dtype and shard.
 
     All processes must call this together.
     """
@@ -185,7 +184,7 @@ def like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Te
 def writable(
     model: nn.Module, parameters: Sequence[nn.Parameter], accelerator: Accelerator
 ) -> Iterator[None]:
-    """Within, `parameters` of `model` can be written to, and the next forward sees what they are.
+    """Let `parameters` of `model` be written to within, so that the next forward sees the change.
 
     All processes must enter and leave together, and write the same.
     """

@@ -32,7 +32,7 @@ _NUM_TOKENS = 64
 def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
     """Set every rate of dropout, LayerDrop and routers' noise to 0, in the model's configs too.
 
-    To be called before an engine takes the model over. Mode and random state stay as they are.
+    Call this before an engine takes the model over. Mode and random state stay as they are.
 
     Raises:
         ValueError: with all that it computes something else in training than in evaluation; or it

@@ -37,12 +37,12 @@ class AdapterOff:
         self.scorer = scorer
 
     def __call__(self, batch: Batch) -> Scores:
-        """As `Scorer.__call__`."""
+        """Return what `Scorer.__call__` does."""
         with _adapter_off(self.scorer.model):
             return self.scorer(batch)
 
     def reference(self, batch: Batch) -> Reference:
-        """As `Scorer.reference`."""
+        """Return what `Scorer.reference` does."""
         with _adapter_off(self.scorer.model):
             return self.scorer.reference(batch)
 
@@ -80,12 +80,12 @@ class InitialAdapter:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Scores:
-        """As `Scorer.__call__`, without gradient."""
+        """Return what `Scorer.__call__` does, without gradient."""
         with self._initial_weights():
             return self.scorer(batch)
 
     def reference(self, batch: Batch) -> Reference:
-        """As `Scorer.reference`."""
+        """Return what `Scorer.reference` does."""
         with self._initial_weights() as trained:
             found = self.scorer.reference(batch)
             # A weight that is trained is soon another one.
@@ -130,7 +130,7 @@ class InitialAdapter:
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Copies on the CPU of what is trained, by name."""
+    """Return copies on the CPU of the weights that are trained, by name."""
     return {
         name: parameter.detach().cpu().contiguous().clone()
         for name, parameter in model.named_parameters()
@@ -139,7 +139,7 @@ def trained_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def initial_of_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """What was trained, as it was when the run of a checkpoint began; None: adapters of zeros.
+    """Return the trained weights as a checkpoint's run began with them; None: adapters of zeros.
 
     Args:
         folder: the checkpoint's.
@@ -161,9 +161,9 @@ def initial_of_checkpoint(folder: Path, like: Mapping[str, Tensor]) -> dict[str,
 
 
 def adds_nothing(model: nn.Module) -> bool:
-    """Whether `model` is, to the bit, what it is without its adapters, which alone are trained.
+    """Return whether `model` is, to the bit, what it is without its adapters, all that is trained.
 
-    Told of LoRA and of whole copies; False where it is not known.
+    The answer is known for LoRA and for whole copies, and False for other adapters.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

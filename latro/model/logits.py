@@ -42,7 +42,7 @@ class LogitForm:
 
 
 def trunk_of(causal: PreTrainedModel) -> nn.Module:
-    """A causal language model without its head.
+    """Return the part of a causal language model that comes before its head.
 
     Raises:
         ValueError: the model does not name it.
@@ -59,7 +59,7 @@ def trunk_of(causal: PreTrainedModel) -> nn.Module:
 
 
 def logit_form(causal: PreTrainedModel) -> LogitForm:
-    """How `causal`, in evaluation mode, comes from its trunk's output to its logits.
+    """Return how `causal`, in evaluation mode, comes from its trunk's output to its logits.
 
     Raises:
         ValueError: in another way than this module's formula, or with a constant that is trained.
@@ -100,7 +100,7 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
 def _run_with_known_numbers(
     causal: PreTrainedModel, head: Any
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The head's input, the logits, and the numbers that they were made of, fp64.
+    """Return the head's input, the logits, and the known numbers that both were made of, fp64.
 
     The head's input is None where the model does not call its head.
     """
@@ -150,6 +150,6 @@ def _run_with_known_numbers(
 
 
 def _close(ours: Tensor, expected: Tensor) -> bool:
-    """Whether half the digits agree: rounding takes fewer, and another formula more."""
+    """Return whether half the digits agree: rounding takes fewer, and another formula more."""
     rtol = torch.finfo(ours.dtype).eps ** 0.5
     return torch.allclose(ours.double(), expected, rtol=rtol, atol=0.0)

@@ -70,7 +70,7 @@ class Batch:
 
 
 def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
-    """A `Batch` on `device` of the rollouts of `groups`, in their order."""
+    """Return a `Batch` on `device` of the rollouts of `groups`, in their order."""
     make = _pack if packed else _pad
     input_ids, position_ids, shared_prefix, row_positions = make(groups, device)
     placed = list(zip((r for group in groups for r in group), row_positions, strict=True))
@@ -98,14 +98,14 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
 
 
 def _targets(rollout: Rollout) -> list[int]:
-    """The token of each head row."""
+    """Return the token that each head row of a rollout predicts."""
     if rollout.plain:
         return [rollout.answer_ids[j] for j in rollout.own_rows]
     return rollout.sampled_ids + rollout.answer_ids
 
 
 def _own_answer(rollout: Rollout) -> list[bool]:
-    """Whether each head row of a sequence is one of the answer's own tokens."""
+    """Return for each head row of a sequence whether it is one of the answer's own tokens."""
     rows = [False] * len(rollout.sampled_ids)
     return rows + [j in rollout.own_rows for j in range(len(rollout.answer_ids))]
 
@@ -166,7 +166,7 @@ def _pack(
 
 
 def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:
-    """Where the head rows of a sequence stand, given its prompt's last and its branch's first."""
+    """Return where a sequence's head rows stand, by its prompt's last and its branch's first."""
 
     def at(place: int) -> int:
         # What stands this many tokens into the branch predicts from the token before it.
@@ -178,13 +178,13 @@ def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list
 
 
 def answer_sums(logp: Tensor, batch: Batch) -> Tensor:
-    """log π(y|x⊕z) of each of a batch's sequences, in nats, fp64 [S], from its rows' [N + M]."""
+    """Return log π(y|x⊕z) of each sequence, in nats, fp64 [S], from the batch's rows' [N + M]."""
     until = torch.cat([logp.new_zeros(1, dtype=torch.float64), logp.double().cumsum(0)])
     return until[batch.offsets[2::2]] - until[batch.offsets[1::2]]
 
 
 def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int) -> GroupLayout:
-    """The layout of the rows of `batches` one after the other, averaged over `num_groups`."""
+    """Return the layout of the rows of `batches` in a line, averaged over `num_groups`."""
     return GroupLayout(
         offsets=_join_offsets([b.offsets for b in batches], [b.num_rows for b in batches]),
         num_generations=num_generations,
@@ -194,13 +194,13 @@ def group_layout(batches: Sequence[Batch], num_generations: int, num_groups: int
 
 
 def plain_offsets(batches: Sequence[Batch]) -> Tensor:
-    """The `Batch.plain_offsets` of the plain rows of `batches` one after the other."""
+    """Return the `Batch.plain_offsets` of the plain rows of `batches` in a line."""
     counts = [b.target.shape[0] - b.num_rows for b in batches]
     return _join_offsets([b.plain_offsets for b in batches], counts)
 
 
 def _join_offsets(offsets: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Offsets of rows one after the other; `counts`: the rows that each has."""
+    """Return the offsets of rows in a line; `counts`: how many rows each of the tensors divides."""
     starts = list(accumulate(counts, initial=0))
     joined = [o[:-1] + start for o, start in zip(offsets, starts, strict=False)]
     return torch.cat([*joined, offsets[-1][-1:] + starts[-2]])
@@ -208,7 +208,7 @@ def _join_offsets(offsets: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Size:
-    """Positions that groups take in one batch: add sizes to have that of both together."""
+    """Positions that groups take in one batch; the sum of two sizes is that of both together."""
 
     packed: int = 0
     width: int = 0
@@ -229,15 +229,6 @@ class Size:
         return self.packed if packed else self.width * self.count
 
 
-@dataclass
-class _Bin:
-    """A micro-batch while it is filled."""
-
-    long: bool
-    size: Size
-    groups: list[Group]
-
-
 def plan(
     groups: Sequence[Group], token_budget: int, *, packed: bool, boundary: int | None = None
 ) -> list[MicroBatch]:
@@ -255,7 +246,8 @@ def plan(
             takes one set of rotary frequencies for all that it is handed (`long_rope_boundary`).
     """
     planned: list[MicroBatch] = []
-    bins: list[_Bin] = []
+    bins: list[list[Group]] = []
+    sizes: list[Size] = []
     sized = [(Size.of(group), group) for group in groups]
     for size, group in sorted(sized, key=lambda s: s[0].tokens(packed=packed), reverse=True):
         sides = _sides(group, boundary)
@@ -264,15 +256,17 @@ def plan(
             planned.append([[part] for part in parts])
             continue
         long = _is_long(group[0], boundary)
-        for bin in bins:
-            together = bin.size + size
-            if bin.long == long and together.tokens(packed=packed) <= token_budget:
-                bin.size = together
-                bin.groups.append(group)
+        for index, bin in enumerate(bins):
+            together = sizes[index] + size
+            fits = together.tokens(packed=packed) <= token_budget
+            if fits and _is_long(bin[0][0], boundary) == long:
+                sizes[index] = together
+                bin.append(group)
                 break
         else:
-            bins.append(_Bin(long, size, [group]))
-    return planned + [[bin.groups] for bin in bins]
+            bins.append([group])
+            sizes.append(size)
+    return planned + [[bin] for bin in bins]
 
 
 def _sides(group: Group, boundary: int | None) -> list[Group]:
@@ -287,7 +281,7 @@ def _is_long(rollout: Rollout, boundary: int | None) -> bool:
 
 
 def _split(group: Group, token_budget: int, *, packed: bool) -> Sequence[Group]:
-    """Parts of a group, each within the budget or a single sequence."""
+    """Return parts of a group, each within the budget or a single sequence."""
     parts: list[list[Rollout]] = []
     for rollout in group:
         if parts and Size.of([*parts[-1], rollout]).tokens(packed=packed) <= token_budget:

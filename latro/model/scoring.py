@@ -45,7 +45,7 @@ class Scores:
 
 
 class Scorer:
-    """Score head rows with a model's own trunk, head, logit scale and softcap.
+    """Scores head rows with a model's own trunk, head, logit scale and softcap.
 
     Args:
         model: any causal language model whose logits are head(trunk(x)), scaled or softcapped.
@@ -105,7 +105,13 @@ class Scorer:
         return Scores(*self.caller(input_ids=batch.input_ids, head_rows=rows))
 
     def _rows(self, batch: Batch, reference: Reference | None = None) -> HeadRows:
-        return HeadRows(batch, self.logit_form, self.temperature, self.backend, reference)
+        return HeadRows(
+            batch,
+            self.logit_form,
+            temperature=self.temperature,
+            backend=self.backend,
+            reference=reference,
+        )
 
     @torch.no_grad()
     def reference(self, batch: Batch) -> Reference:
@@ -140,7 +146,7 @@ class Scorer:
 
     @property
     def vocab_size(self) -> int:
-        """V, as the head has it."""
+        """V, the number of rows of the head's weight."""
         return self.causal.get_output_embeddings().weight.shape[0]
 
     # Checks of the model, once.
@@ -167,7 +173,7 @@ class Scorer:
             )
         own = own.log_softmax(-1)
         tokens = ids[0].tolist()
-        rollout = Rollout(tokens[:1], tokens[1:], [], answer_start=len(tokens) - 1, finished=True)
+        rollout = Rollout(tokens, [], [], answer_start=0, finished=True)
         places = torch.arange(len(tokens), device=ids.device)
         # Every token at every position.
         batch = replace(
@@ -192,7 +198,7 @@ class Scorer:
     def _why_not_packed(self) -> str | None:
         """Compare hidden states of a packed batch with those of the same sequences padded.
 
-        None where they agree.
+        Return None where they agree, and else what is the matter.
         """
         if not allow_shared_prefix(self.causal):
             return "its attention cannot be replaced"

@@ -6,9 +6,8 @@ objective, LaTRO's or a relative's, or those of the negative log-likelihood.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,48 +27,21 @@ NOTHING: Weights = (0.0, None)
 """The coefficients of a batch that counts for nothing."""
 
 
-class Coefficients(Protocol):
-    """Gives the coefficients of all rows of a micro-batch, and its statistics."""
-
-    names: tuple[str, ...]
-    """Names of the statistics, which are sums."""
-    exact_kl: bool
-    """Whether the coefficients are of the exact KL, and not of sampled tokens' log-probs."""
-
-    def __call__(
-        self,
-        batches: Sequence[Batch],
-        scores: Sequence[Scores],
-        ref_logps: Sequence[Tensor | None],
-        count: int,
-    ) -> tuple[list[Weights], Tensor, Outcome | None]:
-        """Return the coefficients by batch, the statistics, and what became of the sequences.
-
-        Args:
-            batches: pieces of one micro-batch, which hold whole groups together.
-            scores: the policy's, of each batch.
-            ref_logps: log π_0 of each batch's rows, where the KL is of sampled tokens.
-            count: number of items that the loss of the whole update averages over.
-
-        Returns:
-            Coefficients; sums by `names`, fp64 [len(names)]; the outcome, where there are rewards.
-        """
-
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the updates since the last log, from the sums over all of them."""
-
-
 class ObjectiveCoefficients:
     """Gives rows the coefficients of an objective: LaTRO's, or those of a relative of it.
 
     Args:
-        args: the settings; `count` is of prompts, each with `num_generations` sequences.
+        args: the settings.
 
     Attributes:
+        names: of the statistics, which are sums.
+        averages: makes the metrics that are logged, from sums over several updates.
+        exact_kl: whether the objective reads the exact KL, and not sampled tokens' log π_0.
         objective: what makes coefficients of log-probs.
     """
 
-    names: tuple[str, ...] = metrics.NAMES
+    names = metrics.NAMES
+    averages = staticmethod(metrics.averages)
 
     def __init__(self, args: LatroConfig) -> None:
         self.objective = OBJECTIVES[args.objective]
@@ -93,7 +65,18 @@ class ObjectiveCoefficients:
         ref_logps: Sequence[Tensor | None],
         count: int,
     ) -> tuple[list[Weights], Tensor, Outcome]:
-        """Return an objective's coefficients; see `Coefficients`."""
+        """Return the coefficients by batch, the statistics, and what became of the sequences.
+
+        Args:
+            batches: pieces of one micro-batch, which hold whole groups together.
+            scores: the policy's, of each batch.
+            ref_logps: log π_0 of each batch's rows, where the KL is of sampled tokens.
+            count: number of items (prompts, or target tokens for SFT) that the loss of the whole
+                update averages over.
+
+        Returns:
+            Coefficients; sums by `names`, fp64 [len(names)]; the outcome, where there are rewards.
+        """
         layout = group_layout(batches, self.num_generations, count)
         scored = list(zip(scores, batches, strict=True))
         rows = Rows(
@@ -120,10 +103,10 @@ class ObjectiveCoefficients:
         entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
         sums = metrics.micro_batch_sums(advantage, entropy, layout.offsets, self.num_generations)
         outcome = Outcome(
-            [rollout for batch in batches for rollout in batch.sequences],
-            advantage.reward,
-            advantage.advantage,
-            ratios,
+            rollouts=[rollout for batch in batches for rollout in batch.sequences],
+            reward=advantage.reward,
+            advantage=advantage.advantage,
+            importance=ratios,
         )
         counts = [batch.num_rows for batch in batches]
         row_kl: Sequence[Tensor | None] = [None] * len(batches)
@@ -131,15 +114,12 @@ class ObjectiveCoefficients:
             row_kl = advantage.kl_coefficient.split(counts)
         return list(zip(coefficient.split(counts), row_kl, strict=True)), sums, outcome
 
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the updates since the last log, from the sums over all of them."""
-        return metrics.averages(sums)
-
 
 class LikelihoodCoefficients:
     """Gives every row −1/count: the loss is the negative log-likelihood of all target tokens."""
 
-    names: tuple[str, ...] = ("answer_logp", "sequences", "target_tokens")
+    names = ("answer_logp", "sequences", "target_tokens")
+    averages = staticmethod(metrics.likelihood_averages)
     exact_kl = False
 
     def __call__(
@@ -149,7 +129,7 @@ class LikelihoodCoefficients:
         ref_logps: Sequence[Tensor | None],
         count: int,
     ) -> tuple[list[Weights], Tensor, None]:
-        """Return the likelihood's coefficients; see `Coefficients`. `count` is of target tokens."""
+        """Return what `ObjectiveCoefficients` returns; there is no outcome."""
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=scores[0].logp.device)
         for batch, score in zip(batches, scores, strict=True):
             answers = answer_sums(score.logp.detach(), batch)
@@ -157,9 +137,8 @@ class LikelihoodCoefficients:
             sums += torch.cat([answers.sum()[None], numbers])
         return [(-1 / count, None)] * len(batches), sums, None
 
-    def averages(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the metrics of the updates since the last log, from the sums over all of them."""
-        return metrics.likelihood_averages(sums)
+
+Coefficients = ObjectiveCoefficients | LikelihoodCoefficients
 
 
 def rows_loss(score: Scores, weights: Weights) -> Tensor:

@@ -43,15 +43,15 @@ class Update:
     Args:
         scorer: of the policy.
         coefficients: what the rows count for in the loss.
-        token_budget: positions of one micro-batch.
         accelerator: runs backwards and knows the engine.
-        stopwatch: its laps are time_score and time_backward.
+        token_budget: positions of one micro-batch.
 
     Attributes:
         ref_scorer: of the reference model π_0; None where there is none.
         token_budget: at first as it was given; halved as often as memory runs out, and stays so.
         trunk_tokens: positions that the last call took through the policy's trunk with gradient,
             padding included.
+        stopwatch: its laps are time_score and time_backward.
         outcomes: of the last call's sequences, one a micro-batch; each process has its own.
     """
 
@@ -59,16 +59,15 @@ class Update:
         self,
         scorer: Scorer,
         coefficients: Coefficients,
-        token_budget: int,
         accelerator: Accelerator,
-        stopwatch: Stopwatch,
+        token_budget: int,
     ) -> None:
         self.scorer = scorer
         self.coefficients = coefficients
         self.ref_scorer: Scorer | AdapterOff | InitialAdapter | None = None
         self.token_budget = token_budget
         self.accelerator = accelerator
-        self.stopwatch = stopwatch
+        self.stopwatch = Stopwatch(accelerator.device)
         self.trunk_tokens = 0
         self.outcomes: list[Outcome] = []
         self._steps: list[tuple[Sequence[Group], int]] = []
@@ -98,9 +97,9 @@ class Update:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 planned = [micro for groups, _ in self._steps for micro in self.plan(groups)]
-                self.token_budget = smaller_budget(
-                    planned, self.token_budget, packed=self.scorer.packed
-                )
+                pieces = [piece for micro in planned for piece in micro]
+                packed = self.scorer.packed
+                self.token_budget = smaller_budget(pieces, self.token_budget, packed=packed)
                 self.scorer.caller.zero_grad(set_to_none=True)
                 result = self._run(self._steps)
             return result
@@ -114,12 +113,8 @@ class Update:
 
     def plan(self, groups: Sequence[Group]) -> list[MicroBatch]:
         """Return the micro-batches of `groups` within the token budget."""
-        return plan(
-            groups,
-            self.token_budget,
-            packed=self.scorer.packed,
-            boundary=self.scorer.boundary,
-        )
+        scorer = self.scorer
+        return plan(groups, self.token_budget, packed=scorer.packed, boundary=scorer.boundary)
 
     def _run(self, steps: Sequence[tuple[Sequence[Group], int]]) -> tuple[Tensor, Tensor] | None:
         """Return the last step's loss and sums; None where memory ran out in one of the steps."""
@@ -152,8 +147,9 @@ class Update:
             batches = [self.scorer.collate(piece) for piece in pieces]
             self.trunk_tokens += sum(batch.input_ids.numel() for batch in batches)
             fill = [self._filler() for _ in range(num_pieces - len(pieces))]
-            run = self._in_one_piece if num_pieces == 1 else self._in_pieces
-            micro_loss, micro_sums = run(batches, fill, count, last=slot == len(agreed) - 1)
+            backpropagate = self._in_one_piece if num_pieces == 1 else self._in_pieces
+            last = slot == len(agreed) - 1
+            micro_loss, micro_sums = backpropagate(batches, fill, count, last=last)
             loss += micro_loss
             sums += micro_sums
         return loss, sums
@@ -178,7 +174,9 @@ class Update:
                 # π_0 first, while the policy's graph does not take memory yet.
                 reference, ref_logp = self._reference(batch)
                 score = self.scorer(batch, reference)
-                (weights,), sums = self._weights(batches, fill, [score], [ref_logp], count)
+                (weights,), sums = self._weights(
+                    batches, fill, count=count, scores=[score], ref_logps=[ref_logp]
+                )
             with self.stopwatch.lap("time_backward"):
                 return backward(rows_loss(score, weights), self.accelerator), sums
 
@@ -195,14 +193,13 @@ class Update:
             references, ref_logps = [r for r, _ in known], [logp for _, logp in known]
             with torch.no_grad():
                 scores = list(map(self.scorer, every, references))
-            weights, sums = self._weights(batches, fill, scores, ref_logps, count)
+            weights, sums = self._weights(
+                batches, fill, count=count, scores=scores, ref_logps=ref_logps
+            )
         loss = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(every):
-            exchanges = last and index == len(every) - 1
-            with (
-                self.stopwatch.lap("time_backward"),
-                exchange(self.scorer.caller, self.accelerator, last=exchanges),
-            ):
+            now = exchange(self.scorer.caller, self.accelerator, last=last and batch is every[-1])
+            with self.stopwatch.lap("time_backward"), now:
                 with self.accelerator.autocast():
                     score = self.scorer(batch, references[index])
                 loss += backward(rows_loss(score, weights[index]), self.accelerator)
@@ -221,9 +218,10 @@ class Update:
         self,
         batches: list[Batch],
         fill: list[Batch],
+        *,
+        count: int,
         scores: list[Scores],
         ref_logps: list[Tensor | None],
-        count: int,
     ) -> tuple[list[Weights], Tensor]:
         """Return the weights of `batches` and of `fill`, in this order, and the sums."""
         weights: list[Weights] = []
@@ -231,7 +229,9 @@ class Update:
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.accelerator.device)
         if batches:
             own = slice(len(batches))
-            weights, sums, outcome = self.coefficients(batches, scores[own], ref_logps[own], count)
+            weights, sums, outcome = self.coefficients(
+                batches, scores=scores[own], ref_logps=ref_logps[own], count=count
+            )
             if outcome is not None:
                 self.outcomes.append(outcome)
         return weights + [NOTHING] * len(fill), sums

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def importance(logp: Tensor, engine_logp: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
-    """Each head row's ratio, and the weight that multiplies its coefficient.
+    """Return each head row's ratio, and the weight that multiplies its coefficient.
 
         ratio = exp(logp − engine_logp)
         weight = min(ratio, cap)

@@ -26,14 +26,7 @@ class Outcome:
     None where the engine tells no log-probs."""
 
 
-NAMES = (
-    "answer_logp",
-    "kl",
-    "advantage_squared",
-    "flat_groups",
-    "entropy",
-    "rationale_rows",
-)
+NAMES = ("answer_logp", "kl", "advantage_squared", "flat_groups", "entropy", "rationale_rows")
 
 
 def micro_batch_sums(
@@ -69,18 +62,18 @@ def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the sums over all processes, and of `importance_ratio_max` the largest.
+    """Return the sums over all processes, and the largest of what is no sum.
 
     Updates and seconds, which pass for all at once, are averaged. A process with no step that was
     finite has no statistics of any.
     """
     total: dict[str, float] = {}
     for name in {name for s in sums for name in s}:
-        together = sum(s.get(name, 0.0) for s in sums)
-        shared = name.endswith("updates") or name.startswith("time_")
-        total[name] = together / len(sums) if shared else together
-    if "importance_ratio_max" in total:
-        total["importance_ratio_max"] = max(s.get("importance_ratio_max", 0.0) for s in sums)
+        values = [s.get(name, 0.0) for s in sums]
+        largest = name in ("importance_ratio_max", "peak_memory_gib")
+        total[name] = max(values) if largest else sum(values)
+        if name.endswith("updates") or name.startswith("time_"):
+            total[name] /= len(sums)
     return total
 
 

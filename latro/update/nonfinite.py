@@ -55,7 +55,7 @@ class FiniteUpdates:
         self._faults: Tensor | None = None
 
     def reset(self) -> None:
-        """Forget what updates before had, and an update that an error ended half-way."""
+        """Forget earlier updates, and an update that an error ended half-way."""
         self._in_a_row = 0
         self._faults = None
 
@@ -92,7 +92,7 @@ class FiniteUpdates:
         return Finding(seen_here[1:] if finite else None, skipped)
 
     def _gradient_norm(self, model: nn.Module) -> Tensor | None:
-        """Of what this process holds; None: there is no gradient, or a loss scale looks after it.
+        """Return the norm of what this process holds; None without gradients, or with a loss scale.
 
         With a loss scale infinite gradients belong to the search for it, and the scaler skips them.
         """

@@ -12,23 +12,22 @@ from collections.abc import Sequence
 
 import torch
 
-from latro.model.packing import MicroBatch, Size
+from latro.model.packing import Group, Size
 
 logger = logging.getLogger(__name__)
 
 
-def smaller_budget(planned: Sequence[MicroBatch], token_budget: int, *, packed: bool) -> int:
+def smaller_budget(pieces: Sequence[list[Group]], token_budget: int, *, packed: bool) -> int:
     """Return half of the token budget, or of the largest piece where no piece used it up.
 
     Args:
-        planned: the micro-batches that did not fit.
+        pieces: the batches of an update that did not fit.
         token_budget: positions of one piece, by which they were planned.
         packed: whether batches are packed or padded.
 
     Raises:
         torch.OutOfMemoryError: every piece is a single sequence.
     """
-    pieces = [piece for micro in planned for piece in micro]
     if all(sum(map(len, piece)) == 1 for piece in pieces):
         raise torch.OutOfMemoryError(
             "out of memory with one sequence at a time: lower max_completion_length, shard or "

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from latro.rollout.sequences import Rollout
-from latro.run.stopwatch import Stopwatch
 from latro.update.coefficients import LikelihoodCoefficients
 from latro.update.gradient import Update
 from latro.update.out_of_memory import is_out_of_memory
@@ -98,7 +97,7 @@ def test_with_several_processes_it_is_final():
 
     scorer = SimpleNamespace(packed=True, boundary=None, collate=collate)
     several = SimpleNamespace(num_processes=2, sync_gradients=True, device=torch.device("cpu"))
-    update = Update(scorer, LikelihoodCoefficients(), 4096, several, Stopwatch(several.device))
+    update = Update(scorer, LikelihoodCoefficients(), several, token_budget=4096)
     rollout = Rollout([1], [2], [3], answer_start=1, finished=True)
     with pytest.raises(torch.OutOfMemoryError, match=r"token_budget 4096: with several processes"):
         update([[rollout]], 1)
