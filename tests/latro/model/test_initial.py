@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from latro.model.initial import INITIAL_FILE, AdapterOff, InitialAdapter, adds_nothing
 from latro.model.scoring import Scorer
 from latro.train import train
+from latro.update.coefficients import ObjectiveCoefficients
 from tests.latro.model.test_adapters import (  # noqa: F401
     HEADS,
     SMALL,
@@ -124,16 +125,13 @@ def test_autocast_keeps_no_weight_of_the_reference(make_trainer, tiny, kl, head)
     trainer = make_trainer(model, max_steps=1, bf16=True, kl=kl)
     moved(model)
     seen = []
-    own = trainer.update.coefficients
 
-    class Watched:
-        names, exact_kl, averages = own.names, own.exact_kl, own.averages
-
-        def __call__(self, batches, scores, *more):
+    class Watched(ObjectiveCoefficients):
+        def __call__(self, batches, scores, **more):
             seen.append((batches, [s.logp.detach() for s in scores]))
-            return own(batches, scores, *more)
+            return super().__call__(batches, scores, **more)
 
-    trainer.update.coefficients = Watched()
+    trainer.update.coefficients = Watched(trainer.args)
     before = Scorer(copy.deepcopy(model))
     trainer.train()
     ((batch, *_), (logp, *_)) = seen[0]
