@@ -14,7 +14,7 @@ from torch import Tensor
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
 from latro_kernels import GroupLayout, group_advantage
 from tests.latro.objective_cases import surrogate
-from tests.latro_kernels.group_cases import SETTINGS, assert_same, make_batch, present
+from tests.latro_kernels.ops.group_advantage import SETTINGS, assert_same, make_batch, present
 
 RELATIVES = [name for name in OBJECTIVES if name != "latro"]
 each_setting = pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: "-".join(s.values()))

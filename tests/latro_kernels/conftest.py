@@ -1,12 +1,18 @@
-"""Memory that is not zero by chance, and the one gate of numerical tests."""
+"""Memory that is not zero by chance, tiles of which a small problem has several, and Triton's
+interpreter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+
+from tests.latro_kernels.ops.op import INTERPRETED
+
+collect_ignore = [] if INTERPRETED else ["interpreted"]
 
 
 @pytest.fixture(autouse=True)
@@ -19,35 +25,61 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-@pytest.fixture
-def gate() -> Callable[[str, Tensor, Tensor, Tensor], None]:
-    """`gate(name, got, truth, unfused)`: got is as good as unfused torch in the same dtype.
+@pytest.fixture(autouse=True, scope="session")
+def language_is_patched_once() -> Iterator[None]:
+    """Make Triton's interpreter replace the functions of its language once for each module.
 
-    The largest error against the fp64 truth may be twice that of the unfused computation, plus 1e-5
-    of the truth's largest entry; absolute, not relative, where that entry is above 1.
+    It does so anew in every call of one kernel by another, which takes longer than what they
+    compute, and changes nothing.
     """
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime import interpreter
 
-    def check(name: str, got: Tensor, truth: Tensor, unfused: Tensor) -> None:
-        assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}"
-        assert got.isfinite().all(), f"{name}: not finite"
-        if truth.numel() == 0:
-            return
-        error, of_unfused = ((x.double() - truth).abs().max() for x in (got, unfused))
-        bound = 2 * of_unfused + 1e-5 * truth.abs().max().clamp(max=1)
-        assert error <= bound, f"{name}: error {error:.3g}, of unfused torch {of_unfused:.3g}"
+    patch, patched = interpreter._patch_lang, set()
 
-    return check
+    def patch_once(fn: Callable[..., Any]) -> Any:
+        modules = frozenset(id(v) for v in fn.__globals__.values() if isinstance(v, ModuleType))
+        if modules not in patched:
+            patched.add(modules)
+            patch(fn)
+        # Of nothing to undo after a kernel.
+        return interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles so small that a test's problem has several blocks of rows and slices of vocabulary."""
-    from latro_kernels.head import Head
+    """Tiles so small that a test's problem has several blocks of rows and slices of vocabulary.
+
+    In the interpreter, where 10 rows of 70 columns are a large problem, the blocks of programs are
+    small as well.
+    """
     from latro_kernels.linear_kl import tiles as kl_tiles
     from latro_kernels.linear_logprob import tiles
 
-    def shape(head: Head, *, tiles: int = 1) -> tuple[int, int]:
-        return max(1, min(24, len(head.hidden))), min(192, len(head.weight))
+    rows, columns = (6, 64) if INTERPRETED else (24, 192)
+
+    def shape(head: Any, *, tiles: int = 1) -> tuple[int, int]:
+        return max(1, min(rows, len(head.hidden))), min(columns, len(head.weight))
 
     monkeypatch.setattr(tiles, "tile_shape", shape)
     monkeypatch.setattr(kl_tiles, "tile_shape", shape)
+    if not INTERPRETED:
+        return
+    from latro_kernels.gather_logprob import triton as of_gather
+    from latro_kernels.linear_kl import triton as of_kl
+    from latro_kernels.linear_logprob.triton import blocks, fused
+    from latro_kernels.linear_logprob.triton import tiles as of_tiles
+
+    for kernels in (of_gather, of_tiles, of_kl):
+        monkeypatch.setattr(kernels, "BLOCK_V", 32)
+    block = blocks.Config(rows=4, columns=32, depth=32, warps=4, stages=1)
+    monkeypatch.setattr(blocks, "_INTERPRETED", block)
+    sizes = {"TILE_ROWS": 6, "TILE_COLUMNS": 64, "FROZEN_TILE_ROWS": 6, "TILES": 2, "GROUP": 2}
+    for name, size in sizes.items():
+        monkeypatch.setattr(fused, name, size)

@@ -6,7 +6,7 @@ Both are found by enumeration of every sequence that there is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from latro_kernels import GroupLayout, group_advantage, linear_kl, linear_logprob
 from latro_kernels.group_advantage import KL_FORMS
+from tests.latro_kernels.ops.op import gate
 
 V, H, LONGEST, END = 3, 4, 3, 0
-Gate = Callable[[str, Tensor, Tensor, Tensor], None]
 
 
 def sequences(prefix: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
@@ -179,7 +179,7 @@ def updates(model: Model, kl: str, backend: str) -> tuple[Tensor, Tensor]:
     ("backend", "dtype"), [("reference", torch.float64), ("cpu", torch.float32)]
 )
 @pytest.mark.parametrize("kl", KL_FORMS)
-def test_what_each_form_follows(kl: str, backend: str, dtype: torch.dtype, gate: Gate) -> None:
+def test_what_each_form_follows(kl: str, backend: str, dtype: torch.dtype) -> None:
     """By every pair of the nine rationales there are, each as often as it is drawn."""
     model, exact, plain = (Model.random(d) for d in (dtype, torch.float64, dtype))
     of_each, chance = updates(model, kl, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from latro_kernels import linear_logprob
-from tests.latro_kernels.logprob_cases import problem, solve, truth, unfused
+from tests.latro_kernels.ops.linear_logprob import problem
+from tests.latro_kernels.ops.op import Problem, gate
 
 SHAPE = (30, 130, 403)
 CASES: dict[str, dict[str, Any]] = {
@@ -23,19 +22,17 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16, "entropy": True},
     "frozen, empty slices": {"frozen": True, "bias": True, "empty": True},
 }
-_OPTIONS = ("grad_filter", "memory_budget", "frozen", "empty")
-NAMES = ("logp", "entropy", "dx", "dw", "db")
 
 
-def of_case(case: str) -> tuple[Any, dict[str, Any]]:
-    settings = CASES[case]
-    given = problem(SHAPE, **{k: v for k, v in settings.items() if k not in _OPTIONS})
-    options = {k: v for k, v in settings.items() if k in _OPTIONS}
-    if options.pop("empty", False):
+def of_case(case: str) -> Problem:
+    settings = dict(CASES[case])
+    empty = settings.pop("empty", False)
+    given = problem(SHAPE, **settings)
+    if empty:
         # The first rank of two, or the first two of four, have nothing but -inf.
-        given.bias[:202] = -torch.inf
-        given = replace(given, target=202 + given.target % 201)
-    return given, options
+        given["bias"][:202] = -torch.inf
+        given = given.but(target=202 + given["target"] % 201)
+    return given
 
 
 def borders(world: int) -> list[int]:
@@ -51,34 +48,12 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     columns = slice(*borders(world)[rank : rank + 2])
     results = {}
     for case in CASES:
-        given, options = of_case(case)
-        frozen = options.pop("frozen", False)
-        hidden = given.hidden.requires_grad_()
-        weight = given.weight[columns].clone().requires_grad_(not frozen)
-        bias = None if given.bias is None else given.bias[columns].clone()
-        if bias is not None:
-            bias.requires_grad_(not frozen)
-        entropy = given.grad_entropy is not None
-        out = linear_logprob(
-            *(hidden, weight, given.target),
-            bias=bias,
-            temperature=given.temperature,
-            softcap=given.softcap,
-            return_entropy=entropy,
-            group=dist.group.WORLD,
-            **options,
-        )
-        outputs = out if entropy else (out,)
-        upstream = (given.grad_logp, given.grad_entropy)[: len(outputs)]
-        torch.autograd.backward(outputs, upstream)
-        values = (
-            outputs[0].detach(),
-            outputs[1].detach() if entropy else None,
-            *(None if t is None else t.grad for t in (hidden, weight, bias)),
-        )
-        results[case] = dict(zip(NAMES, values, strict=True))
+        given = of_case(case)
+        names = [n for n in ("weight", "bias") if given[n] is not None]
+        own = given.but(**{name: given[name][columns].clone() for name in names})
+        results[case] = own.solve("auto", group=dist.group.WORLD)
     with pytest.raises(ValueError, match=r"0\.\.402, got 403 in row 0"):
-        linear_logprob(hidden, weight, torch.full((30,), 403), group=dist.group.WORLD)
+        own.but(target=torch.full((30,), 403)).solve("auto", group=dist.group.WORLD)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -91,13 +66,11 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_together_match_fp64(case: str, ranks: list[Any], gate: Any) -> None:
-    given, _ = of_case(case)
-    exact, plain = truth(given), solve(unfused, given)
-    for name in NAMES:
-        parts: list[Tensor | None] = [results[case][name] for results in ranks]
-        if parts[0] is None:
-            continue
+def test_ranks_together_match_fp64(case: str, ranks: list[Any]) -> None:
+    given = of_case(case)
+    exact, plain = given.truth(), given.unfused()
+    for name in exact:
+        parts: list[Tensor] = [results[case][name] for results in ranks]
         if name in ("dw", "db"):
             gate(name, torch.cat(parts), exact[name], plain[name])
             continue
@@ -111,12 +84,6 @@ def test_the_reference_takes_the_whole_weight() -> None:
     try:
         given = problem((3, 4, 5))
         with pytest.raises(ValueError, match="group: expected None with backend 'reference'"):
-            linear_logprob(
-                given.hidden,
-                given.weight,
-                given.target,
-                backend="reference",
-                group=dist.group.WORLD,
-            )
+            given.solve("reference", group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()

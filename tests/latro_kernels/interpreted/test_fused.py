@@ -1,0 +1,76 @@
+"""Products in registers, where a test looks into the driver: in Triton's interpreter alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from latro_kernels.head_gradient import Tile
+from latro_kernels.linear_logprob.triton import blocks, fused
+from tests.latro_kernels.ops.linear_logprob import problem
+from tests.latro_kernels.ops.op import assert_same
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("small_tiles")]
+each_form = pytest.mark.parametrize(
+    ("more", "options"),
+    [({}, {}), ({"frozen": True}, {}), ({}, {"grad_filter": 1e-20})],
+    ids=["plain", "frozen", "filtered"],
+)
+
+
+@each_form
+def test_operands_by_descriptor(
+    more: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a chip that copies blocks by itself; H and V are no multiples of a block."""
+    # Blocks of a size at which NumPy multiplies the same way however they lie in memory.
+    block = blocks.Config(rows=16, columns=32, depth=64, warps=4, stages=1)
+    monkeypatch.setattr(blocks, "_INTERPRETED", block)
+    given = problem((20, 20, 72), torch.bfloat16, bias=True, **more)
+    expected = given.solve("triton", **options)
+    described = []
+
+    def has_descriptors(device: torch.device) -> bool:
+        described.append(device)
+        return True
+
+    monkeypatch.setattr(blocks, "has_descriptors", has_descriptors)
+    got = given.solve("triton", **options)
+    assert described
+    assert_same(got, expected)
+
+
+def test_rows_that_overlap_have_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
+    config = blocks.config(torch.device("cpu"), torch.bfloat16, 16, 8)
+    row, weight = (torch.zeros(n, 16, dtype=torch.bfloat16) for n in (1, 8))
+    for hidden, described in ((row.repeat(4, 1), True), (row.expand(4, 16), False)):
+        tile = Tile(slice(0, 4), slice(0, 8), hidden, weight, None)
+        operands = fused._operands(tile, config)
+        assert all(isinstance(t, TensorDescriptor) is described for t in operands)
+
+
+@each_form
+def test_any_strides(more: dict[str, Any], options: dict[str, Any]) -> None:
+    given = problem((10, 18, 70), torch.bfloat16, **more)
+    wide = torch.zeros(10, 40, dtype=torch.bfloat16)
+    wide[:, ::2][:, :18] = given["hidden"]
+    turned = given.but(weight=given["weight"].t().contiguous().t(), hidden=wide[:, ::2][:, :18])
+    assert_same(turned.solve("triton", **options), given.solve("triton", **options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype) -> None:
+    """As a rank may have it: its pull counts for nothing, which it does not as NaN."""
+    given = problem((5, 9, 100), dtype, bias=True)
+    hidden, weight, target, bias = (given[n] for n in ("hidden", "weight", "target", "bias"))
+    bias = torch.full_like(bias, -torch.inf)
+    settings = (1.0, 0.0, "triton", False, False, True, False, 0)
+    peak, _, _, _, pull, *_ = torch.ops.latro_kernels.linear_logprob(
+        hidden, weight, target, bias, *settings
+    )
+    assert (peak == -torch.inf).all()
+    assert not pull.any()

@@ -1,0 +1,162 @@
+"""gather_logprob for the tests of all ops."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from latro_kernels import gather_logprob
+from latro_kernels.gather_logprob import reference
+from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
+
+
+def problem(
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    rows: str = "random",
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Problem:
+    """Make a random problem of (N, V).
+
+    `rows` is "random", "flat" (all logits nearly equal) or "peaked" (p of the target above 0.999,
+    logits of the others random).
+    """
+    N, V = shape
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(N, V, generator=random) * (1e-3 if rows == "flat" else 2.0)
+    target = torch.randint(V, (N,), generator=random)
+    if rows == "peaked":
+        logits.scatter_(1, target[:, None], 20.0 * max(1.0, temperature))
+    upstream = {"logp": torch.randn(N, generator=random)}
+    if entropy:
+        upstream["entropy"] = torch.randn(N, generator=random)
+    return Problem(
+        op=OP,
+        arguments={
+            "logits": logits.to(dtype),
+            "target": target,
+            "temperature": temperature,
+            "softcap": softcap,
+        },
+        upstream=upstream,
+        trained=("logits",),
+        options={"return_entropy": entropy} | options,
+    )
+
+
+def unfused(
+    logits: Tensor, target: Tensor, temperature: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The loss in fp32, from logits in the model's dtype."""
+    z = logits.float()
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+
+
+def formula(logits: Tensor, target: Tensor, temperature: float, softcap: float) -> Results:
+    """Log-prob and entropy from `torch.distributions`."""
+    z = softcap * torch.tanh(logits / softcap) / temperature
+    given = torch.distributions.Categorical(logits=z)
+    return {"logp": given.log_prob(target), "entropy": given.entropy()}
+
+
+def strided(given: Problem) -> list[Problem]:
+    """Rows that lie apart and begin anywhere, columns that lie apart, a target with a stride."""
+    logits, target = given["logits"], given["target"]
+    N, V = logits.shape
+    target = torch.stack([target, target], 1)[:, 0]
+    wide = [logits.new_zeros(N, V + 69)[:, first : first + V].copy_(logits) for first in (0, 1, 3)]
+    return [given.but(logits=x, target=target) for x in (*wide, logits.t().contiguous().t())]
+
+
+def _samples() -> list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]]:
+    plain: list[dict[str, Any]] = [
+        {},
+        {"entropy": True},
+        {"temperature": 0.7, "softcap": 5.0},
+        {"temperature": 1.3, "softcap": 30.0, "entropy": True},
+    ]
+    extremes = [
+        {"rows": rows, "entropy": entropy}
+        for rows in ("peaked", "flat")
+        for entropy in (False, True)
+    ]
+    if INTERPRETED:
+        return [
+            ((0, 30), torch.float32, {"entropy": True}),
+            ((1, 1), torch.float32, {"softcap": 5.0, "entropy": True}),
+            ((5, 70), torch.float32, {"softcap": 5.0, "temperature": 0.7, "entropy": True}),
+            ((10, 70), torch.float32, {}),
+            ((5, 70), torch.bfloat16, {"softcap": 30.0}),
+            ((5, 70), torch.float16, {"entropy": True}),
+            ((6, 70), torch.float32, {"rows": "peaked", "entropy": True}),
+            ((6, 101), torch.bfloat16, {"rows": "peaked"}),
+            ((6, 70), torch.float32, {"rows": "flat", "entropy": True}),
+        ]
+    # N, V: none; one of everything; a prime V; more than a block of any backend's, in odd numbers.
+    shapes = [(0, 30), (1, 1), (7, 101), (1, 64), (33, 1031), (5, 9001)]
+    return [*product(shapes, DTYPES, plain), *product([(40, 1031)], DTYPES, extremes)]
+
+
+BAD = [
+    ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
+    ({"logits": torch.zeros(1, 4, 5)}, ValueError, "logits: expected 2 dimensions, got shape"),
+    ({"logits": torch.zeros(4, 0)}, ValueError, r"logits: expected shape \[N, V\] with V > 0"),
+    ({"logits": torch.zeros(4, 5).int()}, TypeError, "logits: expected dtype .*torch.int32"),
+    ({"logits": torch.zeros(4, 5).double()}, TypeError, "logits: expected dtype torch.float32"),
+    ({"target": 3}, TypeError, "target: expected a tensor, got int"),
+    (
+        {"target": torch.zeros(4, device="meta").long()},
+        ValueError,
+        "target: expected the device of logits, cpu, got meta",
+    ),
+    ({"return_entropy": 1}, TypeError, "return_entropy: expected a bool, got int"),
+    ({"inplace_backward": 1}, TypeError, "inplace_backward: expected a bool, got int"),
+    (
+        {"inplace_backward": True, "backend": "reference"},
+        ValueError,
+        "inplace_backward: expected False with backend='reference'",
+    ),
+    (
+        {"inplace_backward": True, "logits": torch.zeros(5).expand(4, 5)},
+        ValueError,
+        r"logits: expected rows that do not overlap.*got strides \(0, 1\)",
+    ),
+]
+OP = Op(
+    name="gather_logprob",
+    function=gather_logprob,
+    reference=reference,
+    unfused=unfused,
+    formula=formula,
+    outputs=("logp", "entropy"),
+    gradients={"logits": "dlogits"},
+    rows=("logits", "target"),
+    columns={"logits": 1},
+    of_rows=lambda N, dtype=torch.float32, **form: problem((N, COLUMNS), dtype, **form),
+    problem=problem,
+    uneven=[(50, 2051)],
+    samples=_samples(),
+    draws=st.builds(
+        problem,
+        st.tuples(st.integers(0, 40), st.integers(1, 3000)),
+        entropy=st.booleans(),
+        softcap=st.sampled_from([None, 2.0, 50.0]),
+        seed=st.integers(0, 1000),
+    ),
+    forms={"plain": {"entropy": True}, "in place": {"inplace_backward": True}},
+    strided=strided,
+    good={"logits": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.int64)},
+    bad=BAD,
+)

@@ -1,0 +1,256 @@
+"""Every op on every backend: results and gradients against fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from tests.latro_kernels.ops.op import (
+    BACKENDS,
+    COLUMNS,
+    DTYPES,
+    HALF,
+    INTERPRETED,
+    ROWS,
+    Op,
+    Problem,
+    assert_same,
+    backends,
+    check,
+    each_backend,
+    each_dtype,
+    each_fused_backend,
+    gate,
+)
+from tests.latro_kernels.ops.table import (
+    DIFFERENTIABLE,
+    GATHER_LOGPROB,
+    GROUP_ADVANTAGE,
+    LINEAR_KL,
+    LINEAR_LOGPROB,
+    each_form,
+    each_op,
+    each_sample,
+)
+
+pytestmark = [
+    pytest.mark.usefixtures("small_tiles"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+]
+
+
+@each_backend
+@each_sample
+def test_matches_fp64(
+    op: Op, shape: Any, dtype: torch.dtype, options: dict[str, Any], backend: str
+) -> None:
+    given = op.problem(shape, dtype, **options).on(backend)
+    if options.get("rows") == "peaked" and "logp" in given.upstream:
+        assert given.truth()["logp"].exp().min() > 0.999
+    check(given, backend)
+
+
+# The same problems every time: two rounding errors are compared, and theirs may be small by chance.
+@pytest.mark.parametrize("backend", backends("cpu", "reference"))
+@each_op()
+@drawn(data=st.data())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_any_shape(op: Op, backend: str, data: st.DataObject) -> None:
+    check(data.draw(op.draws).on(backend), backend)
+
+
+@pytest.mark.parametrize("backend", backends("triton", "cuda"))
+@drawn(given=GROUP_ADVANTAGE.draws)
+@settings(max_examples=30, deadline=None)
+def test_any_groups_on_a_gpu(backend: str, given: Problem) -> None:
+    check(given.on(backend), backend)
+
+
+@each_op(DIFFERENTIABLE)
+def test_the_reference_is_the_formula(op: Op) -> None:
+    given = op.plain(7, torch.float64, temperature=0.7, softcap=3.0)
+    expected = op.formula(**given.arguments)
+    results = op.named(op.reference(**given.arguments))
+    for name, value in results.items():
+        torch.testing.assert_close(value, expected[name])
+    public = op.named(op.function(**given.arguments, **given.options, backend="reference"))
+    assert_same(public, results)
+
+
+@each_backend
+@each_dtype
+@each_op()
+def test_strided_inputs(op: Op, dtype: torch.dtype, backend: str) -> None:
+    # On the device first: a copy to it would close the gaps.
+    for strided in op.strided(op.plain(ROWS, dtype).on(backend)):
+        check(strided, backend)
+
+
+@each_form(DIFFERENTIABLE)
+def test_expanded_upstream_gradient(op: Op, form: dict[str, Any], backend: str) -> None:
+    """sum() hands an upstream gradient of stride 0 to the backward."""
+    given = op.of_rows(ROWS, **exact(form)).on(backend)
+    ones = {name: g.new_ones(()).expand(ROWS) for name, g in given.upstream.items()}
+    given = replace(given, upstream=ones)
+    if "inplace_backward" in form:
+        assert_same(given.map(torch.clone).solve(backend), given.solve(backend))
+    else:
+        check(given, backend)
+
+
+def exact(form: dict[str, Any]) -> dict[str, Any]:
+    """The form, with a filter that leaves nothing out."""
+    return form | ({"grad_filter": 1e-20} if "grad_filter" in form else {})
+
+
+@each_backend
+@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
+def test_gradient_of_the_entropy_alone(op: Op, backend: str) -> None:
+    given = op.of_rows(ROWS, entropy=True)
+    given.upstream["logp"].zero_()
+    check(given.on(backend), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["dx", "dw", "db"])
+@each_op([LINEAR_LOGPROB, LINEAR_KL])
+def test_gradient_of_one_input_alone(op: Op, name: str, backend: str) -> None:
+    given = op.of_rows(ROWS, bias=True).on(backend)
+    wanted = next(argument for argument, gradient in op.gradients.items() if gradient == name)
+    alone = check(replace(given, trained=(wanted,)), backend)
+    if op is LINEAR_KL:
+        assert torch.equal(alone[name], given.solve(backend)[name])
+
+
+@each_fused_backend
+@each_dtype
+@each_op(DIFFERENTIABLE)
+def test_rows_without_upstream_gradient(op: Op, dtype: torch.dtype, backend: str) -> None:
+    """Their gradient is exactly 0."""
+    given = op.plain(ROWS, dtype)
+    for upstream in given.upstream.values():
+        upstream[::3] = 0
+    given = given.on(backend)
+    assert not check(given, backend)[op.row_results[-1]][::3].any()
+    for upstream in given.upstream.values():
+        upstream.zero_()
+    results = given.solve(backend)
+    assert not any(results[name].any() for name in op.gradients.values())
+
+
+def leaves_rows_out(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether a backward in bf16 or fp16 reads no row that has no upstream gradient."""
+    return (
+        op is GATHER_LOGPROB or backend == "cpu" or (op is LINEAR_LOGPROB and backend == "triton")
+    )
+
+
+@pytest.mark.parametrize("dtype", [HALF] if INTERPRETED else DTYPES, ids=str)
+@each_form(DIFFERENTIABLE, where=leaves_rows_out)
+def test_nothing_comes_of_rows_without_upstream_gradient(
+    op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    """Whatever is in them."""
+    given = op.of_rows(ROWS, dtype, **exact(form))
+    for upstream in given.upstream.values():
+        upstream[::3] = 0
+    given = given.on(backend)
+    true, plain = given.truth(), given.unfused()
+    given[op.rows[0]][::6] = torch.nan
+    got = given.solve(backend)
+    for name in got.keys() - op.outputs:
+        gate(name, got[name], true[name], plain[name])
+    assert not got[op.row_results[-1]][::3].any()
+
+
+@each_backend
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each_op(DIFFERENTIABLE)
+def test_nan_stays_in_its_row(op: Op, bad: float, backend: str) -> None:
+    for name in op.rows:
+        given = op.plain(10).on(backend)
+        if given[name].is_floating_point():
+            given[name][3, 2] = bad
+            results = given.solve(backend)
+            for of_row in op.row_results:
+                rows = results[of_row].view(10, -1).isnan().any(1)
+                assert rows.nonzero().flatten().tolist() == [3], (name, of_row)
+
+
+def has_no_softcap(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether logits may be −∞."""
+    return "softcap" not in form
+
+
+@each_dtype
+@each_form(DIFFERENTIABLE, BACKENDS, where=has_no_softcap)
+def test_logits_of_minus_infinity(
+    op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    """They take tokens out of the vocabulary, with no NaN in any gradient."""
+    few = op.of_rows(10, dtype, **(exact(form) | ({} if op is GATHER_LOGPROB else {"bias": True})))
+    # Whole blocks and tiles of them come first, some more in between.
+    first = 130 if INTERPRETED else 9000
+    kept = first + 2 * torch.arange(COLUMNS)
+    changes = {"target": kept[few["target"]]} if "target" in op.rows else {}
+    for name, dimension in op.columns.items():
+        shape = list(few[name].shape)
+        shape[dimension] = first + 2 * COLUMNS
+        fill = 1.0 if "weight" in name else -torch.inf
+        changes[name] = torch.full(shape, fill, dtype=dtype).index_copy(dimension, kept, few[name])
+    got = few.but(**changes).on(backend).solve(backend)
+    true, plain = few.truth(), few.unfused()
+    dimensions = {op.gradients[n]: d for n, d in op.columns.items() if n in op.gradients}
+    for name, of_many in got.items():
+        value = of_many.cpu()
+        if name in dimensions:
+            assert not value.index_fill(dimensions[name], kept, 0).any(), name
+            value = value.index_select(dimensions[name], kept)
+        gate(name, value, true[name], plain[name])
+
+
+def has_rows_apart(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether a row has the same bits whatever others there are."""
+    return "grad_filter" not in form and (backend == "cpu" or op is not LINEAR_KL)
+
+
+@pytest.mark.parametrize("dtype", [HALF] if INTERPRETED else DTYPES, ids=str)
+@each_form(DIFFERENTIABLE, backends("triton" if INTERPRETED else "cpu"), where=has_rows_apart)
+def test_a_row_does_not_depend_on_the_others(
+    op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    given = (
+        op.of_rows(40, dtype, **form) if INTERPRETED else op.problem(op.uneven[0], dtype, **form)
+    )
+    whole = given.map(torch.clone).solve(backend)
+    # On GPUs torch's products make the gradients.
+    names = op.row_results if backend == "cpu" else op.outputs
+    for rows in (slice(0, 1), slice(5, 8), torch.tensor([9, 3, 7])):
+        part = given.of_rows(rows).map(torch.clone).solve(backend)
+        for name in part.keys() & names:
+            assert torch.equal(part[name], whole[name][rows]), name
+
+
+@each_dtype
+@each_form(backends=backends("cpu"))
+def test_same_bits_on_every_run_and_thread_count(
+    op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    threads = torch.get_num_threads()
+    for shape in op.uneven:
+        given = op.problem(shape, dtype, **form)
+        runs = []
+        try:
+            for count in (threads, threads, 1, 2, 3):
+                torch.set_num_threads(count)
+                runs.append(given.map(torch.clone).solve(backend))
+        finally:
+            torch.set_num_threads(threads)
+        for run in runs[1:]:
+            assert_same(run, runs[0])

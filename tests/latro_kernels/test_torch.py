@@ -1,0 +1,267 @@
+"""Every op among torch's own machinery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from latro_kernels import gather_logprob, linear_logprob
+from tests.latro_kernels.ops.op import (
+    INTERPRETED,
+    ROWS,
+    Op,
+    Problem,
+    Results,
+    assert_same,
+    backends,
+)
+from tests.latro_kernels.ops.table import (
+    DIFFERENTIABLE,
+    GROUP_ADVANTAGE,
+    LINEAR_KL,
+    LINEAR_LOGPROB,
+    each_form,
+    each_op,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+ON_CPU = backends("cpu")
+each_of_two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+@each_of_two_dtypes
+@pytest.mark.parametrize(
+    "default", [torch.bfloat16, *([] if INTERPRETED else [torch.float64])], ids=str
+)
+@each_form()
+def test_any_default_dtype(
+    op: Op,
+    form: dict[str, Any],
+    backend: str,
+    default: torch.dtype,
+    dtype: torch.dtype,
+    small_tiles: None,
+) -> None:
+    """torch's default dtype is the caller's: no op's memory or result depends on it."""
+    given = op.of_rows(ROWS if INTERPRETED else 30, dtype, **form).on(backend)
+    expected = given.map(torch.clone).solve(backend)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = given.solve(backend)
+    finally:
+        torch.set_default_dtype(before)
+    assert_same(got, expected)
+
+
+def forms(results: Results) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, value.shape, value.dtype) for name, value in results.items()]
+
+
+@each_of_two_dtypes
+@each_form(backends=[*backends("cpu", "reference"), *map(pytest.param, ("auto", "triton", "cuda"))])
+def test_the_meta_device(op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    given = op.of_rows(6, dtype, **form)
+    results = given.map(lambda t: t.to("meta")).solve(backend)
+    assert all(t.is_meta for t in results.values())
+    assert forms(results) == forms(given.solve("cpu"))
+
+
+@each_of_two_dtypes
+@each_form(backends=[*backends("cpu", "reference"), pytest.param("auto")])
+def test_fake_tensors(op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    given = op.of_rows(6, dtype, **form)
+    mode = FakeTensorMode()
+    fake = given.map(mode.from_tensor)
+    with mode:
+        results = fake.solve(backend)
+    assert all(isinstance(t, FakeTensor) for t in results.values())
+    assert forms(results) == forms(given.solve("cpu"))
+
+
+class RawOps(TorchDispatchMode):
+    """Records the calls of our raw ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "latro_kernels":
+            copies = [a.detach().clone() if isinstance(a, Tensor) else a for a in args]
+            self.calls.append((func, tuple(copies)))
+        return func(*args, **(kwargs or {}))
+
+
+def is_checked(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether to have torch try the op; another backend's shapes are no others."""
+    return not INTERPRETED and (backend == "cpu" or op is GROUP_ADVANTAGE)
+
+
+@each_of_two_dtypes
+@pytest.mark.parametrize("alone", [False, True])
+@each_form(where=is_checked)
+def test_opcheck(
+    op: Op, form: dict[str, Any], backend: str, alone: bool, dtype: torch.dtype
+) -> None:
+    given = op.of_rows(9, dtype, **form).on(backend)
+    with RawOps() as raw:
+        replace(given, trained=given.trained[:1] if alone else given.trained).solve(backend)
+    assert len(raw.calls) == (2 if op.gradients else 1)
+    for function, arguments in raw.calls:
+        torch.library.opcheck(function, arguments)
+
+
+def loss(op: Op, options: dict[str, Any], arguments: Results, upstream: Results) -> Tensor:
+    """One number of all results, by what a caller multiplies them with."""
+    # Leaves may not be written to in the backward.
+    trained = {n: 1 * arguments[n] for n in op.gradients if arguments[n] is not None}
+    outputs = op.named(op.function(**(arguments | trained), **options))
+    if upstream:
+        return sum((outputs[name] * g).sum() for name, g in upstream.items())
+    coefficient = outputs["coefficient"] + outputs.get("kl_coefficient", 0)
+    return (coefficient * arguments["logp"]).sum() + outputs["reward"].sum()
+
+
+def assert_same_when_compiled(
+    given: Problem, options: dict[str, Any], compiled: Callable[..., Tensor]
+) -> None:
+    results = []
+    for function in (partial(loss, given.op, options), compiled):
+        names = [n for n in given.trained or ("logp",) if given[n] is not None]
+        leaves = {n: given[n].clone().requires_grad_() for n in names}
+        value = function(given.arguments | leaves, given.upstream)
+        results.append([value.detach(), *torch.autograd.grad(value, list(leaves.values()))])
+    torch.testing.assert_close(*results)
+
+
+def is_compiled(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether shapes are of this backend, or the same on every one."""
+    return backend == "cpu" or (op is LINEAR_LOGPROB and "grad_filter" not in form)
+
+
+@each_form(backends=backends("triton") if INTERPRETED else ON_CPU, where=is_compiled)
+def test_compiles_once_for_any_number_of_rows(op: Op, form: dict[str, Any], backend: str) -> None:
+    """One graph for the first number of rows, one for every other, with the results of eager."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    options = op.of_rows(6, **form).options | {"backend": backend}
+    compiled = torch.compile(partial(loss, op, options), fullgraph=True, backend=counter)
+    for N in (6, 8, 14, 16, 28):
+        assert_same_when_compiled(op.of_rows(N, **form), options, compiled)
+    assert counter.frame_count == 2
+
+
+def is_compiled_by_torch(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether to wait for torch's own compiler; nothing can be compiled beside the interpreter."""
+    if op is GROUP_ADVANTAGE:
+        return not INTERPRETED and form in (
+            {"kl": k, "unfinished": "exclude"} for k in ("k3", "exact")
+        )
+    return backend == "cpu"
+
+
+@each_form(where=is_compiled_by_torch)
+def test_compiles_as_one_graph(op: Op, form: dict[str, Any], backend: str) -> None:
+    given = op.of_rows(9, **form).on(backend)
+    options = given.options | {"backend": backend}
+    for dynamic in (False, True) if op is GROUP_ADVANTAGE else (False,):
+        torch.compiler.reset()
+        compiled = torch.compile(partial(loss, op, options), fullgraph=True, dynamic=dynamic)
+        assert_same_when_compiled(given, options, compiled)
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("op", ["linear_logprob", "gather_logprob"])
+def test_targets_are_checked_where_compiled(op: str, has_grad: bool) -> None:
+    torch.compiler.reset()
+    x, weight = torch.randn(4, 16, requires_grad=has_grad), torch.randn(32, 16)
+
+    def logp(x: Tensor, target: Tensor) -> Tensor:
+        if op == "linear_logprob":
+            return linear_logprob(x, weight, target)
+        return gather_logprob(x @ weight.t(), target)
+
+    compiled = torch.compile(logp, backend="aot_eager", fullgraph=True)
+    good, bad = torch.tensor([1, 2, 3, 31]), torch.tensor([1, 2, 3, 32])
+    torch.testing.assert_close(compiled(x, good), logp(x, good))
+    for function in (logp, compiled):
+        with pytest.raises(ValueError, match=r"expected values in 0\.\.31, got 32 in row 3"):
+            function(x, bad)
+
+
+@each_op([LINEAR_LOGPROB, LINEAR_KL])
+def test_autocast_casts_as_linear_does(op: Op) -> None:
+    given = op.problem((9, 150, 31), bias=True)
+    hidden, weight, bias = (given[name] for name in op.gradients)
+    low = {n: t.bfloat16() for n, t in given.arguments.items() if n.split("_")[0] in HEAD}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(hidden, weight, bias).dtype == torch.bfloat16
+        got = given.solve("cpu")
+    expected = given.but(**low).solve("cpu")
+    for name in op.outputs:
+        if name in got:
+            assert torch.equal(got[name], expected[name]), name
+    assert all(got[name].dtype == torch.float32 for name in op.gradients.values())
+
+
+HEAD = ("hidden", "weight", "bias")
+
+
+@each_op([LINEAR_LOGPROB, LINEAR_KL])
+def test_backward_under_autocast(op: Op) -> None:
+    """The products of the backward keep their dtype where autocast is still on."""
+    given = op.problem((9, 8, 31))
+    hidden = given[op.rows[0]].requires_grad_()
+    (output,) = op.named(op.function(**given.arguments)).values()
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            gradients += torch.autograd.grad(output.sum(), hidden, retain_graph=True)
+    assert torch.equal(*gradients)
+
+
+@each_op(DIFFERENTIABLE)
+def test_double_backward_is_refused(op: Op) -> None:
+    given = op.plain(9)
+    leaf = given[op.rows[0]].requires_grad_()
+    output = op.named(op.function(**given.arguments))[op.outputs[0]]
+    with pytest.raises(RuntimeError, match=f"{op.name} has no double backward"):
+        torch.autograd.grad(output.sum(), leaf, create_graph=True)
+
+
+def keeps_its_inputs(op: Op, form: dict[str, Any], backend: str) -> bool:
+    return "inplace_backward" not in form
+
+
+@each_form(DIFFERENTIABLE, ON_CPU, where=keeps_its_inputs)
+def test_backward_may_run_twice(op: Op, form: dict[str, Any], backend: str) -> None:
+    given = op.of_rows(9, **form)
+    leaves = [given[n].requires_grad_() for n in given.trained if given[n] is not None]
+    output = op.named(op.function(**given.arguments, **given.options))[op.outputs[0]]
+    first, second = (torch.autograd.grad(output.sum(), leaves, retain_graph=True) for _ in "12")
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_form(DIFFERENTIABLE, ON_CPU)
+def test_no_gradient_is_asked_for(op: Op, form: dict[str, Any], backend: str) -> None:
+    given = op.of_rows(9, **form)
+    outputs = op.named(op.function(**given.arguments, **given.options)).values()
+    assert not any(output.requires_grad for output in outputs)
+    given[op.rows[0]].requires_grad_()
+    with torch.no_grad():
+        outputs = op.named(op.function(**given.arguments, **given.options)).values()
+    assert not any(output.requires_grad for output in outputs)
