@@ -27,9 +27,9 @@ def test_operands_by_descriptor(
 ) -> None:
     """As on a chip that copies blocks by itself; H and V are no multiples of a block."""
     # Blocks of a size at which NumPy multiplies the same way however they lie in memory.
-    block = blocks.Config(rows=16, columns=32, depth=64, warps=4, stages=1)
+    block = blocks.Config(rows=32, columns=64, depth=64, warps=4, stages=1)
     monkeypatch.setattr(blocks, "_INTERPRETED", block)
-    given = problem((20, 20, 72), torch.bfloat16, bias=True, **more)
+    given = problem((40, 20, 76), torch.bfloat16, bias=True, **more)
     expected = given.solve("triton", **options)
     described = []
 
