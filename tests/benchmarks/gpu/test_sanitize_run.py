@@ -5,13 +5,10 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
-import torch
 
 from benchmarks.gpu import sanitize_run
-from benchmarks.gpu.sanitize_run import Case
 from latro_kernels import native
-
-CPU = torch.device("cpu")
+from tests.latro_kernels.ops.table import GATHER_LOGPROB, LINEAR_KL, OPS
 
 
 @pytest.fixture
@@ -33,35 +30,35 @@ def test_launchers_are_what_the_header_has():
 
 
 def test_a_launcher_that_is_never_called_is_a_failure(small, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sanitize_run, "kl_cases", list)
+    monkeypatch.setattr(sanitize_run, "OPS", [op for op in OPS if op is not LINEAR_KL])
     assert sanitize_run.main(["--backend", "cpu", "--out", str(tmp_path)]) == 1
     assert "latro_cpu_linear_kl_forward: never called" in capsys.readouterr().err
 
 
+def checked(change) -> list[str]:
+    """Say what is wrong with gather_logprob where `change` is made to its log-probs."""
+
+    def function(**arguments):
+        return change(GATHER_LOGPROB.function(**arguments), arguments["logits"])
+
+    op = replace(GATHER_LOGPROB, function=function)
+    given = GATHER_LOGPROB.of_rows(5)
+    return sanitize_run.check(replace(given, op=op), "cpu")
+
+
 def test_a_wrong_result_is_a_failure():
-    right = (torch.sin, torch.sin, torch.sin)
-    assert case(*right).check("cpu", CPU) == []
-    off = case(lambda x: torch.sin(x) + 1e-3, *right[1:])
-    (why,) = off.check("cpu", CPU)
-    assert why.startswith("result 0: error 1.00e-03")
-    nothing = case(lambda x: torch.full_like(x, torch.nan), *right[1:])
-    assert "error nan" in nothing.check("cpu", CPU)[0]
-
-
-def test_other_bits_the_second_time_are_a_failure():
-    runs = mock.Mock(side_effect=[1.0, 1.0 + 2**-23])
-    (why,) = case(lambda x: torch.sin(x) * runs(), torch.sin, torch.sin).check("cpu", CPU)
-    assert why == "result 0: other bits the second time"
-
-
-def case(ours, exact, plain) -> Case:
-    def op(x, *, backend):
-        return {"cpu": ours, "reference": exact}[backend](x)
-
-    return Case("case", op=op, plain=plain, inputs=(torch.linspace(0.5, 1, 9),), wanted=0)
+    assert checked(lambda logp, _: logp) == []
+    (why,) = checked(lambda logp, _: logp + 1e-3)
+    assert why.startswith("logp: error 0.001")
+    assert checked(lambda logp, _: logp * float("nan"))[0] == "logp: not finite"
 
 
 def test_a_wrong_gradient_is_a_failure():
-    wrong = case(lambda x: torch.sin(x) + (x - x.detach()) * 1e-2, torch.sin, torch.sin)
-    (why,) = replace(wrong, wanted=1).check("cpu", CPU)
-    assert why.startswith("result 1: error")
+    (why,) = checked(lambda logp, logits: logp + (logits - logits.detach()).sum(1))
+    assert why.startswith("dlogits: error ")
+
+
+def test_other_bits_the_second_time_are_a_failure():
+    runs = mock.Mock(side_effect=[1.0, 1.0 + 2**-22])
+    (why,) = checked(lambda logp, _: logp.detach() * runs() + (logp - logp.detach()))
+    assert why.startswith("logp: ")
