@@ -78,7 +78,7 @@ def cuda_flags(nvcc: str) -> str:
 
 
 def ninja_file(cuda: str | None, out: Path) -> str:
-    """The build as ninja reads it: one object a source, one library a folder."""
+    """Return the build file for ninja: one object per source, one library per folder."""
 
     def quote(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")

@@ -65,8 +65,10 @@ class FusedHeadTrainer(Trainer):
 
 
 def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-    """What `compute_loss_func` is to give: over the labels of the whole update, as Trainer counts
-    them over its micro-batches and processes."""
+    """Return the mean over all labels of an update, for `compute_loss_func`.
+
+    The Trainer counts `num_items_in_batch` over the update's micro-batches and processes.
+    """
     logp = outputs["logits"]
     return -logp.sum() / (len(logp) if num_items_in_batch is None else num_items_in_batch)
 

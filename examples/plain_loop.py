@@ -41,8 +41,11 @@ class Sequences:
     answers: list[list[int]]
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Padded ids [S, T]; of N scored tokens the place in ids.flatten() that predicts each, and
-        the token; offsets [2·S + 1], where each rationale and each answer begins among the N."""
+        """Return padded ids [S, T], and for N scored tokens three tensors.
+
+        These are the place [N] in ids.flatten() that predicts each token, the token [N], and the
+        offsets [2·S + 1] where each rationale and each answer begins among the N.
+        """
         parts = list(zip(self.prompts, self.rationales, self.between, self.answers, strict=True))
         width = max(sum(map(len, part)) for part in parts)
         ids = torch.zeros(len(parts), width, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Save a tiny, randomly initialised causal language model with a BPE tokenizer of its own.
+r"""Save a tiny, randomly initialised causal language model with a BPE tokenizer of its own.
 
-    python scripts/make_tiny_model.py --architecture mistral \\
+    python scripts/make_tiny_model.py --architecture mistral \
         --text ../shared/data/gsm8k/train.jsonl --output runs/tiny-mistral
 
 For trying a pipeline on a real architecture in seconds: the model knows nothing.

@@ -1,4 +1,4 @@
-"""What every test of the repository gets."""
+"""Fixtures and settings for all tests of the repository."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.warm_process import WarmProcess
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Of pytest-xdist: it would hand out files by their number of tests, and so leave a long file of
-    # one test to one worker when the others have nothing more to do.
+    # pytest-xdist would hand out files by their number of tests, and so leave a long file with one
+    # test to one worker while the others have nothing left to do.
     config.option.loadscopereorder = False
 
 
 def pytest_collection_finish() -> None:
-    # Trainers collect garbage at their end, and what the imports made is none.
+    # Trainers collect garbage at their end; keep them from searching what the imports made.
     gc.collect()
     gc.freeze()
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def ordinary_signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as a program finds them, though a job in the background ignores SIGINT."""
+    """Set SIGINT and SIGTERM to their defaults, since a background job ignores SIGINT."""
     given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -61,13 +61,13 @@ def ordinary_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def warm() -> Iterator[WarmProcess]:
-    """Starts commands that have everything imported already."""
+    """Yield what starts commands that have everything imported already."""
     with WarmProcess() as process:
         yield process
 
 
 class Deprecations(logging.Handler):
-    """Keeps what a library's log says is deprecated."""
+    """Keeps log messages about deprecation."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -81,7 +81,7 @@ class Deprecations(logging.Handler):
 
 @pytest.fixture(autouse=True)
 def nothing_deprecated_is_logged() -> Iterator[None]:
-    """Warnings of deprecation are errors by the settings; some libraries log theirs instead."""
+    """Fail for logged deprecations, as the settings make warnings of deprecation errors."""
     deprecations = Deprecations()
     loggers = [logging.getLogger(name) for name in ("transformers", "accelerate", "peft", "trl")]
     for logger in loggers:

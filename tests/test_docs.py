@@ -1,9 +1,8 @@
 """The documentation: its links resolve, its Python runs and its commands are real.
 
-A page's Python blocks run in order, in one namespace. A command is parsed by the program that it
-is for. Those of blocks after `<!-- run -->` are run, in order, with the limits below added to each,
-and in the folder that the Python then runs in. What a page needs stands on it: a block with a title
-is a file.
+A page's Python blocks run in order, in one namespace. Each command is parsed by its own program.
+Commands in blocks after `<!-- run -->` are run in order, each with the limits below, in the folder
+where the Python then runs. A page brings all that it needs: a block with a title is a file.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-# Of programs that run in this process.
+# A warning about programs that run in this process.
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 
 ROOT = Path(__file__).parents[1]
@@ -37,41 +36,41 @@ LIMITS = {
     "latro.evaluate": "--num_eval_examples 4",
     "latro.probe": "--num_eval_examples 4",
 }
-# What is no program of this repository: such lines are not looked into.
+# Programs from elsewhere, whose arguments are not checked.
 FOREIGN = {"cat", "cd", "git", "head", "jq", "mkdocs", "pip", "pytest", "sbatch", "tensorboard"}
 FOREIGN |= {"vllm", "zensical"}
 LAUNCHERS = {"accelerate", "torchrun"}
 
 
 def of_pages(*marks: str) -> pytest.MarkDecorator:
-    """Run a test once for each page that has one of `marks`; all without any."""
+    """Run a test once for each page with one of `marks`, or for all pages if there are none."""
     pages = [p for p in PAGES if not marks or any(mark in p.read_text("utf-8") for mark in marks)]
     return pytest.mark.parametrize("page", pages, ids=lambda p: p.relative_to(ROOT).as_posix())
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[str, bool]]:
-    """Return the code of a page's fenced blocks, and whether `<!-- run -->` stands before it."""
+    """Yield the code of a page's fenced blocks, and whether `<!-- run -->` precedes it."""
     fence = rf"(<!-- run -->\n+)?^( *)```{language}\b[^\n]*\n(.*?)^\2```"
     for block in re.finditer(fence, page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
         yield textwrap.dedent(block[3]), block[1] is not None
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """Write the blocks of a page that are files: their title is the name."""
+    """Write those blocks of a page that have a title, to files of that name."""
     fence = r'^```\w+ title="([^"]+)"\n(.*?)^```'
     for block in re.finditer(fence, page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE):
         (folder / block[1]).write_text(block[2], encoding="utf-8")
 
 
 def indented(page: Path) -> Iterator[str]:
-    """Return a page's blocks that four spaces set apart."""
+    """Yield a page's blocks that are indented by four spaces."""
     text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
     for block in re.finditer(r"(?:^    .*\n|^\n(?=    ))+", text, flags=re.MULTILINE):
         yield textwrap.dedent(block[0]).strip()
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """Return the words of each command, without variables set for it and redirections."""
+    """Yield the words of each command, without its variables and redirections."""
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         for part in " ".join(map(shlex.quote, words)).split(" '&&' "):
@@ -101,7 +100,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def run(monkeypatch):
-    """`run(program, arguments)`: a module or a script, as the command does but in this process."""
+    """Return `run(program, arguments)`, which runs a module or a script in this process."""
 
     def start(name: str, arguments: list[str]) -> None:
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -113,13 +112,13 @@ def run(monkeypatch):
 
 @pytest.fixture
 def parse(monkeypatch, run):
-    """`parse(program, arguments)`: start it, and stop it once its arguments are read."""
+    """Return `parse(program, arguments)`, which starts a program and stops it after parsing."""
     read = argparse.ArgumentParser.parse_known_args
 
     def stop(parser, *args, **kwargs):
         namespace, rest = read(parser, *args, **kwargs)
         if not parser.add_help:
-            # Of the one that looks for --config ahead of the others.
+            # This parser only looks for --config, before the others.
             return namespace, rest
         if rest:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -136,7 +135,7 @@ def parse(monkeypatch, run):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No connection beyond this machine."""
+    """Refuse connections beyond this machine."""
     connect = socket.socket.connect
 
     def refuse(self, address):
@@ -160,7 +159,7 @@ def test_links_to_files_resolve(page):
 @of_pages()
 def test_commands_are_read(page, parse):
     codes = [code for code, _ in blocks(page, "bash")]
-    # Indented blocks are listings too.
+    # Indented blocks may hold commands too.
     codes += [c for c in indented(page) if re.match(r"(CUDA_|python |pip |torchrun )", c)]
     found = [program(words) for code in codes for words in commands(code)]
     for started in filter(None, found):
@@ -175,7 +174,7 @@ def test_a_flag_that_does_not_exist_is_found(parse, capsys):
 
 @of_pages("```python", "<!-- run -->")
 def test_a_page_runs(page, tmp_path, monkeypatch, run, offline):
-    """Its commands, and then its Python, which may read what they have left."""
+    """Run the page's commands, and then its Python, which may read their output."""
     write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     for code in (code for code, marked in blocks(page, "bash") if marked):

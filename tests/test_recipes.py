@@ -1,4 +1,4 @@
-"""Every recipe: read by the program that it is for, and started on two processes where they run."""
+"""Every recipe is read by its own program, and started on two processes where that is possible."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RUNS = sorted(RECIPES.glob("*.yaml"))
 ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "phi-3.5": "phi3"}
-"""Of a model, by a part of its name."""
+"""The architecture of a model, by a part of its name."""
 ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 MODULES = {"fsdp2": "tests.latro.fsdp_on_cpu"}
-"""What is started in the place of latro.train where a CPU needs it."""
+"""The module to start instead of latro.train where a CPU needs one."""
 SMALL = (
     *("--model_name_or_path", str(SMALL_MODEL), "--dataset_name", "arithmetic"),
     *("--num_train_examples", "16", "--num_eval_examples", "2", "--max_completion_length", "8"),
@@ -64,7 +64,7 @@ def assert_two_updates(output: Path, stdout: str) -> None:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     assert [entry["step"] for entry in lines if "reward" in entry] == [1, 2]
     assert (output / "model.safetensors").is_file()
-    # Two processes that knew nothing of each other would both talk.
+    # Two processes that did not form one run would both print.
     assert stdout.count("held-out problems") == 1
 
 
@@ -79,29 +79,29 @@ def test_accelerate_reads_its_config(name):
     config = load_config_from_file(str(path))
     assert config.distributed_type.value == ENGINES[name]
     assert (config.num_machines, config.num_processes) == (1, 8)
-    # It reads over names of the engine's settings that it does not know.
+    # The launcher ignores unknown names of the engine's settings.
     known = {action.dest for action in launch_command_parser()._actions}
     assert {*config.fsdp_config, *config.deepspeed_config} <= known
-    # The several nodes of its first lines.
+    # The first lines explain how to use several nodes.
     assert "--num_machines M" in path.read_text(encoding="utf-8")
 
 
 def test_fsdp_loads_the_model_in_every_process():
     settings = yaml.safe_load((RECIPES / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
     assert settings["fsdp_version"] == 2
-    # With it the weights of all processes but the first are whatever memory held.
+    # With that setting all processes but the first would have uninitialised weights.
     assert settings["fsdp_cpu_ram_efficient_loading"] is False
 
 
 def test_zero3_saves_weights_and_clips_gradients():
     settings = yaml.safe_load((RECIPES / "accelerate" / "zero3.yaml").read_text())
     settings = settings["deepspeed_config"]
-    # It is the launcher's own setting, and not the plugin's.
+    # This setting belongs to the launcher, not to the plugin.
     assert settings.pop("deepspeed_multinode_launcher") == "standard"
     made = DeepSpeedPlugin(**settings).deepspeed_config
     assert made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
-    # The Trainer fills in --max_grad_norm.
+    # The Trainer replaces it by --max_grad_norm.
     assert made["gradient_clipping"] == "auto"
 
 
@@ -115,7 +115,7 @@ def test_a_recipe_starts_under_each_engine(tmp_path, name):
         [
             *(sys.executable, "-m", "accelerate.commands.launch"),
             *("--config_file", str(RECIPES / "accelerate" / f"{name}.yaml")),
-            # Without bf16: a CPU need not know it.
+            # Without bf16, which a CPU may not support.
             *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
             *("-m", MODULES.get(name, "latro.train"), "--config", str(RUNS[0]), *SMALL),
             *([] if name == "zero3" else ["--use_cpu", "true"]),
@@ -128,7 +128,7 @@ def test_a_recipe_starts_under_each_engine(tmp_path, name):
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_latro_reads_a_run(path):
     classes = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
-    # The Trainer refuses bf16 where there is no GPU and none is declined.
+    # Without a GPU the Trainer refuses bf16 unless use_cpu is set.
     argv = ["--config", str(path), "--use_cpu", "true"]
     model, _, data, args = parse_arguments(classes, argv, prog="test")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -153,7 +153,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings(name):
-    """Of arXiv 2411.04282: three models on two tasks."""
+    """The recipes of arXiv 2411.04282 cover three models on two tasks."""
     given = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
     of_the_run = ("model_name_or_path", "dataset_name", "beta", "num_train_epochs")
     assert tuple(given[setting] for setting in of_the_run) == PUBLISHED[name]
@@ -176,7 +176,7 @@ def raw_files(tmp_path):
         for n in range(60)
     ]
     choices = [{"label": label, "text": f"{n} pens"} for n, label in enumerate("ABCD")]
-    # No problem is trained on and held out at once.
+    # No problem is in training and held out at the same time.
     questions = {
         split: [
             {
@@ -198,7 +198,7 @@ def raw_files(tmp_path):
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_run_makes_two_updates(path, raw_files):
-    """With a tiny model of the recipe's architecture, and the task's own format."""
+    """Use a tiny model of the recipe's architecture, and data in the task's own format."""
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     hub_id, task = given["model_name_or_path"].lower(), given["dataset_name"]
     architecture = next(
@@ -210,7 +210,7 @@ def test_a_run_makes_two_updates(path, raw_files):
     make_model(architecture, tokenizer).save_pretrained(tiny)
     tokenizer.save_pretrained(tiny)
     output = raw_files / "run"
-    # Two CPU cores have neither the memory nor the time for 500 tokens, and need not know bf16.
+    # Two CPU cores lack the memory and the time for 500 tokens, and may lack bf16.
     given_here = ("--max_steps", "2", "--max_completion_length", "8", "--num_eval_examples", "2")
     results = train(
         [
@@ -222,7 +222,7 @@ def test_a_run_makes_two_updates(path, raw_files):
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     updates = [entry for entry in lines if "reward" in entry]
     assert [entry["step"] for entry in updates] == [1, 2]
-    # Linear from the start, without warm-up.
+    # The schedule is linear from the start, without warm-up.
     assert [entry["learning_rate"] for entry in updates] == [5e-7, 2.5e-7]
     assert updates[0]["kl"] == 0
     assert set(results) == {"base", "final"}
@@ -234,7 +234,7 @@ SLURM = {
 echo "$@" >> "$CALLS"
 if [ "$1" = show ]; then echo localhost; echo other; fi
 """,
-    # Two tasks on one node, as Slurm starts them: the same command, told apart by its variables.
+    # Slurm starts the same command for both tasks of a node, with different variables.
     "srun": """\
 #!/usr/bin/env bash
 shift
@@ -245,7 +245,7 @@ done
 for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
 exit "$status"
 """,
-    # In the place of Python where the exit status alone is looked at.
+    # Replaces Python where only the exit status matters.
     "python": """\
 #!/usr/bin/env bash
 echo "$RANK/$WORLD_SIZE $@" >> "$CALLS"
@@ -256,7 +256,7 @@ exit 143
 
 @pytest.fixture
 def slurm(tmp_path):
-    """`slurm(*arguments, fakes=names)`: run the batch script, with programs faked."""
+    """Return `slurm(*arguments, fakes=names)`, which runs the batch script with fake programs."""
     if shutil.which("bash") is None:
         pytest.skip("no bash")
 

@@ -1,4 +1,4 @@
-"""The structure: which layer imports which, and how functions are called, read from the source."""
+"""Read from the source which layers import which, and how functions are called."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = (
     {"cli"},
     {"evaluate", "probe", "sft", "train"},
 )
-"""The rooms of `latro`, lowest first: each imports those before it, and none beside it."""
+"""The rooms of `latro`, lowest first: each imports only rooms of the lines before it."""
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 SOURCES = sorted(
     path
@@ -36,11 +36,11 @@ SOURCES = sorted(
 )
 MOST_POSITIONAL = 8
 OVERRIDDEN = {"create_model_card"}
-"""Methods whose arguments transformers has chosen."""
+"""Methods whose arguments transformers determines."""
 
 
 def name_of(path: Path) -> str:
-    """The dotted name of a module."""
+    """Return the dotted name of a module."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -49,7 +49,7 @@ MODULES = {name_of(path): path for path in SOURCES}
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The modules of this repository that a module imports, those inside of functions too."""
+    """Yield the modules of this repository that a module imports, even inside functions."""
     name = name_of(path)
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -143,6 +143,6 @@ def test_no_function_takes_more_than_eight_positional_arguments(path):
 
 
 def _is_kernel(node: ast.FunctionDef) -> bool:
-    """Whether a function is compiled by Triton or called by torch, which know its parameters."""
+    """Return whether Triton compiles a function or torch calls it, which set its parameters."""
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     return any("triton.jit" in text or "torch.library" in text for text in decorators)

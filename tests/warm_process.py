@@ -1,10 +1,10 @@
-"""Commands of `latro` in processes of their own, without the seconds that importing takes.
+"""Run commands of `latro` in separate processes, without the seconds that imports take.
 
 A process that has imported everything (`python -m tests.warm_process`) forks a child for each
-command. In the child `main` is called as `python -m` calls it: what it prints goes through its own
-file descriptors, an exit or an error ends it as it ends an interpreter, and signals find a process.
-Several children can be the processes of one run: they find the variables that torchrun sets.
-The server itself computes nothing: after a parallel region of OpenMP a fork would hang.
+command. The child calls `main` as `python -m` does: it prints through its own file descriptors, an
+exit or an error ends it like an interpreter, and signals reach a process of its own. Several
+children can form one run, with the variables that torchrun sets. The server itself computes
+nothing, since a fork after a parallel region of OpenMP would hang.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
-# What these import where they use it.
+# Modules that the commands import late.
 _ALSO = ("matplotlib.figure", "peft", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True)
 class Finished:
-    """How a command ended."""
+    """The result of a command."""
 
     code: int
-    """Exit code; −N where signal N ended it."""
+    """The exit code; −N if signal N ended the command."""
     stdout: str
     stderr: str
 
@@ -49,7 +49,7 @@ class Running:
     """A command that was started.
 
     Attributes:
-        pid: of its process, which leads a session of its own.
+        pid: the id of its process, which leads a session of its own.
     """
 
     def __init__(self, server: WarmProcess, pid: int, folder: Path) -> None:
@@ -59,14 +59,14 @@ class Running:
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it runs."""
+        """Return the exit code, or None while the command runs."""
         if self._code is None:
             status = self._server.ask({"poll": self.pid})
             self._code = status if status is None else os.waitstatus_to_exitcode(status)
         return self._code
 
     def wait(self, timeout: float = 60.0) -> Finished:
-        """Return how it ended; it is killed, with what it started, where it takes longer.
+        """Return the result; after the timeout, kill the command and all that it started.
 
         Raises:
             TimeoutError: it took longer; the message has what it printed.
@@ -84,14 +84,14 @@ class Running:
 
 
 def free_port() -> int:
-    """Return the number of a port that nobody listens on."""
+    """Return the number of a free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 class WarmProcess:
-    """The client's side; `with` starts the process and ends it."""
+    """The client's side; as a context manager it starts the process and ends it."""
 
     def __enter__(self) -> WarmProcess:
         self._process = subprocess.Popen(
@@ -122,12 +122,12 @@ class WarmProcess:
         """Start a command.
 
         Args:
-            command: a module that has a `main`, most often of `COMMANDS`, or a script's path.
-            arguments: of its command line.
-            folder: where what it prints is kept, made for it.
-            cwd: where it runs; None: in `folder`.
-            stdout: where that goes instead, "/dev/full".
-            environment: on top of this process's; what libraries read at import is read already.
+            command: a module with a `main`, usually one of `COMMANDS`, or a script's path.
+            arguments: the arguments of the command line.
+            folder: the folder to make for its output.
+            cwd: the working directory; None: `folder`.
+            stdout: the file that its standard output goes to instead, "/dev/full".
+            environment: variables to add; libraries have read theirs at import already.
         """
         folder.mkdir(parents=True)
         (folder / "stdout").touch()
@@ -155,19 +155,20 @@ class WarmProcess:
     ) -> Finished:
         """Run a command in several processes that are one run, and return how they ended.
 
-        They find what `torchrun --standalone` would tell them.
+        They get the variables that `torchrun --standalone` would set.
 
         Args:
-            command: as in `start`; so are the arguments.
-            folder: where what they print is kept, made for it.
-            processes: their number.
-            code: the one that each of them has to end with.
-            timeout: seconds that each of them is waited for.
+            command: the module or script, as in `start`.
+            arguments: the arguments of the command line.
+            folder: the folder to make for their output.
+            processes: the number of processes.
+            code: the exit code that each must have.
+            timeout: seconds to wait for each.
 
         Returns:
-            That code and what they printed, one process after the other.
+            That code and the output of one process after the other.
         """
-        # As torchrun does: nobody can take the port between its choice and its use.
+        # Bind at once, as torchrun does, so that nobody else can take the port.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         started = [
             self.start(
@@ -204,10 +205,10 @@ class WarmProcess:
 
 
 def _serve() -> Callable[[], object] | None:
-    """Answer until the client goes; returns a command to run in each child, and None at the end."""
+    """Answer requests until the client ends; return a command in a child, and None at the end."""
     for name in (*COMMANDS, *_ALSO):
         importlib.import_module(name)
-    # A collection would touch, and so copy, all pages that a child shares with this process.
+    # A garbage collection would copy all pages that a child shares with this process.
     gc.freeze()
     children: set[int] = set()
     while line := sys.stdin.readline():
@@ -243,7 +244,7 @@ def _status(pid: int, seconds: float) -> int | None:
 
 
 def _become(request: Mapping[str, Any]) -> Callable[[], object]:
-    """Turn a forked process into that of a command, up to the call."""
+    """Turn a forked process into a command's, up to the call of `main`."""
     os.setsid()
     os.chdir(request["cwd"])
     os.environ.clear()
@@ -265,10 +266,10 @@ def _become(request: Mapping[str, Any]) -> Callable[[], object]:
 
 
 def _run(main: Callable[[], object]) -> int:
-    """The exit code of a command, with what the interpreter prints and does at its end.
+    """Run a command as the interpreter does, and return its exit code.
 
-    The rest of that end, in which all modules are taken apart, would take ten times as long as a
-    command that refuses its input.
+    The interpreter's last step, tearing down all modules, is left out: it would take ten times as
+    long as a command that refuses its input.
     """
     code: object = 0
     try:

@@ -1,5 +1,6 @@
-"""Pre-train a small model, from nothing but generated text: the one that ships, or one to replicate
-the claim with.
+"""Pre-train a small model on generated text alone.
+
+It is the model that ships, or one to replicate the paper's claim with.
 
 A document is a problem of a task's train split, a rationale, and the right answer:
 

@@ -220,7 +220,7 @@ def test_evidence_of_a_case_made_by_hand(chunk_bytes, monkeypatch):
     )
     problem = problem_of(p.log(), target=[0, 1, 4], grad=[1.0, -2.0, 0.5])
     bound, hit = head_study.evidence(problem, columns=2)
-    # Three blocks of columns, the last of one.
+    # Three blocks of columns, of which the last has one column.
     torch.testing.assert_close(
         bound, torch.tensor([[0.5, 0.125, 0.0625], [0.5, 0.5, 0.25], [0.03125, 0.125, 0.25]])
     )
@@ -230,7 +230,7 @@ def test_evidence_of_a_case_made_by_hand(chunk_bytes, monkeypatch):
 def test_skipped_puts_rows_together_that_need_as_much():
     bound = torch.tensor([[0.9, 0.9, 0.9], [0.9, 0.0, 0.0], [0.9, 0.9, 0.9], [0.9, 0.0, 0.0]])
     hit = torch.zeros(4, 3, dtype=torch.bool)
-    # Rows 1 and 3 make a block of rows, and two of its three blocks of columns are skipped.
+    # Rows 1 and 3 form a block of rows, and two of its three blocks of columns are skipped.
     assert head_study.skipped(bound, hit, rows=2, eps=0.5) == pytest.approx(2 / 6)
     hit[1, 2] = True
     assert head_study.skipped(bound, hit, rows=2, eps=0.5) == pytest.approx(1 / 6)

@@ -18,7 +18,7 @@ def unfused():
 
 
 def measured(found=None, shape=SHAPE, limits=ONE_REP, **options):
-    """Return the rows and reasons of `bench` in fp32 on the CPU, of the unfused loss by default."""
+    """Return rows and reasons of `bench` in fp32 on the CPU, by default for the unfused loss."""
     found = found or {"unfused": unfused()}
     return bench(shape, "fp32", found, device=CPU, limits=limits, **options)
 

@@ -106,7 +106,7 @@ def test_our_step_reads_each_prompt_once_for_all_of_its_rationales(tmp_path, set
     sampling = [p.tokens for p in passes[:-2]]
     G, K = setting.G, setting.K
     longest = max(length for group in ours.lengths for length in group)
-    # The prompts but for their last tokens; then a token of each sequence for each that is drawn.
+    # All prompt tokens but the last; then one token of each sequence per drawn token.
     assert sampling == [G * (setting.P - 1)] + [G * K] * longest
 
 

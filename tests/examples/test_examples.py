@@ -1,4 +1,4 @@
-"""The examples do what they say: they learn, and their numbers are those of what they replace."""
+"""The examples learn, and compute the same numbers as what they replace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import (
 from examples import hf_trainer, plain_loop
 from latro_kernels import linear_logprob
 
-# TRL turns on, and off while it samples, what transformers calls by another name now.
+# TRL uses the old name of a setting that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
 
 QUIET = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
@@ -100,7 +100,7 @@ STEP |= {"optim": "sgd", "max_grad_norm": 0.0}
 def weights_after(
     trainer: type[Trainer], dtype: torch.dtype, folder: Path, count: int, **options: int
 ) -> Tensor:
-    """All weights after one step of SGD on `count` problems to draw from."""
+    """Return all weights after one step of SGD, with `count` problems to draw from."""
     tokenizer = AutoTokenizer.from_pretrained(hf_trainer.MODEL)
     tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(hf_trainer.MODEL, dtype=dtype)
@@ -118,7 +118,7 @@ def flat(model: PreTrainedModel) -> Tensor:
 
 
 def test_hf_trainer_steps_as_trainer_does(tmp_path: Path, model: PreTrainedModel) -> None:
-    """Over micro-batches with different numbers of labels."""
+    """The step spans micro-batches with different numbers of labels."""
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
     ours, plain, truth = (
         weights_after(trainer, dtype, tmp_path, 6, **options)

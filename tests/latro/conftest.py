@@ -56,13 +56,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def small_tokenizer() -> PreTrainedTokenizerBase:
-    """The tokenizer of the model that ships."""
+    """Return the tokenizer of the model that ships."""
     return AutoTokenizer.from_pretrained(SMALL_MODEL)
 
 
 @pytest.fixture(scope="session")
 def tiny(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
-    """`tiny(architecture, **options)`: a fresh model with the session's tokenizer."""
+    """Return `tiny(architecture, **options)`, which makes a fresh model for `tokenizer`."""
 
     def build(architecture: str = "llama", **options: Any) -> PreTrainedModel:
         return make_model(architecture, tokenizer, **options)
@@ -82,7 +82,7 @@ def dataset(task: Task) -> Dataset:
 
 @pytest.fixture(scope="session")
 def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Rollout]]]:
-    """Ragged groups of every ending: template, end of sequence at once or later, length limit."""
+    """Return a maker of ragged groups with every ending: template, end token, length limit."""
 
     def build(num_groups: int, num_generations: int, seed: int = 0) -> list[list[Rollout]]:
         numbers = random.Random(seed)
@@ -109,7 +109,7 @@ def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Roll
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes longer than a tiny run; what is drawn is tested in `test_callbacks.py`."""
+    """Leave out pictures, which take longer than a tiny run; `test_callbacks.py` tests them."""
     monkeypatch.setattr(
         callbacks, "draw_progress", lambda history, path, panels: path.write_bytes(b"PNG")
     )
@@ -123,7 +123,7 @@ def make_trainer(
     dataset: Dataset,
     tmp_path: Path,
 ) -> Callable[..., LatroTrainer]:
-    """`make_trainer(model=None, ref_model=None, **settings)` on the toy task."""
+    """Return `make_trainer(model=None, ref_model=None, **settings)` on the toy task."""
 
     def make(
         model: PreTrainedModel | None = None,
@@ -140,7 +140,7 @@ def make_trainer(
             "max_steps": 4,
             "disable_tqdm": True,
             "save_strategy": "no",
-            # Tests compare trainings, all of them in one folder.
+            # Tests compare several trainings in one folder.
             "overwrite_output_dir": True,
             **settings,
         }

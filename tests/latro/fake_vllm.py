@@ -1,4 +1,4 @@
-"""A small server that answers as vLLM's does, for tests of what is sent to it."""
+"""A small server that answers like vLLM's, to test what is sent to it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from latro.engines.transformers import TransformersEngine
 
 
 class FakeVllm(ThreadingHTTPServer):
-    """Answers as vLLM does, and keeps what it was asked.
+    """Answers as vLLM does, and records the requests.
 
-    `answers[path]` stands in for its own answer; `speaks[path]` writes to the connection itself.
+    `answers[path]` replaces its own answer; `speaks[path]` writes to the connection itself.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -42,7 +42,7 @@ class FakeVllm(ThreadingHTTPServer):
         return [body for asked, body in self.asked if asked == path]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Silence: a client that stops waiting is what a test of timeouts is about."""
+        """Stay silent, since tests of timeouts make clients that stop waiting."""
 
     def answer(self, path: str, body: Any) -> tuple[int, Any]:
         if path in self.answers:
@@ -78,7 +78,7 @@ class FakeVllm(ThreadingHTTPServer):
 
 
 def choice(index: int, body: Any) -> dict[str, Any]:
-    """Completion `index`: its ids are the prompt's first and the index, as often as it says."""
+    """Return completion `index`: the prompt's first id, then `index` times the id `index`."""
     ids = [body["prompt"][0]] + [index] * index
     return {
         "index": index,
@@ -106,7 +106,7 @@ def sample_for_real(server: FakeVllm, seeds: Iterable[int], template: str | None
         return 200, {"results": [None]}
 
     def complete(body: Any) -> tuple[int, Any]:
-        # Requests come in threads, and a model generates for one at a time.
+        # Requests come in threads, but the model can serve only one at a time.
         with lock:
             (samples,) = TransformersEngine(served[0], server.tokenizer).generate(
                 [body["prompt"]],

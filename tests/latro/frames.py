@@ -1,4 +1,4 @@
-"""Chat templates in the ways that models' own are written, and tokenizers that have them."""
+"""Chat templates as those of real models are written, and tokenizers with them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MISTRAL = (
     "{{ '[INST] ' + m['content'] + ' [/INST]' }}"
     "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
-# A frame of thoughts before what is said, and one around it.
+# A frame for thoughts before the content, and another around the content.
 THINKING = CHATML.replace(
     "+ m['content'] +",
     "+ ('<think>\n\n</think>\n\n<answer>' + m['content'].split('</think>')[-1].lstrip('\n')"
@@ -59,7 +59,7 @@ NO_ANSWERS = (
 def framed(
     tokenizer: PreTrainedTokenizerBase, template: str, *tokens: str
 ) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer with a chat template, a beginning token and more special tokens."""
+    """Return a copy of a tokenizer with a chat template and more special tokens."""
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"bos_token": "<s>"})
     made.add_special_tokens({"additional_special_tokens": list(tokens)})

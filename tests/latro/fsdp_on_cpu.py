@@ -1,8 +1,7 @@
-"""`python -m tests.latro.fsdp_on_cpu`: `python -m latro.train` with FSDP2 on processors.
+"""`python -m tests.latro.fsdp_on_cpu`: `python -m latro.train` with FSDP2 on a CPU.
 
-accelerate (1.15) takes FSDP up on accelerators only: where processes are on a CPU it runs DDP
-instead, and says nothing. torch itself shards over gloo as well, so the state is told here, and all
-that follows is what runs on GPUs.
+accelerate (1.15) uses FSDP only on accelerators: on a CPU it silently runs DDP instead. torch
+itself can shard over gloo, so this module sets accelerate's state; everything else is as on GPUs.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from latro import train
 
 
 class ShardingState(AcceleratorState):
-    """An `AcceleratorState` whose processes on a CPU shard, as those on GPUs do."""
+    """An `AcceleratorState` that shards on a CPU as on GPUs."""
 
     def __init__(
         self, *args: Any, fsdp_plugin: FullyShardedDataParallelPlugin | None = None, **kwargs: Any
@@ -35,7 +34,7 @@ class ShardingState(AcceleratorState):
 
 
 def main() -> None:
-    """Run `latro.train` with FSDP that takes processors."""
+    """Run `latro.train` with FSDP on a CPU."""
     accelerator.AcceleratorState = ShardingState
     train.main()
 

@@ -1,4 +1,4 @@
-"""What tests of hostile input share: a good model, data and command line, to spoil one of them."""
+"""Shared parts of tests with hostile input: a good model, data and command line to spoil."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _TRAINING: Mapping[str, object] = {
 
 @dataclass
 class Place:
-    """A folder with what a command reads; rows spoil it."""
+    """A folder with what a command reads, which cases spoil."""
 
     root: Path
     arguments: dict[str, object] = field(default_factory=dict)
-    """Over those of a good command line."""
+    """Arguments that replace those of a good command line."""
 
     @property
     def model(self) -> Path:
@@ -78,20 +78,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to be hostile."""
+    """One hostile input."""
 
     spoil: Callable[[Place], object]
     told: str
-    """A pattern of the one line; {model}, {data}, {output} and {root} stand for their paths."""
+    """A pattern for the error line; {model}, {data}, {output} and {root} stand for the paths."""
     command: str = "latro.train"
 
 
 def refused(case: Case, place: Place, warm: WarmProcess, printed: Path) -> None:
-    """Check that the command ends in one line that names the fault, and leaves all as it was."""
+    """Check that the command ends in one line that names the fault, and changes no file."""
     case.spoil(place)
     before = snapshot(place.root)
     told_in_one_line(case, place, warm, printed)
-    # The Trainer makes its folder before its engine finds no server.
+    # The Trainer makes its folder before the engine finds that there is no server.
     assert snapshot(place.root) in (before, {**before, "output": None})
 
 
@@ -113,7 +113,7 @@ def told_in_one_line(
 
 
 def snapshot(folder: Path) -> dict[str, object]:
-    """Every file below a folder with its content, link with its target, and folder."""
+    """Return all paths below a folder: files with content, links with target, and folders."""
     found: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

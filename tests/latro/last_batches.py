@@ -1,7 +1,7 @@
-"""`tests.latro.last_batches FOLDER [--fsdp]`: short trainings whose epochs end ragged.
+"""`tests.latro.last_batches FOLDER [--fsdp]`: short trainings with a ragged end of each epoch.
 
-Each of `CASES` goes into a folder of its own. `WarmProcess.run_together` starts it in so many
-processes; a test calls `train_case` in one, and compares.
+Each of `CASES` writes into a folder of its own. `WarmProcess.run_together` runs them in several
+processes; a test calls `train_case` in a single process, and compares.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from tests.latro.fsdp_on_cpu import ShardingState
 
 PROCESSES = 3
 
-# Of each: the prompts, how many of them a device takes at once, and settings of its own.
+# For each case: number of prompts, batch size per device, and further settings.
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
-    # 6 an update, then 1: two processes have none.
+    # Updates of 6 prompts and of 1, which leaves two processes without any.
     "one is left": (7, 2, {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}),
-    # 6 an update, then 5: the last process has half of its share.
+    # Updates of 6 prompts and of 5, where the last process has half of its share.
     "a part is left": (11, 2, {"objective": "rlpr"}),
     "fewer prompts than processes": (2, 1, {"num_train_epochs": 2, "kl": "exact"}),
-    # 3 a step: updates of 6 and of 3 + 1.
+    # Steps of 3 prompts: updates of 6 and of 3 + 1.
     "accumulation": (10, 1, {"gradient_accumulation_steps": 2, "log_completions": True}),
-    # Updates of 9 and of 1, whose process has several pieces.
+    # Updates of 9 prompts and of 1, which one process cuts into several pieces.
     "fewer steps": (10, 1, {"gradient_accumulation_steps": 3, "token_budget": 100}),
     "sft": (7, 2, {"num_train_epochs": 2}),
     "sft of answers": (10, 1, {"gradient_accumulation_steps": 2, "target": "answer"}),
@@ -40,7 +40,7 @@ SHARDED = ("one is left", "fewer steps", "sft")
 
 
 def train_case(name: str, folder: Path, processes: int, **more: Any) -> Path:
-    """Train in one of so many processes; return the folder of what came of it."""
+    """Train in one of `processes` processes, and return the folder with the result."""
     prompts, batch, settings = CASES[name]
     is_sft = name.startswith("sft")
     task = get_task("arithmetic")
@@ -52,8 +52,8 @@ def train_case(name: str, folder: Path, processes: int, **more: Any) -> Path:
         "output_dir": str(output),
         "num_train_epochs": 1,
         "per_device_train_batch_size": batch * PROCESSES // processes,
-        # With it Adam's steps follow the gradient; without, a last bit of a small one is worth a
-        # share of the learning rate.
+        # A large ε makes Adam's steps proportional to the gradient; otherwise rounding of a small
+        # gradient would change a weight by a share of the learning rate.
         "adam_epsilon": 1.0,
         "learning_rate": 1e-2,
         "save_strategy": "no",

@@ -49,7 +49,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 def other_model(
     architecture: str, tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> PreTrainedModel:
-    """Two layers in fp32, of weights so large that every token counts."""
+    """Return two layers in fp32, with weights so large that every token counts."""
     options = {"head_dim": 8} | _OPTIONS[architecture] | options
     model = two_layers(architecture, tokenizer, **options).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Starts and stops a vLLM server on the CPU."""
+"""Start and stop a vLLM server on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = {
     "VLLM_SERVER_DEV_MODE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # A third of the time to start: children need not import everything anew.
+    # Starts in a third of the time, since children need not import everything again.
     "VLLM_WORKER_MULTIPROC_METHOD": "fork",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @contextmanager
 def serve(python: str, model: Path, log: Path) -> Iterator[str]:
-    """The url of a server of the model in a folder, started by a Python that has vLLM.
+    """Start a server of a folder's model, by a Python that has vLLM, and yield its url.
 
     Raises:
         RuntimeError: it did not start; the end of its log says why.
@@ -37,7 +37,7 @@ def serve(python: str, model: Path, log: Path) -> Iterator[str]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with open(log, "wb") as file:
-        # The module that `vllm serve` runs: that command does not start in vLLM's CPU wheels.
+        # Runs the module of `vllm serve`, since the command itself fails in vLLM's CPU wheels.
         process = subprocess.Popen(
             [
                 *(python, "-m", "vllm.entrypoints.openai.api_server"),
@@ -48,7 +48,7 @@ def serve(python: str, model: Path, log: Path) -> Iterator[str]:
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS,
             stdout=file,
             stderr=subprocess.STDOUT,
-            # A group of its own, so that what it starts is stopped with it.
+            # A process group of its own, so that its children are stopped with it.
             start_new_session=True,
         )
     try:

@@ -1,4 +1,4 @@
-"""The small model that ships, as its users meet it: through the Auto classes, from its folder."""
+"""The small model that ships, loaded as users do: by the Auto classes, from its folder."""
 
 from itertools import islice
 from pathlib import Path
@@ -66,7 +66,7 @@ def test_an_answer_tokenizes_alike_alone_and_in_a_document(tokenizer):
 
 
 def test_the_base_model_reasons_now_and_then(model, tokenizer):
-    """Half-way: weights that are broken score nothing, and a solved task is nothing to show."""
+    """Broken weights would score nothing, and a solved task would leave nothing to learn."""
     rows = list(TASK.load("validation", num_examples=100))
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     batch = tokenizer([row["prompt"] for row in rows], return_tensors="pt", padding=True)

@@ -1,4 +1,4 @@
-"""Several processes on one machine, over gloo: the weights that one process ends with."""
+"""Several processes on one machine, over gloo, end with the same weights as one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 4
-"""Of an update, over all processes."""
+"""Number of prompts per update, over all processes."""
 OPTIONS = (
     *("--dataset_name", "arithmetic", "--num_train_examples", "16", "--num_eval_examples", "3"),
     *("--num_generations", "4", "--max_completion_length", "48", "--disable_tqdm", "true"),
@@ -30,11 +30,11 @@ OPTIONS = (
 )
 ENGINES = {"ddp": (), "fsdp2": ("--fsdp",)}
 MODULES = {True: "tests.latro.fsdp_on_cpu", False: "latro.train"}
-"""By whether weights are in shards, for which accelerate needs to be talked into on a CPU."""
+"""The module to start, by whether weights are sharded, which accelerate refuses on a CPU."""
 
 
 def arguments(processes: int, output: Path, *more: str) -> list[str]:
-    """The command line of each of so many processes."""
+    """Return the command line of each of `processes` processes."""
     return [
         *(*OPTIONS, "--per_device_train_batch_size", str(PROMPTS // processes)),
         *("--output_dir", str(output), *more),
@@ -43,7 +43,7 @@ def arguments(processes: int, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture
 def launch(warm, tmp_path):
-    """`launch(processes, output, *more)`: run the command in so many processes."""
+    """Return `launch(processes, output, *more)`, which runs the command in several processes."""
 
     def run(processes: int, output: Path, *more: str) -> None:
         done = warm.run_together(
@@ -52,7 +52,7 @@ def launch(warm, tmp_path):
             tmp_path / f"printed by {output.name}",
             processes=processes,
         )
-        # Only one process talks.
+        # Only one process prints.
         assert done.stdout.count("held-out problems") == 1
 
     return run
@@ -67,18 +67,18 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
     for name in ("reward", "kl", "rationale_length", "eval_answer_logp", "grad_norm"):
         assert metrics(ours, name) == pytest.approx(metrics(theirs, name), rel=1e-4, abs=1e-5), name
     a, b = (load_file(p / "model.safetensors") for p in (ours, theirs))
-    # FSDP writes the head of tied weights a second time.
+    # FSDP writes tied weights a second time, as the head.
     a, b = ({k: t for k, t in w.items() if k != "lm_head.weight"} for w in (a, b))
     assert a.keys() == b.keys()
     for name, tensor in a.items():
-        # Adam divides a gradient by its size, so a last bit of a small one is worth a share of
-        # the learning rate: a hundredth of one step of 1e-3 is allowed.
+        # Adam divides a gradient by its size, so rounding of a small one changes a weight by a
+        # share of the learning rate: a hundredth of one step of 1e-3 is allowed.
         torch.testing.assert_close(tensor, b[name], rtol=0, atol=2e-5, msg=name)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path):
-    """The launcher itself, which the other tests do without."""
+    """Use the launcher itself, unlike the other tests."""
     more = ("--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
@@ -104,12 +104,12 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, launch, engine):
     output = tmp_path / "two"
-    # A budget that cuts the groups of the two into unequal numbers of pieces.
+    # The budget cuts the two processes' groups into different numbers of pieces.
     launch(2, output, *ENGINES[engine], "--token_budget", "100")
     assert_same_run(output, one_process)
     resumed = tmp_path / "resumed"
     if engine == "fsdp2":
-        # The Trainer takes such a checkpoint under FSDP alone, be it in one process.
+        # The Trainer reads such a checkpoint only under FSDP, even in one process.
         checkpoint = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
         launch(1, resumed, *ENGINES[engine], *checkpoint)
         assert_same_run(resumed, one_process)
@@ -129,7 +129,7 @@ def test_four_processes(tmp_path, one_process, launch, engine):
     output = tmp_path / "four"
     launch(4, output, *ENGINES[engine], "--report_to", "tensorboard")
     assert_same_run(output, one_process)
-    # The one histogram of a log is of all processes' sequences.
+    # The one histogram of a log covers all processes' sequences.
     (folder,) = (output / "runs").iterdir()
     advantages = EventAccumulator(str(folder)).Reload().Histograms("train/advantages")
     assert advantages[-1].histogram_value.num == PROMPTS * 4
@@ -146,7 +146,7 @@ def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path, launch):
 
 
 def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path, launch):
-    # The kernels refuse log-probs of another dtype.
+    # The kernels would refuse log-probs of another dtype.
     output = tmp_path / "two"
     launch(2, output, *ENGINES["fsdp2"], "--bf16", "true")
     assert metrics(output, "kl")[0] == 0.0
@@ -154,7 +154,7 @@ def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path, launch):
 
 @pytest.fixture(scope="module")
 def adapter_in_one_process(tmp_path_factory):
-    """Options that name a trained adapter, its head among it, and the run of one process."""
+    """Return options that name a trained adapter with a head, and the run of one process."""
     peft = pytest.importorskip("peft", reason="the package peft is not installed")
     folder = tmp_path_factory.mktemp("adapter")
     torch.manual_seed(0)

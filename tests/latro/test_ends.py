@@ -1,4 +1,4 @@
-"""An answer ends as an assistant's turn does, wherever one is trained on or scored."""
+"""In training and in scoring, an answer ends as an assistant's turn does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FRAMES = {
 
 @pytest.fixture(params=FRAMES)
 def chat(request, tokenizer):
-    """A tokenizer, and the token that ends its turns."""
+    """Return a tokenizer and the token that ends its turns."""
     template, tokens, end = FRAMES[request.param]
     made = frames.framed(tokenizer, template, *tokens)
     return made, made.convert_tokens_to_ids(end)

@@ -1,4 +1,4 @@
-"""Errors from outside are one line with the path; nothing that was whole is lost by them."""
+"""Errors from outside end in one line with the path, and lose no complete file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_command_ends_with_one_line_and_a_bug_with_its_traceback(error, line):
     assert "\n" not in str(caught.value)
 
 
-# What libraries raise where they cannot write or read. tokenizers raises Exception itself.
+# The errors of libraries that cannot write or read; tokenizers raises Exception itself.
 UNTYPED = (RuntimeError("enforce fail"), Exception("File too large (os error 27)"))
 
 
@@ -119,7 +119,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
         with replacing(path), open("/dev/full", "w") as file:
             file.write("x")
 
-    # /dev/full stands in for the temporary file, whose errors at closing name nothing.
+    # /dev/full replaces the temporary file, whose errors at closing name no file.
     with pytest.raises(OSError, match=r"No space left on device: .*a.json"):
         fill()
     assert list(tmp_path.iterdir()) == [path]
@@ -134,7 +134,7 @@ def test_a_place_that_is_no_folder_is_told(tmp_path):
 
 @pytest.fixture
 def run(make_trainer, tmp_path):
-    """A trainer with a checkpoint after its first update of three, and the checkpoint."""
+    """Return a trainer of three updates and its checkpoint after the first."""
     settings = {"save_strategy": "steps", "save_steps": 1, "max_completion_length": 2}
     make_trainer(max_steps=1, **settings).train()
     trainer = make_trainer(max_steps=3, **settings)
@@ -210,7 +210,7 @@ def test_half_a_model_does_not_take_the_place_of_a_whole_one(make_trainer, tmp_p
 def test_a_checkpoint_that_cannot_be_read_is_named(run, name, content):
     trainer, checkpoint = run
     (checkpoint / name).write_bytes(content)
-    # As a Trainer of transformers leaves it: nothing tells of the damage before it is read.
+    # As transformers' Trainer writes it, without what would reveal the damage before reading.
     for own in (MANIFEST, RUN_FILE):
         (checkpoint / own).unlink()
     with pytest.raises(ValueError, match=r"^resume_from_checkpoint: ") as caught:
@@ -228,7 +228,7 @@ RUN = (
 
 
 def line_of(*argv):
-    """What `latro.train` ends with, an error."""
+    """Return the error line that `latro.train` ends with."""
     with pytest.raises(SystemExit) as caught:
         exit_with("latro.train", lambda: train([*RUN, *argv]))
     assert "\n" not in str(caught.value)
@@ -255,7 +255,7 @@ def test_a_disk_that_takes_no_checkpoint_ends_a_run_in_one_line(tmp_path, warm):
     assert "Traceback" not in done.stderr
     assert not list(output.glob("*checkpoint*"))
     assert [p.name for p in output.iterdir()] == ["metrics.jsonl"]
-    # What was logged until then is there.
+    # The log up to the error is there.
     assert json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 

@@ -60,7 +60,7 @@ def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
     output.unlink()
     assert evaluate(argv)["metrics"] == whole["metrics"]
     assert lines.read_bytes() == b"".join(there)
-    # Votes are counted anew from the lines: nothing is generated for them.
+    # Votes are counted again from the lines, without generating anything.
     monkeypatch.delattr("latro.evaluation.accuracy.TransformersEngine.generate")
     argv[argv.index("--majority") + 1] = "1"
     assert evaluate(argv)["metrics"]["maj@1"] == whole["metrics"]["accuracy_sampled"]
@@ -84,9 +84,9 @@ def test_a_vllm_server_gives_the_same_evaluation(output, tmp_path, fake, small_t
             assert [c["text"] for c in ours[mode]] == [c["text"] for c in theirs[mode]]
     bodies = fake.of("/v1/completions")
     assert {(body["n"], body["temperature"]) for body in bodies} == {(1, 0.0), (2, 1.0)}
-    # Weights pass through a folder beside the output, and none stay there.
+    # Weights pass through a folder beside the output and are deleted there.
     assert list((output.parent / "vllm_weights").iterdir()) == []
-    # It goes on from its lines, and not from those of another engine.
+    # An evaluation resumes from its own lines, and not from those of another engine.
     kept = lines.read_bytes()
     lines.write_bytes(b"".join(kept.splitlines(keepends=True)[:3]))
     output.unlink()
@@ -112,12 +112,12 @@ def test_processes_share_the_problems_and_go_on_from_lines(output, tmp_path, war
     output.parent.mkdir()
     for suffix in (".jsonl", ".settings.json"):
         there = (tmp_path / "alone.json").with_suffix(suffix).read_bytes()
-        # Five lines are a batch of both processes, and one of the next.
+        # Five lines are one batch of both processes and one line of the next batch.
         kept = there if suffix != ".jsonl" else b"".join(there.splitlines(keepends=True)[:5])
         output.with_suffix(suffix).write_bytes(kept)
     argv += ["--batch_size", "2", "--output", str(output)]
     done = warm.run_together("latro.evaluate", argv, tmp_path / "printed", processes=2)
-    # Only one process talks.
+    # Only one process prints.
     assert done.stdout.count("95 % interval") == 1
     metrics = json.loads(output.read_text())["metrics"]
     assert metrics == pytest.approx(alone["metrics"], rel=1e-5)
@@ -146,7 +146,7 @@ def test_lines_of_another_evaluation_are_kept(output, more, message):
 @pytest.mark.parametrize("shots", [0, 1])
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_every_task(output, name, shots):
-    """Real files where a task has files."""
+    """Tasks with files use the real ones."""
     data = []
     if name in ("gsm8k", "arc_challenge"):
         if not (REAL_DATA / name).is_dir():

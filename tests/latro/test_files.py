@@ -45,7 +45,7 @@ def test_a_result_is_not_written_over_its_source(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"output: .*my.json is the data itself"):
         check_output(tmp_path / "my.json", "my.json")
     check_output("other.json", "my.json")
-    # The name of a task, which is no file.
+    # The name of a task is not a file.
     check_output("gsm8k.json", "gsm8k")
 
 
@@ -53,7 +53,7 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(tmp_path):
     (tmp_path / "folder.json").mkdir()
     (tmp_path / "file").touch()
     for output, message in (
-        # Files beside it would be res-3.jsonl, as those of res-3.6.
+        # The file beside it would be res-3.jsonl, the same as for res-3.6.
         ("res-3.5", "expected a file name that ends in .json"),
         ("lines.jsonl", "expected a file name that ends in .json"),
         ("folder.json", "expected a file, got the folder"),

@@ -1,4 +1,4 @@
-"""Data files as they should not be: one line names file and place, exit code 1, nothing lost."""
+"""Malformed data files end in one line with file and place, exit code 1, and no lost file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GOOD = ROWS[0]
 def place(tmp_path: Path) -> Place:
     place = Place(tmp_path / "place")
     place.root.mkdir()
-    # The small model that ships: data is read before any model is.
+    # Data is read before the model, so the small model that ships will do.
     place.arguments |= {"model_name_or_path": SMALL_MODEL}
     return place
 
 
 def raw(content: bytes | str, name: str = "data.jsonl") -> Callable[[Place], None]:
-    """A file with this content."""
+    """Return a case: a file with this content."""
 
     def spoil(place: Place) -> None:
         path = place.root / name
@@ -38,7 +38,7 @@ def raw(content: bytes | str, name: str = "data.jsonl") -> Callable[[Place], Non
 
 
 def rows(*spoiled: object) -> Callable[[Place], None]:
-    """Good rows and then these."""
+    """Return a case: good rows and then these."""
     return lambda place: place.write_rows(GOOD, *spoiled)
 
 
@@ -47,7 +47,7 @@ def row(**changes: object) -> Callable[[Place], None]:
 
 
 def line(text: str) -> Callable[[Place], None]:
-    """A good line, then this one."""
+    """Return a case: a good line and then this one."""
     return raw(json.dumps(GOOD) + "\n" + text + "\n")
 
 

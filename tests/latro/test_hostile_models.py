@@ -1,4 +1,4 @@
-"""Model folders as they should not be: one line that names them, exit code 1, nothing lost."""
+"""Malformed model folders end in one line that names them, exit code 1, and no lost file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def good(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A model and an adapter on it."""
+    """Return a folder with a model and an adapter on it."""
     folder = tmp_path_factory.mktemp("good")
     tiny().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -51,7 +51,7 @@ def cut(path: Path, share: float = 0.5) -> None:
 
 
 def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Place], None]:
-    """Spoils the tensors of the model."""
+    """Return a case that changes the tensors of the model."""
 
     def spoil(place: Place) -> None:
         tensors = load_file(place.model / WEIGHTS)
@@ -75,7 +75,7 @@ def template(source: str) -> Callable[[Place], object]:
 
 
 def sharded(place: Place) -> None:
-    """Two shards, the second of which is missing."""
+    """Save the model in two shards and remove the second."""
     tensors = load_file(place.model / WEIGHTS)
     names = sorted(tensors)
     halves = {"model-1.safetensors": names[:5], "model-2.safetensors": names[5:]}
@@ -88,7 +88,7 @@ def sharded(place: Place) -> None:
 
 
 def instead(make: Callable[[Path], object]) -> Callable[[Place], None]:
-    """Something else in the model folder's place."""
+    """Return a case that puts something else in the model folder's place."""
 
     def spoil(place: Place) -> None:
         shutil.rmtree(place.model)

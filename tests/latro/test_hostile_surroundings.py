@@ -1,6 +1,6 @@
-"""Checkpoints, servers, output folders and settings as they should not be.
+"""Malformed checkpoints, servers, output folders and settings.
 
-One line names them, the exit code is 1 and nothing that was there is lost.
+Commands end in one line that names them, with exit code 1, and lose no file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def good(
     warm: WarmProcess,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A model, data, and a run on them that has two checkpoints."""
+    """Return a folder with a model, data, and a run on them with two checkpoints."""
     place = Place(tmp_path_factory.mktemp("good") / "place")
     tiny().save_pretrained(place.model)
     tokenizer.save_pretrained(place.model)
@@ -53,10 +53,10 @@ def place(good: Path, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def of_a_run(good: Path, tmp_path: Path) -> Place:
-    """The place with the run, which is to go on from its first checkpoint."""
+    """Return the place with the run, to resume from its first checkpoint."""
     place = Place(tmp_path / "place")
     shutil.copytree(good, place.root)
-    # Where the copy was made from is part of what the run is of.
+    # The model's path is part of the run's identity.
     place.arguments |= RUN | {"model_name_or_path": good / "model"}
     place.arguments |= {"dataset_name": good / "data.jsonl"}
     place.arguments |= {"resume_from_checkpoint": place.output / "checkpoint-2"}
@@ -96,7 +96,7 @@ def instead(make: Callable[[Path], object]) -> Callable[[Place], None]:
 
 
 def without_manifest(change: Callable[[Path], object]) -> Callable[[Place], object]:
-    """A checkpoint as Trainers write it, whose files nobody has noted."""
+    """Return a case: a checkpoint as other Trainers write it, without a manifest."""
 
     def spoil(folder: Path) -> None:
         (folder / MANIFEST).unlink()
@@ -251,7 +251,7 @@ def answers(path: str, status: int, content: Any) -> Callable[[FakeVllm], None]:
 
 
 def samples(change: Callable[[dict[str, Any]], object]) -> Callable[[FakeVllm], None]:
-    """Spoils one of two completions."""
+    """Return a change of the fake server that spoils one of two completions."""
 
     def answer(body: Any) -> tuple[int, Any]:
         choices = [copy.deepcopy(choice(index, body)) for index in range(body["n"])]

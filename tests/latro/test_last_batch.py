@@ -1,4 +1,4 @@
-"""An epoch's last batch over several processes: the prompts that are left, each once."""
+"""An epoch's last batch has the remaining prompts, each once, over several processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory, warm):
-    """`launch(*options)`: the folder of what several processes made of the cases."""
+    """Return `launch(*options)`, which runs the cases in several processes, into a folder."""
     done = {}
 
     def run(*options):
@@ -35,7 +35,7 @@ def launch(tmp_path_factory, warm):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """`alone(name)`: the folder of what one process made of a case."""
+    """Return `alone(name)`, which runs a case in one process, into a folder."""
     folder = tmp_path_factory.mktemp("alone")
     done = {}
 

@@ -35,7 +35,7 @@ def saved(model, tokenizer, folder):
 
 
 def with_weights(change):
-    """A change of a model's folder: `change` of the tensors in its one file of weights."""
+    """Return a change of a model's folder that applies `change` to the tensors in its one file."""
 
     def apply(folder):
         (path,) = folder.glob("*model.safetensors")
@@ -64,7 +64,7 @@ def without(*suffixes):
 
 
 def in_shards(change):
-    """A change of a model's folder: its weights in many files, and `change` of the folder then."""
+    """Return a change of a model's folder that shards its weights, and then applies `change`."""
 
     def apply(folder):
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -175,7 +175,7 @@ def test_a_folder_that_is_no_whole_model_is_one_line_that_names_it(whole, tmp_pa
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_a_model_makes_itself_need_not_be_in_the_file(tiny, tokenizer, tmp_path, tied):
     folder = saved(tiny(tie_word_embeddings=tied), tokenizer, tmp_path / "model")
-    # As older versions saved them, for each layer and once.
+    # Buffers that older versions saved, for each layer or once.
     with_weights(
         lambda w: (
             w
@@ -314,7 +314,7 @@ def test_code_that_comes_with_a_model_runs_on_request_only(tiny, tokenizer, tmp_
         "    config_class = CustomConfig\n"
     )
     monkeypatch.setattr(sys, "stdin", _Terminal())
-    # Where transformers copies such code to import it.
+    # The folder that transformers copies such code to.
     cache = "transformers.dynamic_module_utils.HF_MODULES_CACHE"
     monkeypatch.setattr(cache, str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])

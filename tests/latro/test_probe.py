@@ -21,7 +21,7 @@ from tests.latro.fake_vllm import sample_for_real
 
 @pytest.fixture
 def worked(dataset) -> Dataset:
-    """The toy problems, all but the last with a solution."""
+    """Return the toy problems, all but the last with a solution."""
     texts = [f"Tom gets {i}. " * (i % 3) + f"He has {i}." for i in range(len(dataset) - 1)]
     return dataset.add_column("rationale", [*texts, ""])
 
@@ -33,7 +33,7 @@ def records(tiny, tokenizer, task, worked):
 
 
 def by_whole_logits(model, tokenizer, prompt, rationale, answer):
-    """log π(y|x⊕z) of texts that tokenize in parts, by the model's own logits."""
+    """Return log π(y|x⊕z) and the answer's number of tokens, from the model's whole logits."""
     given = encode_prompt(tokenizer, prompt)
     if rationale:
         given += tokenizer.encode(f" {rationale}", add_special_tokens=False)
@@ -86,7 +86,7 @@ def test_summary_pairs_problems():
     assert "helps" not in found["none"]
     assert found["gold"]["problems"] == 1
     assert found["gold"]["sequence_gain"] == {"mean": 3.0, "stderr": 0.0}
-    # By problem: (2 − 2)/2 and (1 + 1)/2.
+    # The gains per problem are (2 − 2)/2 and (1 + 1)/2.
     expected = [0.0, 1.0]
     assert found["sampled"]["sequence_gain"]["mean"] == fmean(expected)
     assert found["sampled"]["sequence_gain"]["stderr"] == pytest.approx(stdev(expected) / 2**0.5)
@@ -96,7 +96,7 @@ def test_summary_pairs_problems():
 
 @pytest.fixture
 def small(tmp_path):
-    """`small(*more)`: the command on a few problems, and its output."""
+    """Return `small(*more)`, which runs the command on a few problems and returns its result."""
 
     def run(*more: str):
         return probe(
@@ -161,11 +161,11 @@ def test_a_vllm_server_gives_the_same_rationales(small, tmp_path, fake, small_to
 def test_processes_share_the_problems(small, tmp_path, warm):
     argv = [
         *("--num_eval_examples", "4", "--num_samples", "2", "--max_completion_length", "8"),
-        # Batches of 3 and of 1, of which one process has nothing.
+        # Batches of 3 and of 1; the last leaves some processes without a problem.
         *("--batch_size", "1", "--output", str(tmp_path / "shared" / "p.json")),
     ]
     done = warm.run_together("latro.probe", argv, tmp_path / "printed", processes=3)
-    # Only one process talks.
+    # Only one process prints.
     assert done.stdout.count("written to") == 1
     alone = small()["problems"]
     shared = json.loads((tmp_path / "shared" / "p.json").read_text())["problems"]

@@ -1,4 +1,4 @@
-"""The trainer and what samples for it: when it gets the weights, and what its log-probs are for."""
+"""The trainer and its engine: when the engine gets weights, and how its log-probs are used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.latro.fake_vllm import FakeVllm
 
 
 class Recorder:
-    """An engine that samples nothing of note, and records what it is told."""
+    """An engine that returns fixed samples and records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -52,7 +52,7 @@ def test_engine_gets_the_weights_of_a_checkpoint(make_trainer: Any) -> None:
     trainer.train()
     resumed = make_trainer(max_steps=2)
     resumed.engine = engine = Recorder()
-    # This hands it weights that the checkpoint's then replace.
+    # This loads weights into it, which the checkpoint's then replace.
     resumed.rollout([resumed.train_dataset[0]])
     resumed.train(resume_from_checkpoint=str(Path(trainer.args.output_dir) / "checkpoint-1"))
     assert engine.calls == ["weights of step 0", "generate", "weights of step 1", "generate"]
@@ -60,7 +60,7 @@ def test_engine_gets_the_weights_of_a_checkpoint(make_trainer: Any) -> None:
 
 
 def row_logps(model: PreTrainedModel, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
-    """log π of each rationale token and of each answer token."""
+    """Return log π of each rationale token and of each answer token."""
     logp = model(input_ids=torch.tensor([rollout.input_ids])).logits[0].log_softmax(-1)
     first = len(rollout.prompt_ids) - 1
     z = [logp[first + i, t] for i, t in enumerate(rollout.sampled_ids)]
@@ -75,7 +75,7 @@ def test_gradients_are_the_formula_with_truncated_ratios(
 ) -> None:
     model = tiny(seed=1).double()
     with torch.no_grad():
-        # Sharper than fresh weights, so that rewards differ.
+        # A sharper distribution than that of fresh weights makes rewards differ.
         model.get_output_embeddings().weight.mul_(10)
     numbers = torch.Generator().manual_seed(0)
     groups = []
@@ -104,7 +104,7 @@ def test_gradients_are_the_formula_with_truncated_ratios(
         floor = min(rewards)
         rewards = [r if g.finished else floor for r, g in zip(rewards, group, strict=True)]
         for reward, (z, y), rollout in zip(rewards, logps, group, strict=True):
-            # fp32, as the engine's log-probs are kept.
+            # In fp32, like the engine's log-probs.
             ratio = (z.detach() - torch.tensor(rollout.sampled_logp)).exp()
             ratios += ratio.tolist()
             weight = torch.ones_like(ratio) if cap is None else ratio.clamp(max=cap)
@@ -164,7 +164,7 @@ def test_transformers_engine_logs_no_ratio(make_trainer: Any) -> None:
 @pytest.mark.parametrize("objective", ["verifree", "jepo", "rlpr", "sft"])
 @pytest.mark.parametrize("token_budget", [10**6, 1])
 def test_every_objective_has_a_ratio(make_trainer: Any, objective: str, token_budget: int) -> None:
-    """RLPR's plain answers stand among the rows, and nobody drew them."""
+    """RLPR's plain answers are among the rows, though they were not sampled."""
     trainer = make_trainer(max_steps=1, objective=objective, token_budget=token_budget)
     trainer.engine = Recorder()
     trainer.train()

@@ -1,4 +1,4 @@
-"""The command line, end to end."""
+"""The training command from end to end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture
 def model_dir(tiny, tokenizer, tmp_path):
-    """A directory as a user brings it, with the toy tokenizer."""
+    """Return a model folder as a user may have it, with the toy tokenizer."""
     path = tmp_path / "model"
     tiny().save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -125,7 +125,7 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(
     tmp_path, monkeypatch, capsys, saving, adapter
 ):
     output = tmp_path / "run"
-    # Of the model before the training, for which there is no checkpoint, and after each update.
+    # Accuracies before training, where there is no checkpoint, and after each update.
     planted = iter([0.9, 0.5, 0.8, 0.6])
 
     def evaluate_model(*args, **options):
@@ -149,7 +149,7 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(
     name = "adapter_model.safetensors" if adapter == "true" else "model.safetensors"
     saved, best = (load_file(folder / name) for folder in (output, output / "checkpoint-2"))
     assert all(torch.equal(saved[key], tensor) for key, tensor in best.items())
-    # The model that is there is the one that the results are of.
+    # The saved model gives the accuracies in the results.
     again = evaluate(
         [
             *("--model_name_or_path", str(output), "--eval_split", "validation"),
@@ -177,7 +177,7 @@ def test_an_impossible_answer_is_no_error_at_the_end(tmp_path, monkeypatch, caps
 
 @pytest.fixture(scope="module")
 def long_run(tokenizer, warm, tmp_path_factory):
-    """What starts a process of six updates and evaluations, and the folder of a whole one."""
+    """Return a starter of a run with six updates and evaluations, and a complete run's folder."""
     folder = tmp_path_factory.mktemp("long_run")
     make_model("llama", tokenizer).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -196,7 +196,7 @@ def long_run(tokenizer, warm, tmp_path_factory):
 def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tmp_path, number):
     start, whole = long_run
     output = tmp_path / "run"
-    # Killed, it has what it saved before; asked to end, it saves then and there.
+    # A killed run has earlier checkpoints; a run that is asked to end saves one at once.
     saving = ("--save_strategy", "no")
     awaited = "metrics.jsonl"
     if number == signal.SIGKILL:
@@ -216,7 +216,7 @@ def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tm
         (checkpoint,) = output.glob("checkpoint-*")
         assert damage(checkpoint) is None
         assert int(checkpoint.name.rpartition("-")[2]) == logged(output)[-2]["step"] < 6
-    # Cut off while a Trainer wrote it in place: the newest whole checkpoint is taken, not this one.
+    # This checkpoint is incomplete; the newest complete one is taken instead.
     (output / "checkpoint-99").mkdir()
     more = (*saving, "--resume_from_checkpoint", "true")
     finished = start(output, tmp_path / "printed again", *more).wait()
@@ -227,7 +227,7 @@ def test_stopped_by_a_signal_and_resumed_it_ends_with_the_same_bits(long_run, tm
         assert tensor.equal(resumed[name]), name
     rewards = [[entry.get("reward") for entry in logged(p)] for p in (output, whole)]
     assert rewards[0] == rewards[1]
-    # Those of before the stop too, so that the card has a first evaluation and a last.
+    # Samples from before the stop are kept too, so the card has a first and a last evaluation.
     assert (output / SAMPLES_FILE).read_bytes() == (whole / SAMPLES_FILE).read_bytes()
     assert "update 0 | update 6 |" in (output / "README.md").read_text(encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What a server may answer that vLLM does not: refused by name, in time, and with nothing told."""
+"""Answers that vLLM never gives are refused by name, in time, and without showing content."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def good(body: Any) -> dict[str, Any]:
 
 
 def with_(*keys: Any, value: Any) -> Callable[[dict[str, Any]], Any]:
-    """Spoils an answer: what stands at these keys becomes `value`."""
+    """Return a change of an answer that puts `value` at these keys."""
 
     def spoil(answer: dict[str, Any]) -> Any:
         part: Any = answer
@@ -126,7 +126,7 @@ def test_samples_that_were_not_asked_for(
 
 
 def test_what_was_asked_for_is_taken(fake: FakeVllm, engine_of: Any) -> None:
-    """Whole numbers, and probabilities that rounding took over 1, are log-probs."""
+    """Ints are valid log-probs, and so are values that rounding raised slightly above 0."""
     engine = engine_of(fake.url, vocab_size=1000)
     spoil = with_(*LOGPS, value=[0, 1e-7])
     fake.answers[COMPLETIONS] = lambda body: (200, with_(*IDS, value=[999, 0])(spoil(good(body))))
@@ -218,7 +218,7 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 def drip(start: bytes, piece: bytes) -> Callable[[BinaryIO], None]:
-    """A byte now and then, each within any limit for a single read."""
+    """Send a byte now and then, each within any timeout of a single read."""
 
     def speak(file: BinaryIO) -> None:
         file.write(start)
@@ -312,7 +312,7 @@ def test_a_large_answer_that_was_asked_for_is_taken(fake: FakeVllm, engine_of: A
 
 
 def test_the_first_failure_ends_the_others(fake: FakeVllm, engine_of: Any) -> None:
-    """Those under way, those that would be tried again and those that wait for their turn."""
+    """It cancels requests in progress, those that would be retried and those in the queue."""
     engine, release = engine_of(fake.url), Event()
 
     def one_fails(body: Any) -> tuple[int, Any]:
@@ -376,7 +376,7 @@ def test_a_host_that_is_no_name() -> None:
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """A port that takes connections and says nothing, not even in TLS."""
+    """Yield the url of a port that accepts connections and sends nothing, not even for TLS."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
@@ -393,7 +393,7 @@ def test_tls_that_drips() -> None:
         def speak() -> None:
             connection, _ = server.accept()
             with connection:
-                # A handshake record of 16 KiB, a byte now and then.
+                # A handshake record of 16 KiB, sent byte by byte.
                 connection.sendall(b"\x16\x03\x03\x40\x00")
                 try:
                     for _ in range(60):

@@ -1,7 +1,7 @@
-"""Sampling and training with a real vLLM server.
+"""Sampling, training and evaluation with a real vLLM server.
 
-They run where the environment variable LATRO_VLLM_PYTHON names the Python of an environment that
-has vLLM, which need not be this one.
+These tests run if the environment variable LATRO_VLLM_PYTHON names the Python of an environment
+with vLLM, which need not be this one.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from latro.rollout.sequences import Sample, decode
 from scripts.make_tiny_model import make_model
 from tests.latro.real_vllm import serve
 
-# Attention on a CPU takes heads of 32 or more.
+# Attention on a CPU needs a head size of at least 32.
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
 
 @pytest.fixture(scope="module")
 def vllm_url(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: Any) -> Iterator[str]:
-    """The server of a tiny Llama whose own generation config would cut the distribution."""
+    """Serve a tiny Llama whose own generation config would truncate the distribution."""
     python = os.environ.get("LATRO_VLLM_PYTHON")
     if not python:
         pytest.skip("needs vLLM: LATRO_VLLM_PYTHON names no Python that has it")
@@ -61,7 +61,7 @@ def draw(engine: VllmEngine, prompts: list[list[int]], num_samples: int) -> list
 def log_probs(
     model: PreTrainedModel, prompt: list[int], ids: list[int], temperature: float
 ) -> torch.Tensor:
-    """Of `ids` after `prompt`, from all logits, in the model's dtype."""
+    """Return the log-probs of `ids` after `prompt`, from all logits, in the model's dtype."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
     logp = torch.log_softmax(logits / temperature, dim=-1)
@@ -71,7 +71,7 @@ def log_probs(
 def errors(
     model: PreTrainedModel, prompts: list[list[int]], groups: list[list[Sample]], temperature: float
 ) -> tuple[float, float]:
-    """The engine's largest error against fp64, and the most that it may be."""
+    """Return the engine's largest error against fp64, and the largest that is allowed."""
     exact = copy.deepcopy(model).double()
     engine = unfused = 0.0
     for prompt, group in zip(prompts, groups, strict=True):
@@ -86,7 +86,7 @@ def errors(
 def test_vllm_samples_the_whole_distribution_of_the_weights_it_got(
     vllm_url: str, tiny: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    # Longer than a block of the prefix cache, 128 tokens, whose keys and values must not live on.
+    # Longer than a block of 128 tokens in the prefix cache, which must not be reused.
     prompts = [tokenizer.encode(f"Tom has {n} pens. " * 30) for n in range(4)]
     assert min(map(len, prompts)) > 128
     served, other = tiny(**SIZES), tiny(seed=1, **SIZES)
@@ -172,7 +172,7 @@ def test_training_samples_from_the_updated_policy(
     for (model, prompts, groups), logged in zip(drawn, history, strict=True):
         error, allowed = errors(model, prompts, groups, temperature=1.0)
         assert error <= allowed
-        # Engine and trainer are each within the gate of the truth.
+        # Engine and trainer are each within the allowed error of the truth.
         for name in ("importance_ratio", "importance_ratio_max"):
             assert abs(math.log(logged[name])) <= 2 * allowed
     initial, (_, prompts, groups) = drawn[0][0], drawn[1]

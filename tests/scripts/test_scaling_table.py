@@ -1,4 +1,4 @@
-"""The page's arithmetic, held to what models, layouts and updates really count."""
+"""The page's arithmetic agrees with counts of real models, layouts and updates."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_forwards_operations():
         build(TINY, attn_implementation="eager")(torch.arange(tokens)[None])
     head = 2 * TINY.hidden * TINY.vocab * tokens
     assert flops(counter, aten.mm) == 2 * TINY.block_weights * tokens + head
-    # Eager attention makes every pair, those behind the mask too.
+    # Eager attention computes every pair, including masked ones.
     assert flops(counter, aten.bmm) == scaling_table.attention_flops(TINY, tokens**2)
 
 
@@ -112,7 +112,7 @@ def test_an_updates_operations_in_the_blocks(tmp_path, checkpoints):
         trainer.model.train()
     with FlopCounterMode(display=False) as counter:
         trainer.update(groups(WORK), WORK.G)
-    # The fused head's products are in C++, where the counter does not look.
+    # The counter does not see the fused head's products, which C++ computes.
     blocks, _, _ = scaling_table.update_flops(TINY, WORK, checkpoints=checkpoints)
     assert flops(counter, aten.mm) == WORK.G * blocks
 
@@ -126,7 +126,7 @@ def test_bytes_that_a_block_keeps_of_a_token():
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in parameters:
-                # Kept alive, since an address that was given back would be given out again.
+                # Kept alive, since a freed address could be reused.
                 saved[storage.data_ptr()] = storage
             return tensor
 
@@ -140,7 +140,7 @@ def test_bytes_that_a_block_keeps_of_a_token():
 
 
 class BytesOfCopies(TorchDispatchMode):
-    """Adds up the bytes of what trained weights are cast to."""
+    """Adds up the bytes of cast copies of trained weights."""
 
     total = 0
 
@@ -155,7 +155,7 @@ def test_bytes_of_autocasts_copies():
     model = replace(TINY, tied=True)
     policy = build(model)
     with BytesOfCopies() as copies, torch.autocast("cpu", torch.bfloat16):
-        # The second forward takes the first one's copies.
+        # The second forward reuses the copies of the first.
         for _ in range(2):
             policy(torch.arange(9)[None])
     norms = sum(p.numel() for p in policy.parameters() if p.dim() == 1)

@@ -1,4 +1,4 @@
-"""The documentation's site: two builders make it from the same pages, and a browser shows it."""
+"""Two builders make the documentation's site from the same pages, and a browser shows it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_formula_is_mathml(source):
 
 
 def test_a_formula_does_not_break_its_sentence(site):
-    """`<math>` is a block to Python-Markdown where a line begins with it."""
+    """Python-Markdown takes `<math>` for a block where a line begins with it."""
     page = (site / PAGE).read_text("utf-8")
     for inline in re.finditer(r'(.{6})<math xmlns="[^"]*" display="inline">', page):
         assert inline[1] == "<span>"
@@ -136,7 +136,7 @@ def test_a_formula_that_is_not_read_is_refused(tmp_path, monkeypatch, formula):
 
 
 def test_a_browser_shows_formulas_as_formulas(site, tmp_path):
-    """A fraction is higher than a line of text; LaTeX that nothing reads would be one line."""
+    """A rendered fraction is higher than a line of text; raw LaTeX would be one line."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no chromium on the PATH")

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def transient_64_mib() -> int:
-    """Peak of a call that frees 64 MiB again, after the same block was used and freed before."""
+    """Return the peak of a call that uses and frees 64 MiB, which were used and freed before."""
     memory.make_malloc_honest()
 
     def call() -> None:
@@ -38,7 +38,7 @@ def raises() -> None:
 
 
 def unfused_peaks() -> tuple[int, int]:
-    """Peak of one unfused step: by the resident set, and by torch's profiler."""
+    """Return the peak of one unfused step: by the resident set, and by torch's profiler."""
     memory.make_malloc_honest()
     logprob = PROVIDERS["unfused"](CPU)
     problem = make_problem(Shape("", n=256, h=256, v=16384), torch.float32, CPU)
@@ -80,7 +80,7 @@ def test_errors_come_back():
 
 
 def counted(problem: list[str]) -> tuple[int, list[str]]:
-    """Return which process this is, and everything that it has been called with."""
+    """Return the process's number and all arguments of its calls."""
     CALLS.append(problem)
     return os.getpid(), CALLS
 

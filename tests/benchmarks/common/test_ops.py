@@ -60,7 +60,7 @@ def test_the_rows_of_other_ops_are_kept_where_they_were_made_alike(tmp_path, cap
     first = json.loads(path.read_text())["rows"]
     assert set(measure("gather_logprob")) == {"group_advantage", "gather_logprob"}
     assert json.loads(path.read_text())["rows"][:2] == first
-    # Measured anew, rows stand once.
+    # A second measurement replaces the rows of the first.
     assert measure("group_advantage").count("group_advantage") == 2
     assert "not kept" not in capsys.readouterr().out
 
@@ -75,7 +75,7 @@ def test_rates_are_of_what_is_moved(tmp_path):
     group_advantage.main(["--quick", "--device", "cpu", "--reps", "2", "--out", str(tmp_path)])
     row, _ = json.loads((tmp_path / "ops.json").read_text())["rows"]
     moved = row["bytes_per_second"] * row["median"]
-    # Two inputs of a thousand rows, and a coefficient for each row of a rationale.
+    # Two inputs of a thousand rows are read, and one coefficient per row is written.
     assert 4 * 2 * 1000 < moved < 4 * 3 * 1000
 
 

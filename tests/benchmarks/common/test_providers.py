@@ -9,7 +9,7 @@ from benchmarks.common import providers
 from benchmarks.common.problem import errors, make_problem, solve_fp64
 
 CPU = torch.device("cpu")
-# One provider of each peer, by the module it needs.
+# One provider per peer, and the module that it needs.
 PEERS = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
 
 

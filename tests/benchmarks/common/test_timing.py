@@ -11,7 +11,7 @@ from benchmarks.common import timing
 
 
 class FakeTime:
-    """A host clock's time source that laps advance themselves."""
+    """A time source for a host clock, which laps advance themselves."""
 
     def __init__(self) -> None:
         self.now = 0.0

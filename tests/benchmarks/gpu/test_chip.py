@@ -1,4 +1,4 @@
-"""What is measured of a chip, on the CPU and small: the numbers mean nothing, their form does."""
+"""Small measurements of a chip, made on the CPU: only the form of the numbers is tested."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ run_all([Stage("long", [command], 60)], Path({str(tmp_path)!r}), seconds=60, pat
     assert said == ("interrupted\n" if number == signal.SIGTERM else "")
     time.sleep(0.2)
     status = Path("/proc", pid.read_text().strip(), "status")
-    # A process that has ended may wait for its new parent to ask how.
+    # A process that has ended stays a zombie until its new parent reaps it.
     assert not status.exists() or "State:\tZ" in status.read_text()
 
 

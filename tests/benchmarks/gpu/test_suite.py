@@ -21,7 +21,7 @@ from benchmarks.gpu.stages import ROOT, Stage
 MEASURED = ["build", "chip", "tuning", "head", "peers", "ops", "forms"]
 CHECKED = ["smoke", "tests", "memcheck", "racecheck"]
 PACKAGES = ("datasets", "trl", "liger_kernel", "cut_cross_entropy")
-"""Packages that a machine with nothing but PyTorch and Triton does not have."""
+"""Packages that are missing on a machine with only PyTorch and Triton."""
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_the_best_block_is_kept_and_named(tmp_path, monkeypatch):
 
 
 def sampled(tmp_path, part: str) -> set[str]:
-    """Return the tests that a part has of a hundred, of which ten are not chosen."""
+    """Return the tests that a part selects of a hundred, of which ten are deselected."""
     path = tmp_path / "test_many.py"
     path.write_text(
         "import pytest\n@pytest.mark.parametrize('n', range(100))\ndef test_of_many(n): pass\n"
@@ -245,7 +245,7 @@ def test_a_rehearsal_fits_what_a_bare_machine_has_and_what_it_gives_back(tmp_pat
     assert record["results"]["smoke"] == {"SKIPPED": SMOKE}
     assert record["results"]["tests"]["SKIPPED"] > SMOKE
     absent = [line for line in record["results"]["peers"]["cannot_run"] if "is hidden" in line]
-    # The others need a GPU before anything else.
+    # The other programs need a GPU first of all.
     assert [line.partition(" ")[0] for line in absent] == ["trl", "liger"]
     with tarfile.open(files[1]) as archive:
         kept = Counter(Path(name).suffix for name in archive.getnames())

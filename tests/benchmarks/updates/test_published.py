@@ -1,4 +1,4 @@
-"""The published update computes what ours computes: only then are their times comparable."""
+"""The published update computes the same as ours, so that their times are comparable."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def problem() -> StepProblem:
 
 
 def every_ending(problem: StepProblem) -> list:
-    """Return groups of three prompt lengths, ended by the end token, the template, and at once."""
+    """Return groups of three prompt lengths that end by end token, by template, and at once."""
     groups = []
     for row, short in zip(problem.rows(3), (0, 2, 5), strict=True):
         prompt = problem.tokenizer.encode(row["prompt"])[short:]

@@ -201,7 +201,7 @@ def test_settings_out_of_range(tmp_path, setting, message):
     assert not (tmp_path / "run").exists()
 
 
-# Fields of TrainingArguments that a trainer of ours takes as transformers' own does, or checks.
+# Fields of TrainingArguments that our trainers use as transformers does, or check.
 _TAKEN = """
 accelerator_config activation_checkpointing activation_checkpointing_kwargs adam_beta1 adam_beta2
 adam_epsilon auto_find_batch_size bf16 data_seed dataloader_drop_last dataloader_in_order
@@ -223,7 +223,7 @@ trackio_bucket_id trackio_space_id trackio_static_space_id use_cpu warmup_steps 
 
 
 def test_every_setting_of_transformers_is_taken_or_refused():
-    """One that a new version brings is neither until somebody has looked at it."""
+    """A setting of a new version fails here until somebody has looked at it."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     taken = set(_TAKEN.split())
     assert fields - taken - set(_REFUSED) == set()
@@ -366,7 +366,7 @@ def test_a_file_beats_what_would_overrule_it_in_the_small_models_settings(tmp_pa
     args = parse_yaml(tmp_path, "num_train_epochs: 2\nsave_steps: 5\n")[2]
     assert (args.num_train_epochs, args.max_steps) == (2, -1)
     assert (args.save_strategy, args.save_steps) == ("steps", 5)
-    # Together in one file they are as transformers has them.
+    # In one file together they keep transformers' own meaning.
     args = parse_yaml(tmp_path, "num_train_epochs: 2\nmax_steps: 5\nsave_strategy: no\n")[2]
     assert (args.max_steps, args.save_strategy) == (5, "no")
 
@@ -414,7 +414,7 @@ def test_without_an_accelerator_it_is_the_cpu(config, monkeypatch):
 
 
 def test_processes_that_make_no_group_are_refused(monkeypatch):
-    # A launcher's process on a device over which accelerate makes no group, such as Apple's.
+    # A launched process on a device, such as Apple's, over which accelerate makes no group.
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("latro.config.training.is_torchelastic_launched", lambda: True)
     with pytest.raises(ValueError, match=r"use_cpu: expected True with several processes on a"):

@@ -22,7 +22,7 @@ def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenize
     # A window shorter than the prompts, where the architecture has one, must not change a thing.
     options = {"sliding_window": 8} if architecture in ("mistral", "gemma2") else {}
     model = tiny(architecture, **options)
-    # Flat random models repeat one token; larger weights make each position's choice its own.
+    # Random models repeat one token; with larger weights each position has its own choice.
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -37,7 +37,7 @@ def test_layers_that_keep_a_state_give_what_the_model_alone_would_generate(token
 
 @contextmanager
 def counted_tokens(model):
-    """Within it, the list returned grows by the tokens of every forward through the trunk."""
+    """Yield a list that grows by the number of tokens of every forward through the trunk."""
     counts = []
     hook = model.get_input_embeddings().register_forward_pre_hook(
         lambda _, args: counts.append(args[0].numel())
@@ -52,7 +52,7 @@ def assert_prompts_are_read_once(model, tokenizer):
     engine = TransformersEngine(model, tokenizer)
     with counted_tokens(model) as counts:
         engine.generate(prompts, num_samples=K, max_new_tokens=1, temperature=1, seeds=[0, 1, 2])
-    # All of the prompt but its last token, and that once for each sample, whose first it draws.
+    # The prompt without its last token once, and the last token once per sample.
     assert counts == [G * (P - 1), G * K]
 
 
@@ -122,13 +122,13 @@ def test_a_prompts_samples_depend_on_its_seed_alone(tiny, tokenizer):
     assert torch.equal(torch.get_rng_state(), state)
     other = engine.generate(prompts, seeds=[1, 5, 3], **options)
     assert [a == b for a, b in zip(first, other, strict=True)] == [True, False, True]
-    # Nor on the prompts beside it.
+    # Samples do not depend on the prompts beside theirs either.
     assert engine.generate(prompts[1:2], seeds=[2], **options) == first[1:2]
     assert len({tuple(sample.ids) for sample in first[0]}) == 4
 
 
 def long_rope(tiny, architecture, boundary=24):
-    """A model with two sets of rotary frequencies, of weights so large that every token counts."""
+    """Return a model with two sets of rotary frequencies; large weights make every token count."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
@@ -163,7 +163,7 @@ def test_a_long_rope_model_draws_from_what_it_scores(tiny, tokenizer, architectu
         limit = 16 if len(prompt) > 24 else min(16, 24 - len(prompt))
         for ids in (sample.ids for sample in group):
             assert len(ids) == limit or ids[-1] == tokenizer.eos_token_id
-            # What is likeliest where the whole sequence is read at once, as it is scored.
+            # The likeliest tokens where the whole sequence is read at once, as in scoring.
             logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0]
             assert ids == logits[len(prompt) - 1 : -1].argmax(dim=1).tolist()
 
@@ -222,7 +222,7 @@ def test_the_whole_distribution_is_sampled_whatever_the_generation_config_says(t
 
 
 def stopped(tokenizer, prompt, rows, template):
-    """A row's length when it ends, by one token a step; the end token stands behind each."""
+    """Return the length at which each row ends, fed token by token with an end token behind."""
     eos = tokenizer.eos_token_id
     width = max(map(len, rows)) + 1
     stop = TemplateStop(tokenizer, len(prompt), len(rows), [eos], template)
@@ -240,8 +240,8 @@ def test_the_template_is_found_however_it_is_cut_into_tokens(tokenizer):
     until = len(" so. The answer is")
     assert letters != whole
     rows = [whole, letters, tokenizer.encode(" The answer"), tokenizer.encode(" so")]
-    # The token behind the template tells that its last word has ended there. The end token ends
-    # the other rows, and no row twice.
+    # The token after the template shows that its last word has ended. The end token ends the other
+    # rows, and no row ends twice.
     assert stopped(tokenizer, prompt, rows, TEMPLATE) == [
         len(tokenizer.encode(" so. The answer is")) + 1,
         until + 1,
@@ -274,7 +274,7 @@ def test_a_row_ends_where_the_template_is_whole(tokenizer, template, text, ends)
 
 
 def test_what_stands_before_the_window_is_not_forgotten(tokenizer):
-    """A template inside a word ends no row when the word's beginning has left the window."""
+    """A template inside a word ends no row, even if the word begins before the window."""
     prompt = tokenizer.encode("How many?")
     row = [i for c in "canswer:" + " 5" * 20 for i in tokenizer.encode(c)]
     assert stopped(tokenizer, prompt, [row], "Answer:") == [len(row) + 1]

@@ -19,7 +19,7 @@ from tests.latro.frames import framed
 
 @pytest.fixture
 def knowing(tiny, tokenizer, task, monkeypatch):
-    """A scorer whose model answers as a table says: prompt text to sampled completions."""
+    """Return a scorer and a table from prompt texts to the completions that its model samples."""
     answers: dict[str, list[str]] = {}
 
     def planted(engine, prompts, *, num_samples, temperature, **options):
@@ -39,7 +39,7 @@ def test_accuracies(knowing, tokenizer, task):
     for row, stated in zip(
         dataset,
         [
-            # greedy, then four samples; right is the row's answer, "no" states none.
+            # The greedy completion, then four samples; "no" states no answer.
             ("right", "right", "right", "wrong", "no"),
             ("wrong", "wrong", "right", "wrong", "right"),
             ("no", "no", "no", "no", "right"),
@@ -54,7 +54,7 @@ def test_accuracies(knowing, tokenizer, task):
     assert metrics["accuracy_greedy"] == 2 / 4
     assert metrics["accuracy_sampled"] == (2 / 4 + 2 / 4 + 1 / 4 + 0) / 4
     assert metrics["maj@1"] == metrics["accuracy_sampled"]
-    # Two of each in the second problem: the first stated, a wrong one, is taken.
+    # The second problem has a tie, so the first stated answer, a wrong one, counts.
     assert metrics["maj@4"] == 2 / 4
     assert metrics["unfinished"] == 0
     # Four of sixteen samples say anything before their answer or their end.
@@ -130,7 +130,7 @@ def test_the_longest_answer_has_room_behind_a_rationale(
 
 
 class Killed(Exception):
-    """In place of a signal."""
+    """Stands for a signal that kills the process."""
 
 
 @pytest.mark.parametrize("batches", [1, 2])
@@ -163,7 +163,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_bits(
             run("killed.jsonl")
     killed = tmp_path / "killed.jsonl"
     assert len(killed.read_text().splitlines()) == 3 * batches
-    # A line that was being written as the power went.
+    # A line that a power failure cut off.
     with killed.open("a") as file:
         file.write('{"index": ')
     generated.clear()
@@ -203,12 +203,12 @@ def test_what_is_invented_after_the_answer_does_not_count(tiny, tokenizer, task,
     assert metrics["accuracy_greedy"] == 1
     (completion,) = records[0]["greedy"]
     assert completion["text"] == f" So. The answer is {right}"
-    # The record has the problem alone; the model read the example before it.
+    # The record has only the problem, though the model read an example before it.
     assert records[0]["prompt"] == dataset[0]["prompt"]
     shown = "Tom has 2 pens. Tom gets 3. How many? 2+3=5. The answer is 5\n\n"
     assert asked["prompt"] == shown + dataset[0]["prompt"]
     assert asked["template"] == "\n\n"
-    # Without examples there is no form that a completion could go on in.
+    # Without examples, completions do not end at an empty line.
     metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
     assert metrics["accuracy_greedy"] == 0
     assert asked["template"] is None
@@ -268,7 +268,7 @@ def test_answers_may_be_special_tokens(tiny, tokenizer, monkeypatch, tmp_path):
         (" I hope the answer is right. The answer is 4", "4", 1, " I hope the answer is right."),
         (" The answer isn't 6. the ANSWER is 4", "4", 0, " The answer isn't 6."),
         (" The answer is 4. I hope the answer is right", "4", 0, ""),
-        # Where no statement holds an answer, the first is where training would have ended it.
+        # Where no statement holds an answer, the first counts, as a rollout would have ended there.
         (" I hope the answer is right.", None, 0, " I hope"),
         (" The answer isn't 6.", None, 0, " The answer isn't 6."),
     ],
@@ -339,9 +339,9 @@ def test_a_chat_goes_on_past_an_empty_line(tiny, tokenizer, task, monkeypatch):
     ("answer", "positions", "expected"),
     [
         ("5", 1024, lambda prompt, answer: 100 + 32),
-        # The longest answer has room where it is longer than that.
+        # The longest answer has room if it has more than 32 tokens.
         ("5 " * 40, 1024, lambda prompt, answer: 100 + answer),
-        # And no completion with the answer behind it leaves the model's positions.
+        # A completion and the answer after it stay within the model's positions.
         ("5", 128, lambda prompt, answer: 128 - prompt - answer),
     ],
 )

@@ -60,7 +60,7 @@ def test_no_examples_change_nothing(tokenizer):
 
 def test_as_text(tokenizer):
     (shown,) = with_examples(PROBLEMS, EXAMPLES, "The answer is", tokenizer)["prompt"]
-    # The empty lines of a solution are closed up; the space a problem lacks is added.
+    # Empty lines of a solution are removed, and a missing space after a problem is added.
     assert shown == (
         "One and one? 1+1=2.\nSo 2. The answer is 2\n\n"
         "Two and two?\n2+2=4. The answer is 4\n\n"
@@ -128,7 +128,7 @@ def test_a_completion_ends_before_the_first_separator(tokenizer, text, kept):
 
 def test_a_token_that_reaches_into_the_separator_is_dropped():
     class Words:
-        """A tokenizer of three tokens, the second of which is an end and a separator in one."""
+        """A tokenizer of three tokens; the second spells the end of a sentence and a separator."""
 
         def decode(self, ids, **options):
             return "".join(["so", f".{SEPARATOR}", "Tom"][i] for i in ids)

@@ -17,7 +17,7 @@ from latro.evaluation.metrics import (
 
 
 def completion(stated, right="r", tokens=3, finished=True, logp=-1.0):
-    """One that states an answer, or none for "-"."""
+    """Return a completion that states an answer, or none for "-"."""
     return {
         "predicted": None if stated == "-" else stated,
         "correct": stated == right,
@@ -81,7 +81,7 @@ def test_a_majority_that_states_nothing_is_wrong():
 
 @pytest.mark.parametrize(("right", "n"), [(0, 1), (0, 7), (7, 7), (3, 7), (81, 263)])
 def test_the_ends_of_wilsons_interval_are_1_96_standard_errors_away(right, n):
-    # By definition: those p at which the observed share is z·√(p(1−p)/n) away.
+    # By definition, the ends are those p whose distance to the observed share is z·√(p(1−p)/n).
     low, high = wilson_interval(right / n, n)
     z = 1.959963984540054
     for end in (low, high):
@@ -96,14 +96,14 @@ def test_the_ends_of_wilsons_interval_are_1_96_standard_errors_away(right, n):
     [
         ([1, 0, 1, 0], 1, 4),
         ([1, 1, 1], 1, 3),
-        # Always right, or always wrong: samples of one problem say nothing about others.
+        # Always right or always wrong: samples of one problem tell nothing about others.
         ([1, 1, 1], 8, 3),
         ([0, 0], 8, 2),
-        # A problem's samples agree entirely, as good as one; or not more than independent ones.
+        # A problem's samples agree entirely and count as one, or are as good as independent ones.
         ([1, 0, 1, 0], 8, 4),
         ([0.5, 0.5, 0.5], 8, 24),
         ([0.5, 0.625, 0.5, 0.375], 8, 32),
-        # In between it is what gives the standard error found: p(1−p)/n_eff = se².
+        # In between, n_eff gives the standard error that was found: p(1−p)/n_eff = se².
         ([0.25, 0.5, 1, 0.25], 8, 0.25 / standard_error([0.25, 0.5, 1, 0.25]) ** 2),
     ],
 )

@@ -18,7 +18,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def lines(path):
-    """Of five problems, with a text that needs care."""
+    """Write the lines of five problems, with a text that needs escaping."""
     made = [{"index": i, "text": "a\u2028b\r\n€", "logp": -1 / 3 * i} for i in range(5)]
     journal = Journal(path, IDENTITY)
     assert journal.open(PROMPTS, 2) == []
@@ -67,7 +67,7 @@ def test_damaged_settings_are_named(path, lines, settings):
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_that_no_evaluation_wrote_is_left_alone(path, lines, overwrite):
-    """It may be the data."""
+    """The file may be the user's data."""
     (path.parent / "evaluation.settings.json").unlink()
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"without evaluation.settings.json"):

@@ -19,7 +19,7 @@ def records(text):
 def test_the_first_problems_of_each_evaluation_are_kept(tmp_path):
     path = tmp_path / SAMPLES_FILE
     assert read_samples(path) == {}
-    # Line ends of every kind.
+    # The text has line ends of every kind.
     HeldOutSamples.keep(str(tmp_path), 20, records("after\u2028\x85\r\n"))
     HeldOutSamples.keep(str(tmp_path), 0, records("before"))
     HeldOutSamples.keep(str(tmp_path), 20, records("again\u2028\x85\r\n"))

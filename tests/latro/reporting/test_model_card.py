@@ -117,7 +117,7 @@ def test_texts_do_not_break_out_of_the_card():
     text = model_card(replace(RUN, samples_before=[], samples_after=[sample])).text
     assert f"`````text\n{hostile}\n`````" in text
     assert "states ``a \\| `b` c``, wrong" in text
-    # What stands in no fence is ours.
+    # Text outside of fences is the card's own.
     outside = re.sub(r"(?ms)^(`{3,})\w+\n.*?^\1$", "", text)
     assert "Not a heading" not in outside
     assert "\n# " in outside
@@ -146,7 +146,7 @@ def test_names_do_not_break_out_of_the_card(tmp_path):
     assert (result.dataset_name, result.dataset_split) == (shown(HOSTILE),) * 2
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags", "model-index"}
     assert "\x1b" not in card.content
-    # What markup there is, outside of code, is ours.
+    # Markup outside of code is the card's own.
     page = markdown.markdown(card.text, extensions=["fenced_code", "tables"])
     prose = re.sub(r"<code.*?</code>", "", page, flags=re.S)
     assert not re.search(r"<(?!/?(h\d|p|table|t[rhd]|thead|tbody|img|pre)\b)", prose)

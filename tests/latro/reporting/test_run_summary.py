@@ -1,4 +1,4 @@
-"""The card that a trainer writes of its run."""
+"""The card that a trainer writes about its run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from latro.tasks import OwnData
 
 
 class Exact(OwnData):
-    """Rows of a user's own, compared as they are."""
+    """A user's own data with exact comparison."""
 
     grader = "exact"
 
@@ -41,14 +41,14 @@ def test_the_saved_model_is_told_of_with_its_first_and_last_evaluation(make_trai
     assert "output_dir" not in settings
     assert "hub_token" not in settings
     assert "num_train_epochs" not in settings
-    # The toy task is none that the command knows.
+    # The command does not know the toy task.
     assert run.held_out.command is None
     trainer.data = DataArguments(dataset_name="gsm8k", dataset_path="my data", num_train_examples=4)
     command = run_of(trainer, folder).held_out.command
     assert command.startswith(f"python -m latro.evaluate --model_name_or_path {folder} ")
     assert " --dataset_name gsm8k --dataset_path 'my data' --eval_split validation " in command
     assert "num_train_examples" not in command
-    # The Trainer completes the id of what it pushes.
+    # The Trainer completes the hub id when pushing.
     trainer.args.push_to_hub, trainer.hub_model_id = True, "me/run"
     command = run_of(trainer, folder).held_out.command
     assert command.startswith("python -m latro.evaluate --model_name_or_path me/run ")

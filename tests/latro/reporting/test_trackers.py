@@ -33,7 +33,7 @@ SAMPLE = Sample("How | many?", " 2+3=[5]\n<eos>", " The answer is `5`", -1.5, 0.
 
 @pytest.fixture
 def reports(tokenizer):
-    """`SequenceReports` of two generations with one sample, and what its sink has got."""
+    """Return `SequenceReports` for K = 2 with one sample, and the reports that its sink gets."""
     got = []
     reports = SequenceReports(
         [lambda step, report: got.append((step, report))],
@@ -80,7 +80,7 @@ def test_a_log_tells_of_all_updates_since_the_last_and_shows_the_newest(
             advantage=3.0,
         )
     ]
-    # There is nothing new to tell.
+    # There are no new sequences.
     log(reports, step=8)
     assert len(got) == 1
 
@@ -173,7 +173,7 @@ def test_tensorboard_reads_back_what_the_run_logged(make_trainer, tmp_path, task
     for step in (2, 4):
         advantages = read(("Histograms", "train/advantages"), step).histogram_value
         lengths = read(("Histograms", "train/rationale_lengths"), step).histogram_value
-        # Two updates of two prompts, four sequences each.
+        # Two updates, of two prompts with four sequences each.
         assert advantages.num == lengths.num == 16
         mean = read(("Scalars", "train/rationale_length"), step).value
         assert lengths.sum == pytest.approx(16 * mean, rel=1e-6)
@@ -203,7 +203,7 @@ def test_a_report_in_the_classes_of_the_others(monkeypatch, name):
     )
     monkeypatch.setitem(sys.modules, name, tracker)
     sink = {"wandb": WeightsAndBiases, "trackio": Trackio}[name]()
-    # Whoever has closed the run wants no other.
+    # A closed run is not opened again.
     sink(3, Report([0.25], [4], [SAMPLE]))
     assert logged == []
     tracker.run = "open"

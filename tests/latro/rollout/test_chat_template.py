@@ -49,11 +49,11 @@ def test_renders_what_the_tokenizer_does(tokenizer, template, add_generation_pro
             ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<answer>", "</answer>"],
             "<|im_end|>",
         ),
-        # A frame of words, or none, has no token to end with.
+        # A frame of words, or no frame, has no token that ends a turn.
         (frames.PLAIN, [], None),
         (frames.CHATML, [], None),
         (frames.NOTHING, ["<|user|>", "<|assistant|>"], None),
-        # The one between two turns, where the last has none.
+        # The token between two turns, where the last turn has none.
         (frames.BETWEEN, [], "<|endoftext|>"),
         (frames.NO_LAST_ANSWER, ["<|im_start|>", "<|im_end|>"], None),
         (frames.NO_ANSWERS, ["<|im_end|>"], None),
@@ -107,7 +107,7 @@ def test_a_template_that_takes_too_much_or_fails_is_an_error_of_one_line(
     ) as raised:
         render(made, MESSAGES, add_generation_prompt=True)
     assert "\n" not in str(raised.value)
-    # And the next one is rendered.
+    # The next template is rendered again.
     made.chat_template = "{{ messages[0].content }}"
     assert render(made, MESSAGES, add_generation_prompt=True) == MESSAGES[0]["content"]
 
@@ -133,7 +133,7 @@ def _render_in_child(tokenizer, results):
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_processes_that_were_forked_do_not_share_a_worker(tokenizer):
-    """As the loaders of a Trainer's data are."""
+    """A Trainer's data loaders are forks, too."""
     made = framed(tokenizer, "{{ messages[0].content }}")
     expected = [str(n) for n in range(50)]
     render(made, MESSAGES, add_generation_prompt=True)

@@ -18,7 +18,7 @@ TEXT = "What does <|endoftext|> mean? And <yes>?"
 
 @pytest.fixture
 def special(tokenizer):
-    """With a beginning token that it adds, and labels."""
+    """Return a tokenizer that adds a beginning token, and that has labels as special tokens."""
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"bos_token": "<s>"})
     made.add_special_tokens({"additional_special_tokens": ["<yes>", "<no>"]})
@@ -29,7 +29,7 @@ def special(tokenizer):
 
 
 def pieces_of_words() -> PreTrainedTokenizerFast:
-    """A tokenizer whose vocabulary has its special tokens among the pieces, as Unigram ones do."""
+    """Return a tokenizer with special tokens among its pieces, as Unigram tokenizers have."""
     letters = sorted(set("▁/?<>andesory"))
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<yes>", 0.0), *((c, -5.0) for c in letters)]
     raw = Tokenizer(models.Unigram(pieces, unk_id=0))
@@ -107,7 +107,7 @@ def test_a_frames_special_tokens_are_tokens_and_the_contents_are_not(tokenizer, 
 
 
 def test_a_frame_around_quoted_text_is_read_as_without_quotes(tokenizer):
-    """A token that takes the white space behind it does so before text that spells others too."""
+    """A token absorbs the white space after it even before text that spells special tokens."""
     made = framed(tokenizer, frames.PHI)
     made.add_tokens(
         [AddedToken(f"<|{name}|>", rstrip=True, special=True) for name in ("user", "end")]

@@ -19,7 +19,7 @@ CHAT = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% en
 
 @pytest.fixture
 def with_bos(tokenizer):
-    """A tokenizer that opens every text with a beginning-of-sequence token, as Llama's does."""
+    """Return a tokenizer that begins every text with a special token, as Llama's does."""
     made = copy.deepcopy(tokenizer)
     made.add_special_tokens({"bos_token": "<s>"})
     made.backend_tokenizer.post_processor = TemplateProcessing(
@@ -50,7 +50,7 @@ def test_an_end_token_that_the_tokenizer_adds_is_taken_off(tokenizer):
     assert encode_prompt(made, "How many?") == tokenizer.encode("How many?")
 
 
-# As Llama 3 writes it: its beginning-of-sequence token, and a frame of special tokens a message.
+# Like Llama 3's: a beginning-of-sequence token, and a frame of special tokens per message.
 LLAMA_CHAT = (
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
@@ -101,7 +101,7 @@ def test_without_a_template_a_conversation_is_refused(tokenizer, prompt):
 
 
 def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_bos):
-    # As Gemma's does.
+    # Gemma's template does the same.
     with_bos.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}"
         "{{ raise_exception('System role not supported') }}{% endif %}{{ m.content }}{% endfor %}"
@@ -152,7 +152,7 @@ def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, t
     word = tokenizer.encode(" pens")
     (token,) = word
     answer = len(join([token], Sample([]), "7").answer_ids)
-    # All but the answer's last token are read: exactly 24 of them.
+    # All tokens but the answer's last are read: exactly 24.
     most = 24 - 10 - (answer - 1)
     check([token] * 10, most)
     with pytest.raises(ValueError, match=r"row 0: a prompt of 10 tokens .* goes past the 24 up to"):
@@ -160,7 +160,7 @@ def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, t
     with pytest.raises(ValueError, match="a prompt of 24 tokens with a rationale of 1 and its"):
         check([token] * 24, 1)
     check([token] * 25, 500)
-    # Without sampling a sequence is read once, with one set of frequencies or the other.
+    # Without sampling, a sequence is read once, so either set of frequencies will do.
     check([token] * 24, 0)
 
 

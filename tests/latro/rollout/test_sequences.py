@@ -20,7 +20,7 @@ def join(tokenizer):
 
 def test_join_after_the_template_keeps_the_sampled_ids(tokenizer, join):
     prompt = tokenizer.encode("How many?")
-    # Cut letter by letter, as a policy may; the ids are kept, not tokenised again.
+    # A policy may sample letter by letter; the ids are kept, not tokenized again.
     sampled = [i for c in " 2+3=5. The answer is" for i in tokenizer.encode(c)]
     rollout = join(prompt, Sample([*sampled, *tokenizer.encode(" 6")]), "5")
     assert rollout.sampled_ids == sampled
@@ -89,7 +89,7 @@ def tokenizer_text(tokenizer):
 
 
 def spelt(join, prompt, sampled, answer):
-    """The text of the answer's own tokens, and how many they are."""
+    """Return the text and the number of the answer's own tokens."""
     tokenizer = join.tokenizer
     rollout = join(tokenizer.encode(prompt), Sample(tokenizer.encode(sampled)), answer)
     ids = [rollout.answer_ids[j] for j in rollout.own_rows]
@@ -100,9 +100,9 @@ def spelt(join, prompt, sampled, answer):
 @pytest.mark.parametrize("sampled", ["", " 2+3=5.", " 2+3=5. The answer is", " so:\n"])
 @pytest.mark.parametrize("answer", ["5", "1234567", "is 5", "The answer is 5", "été", "5 5"])
 def test_the_answers_own_tokens(join, sampled, answer):
-    """Neither the template's nor the end token, whatever ended the rationale."""
+    """They exclude the template's tokens and the end token, however the rationale ended."""
     text, _ = spelt(join, "How many?", sampled, answer)
-    # The space before it belongs to the answer where one token holds both.
+    # A space in one token with the answer belongs to it.
     assert text.removeprefix(" ") == answer
     rollout = join.written(join.tokenizer.encode("How many?"), sampled, answer)
     own = [rollout.answer_ids[j] for j in rollout.own_rows]
@@ -110,7 +110,7 @@ def test_the_answers_own_tokens(join, sampled, answer):
 
 
 def trained(pre_tokenizer, decoder, normalizer=None):
-    """A BPE tokenizer of a few statements of answers."""
+    """Return a BPE tokenizer trained on a few statements of answers."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
     tokenizer.normalizer = normalizer
@@ -126,7 +126,7 @@ def trained(pre_tokenizer, decoder, normalizer=None):
 
 
 def test_a_space_of_its_own_is_not_the_answers():
-    """As Llama 2 and Mistral spell digits: a space, then each digit."""
+    """Llama 2 and Mistral spell digits so: a space, then each digit."""
     pieces = pre_tokenizers.Sequence([pre_tokenizers.Metaspace(), pre_tokenizers.Digits(True)])
     tokenizer = trained(pieces, decoders.Metaspace())
     join = AnswerJoin(tokenizer, TEMPLATE, [])
@@ -136,7 +136,7 @@ def test_a_space_of_its_own_is_not_the_answers():
 
 
 def test_a_token_over_the_border_is_the_answers():
-    """Where tokens run over words, as in SuperBPE."""
+    """Tokens may span words, as in SuperBPE."""
     whole = pre_tokenizers.Split(Regex("(?<=[?]) "), "isolated")
     pieces = pre_tokenizers.Sequence([whole, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer = trained(pieces, decoders.ByteLevel())
@@ -161,13 +161,13 @@ def test_an_answer_that_the_tokenizer_normalises():
 
 
 def letters_of(tokenizer, text):
-    """The ids of a text cut letter by letter, as a policy may sample it."""
+    """Return the ids of a text letter by letter, as a policy may sample it."""
     return [i for c in text for i in tokenizer.encode(c)]
 
 
 @pytest.fixture
 def whole_words():
-    """A tokenizer that has words as one token each, and some tokens that run over their ends."""
+    """Return a tokenizer with one token per word, and some tokens that span words."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     raw.decoder = decoders.ByteLevel()
@@ -232,7 +232,7 @@ def test_a_statement_ends_a_rationale_with_the_templates_own_tokens(
     join = AnswerJoin(made, template, [made.eos_token_id])
     ids = made.encode(text) if cut == "words" else letters_of(made, text)
     rollout = join([0], Sample(ids, [0.0] * len(ids)), "5")
-    # The token that tells that the word has ended is none of z's.
+    # The token that shows the end of the word does not belong to z.
     if "6" in text and template != "####":
         assert decode(made, rollout.sampled_ids) == kept
     assert rollout.sampled_ids == ids[: len(rollout.sampled_ids)]
@@ -244,7 +244,7 @@ def test_a_statement_ends_a_rationale_with_the_templates_own_tokens(
 
 
 def assert_rows_stand_in_what_is_read(rollout):
-    """Each token of z but the last is read where the next is predicted."""
+    """Check that each token of z but the last is read where the next is predicted."""
     read = rollout.sampled_ids[:-1]
     assert rollout.branch_ids[: len(read)] == read
 
@@ -302,7 +302,7 @@ def test_an_answer_ends_as_an_assistants_turn_does(tiny, tokenizer, template, to
     end_id, eos = made.convert_tokens_to_ids(end), made.eos_token_id
     ends = eos_token_ids(model, made)
     assert ends == sorted({eos, end_id})
-    # Whether or not it is told of all ends.
+    # The result is the same whether or not it is given all end tokens.
     for join in (AnswerJoin(made, TEMPLATE, ends), AnswerJoin(made, TEMPLATE, [eos])):
         for sample in ([7], [7, end_id], [7, eos], made.encode(" so. The answer is")):
             rollout = join([5], Sample(sample), "5")

@@ -25,7 +25,7 @@ from latro.run.checkpoints import (
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """`checkpoint(step, manifest=True)`: a folder with the kinds of file that a checkpoint has."""
+    """Return `checkpoint(step, manifest=True)`, which makes a folder with a checkpoint's files."""
 
     def write(step, manifest=True):
         folder = tmp_path / f"checkpoint-{step}"
@@ -122,7 +122,7 @@ def test_a_listed_name_that_no_file_can_have_is_damage(checkpoint, name, why):
 
 @contextmanager
 def ordinary_user():
-    """Root reads whatever it likes."""
+    """Become an ordinary user, since root may read any file."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -178,7 +178,7 @@ def test_what_is_no_checkpoint_is_named_and_the_one_before_taken(
 
 
 def test_an_unreadable_folder_is_named_and_the_one_before_taken(checkpoint, caplog):
-    # pytest's own folders are closed to all but the user that runs it.
+    # pytest's own folders are open only to the user who runs it.
     with TemporaryDirectory() as run_dir:
         older = Path(run_dir) / "checkpoint-9"
         shutil.copytree(checkpoint(9), older)
@@ -314,7 +314,7 @@ def test_rotation_keeps_the_newest_and_the_best(checkpoint, tmp_path):
     assert left() == [2, 10, 11]
     rotate(tmp_path, 1, {folders[11], folders[2]})
     assert left() == [2, 11]
-    # The one just saved stays, though the run was taken back and left later ones.
+    # The checkpoint just saved stays, though later ones exist from before the run went back.
     rotate(tmp_path, 1, {folders[2]})
     assert left() == [2]
     assert (tmp_path / "checkpoint-x").exists()

@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on has the evaluations and the best model of one that was not."""
+"""A resumed run has the evaluations and the best model of one that was never stopped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("ordinary_signals")]
 BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_answer_logp"}
 STEPS = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
 EVERY_OTHER = {**STEPS, "eval_steps": 2, "save_steps": 2}
-# Eight prompts, two an update: four updates.
+# Eight prompts at two per update make four updates per epoch.
 EPOCHS = {"eval_strategy": "epoch", "save_strategy": "epoch", "max_steps": 8}
 
 
@@ -48,14 +48,14 @@ class Fail(TrainerCallback):
 
 @pytest.fixture
 def run(make_trainer, dataset, tmp_path, monkeypatch):
-    """`run(name, callbacks=(), resume=None, **settings)`: a trainer that has trained."""
+    """Return `run(name, callbacks=(), resume=None, **settings)`, which trains a trainer."""
     monkeypatch.setattr("latro.evaluation.accuracy.ANSWER_TOKENS", 1)
 
     def train(name, callbacks=(), resume=None, **settings):
         settings = {"num_generations": 2, "max_completion_length": 4, **settings}
         trainer = make_trainer(output_dir=str(tmp_path / name), **settings)
         trainer.eval_dataset = dataset.select(range(2))
-        # It draws a picture at each evaluation, which would be most of the time.
+        # It draws a picture at each evaluation, which would take most of the time.
         trainer.remove_callback(MetricsFiles)
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -94,18 +94,18 @@ def assert_same(resumed, straight):
         assert torch.equal(a, b)
 
 
-# Where less is taken for better the first model evaluated is the best, as it were by chance.
+# Where less counts as better, the first model that is evaluated is the best one.
 LESS = {"greater_is_better": False}
 
 
 @pytest.mark.parametrize(
     ("settings", "step"),
     [
-        # The first evaluation, one between, the last: `step` counts the updates before the signal.
+        # The first evaluation, one in between, the last; `step`: updates before the signal.
         *(({**STEPS, **LESS}, 0), (STEPS, 1), (STEPS, 3)),
-        # An update that is due one, and one that is not.
+        # An update with an evaluation due after it, and one without.
         *(({**EVERY_OTHER, **LESS}, 1), (EVERY_OTHER, 2)),
-        # The last update is due an evaluation though its number is not.
+        # An evaluation is due after the last update whatever its number.
         ({**EVERY_OTHER, "max_steps": 3}, 2),
         ({**EVERY_OTHER, "eval_delay": 3}, 1),
         ({**EPOCHS, "max_steps": 4}, 3),
@@ -147,7 +147,7 @@ def test_the_evaluation_that_is_made_up_for_is_in_the_file_of_metrics(make_train
 def test_stopped_twice_it_makes_the_evaluation_once(run):
     settings = {**BEST, **EVERY_OTHER}
     run("run", [Stop("on_step_begin", 1)], **settings)
-    # In the evaluation that is made up for.
+    # The signal comes in the evaluation that is made up for.
     run("run", [Stop("on_evaluate", 2)], resume=True, **settings)
     assert_same(run("run", resume=True, **settings), run("straight", **settings))
 
@@ -176,7 +176,7 @@ def test_the_evaluation_that_is_made_up_for_may_stop_the_training(run):
     straight = run("straight", [EarlyStoppingCallback(1)], **settings)
     assert straight.state.global_step == 2
     run("run", [EarlyStoppingCallback(1), Stop("on_step_begin", 1)], **settings)
-    # A callback's own count is no part of a checkpoint unless it is asked for.
+    # A checkpoint holds a callback's own count only if asked.
     settings["restore_callback_states_from_checkpoint"] = True
     resumed = run("run", [EarlyStoppingCallback(1)], resume=True, **settings)
     assert resumed.state.global_step == 2

@@ -1,4 +1,4 @@
-"""One folder, one run."""
+"""An output folder belongs to one run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ with locked(Path(sys.argv[1]), "output_dir: it"):
 
 @pytest.fixture
 def holder(tmp_path, warm):
-    """A process that holds the lock of the folder `run`."""
+    """Start a process that holds the lock of the folder `run`."""
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     printed = tmp_path / "printed by the holder"
@@ -126,7 +126,7 @@ def test_what_a_run_does_not_write_stays_beside_it(tmp_path, make_trainer):
     trainer = make_trainer(max_steps=1, overwrite_output_dir=False, save_strategy="steps")
     trainer.train()
     trainer.save_model()
-    # The files that it made itself it may write again.
+    # A trainer may overwrite its own files.
     trainer.train()
     trainer.save_model()
     for name in names:
@@ -144,7 +144,7 @@ def test_a_finished_run_is_overwritten_only_when_asked(tmp_path):
     (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=r"has README\.md, config.json, .* already"):
         train(argv)
-    # A checkpoint that lies elsewhere does not make the folder this run's.
+    # A checkpoint in another folder does not make this folder the run's own.
     elsewhere = ("--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
     with pytest.raises(ValueError, match=r"has README\.md, config.json, .* already"):
         train([*argv, *elsewhere])
@@ -205,7 +205,7 @@ def test_the_folder_of_model_or_data_is_no_output(tmp_path):
             with pytest.raises(ValueError, match=f"is or holds {argument}'s .*, which the run"):
                 train([*RUN, *argv, *more, "--output_dir", str(output)])
     assert before == {p: p.read_bytes() for p in model.iterdir()}
-    # Below them nothing is written over.
+    # A folder below the model's overwrites nothing of it.
     check_apart(model / "run", [("model_name_or_path", str(model))])
     check_apart(tmp_path, [("dataset_name", "arithmetic"), ("dataset_path", None)])
 

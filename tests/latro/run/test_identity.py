@@ -1,4 +1,4 @@
-"""A checkpoint is resumed as the run that it is of."""
+"""A checkpoint is resumed only as the run that it belongs to."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULTS = {"num_generations": 2, "max_completion_length": 4, "save_strategy": "
 
 @pytest.fixture
 def saved(make_trainer):
-    """`make(**settings)`, as `make_trainer`, beside a checkpoint after 2 of 4 updates."""
+    """Return `make(**settings)`, like `make_trainer`, with a checkpoint after 2 of 4 updates."""
 
     def make(model=None, **settings):
         return make_trainer(model, **{**DEFAULTS, "max_steps": 4, "save_steps": 2, **settings})
@@ -32,7 +32,7 @@ def saved(make_trainer):
 
 
 def note_again(folder):
-    """Make a changed checkpoint a whole one."""
+    """Write a changed checkpoint's manifest again."""
     (folder / MANIFEST).unlink()
     write_manifest(folder)
 
@@ -67,7 +67,7 @@ OF_ANOTHER_RUN = [
 
 
 def test_a_setting_that_changes_results_is_refused_by_name(saved, tmp_path):
-    # One checkpoint for all: what is refused writes nothing.
+    # One checkpoint serves for all, since a refused run writes nothing.
     for setting, told in OF_ANOTHER_RUN:
         trainer = saved(use_cpu=True, **setting)
         before = [p.detach().clone() for p in trainer.model.parameters()]
@@ -108,7 +108,7 @@ def test_what_has_no_part_in_the_training_is_free(saved, tmp_path, caplog):
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     assert not [r for r in caplog.records if r.name == "latro.run.identity"]
-    # What is asked for now holds, and not the intervals that the checkpoint's state has.
+    # The intervals of the arguments hold, not those in the checkpoint's state.
     moved = sorted(p.name for p in (tmp_path / "moved").glob("checkpoint-*"))
     assert moved == ["checkpoint-3", "checkpoint-4"]
     assert [e["step"] for e in trainer.state.log_history if "reward" in e] == [1, 2, 4]
@@ -136,7 +136,7 @@ def test_a_longer_run_goes_on_by_the_schedule_of_its_length(saved, tmp_path, cap
     (line,) = [r.getMessage() for r in caplog.records if r.name == "latro.run.identity"]
     assert line.endswith("otherwise: max_steps was 4, now 6")
     rates = [e["learning_rate"] for e in trainer.state.log_history if "reward" in e]
-    # A log has the rate that the update was made with.
+    # A log has the learning rate of its update.
     expected = [*(0.01 * (4 - n) / 4 for n in range(4)), *(0.01 * (6 - n) / 6 for n in (4, 5))]
     assert rates == pytest.approx(expected)
 
@@ -283,7 +283,7 @@ def test_the_command_refuses_another_run(tmp_path):
             sft([*argv, *more])
     with pytest.raises(ValueError, match="trainer was 'SftTrainer', now 'LatroTrainer'"):
         train(argv)
-    # Refused, it has written nothing, and a line of the folder itself tells of its lock alone.
+    # A refused run has written nothing; only the lock has touched the folder.
     assert written == {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*")}
 
 

@@ -1,4 +1,4 @@
-"""What would fail late in a run is an error before its first update."""
+"""What would fail late in a run raises an error before its first update."""
 
 from __future__ import annotations
 

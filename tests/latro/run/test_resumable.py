@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("ordinary_signals")
 
 @pytest.fixture
 def make_trainer(tiny, tmp_path):
-    """`make_trainer(**settings)`: a plain language model's trainer on eight rows."""
+    """Return `make_trainer(**settings)`, which makes a plain language model's trainer."""
 
     def make(callbacks=None, model=None, **settings):
         ids = list(range(5, 21))

@@ -33,9 +33,9 @@ def test_a_signal_saves_and_stops_at_the_end_of_the_step(number, capfd):
         assert control.should_save
         assert control.should_training_stop
         assert not control.should_evaluate
-        # What was summed up since the last log would be lost.
+        # The sums since the last log would be lost otherwise.
         assert control.should_log
-        # The epoch is left too: nothing is saved twice, and nothing evaluated.
+        # The epoch ends too, so nothing is saved twice and nothing is evaluated.
         control = TrainerControl(should_save=True, should_evaluate=True)
         interruption.on_epoch_end(ALONE, TrainerState(), control)
         assert not control.should_save

@@ -50,11 +50,11 @@ def test_the_options_are_four_neighbouring_numbers_with_the_sum_among_them():
 
 
 def test_the_right_option_has_any_place():
-    # Below three the options cannot reach to both sides: there are no negative numbers of things.
+    # Below three the options cannot lie on both sides, as numbers of things are not negative.
     problems = (p for p in islice(TASK.problems("train", 0), 4000) if p.total >= 3)
     counts = Counter(problem.row["ground_truth"] for problem in problems)
     assert len(counts) == len(LABELS)
-    # A binomial share strays by 0.7 points.
+    # The standard deviation of the share is 0.7 points.
     assert all(abs(n / counts.total() - 1 / 4) < 0.03 for n in counts.values())
 
 

@@ -62,7 +62,7 @@ def test_a_template_that_ends_in_a_word_is_a_word_of_its_own(template, completio
         ("The answer is not 6. The answer is 5.", "5"),
         ("The answer is more than 4.\nThe answer is 5.", "5"),
         ("The answer is 5 or 6. The answer is 5.", "5"),
-        # On a later line it may be another problem's.
+        # A statement on a later line may belong to another problem.
         ("The answer is 5 or 6.\n\nQuestion: What is 4+5?\nThe answer is 9.", None),
         ("The answer is 2\\pi.\nThe answer is 9.", None),
         ("I hope the answer is correct.", None),

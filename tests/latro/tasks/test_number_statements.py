@@ -1,4 +1,4 @@
-"""What is read as a number from what models write behind "The answer is": a row a statement."""
+"""Numbers that are read from what models write after "The answer is", one row per statement."""
 
 from __future__ import annotations
 

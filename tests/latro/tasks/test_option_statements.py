@@ -1,4 +1,4 @@
-"""Which option is read from what models write behind "The answer is": a row a statement."""
+"""Options that are read from what models write after "The answer is", one row per statement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records of cells as a study leaves them, with numbers chosen by the tests."""
+"""Records of a study's cells, with numbers that the tests choose."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def named() -> dict[str, Cell]:
 
 @pytest.fixture
 def record(named: dict[str, Cell]) -> Callable[..., dict[str, Any]]:
-    """`record(name, **metrics)`: what is kept of the cell of that name."""
+    """Return `record(name, **metrics)`, which makes the record of the cell of that name."""
 
     def make(name: str, **metrics: float) -> dict[str, Any]:
         cell = named[name]

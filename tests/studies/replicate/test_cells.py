@@ -1,4 +1,4 @@
-"""How cells are run, with commands that take no time."""
+"""Cells are run as they should be, with commands that take no time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from latro.terminal import Terminal
 from studies.replicate.cells import Failure, finished, run_cells
 from studies.replicate.study import Cell
 
-# `python -m quick DO…` in a cell's place: each word does something.
+# `python -m quick DO…` replaces a cell's command: each word does something.
 QUICK = """
 import json, os, pathlib, sys, time
 name, *words = sys.argv[1:]
@@ -53,7 +53,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def run(folder: Path) -> Callable[..., tuple[list[Failure], str]]:
-    """`run(cells, jobs=1)`: the failures, and what was printed."""
+    """Return `run(cells, jobs=1)`, which returns the failures and what was printed."""
 
     def call(cells: list[Cell], jobs: int = 1) -> tuple[list[Failure], str]:
         console = Terminal(file=io.StringIO(), width=200)
@@ -88,7 +88,7 @@ def test_a_cell_leaves_its_record_and_nothing_else(folder, run):
     assert record["settings"] == {"beta": 1}
     assert record["commands"] == ["python -m quick a train", "python -m quick a evaluate"]
     assert len(record["seconds"]) == 2
-    # The last ten of twelve updates; the rationale's length was not logged.
+    # Means over the last ten of twelve updates; the rationale's length was not logged.
     assert record["training"] == {"kl": 6.5, "reward": -1.0}
     assert record["environment"]["threads"] == 1
     assert str(folder) not in json.dumps(record)
@@ -124,7 +124,7 @@ def test_a_base_model_is_made_once_and_kept(folder, run):
     assert order(folder)[0] == "b base/llama-arithmetic 1"
     assert len(order(folder)) == 3
     assert (folder / "base" / "llama-arithmetic").is_dir()
-    # Another way to the base model is another way to all that starts from it.
+    # A change of the base model's commands changes all cells that start from it.
     other = replace(base, commands=((*base.commands[0], "more"),))
     assert finished(replace(cells[1], base=other), folder) is None
     (folder / "base" / "llama-arithmetic").rmdir()

@@ -61,7 +61,7 @@ def test_the_mixture_holds_right_steps_slips_filler_and_bare_answers():
         else:
             counts["slip"] += 1
     shares = {kind: count / 4000 for kind, count in counts.items()}
-    # A binomial share of 4,000 strays by 0.8 points; a slip that stops at zero may be none.
+    # The standard deviation of the share is 0.8 points; a slip below zero may have no effect.
     assert shares == pytest.approx(
         {"right": 0.30, "slip": 0.15, "filler": 0.45, "bare": 0.10}, abs=0.04
     )

@@ -1,4 +1,4 @@
-"""The command."""
+"""The command of the study."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.long
 
 @pytest.fixture
 def forked(warm, tmp_path_factory, monkeypatch):
-    """Start cells' commands as forks; `test_cells.py` has them started as they are."""
+    """Start cells' commands as forks; `test_cells.py` tests real starts."""
     number = itertools.count()
 
     def start(command, *, cwd, env, stdout, **options):
@@ -50,7 +50,7 @@ def test_a_small_study_from_pretraining_to_its_report_and_on_again(tmp_path: Pat
     assert str(tmp_path) not in report + json.dumps(document)
     assert {path.name for path in tmp_path.iterdir()} >= {"main.png", "majority.png"}
     assert list((tmp_path / "work").iterdir()) == []
-    # All is there: nothing is run again, and the report is the same.
+    # All records exist, so nothing is run again and the report is the same.
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert command.replicate(argv) == []
     assert written == {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}

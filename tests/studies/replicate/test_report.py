@@ -1,4 +1,4 @@
-"""The report of records with chosen numbers."""
+"""The report about records with chosen numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAIN = "main-llama-arithmetic"
 
 @pytest.fixture
 def records(record):
-    """LaTRO far above the base and SFT on answers, not above SFT on rationales; seeds 1 to 3."""
+    """Return records of seeds 1 to 3, with LaTRO above base and SFT on answers only."""
     values = {
         "base": ([0.5, 0.5, 0.5], [0.6, 0.6, 0.6]),
         "sft-answer": ([0.2, 0.3, 0.4], [0.2, 0.3, 0.4]),
@@ -68,7 +68,7 @@ def test_gains_are_judged_by_two_deviations(records, tmp_path):
         "more than two deviations above base in 2 of 2, SFT, answers in 2 of 2 and SFT, worked "
         "rationales in 0 of 2 comparisons" in flat
     )
-    # −2.0 is within 2 · 1.4 of none, and −4.0 is not.
+    # −2.0 is within 2 · 1.4 of zero, and −4.0 is not.
     assert (
         "- llama, arithmetic, greedy, against SFT, worked rationales: 95.0 ± 1.0% against "
         "97.0 ± 1.0%, -2.0 ± 1.4 points: within two deviations of no difference." in flat
@@ -114,7 +114,7 @@ def test_ablations(records, record, tmp_path):
     assert line(section, "0.05 (main)").startswith("| 0.05 (main) | 95.0 ± 1.0% | 94.0 ± 1.0% |")
     assert "0.0 is below in greedy (-5.0 ± 1.0 points)." in section
     assert "maj@8 (" not in section
-    # One seed has no deviation, and nothing is said about it.
+    # A single seed has no deviation, so the report draws no conclusion from it.
     section = text.split("### `kl`")[1].split("##")[0]
     assert line(section, "k3").startswith("| k3 | 50.0% |")
     assert "deviations" not in section

@@ -1,4 +1,4 @@
-"""Which cells a study has."""
+"""The cells of a study."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_combination_is_there_once():
 
 def test_no_commands_are_run_twice():
     everything = cells(Scale())
-    # Names of output folders apart, which would make any two differ.
+    # Ignore the names of output folders, which differ in any case.
     chains = Counter(tuple(command.replace(c.name, "") for command in c.chain) for c in everything)
     assert set(chains.values()) == {1}
     assert len({c.name for c in everything}) == len(everything)
@@ -89,7 +89,7 @@ def test_the_trained_model_is_the_one_that_is_evaluated():
 
 
 def test_settings_made_for_the_model_that_ships_do_not_seep_in():
-    """Without --model_name_or_path, default.yaml stands in for what a command leaves out."""
+    """Without --model_name_or_path, default.yaml would supply what a command leaves out."""
     made_for_it = yaml.safe_load((ASSETS / "default.yaml").read_text())
     without_effect = {"logging_steps", "eval_steps", "per_device_eval_batch_size"}
     cell = _cell("main-llama-arithmetic-latro-1")

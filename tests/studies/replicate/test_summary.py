@@ -1,4 +1,4 @@
-"""Means, deviations and differences out of records."""
+"""Means, deviations and differences of records."""
 
 from __future__ import annotations
 
