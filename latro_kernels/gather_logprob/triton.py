@@ -106,24 +106,14 @@ def backward_kernel(
         grad_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
         is_read |= grad_entropy != 0.0
+    upstream, forward = (grad_logp, grad_entropy), (logp, entropy, row_max, log_sum)
     # A row that nobody asks about is not read, and gets 0 whatever is in it.
     length = tl.where(is_read, V, 0)
     for begin in range(0, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < length, softcap, temperature, False, HAS_SOFTCAP)
         dz = product_grad(
-            z,
-            j == hit,
-            grad_logp,
-            grad_entropy,
-            logp,
-            entropy,
-            row_max,
-            log_sum,
-            softcap,
-            temperature,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
+            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
         )
         dz = tl.where(j < length, dz, 0.0)
         tl.store(dlogits_ptr + row * stride_dn + j, dz, mask=j < V)
@@ -164,13 +154,7 @@ def backward(
         backward_kernel[(N,)](
             logits_ptr=logits,
             dlogits_ptr=dlogits,
-            target_ptr=grad.target,
-            grad_logp_ptr=grad.grad_logp,
-            grad_entropy_ptr=grad.grad_entropy,
-            logp_ptr=grad.logp,
-            entropy_ptr=grad.entropy,
-            row_max_ptr=grad.row_max,
-            log_sum_ptr=grad.log_sum,
+            **grad.pointers(),
             stride_n=logits.stride(0),
             stride_dn=dlogits.stride(0),
             V=V,

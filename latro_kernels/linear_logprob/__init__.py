@@ -110,7 +110,7 @@ class _LinearLogprob(torch.autograd.Function):
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
             target = target - first
-        row_max, sum_exp, target_logit, weighted_sum, dx_sum, cached, block_max = ops.forward(
+        *state, dx_sum, cached, block_max = ops.forward(
             hidden=hidden,
             weight=weight,
             target=target,
@@ -124,31 +124,18 @@ class _LinearLogprob(torch.autograd.Function):
             block_max=options.grad_filter > 0,
             memory_budget=options.memory_budget,
         )
-        own_max = row_max
+        own_max = state[0]
         if options.group is not None:
-            row_max, sum_exp, target_logit, weighted_sum = vocab_parallel.merge(
-                row_max, sum_exp, target_logit, weighted_sum, options.group
-            )
+            state = vocab_parallel.merge(state, options.group)
+        row_max, sum_exp, target_logit, weighted_sum = state
         log_sum = sum_exp.log()
         logp = (target_logit - row_max) - log_sum
         entropy = log_sum - weighted_sum / sum_exp if options.with_entropy else None
         # What makes probabilities of the exponentials in dx_sum, which are under this rank's max.
         scale = torch.exp(own_max - row_max) / sum_exp
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            bias,
-            target,
-            logp,
-            entropy,
-            row_max,
-            log_sum,
-            target_logit,
-            scale,
-            dx_sum,
-            cached,
-            block_max,
-        )
+        inputs = (hidden, weight, target, bias)
+        found = (logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max)
+        ctx.save_for_backward(*inputs, *found)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return logp, entropy
@@ -163,8 +150,8 @@ class _LinearLogprob(torch.autograd.Function):
                 "linear_logprob has no double backward; use backend='reference' for create_graph"
             )
         options: _Options = ctx.options
-        hidden, weight, bias, target, logp, entropy, row_max, log_sum, *rest = ctx.saved_tensors
-        target_logit, scale, dx_sum, cached, block_max = rest
+        hidden, weight, target, bias, *found = ctx.saved_tensors
+        logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max = found
         needs = ctx.needs_input_grad[:3]
         if grad_logp is None:
             grad_logp = torch.zeros_like(logp)

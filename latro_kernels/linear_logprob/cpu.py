@@ -30,7 +30,7 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
         state.weighted_sum,
         state.dx_sum,
         state.cached,
-        _columns_of(state.cached, head),
+        state.cached.numel() // max(1, len(head.hidden)),  # columns
         state.block_max,
         *head.hidden.shape,
         len(head.weight),
@@ -51,8 +51,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
     (N, H), V = head.hidden.shape, len(head.weight)
-    active = grad.active()
-    rows = None if bool(active.all()) else active.nonzero().flatten()
+    rows = grad.active_rows()
     if block_max is not None:
         rows = grad.filter_order(block_max, grad_filter, rows)
     M = N if rows is None else len(rows)
@@ -75,7 +74,7 @@ def backward(
             grad.row_max,
             grad.log_sum,
             cached,
-            _columns_of(cached, head),
+            cached.numel() // N,
             block_max,
             grad_filter,
             dx,
@@ -96,12 +95,6 @@ def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
     return State.empty(
         head, target, wanted, cached_step=2 * FILTER_COLUMNS, block_columns=FILTER_COLUMNS
     )
-
-
-def _columns_of(cached: Tensor, head: Head) -> int:
-    """Return of how many columns the products are cached."""
-    N = len(head.hidden)
-    return cached.numel() // N if N else 0
 
 
 def _operands(head: Head) -> tuple[Tensor | int | None, ...]:

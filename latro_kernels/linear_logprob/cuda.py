@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latro_kernels import native
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile, operand_dtype
+from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import RowGrad, State
 
 
@@ -31,16 +31,14 @@ def fold(head: Head, tile: Tile, products: Tensor, state: State) -> None:
         )
 
 
-def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
-    """Return dz of a tile in the dtype of operands; it may take the place of the products."""
-    dtype = operand_dtype(head)
-    dz = products if products.dtype == dtype else torch.empty_like(products, dtype=dtype)
+def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad, dz: Tensor) -> None:
+    """Write dz of a tile, which may take the place of its products."""
     with torch.cuda.device(products.device):
         native.call(
             "latro_cuda_linear_logprob_grad",
             products,
             dz,
-            native.dtype_code(dtype),
+            native.dtype_code(dz.dtype),
             tile.bias,
             grad.target,
             grad.grad_logp,
@@ -55,4 +53,3 @@ def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
             head.temperature,
             torch.cuda.current_stream().cuda_stream,
         )
-    return dz

@@ -44,17 +44,8 @@ torch.library.define(
 
 
 @torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
-def _forward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    is_whole: bool,
-    *wanted: Any,
-) -> tuple[Tensor, ...]:
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, temperature, softcap, backend, is_whole, *wanted = rest
     # Here, for torch.compile drops an op that only checks. Of a part of the vocabulary the caller
     # has checked the targets: those of the other parts are none here.
     if is_whole:
@@ -68,34 +59,16 @@ def _forward(
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    is_whole: bool,
-    *wanted: Any,
-) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, temperature, softcap, backend, _, *wanted = rest
     backend = default_backend(hidden.device) if backend == "auto" else backend
     head, asked = Head(hidden, weight, bias, temperature, softcap, backend), Wanted(*wanted)
     return _outputs(_driver(head, filtered=asked.block_max).empty_state(head, target, asked))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
-def _backward(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float,
-    backend: str,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    *rows, cached, block_max, grad_filter, needs = arguments
+def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    bias, temperature, softcap, backend, *rows, cached, block_max, grad_filter, needs = rest
     head = Head(hidden, weight, bias, temperature, softcap, resolve(backend, hidden.device))
     contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *rows)]
     grad = RowGrad(*contiguous)

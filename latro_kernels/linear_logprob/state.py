@@ -75,12 +75,8 @@ class State:
     ) -> State:
         """Make room for a forward's results.
 
-        Args:
-            head: the problem.
-            target: int64 [N].
-            wanted: what the forward makes.
-            cached_step: columns whose products are cached together, or not at all.
-            block_columns: columns of a block of `block_max`; None where the driver has none.
+        Products are cached of a multiple of `cached_step` columns; a block of `block_max` has
+        `block_columns`, None where the driver has no such maxima.
         """
         (N, H), V = head.hidden.shape, head.weight.shape[0]
 
@@ -109,16 +105,9 @@ class State:
             self.weighted_sum.zero_()
 
     def rows(self, block: slice) -> State:
-        """Return the state of some rows, to be changed in place."""
-        return replace(
-            self,
-            target=self.target[block],
-            row_max=self.row_max[block],
-            sum_exp=self.sum_exp[block],
-            target_logit=self.target_logit[block],
-            weighted_sum=None if self.weighted_sum is None else self.weighted_sum[block],
-            dx_sum=None if self.dx_sum is None else self.dx_sum[block],
-        )
+        """Return the state of some rows, to be changed in place; what is cached stays whole."""
+        own = {k: t[block] for k, t in vars(self).items() if t is not None and k != "cached"}
+        return replace(self, **own)
 
     def rescaling(self, old_max: Tensor) -> Tensor:
         """Return the factors [N] that turn sums under the maximum `old_max` into those of now."""
@@ -167,10 +156,21 @@ class RowGrad:
         own: dict[str, Any] = {k: None if t is None else t[block] for k, t in vars(self).items()}
         return RowGrad(**own)
 
-    def active(self) -> Tensor:
-        """Return which rows have an upstream gradient, bool [N]."""
+    def pointers(self) -> dict[str, Tensor | None]:
+        """Return the fields as arguments of a Triton kernel."""
+        return {f"{name}_ptr": rows for name, rows in vars(self).items()}
+
+    def active_rows(self) -> Tensor | None:
+        """Return the numbers of the rows that have an upstream gradient, or None for all.
+
+        Their number has to be waited for, which a CUDA graph cannot: it takes all.
+        """
         active = self.grad_logp != 0
-        return active if self.grad_entropy is None else active | (self.grad_entropy != 0)
+        if self.grad_entropy is not None:
+            active = active | (self.grad_entropy != 0)
+        if active.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        return None if bool(active.all()) else active.nonzero().flatten()
 
     def filter_order(
         self, block_max: Tensor, grad_filter: float, rows: Tensor | None = None

@@ -47,7 +47,7 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
             if rows.dx_sum is None:
                 continue
             # Bring the sum of dx to the new maximum, and add this tile's part of it.
-            e = kernels.grad(head, tile, products, RowGrad.of_exponentials(rows))
+            e = _dz(head, tile, products, RowGrad.of_exponentials(rows))
             if columns.start > 0:
                 rows.dx_sum.mul_(rows.rescaling(old_max)[:, None])
             add_product(rows.dx_sum, e, weight, first=columns.start == 0)
@@ -68,7 +68,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
-    kernels, buffer = _kernels(head.backend), _buffer(head)
+    buffer = _buffer(head)
 
     def make(tile: Tile) -> Gradient:
         products = _room(head, tile, cached, buffer)
@@ -77,7 +77,7 @@ def backward(
             products = products.clone()
         else:
             add_product(products, tile.hidden, tile.weight.t(), first=True)
-        return Gradient(kernels.grad(head, tile, products, grad.rows(tile.rows)))
+        return Gradient(_dz(head, tile, products, grad.rows(tile.rows)))
 
     return sweep(head, needs, tile_shape(head), make)
 
@@ -96,6 +96,14 @@ def _room(head: Head, tile: Tile, cached: Tensor, buffer: Tensor) -> Tensor:
     if _is_cached(head, tile, cached):
         buffer, offset = cached, len(head.hidden) * tile.columns.start + tile.rows.start * shape[1]
     return buffer[offset : offset + shape[0] * shape[1]].view(shape)
+
+
+def _dz(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
+    """Return dz in the dtype of the next product, in the place of this one if that is fp32."""
+    dtype = operand_dtype(head)
+    dz = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
+    _kernels(head.backend).grad(head, tile, products, grad, dz)
+    return dz
 
 
 def _is_cached(head: Head, tile: Tile, cached: Tensor) -> bool:

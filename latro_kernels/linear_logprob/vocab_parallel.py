@@ -26,14 +26,12 @@ def place(weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     return sizes[:rank].sum(), sizes.sum()
 
 
-def merge(
-    row_max: Tensor,
-    sum_exp: Tensor,
-    target_logit: Tensor,
-    weighted_sum: Tensor,
-    group: ProcessGroup,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the four of the whole vocabulary from this rank's; the last may have length 0."""
+def merge(state: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """Return row_max, sum_exp, target_logit and weighted_sum of all ranks from this rank's.
+
+    The last has length 0 where no entropy is asked for.
+    """
+    row_max, sum_exp, target_logit, weighted_sum = state
     largest = torch.stack([row_max, target_logit])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     top, target_logit = largest.unbind()
@@ -45,7 +43,7 @@ def merge(
         moment = drop.exp() * (weighted_sum + drop * sum_exp)
         parts.append(torch.where(is_empty | (drop.exp() == 0), 0, moment))
     sums = sum_(torch.stack(parts), group)
-    return top, sums[0], target_logit, sums[1] if len(weighted_sum) else weighted_sum
+    return [top, sums[0], target_logit, sums[1] if len(weighted_sum) else weighted_sum]
 
 
 def sum_(tensor: Tensor, group: ProcessGroup) -> Tensor:

@@ -93,18 +93,19 @@ def fold_logits(z, row_max, sum_exp, weighted_sum, AXIS: tl.constexpr, WITH_ENTR
 def product_grad(
     z,
     is_target,
-    grad_logp,
-    grad_entropy,
-    logp,
-    entropy,
-    row_max,
-    log_sum,
+    upstream,
+    forward,
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
 ):
-    """Return the gradient with respect to the products that logits z were made of."""
+    """Return the gradient with respect to the products that logits z were made of.
+
+    upstream: the gradients of logp and entropy; forward: logp, entropy, row_max and log_sum.
+    """
+    grad_logp, grad_entropy = upstream
+    logp, entropy, row_max, log_sum = forward
     log_p = tl.where(is_target, logp, (z - row_max) - log_sum)
     p = tl.exp(log_p)
     # 1 - p by expm1: exact where p is close to 1.

@@ -1,4 +1,4 @@
-"""Which shape of a store-free program is used where; what it costs is measured on a GPU."""
+"""Which shape of a block of products is used where; what it costs is measured on a GPU."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ long enough to make exp(z − row_max) of them, and multiplies that with the wei
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -16,14 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import (
-    Gradient,
-    Tile,
-    add_product,
-    operand_dtype,
-    slices,
-    sweep,
-)
+from latro_kernels.head_gradient import Gradient, Tile, add_product, operand_dtype, slices, sweep
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.blocks import Config
@@ -103,7 +97,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
     config, N = _config(head), len(head.hidden)
-    rows = _rows_with_gradient(grad)
+    rows = grad.active_rows()
     if block_max is not None:
         rows = grad.filter_order(block_max, grad_filter, rows)
     whole = cached.view(N, -1) if cached.numel() else None
@@ -125,55 +119,29 @@ def backward(
     return sweep(head, needs, (TILE_ROWS, TILE_COLUMNS), make, rows)
 
 
-def _rows_with_gradient(grad: RowGrad) -> Tensor | None:
-    """Return the numbers of the rows that have an upstream gradient, or None for all.
-
-    Their number has to be waited for, which a CUDA graph cannot: it takes all.
-    """
-    active = grad.active()
-    if active.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None
-    return None if bool(active.all()) else active.nonzero().flatten()
-
-
 def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: Config) -> None:
     """Add a tile of all rows to `state`; `cached` receives products of its first columns."""
-    (M, H), V = tile.hidden.shape, len(head.weight)
-    begin, end = tile.columns.start, tile.columns.stop
+    M, begin, end = len(tile.hidden), tile.columns.start, tile.columns.stop
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
     with_entropy = state.weighted_sum is not None
     part_shape = (4 if with_entropy else 3, splits, M)
     parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
-    hidden, weight = _operands(tile, config)
     with torch.cuda.device_of(tile.hidden):
         forward_kernel[(row_blocks * splits,)](
-            hidden=hidden,
-            weight=weight,
-            bias_ptr=tile.bias,
             target_ptr=state.target,
             parts_ptr=parts,
             cached_ptr=cached,
             block_max_ptr=state.block_max,
             N=M,
-            H=H,
-            V=V,
-            begin=begin,
-            end=end,
-            stride_xn=tile.hidden.stride(0),
-            stride_xh=tile.hidden.stride(1),
-            stride_wv=tile.weight.stride(0),
-            stride_wh=tile.weight.stride(1),
             cached_end=begin if cached is None else begin + cached.shape[1],
             stride_cn=0 if cached is None else cached.stride(0),
             stride_part=parts.stride(0),
             row_blocks=row_blocks,
             splits=splits,
-            softcap=head.softcap,
-            temperature=head.temperature,
             WITH_ENTROPY=with_entropy,
             TILES=TILES,
-            **_constants(config),
+            **_product_arguments(head, tile, config),
         )
         merge_kernel[(triton.cdiv(M, _MERGE_ROWS),)](
             parts_ptr=parts,
@@ -203,11 +171,10 @@ def _dz(
     grad_filter: float = 0.0,
 ) -> Gradient:
     """Return dz of a tile; `grad` is of its rows, `cached` and `block_max` are of all rows."""
-    (M, H), V = tile.hidden.shape, len(head.weight)
-    begin, end = tile.columns.start, tile.columns.stop
+    M, columns = len(tile.hidden), len(tile.weight)
     row_blocks = triton.cdiv(M, config.rows)
-    column_blocks = triton.cdiv(end - begin, config.columns)
-    dz = tile.hidden.new_empty(M, end - begin)
+    column_blocks = triton.cdiv(columns, config.columns)
+    dz = tile.hidden.new_empty(M, columns)
     active = None
     if block_max is not None:
         active = torch.empty(row_blocks, column_blocks, dtype=torch.int8, device=dz.device)
@@ -216,40 +183,20 @@ def _dz(
         cached, block_max = (None if t is None else t[tile.rows] for t in (cached, block_max))
     else:
         numbers = tile.rows
-    hidden, weight = _operands(tile, config)
     with torch.cuda.device_of(dz):
         grad_kernel[(row_blocks * column_blocks,)](
-            hidden=hidden,
-            weight=weight,
             cached_ptr=cached,
             rows_ptr=numbers,
-            bias_ptr=tile.bias,
-            target_ptr=grad.target,
-            grad_logp_ptr=grad.grad_logp,
-            grad_entropy_ptr=grad.grad_entropy,
-            logp_ptr=grad.logp,
-            entropy_ptr=grad.entropy,
-            row_max_ptr=grad.row_max,
-            log_sum_ptr=grad.log_sum,
+            **grad.pointers(),
             block_max_ptr=block_max,
             active_ptr=active,
             dz_ptr=dz,
             M=M,
-            H=H,
-            V=V,
-            begin=begin,
-            end=end,
-            stride_xn=tile.hidden.stride(0),
-            stride_xh=tile.hidden.stride(1),
-            stride_wv=tile.weight.stride(0),
-            stride_wh=tile.weight.stride(1),
             stride_cn=0 if cached is None else cached.stride(0),
             row_blocks=row_blocks,
             column_blocks=column_blocks,
             grad_filter=grad_filter,
-            softcap=head.softcap,
-            temperature=head.temperature,
-            **_constants(config),
+            **_product_arguments(head, tile, config),
         )
     return (
         Gradient(dz)
@@ -273,9 +220,23 @@ def _operands(tile: Tile, config: Config) -> tuple[Tensor | TensorDescriptor, ..
     return tuple(TensorDescriptor.from_tensor(t, s) for t, s in zip(both, shapes, strict=True))
 
 
-def _constants(config: Config) -> dict[str, int]:
-    """Return what a kernel that makes products is compiled for."""
+def _product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]:
+    """Return the arguments of a kernel that makes logits of a tile's columns."""
+    hidden, weight = _operands(tile, config)
     return {
+        "hidden": hidden,
+        "weight": weight,
+        "bias_ptr": tile.bias,
+        "H": head.hidden.shape[1],
+        "V": len(head.weight),
+        "begin": tile.columns.start,
+        "end": tile.columns.stop,
+        "stride_xn": tile.hidden.stride(0),
+        "stride_xh": tile.hidden.stride(1),
+        "stride_wv": tile.weight.stride(0),
+        "stride_wh": tile.weight.stride(1),
+        "softcap": head.softcap,
+        "temperature": head.temperature,
         "BLOCK_N": config.rows,
         "BLOCK_V": config.columns,
         "BLOCK_H": config.depth,

@@ -22,50 +22,6 @@ from latro_kernels.linear_logprob.triton.products import (
 from latro_kernels.triton.softmax import flags, fold_logits
 
 
-@triton.jit
-def _fold_columns(
-    products,
-    bias_ptr,
-    cached_ptr,
-    target,
-    first_row,
-    column,
-    N,
-    begin,
-    end,
-    cached_end,
-    stride_cn,
-    softcap,
-    temperature,
-    state,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    WITH_CACHED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Return the rows' state with COLUMNS more from `column` on, and the max of these logits."""
-    row_max, sum_exp, target_logit, weighted_sum = state
-    j = column + tl.arange(0, COLUMNS)
-    if WITH_CACHED:  # noqa: SIM102 (one is known when it is compiled, the other is not)
-        if column < cached_end:
-            to = block_ptr(cached_ptr, stride_cn, first_row, column - begin, ROWS, COLUMNS)
-            in_rows = first_row + tl.arange(0, ROWS) < N
-            tl.store(to, products, mask=in_rows[:, None] & (j < end)[None, :])
-    z = block_logits(
-        products, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
-    )
-    is_here = (target >= column) & (target < column + COLUMNS)
-    is_target = tl.arange(0, COLUMNS)[None, :] == (target - column).to(tl.int32)[:, None]
-    target_logit = tl.where(is_here, tl.sum(tl.where(is_target, z, 0.0), 1), target_logit)
-    largest = tl.max(z, 1)
-    row_max, sum_exp, weighted_sum = fold_logits(
-        z, row_max, sum_exp, weighted_sum, AXIS=1, WITH_ENTROPY=WITH_ENTROPY
-    )
-    return (row_max, sum_exp, target_logit, weighted_sum), largest
-
-
 @triton.heuristics(
     flags(HAS_BIAS="bias_ptr", WITH_CACHED="cached_ptr", WITH_BLOCK_MAX="block_max_ptr")
     | descriptors
@@ -121,56 +77,41 @@ def forward_kernel(
     target_logit = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
     first = begin + split * TILES * BLOCK_V
+    shape = (N, end - begin, H)
+    strides = (stride_xn, stride_xh, stride_wv, stride_wh)
+    PART: tl.constexpr = BLOCK_V // 4
     for column in range(first, min(first + TILES * BLOCK_V, end), BLOCK_V):
+        corner = (first_row, column - begin)
         products = block_products(
-            hidden,
-            weight,
-            first_row,
-            column - begin,
-            N,
-            end - begin,
-            H,
-            stride_xn,
-            stride_xh,
-            stride_wv,
-            stride_wh,
-            DESCRIPTORS,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
+            hidden, weight, corner, shape, strides, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_H
         )
         parts = quarters(products, BLOCK_N, BLOCK_V)
-        state = (row_max, sum_exp, target_logit, weighted_sum)
         largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        # Fold the logits, a quarter of the block at a time.
         for quarter in tl.static_range(4):
-            state, of_part = _fold_columns(
-                parts[quarter],
-                bias_ptr,
-                cached_ptr,
-                target,
-                first_row,
-                column + quarter * (BLOCK_V // 4),
-                N,
-                begin,
-                end,
-                cached_end,
-                stride_cn,
-                softcap,
-                temperature,
-                state,
-                HAS_BIAS,
-                HAS_SOFTCAP,
-                WITH_ENTROPY,
-                WITH_CACHED,
-                BLOCK_N,
-                BLOCK_V // 4,
+            part, left = parts[quarter], column + quarter * PART
+            j = left + tl.arange(0, PART)
+            if WITH_CACHED:  # noqa: SIM102 (one is known when it is compiled, the other is not)
+                if left < cached_end:
+                    cached = block_ptr(
+                        cached_ptr, stride_cn, first_row, left - begin, BLOCK_N, PART
+                    )
+                    tl.store(cached, part, mask=in_rows[:, None] & (j < end)[None, :])
+            z = block_logits(
+                part, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
             )
-            largest = tl.maximum(largest, of_part)
-        row_max, sum_exp, target_logit, weighted_sum = state
+            is_here = (target >= left) & (target < left + PART)
+            is_target = tl.arange(0, PART)[None, :] == (target - left).to(tl.int32)[:, None]
+            of_target = tl.sum(tl.where(is_target, z, 0.0), 1)
+            target_logit = tl.where(is_here, of_target, target_logit)
+            largest = tl.maximum(largest, tl.max(z, 1))
+            row_max, sum_exp, weighted_sum = fold_logits(
+                z, row_max, sum_exp, weighted_sum, AXIS=1, WITH_ENTROPY=WITH_ENTROPY
+            )
         if WITH_BLOCK_MAX:
             blocks = tl.cdiv(V, BLOCK_V)
-            to = block_max_ptr + i.to(tl.int64) * blocks + column // BLOCK_V
-            tl.store(to, largest, mask=in_rows)
+            block_max = block_max_ptr + i.to(tl.int64) * blocks + column // BLOCK_V
+            tl.store(block_max, largest, mask=in_rows)
     to = parts_ptr + split.to(tl.int64) * N + i
     tl.store(to, row_max, mask=in_rows)
     to += stride_part

@@ -16,54 +16,6 @@ from latro_kernels.linear_logprob.triton.products import (
 from latro_kernels.triton.softmax import flags, product_grad
 
 
-@triton.jit
-def _store_gradient(
-    products,
-    bias_ptr,
-    dz_ptr,
-    first_row,
-    column,
-    begin,
-    end,
-    in_rows,
-    rows,
-    softcap,
-    temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
-    WITH_FILTER: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Store dz of COLUMNS columns from `column` on."""
-    target, grad_logp, grad_entropy, logp, entropy, row_max, log_sum = rows
-    j = column + tl.arange(0, COLUMNS)
-    in_range = j < end
-    z = block_logits(
-        products, bias_ptr, j - begin, in_range, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
-    )
-    dz = product_grad(
-        z,
-        tl.arange(0, COLUMNS)[None, :] == (target - column).to(tl.int32)[:, None],
-        grad_logp[:, None],
-        grad_entropy[:, None],
-        logp[:, None],
-        entropy[:, None],
-        row_max[:, None],
-        log_sum[:, None],
-        softcap,
-        temperature,
-        HAS_SOFTCAP,
-        WITH_ENTROPY,
-    )
-    if WITH_FILTER:
-        # Nothing comes of a row that nobody asks about, whatever is in it.
-        dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
-    to = block_ptr(dz_ptr, end - begin, first_row, column - begin, ROWS, COLUMNS)
-    tl.store(to, dz, mask=in_rows[:, None] & in_range[None, :])
-
-
 @triton.heuristics(
     flags(
         HAS_ROWS="rows_ptr",
@@ -131,6 +83,8 @@ def grad_kernel(
     if HAS_ROWS:
         number = tl.load(rows_ptr + i, mask=in_rows, other=0)
     column = begin + column_block * BLOCK_V
+    PART: tl.constexpr = BLOCK_V // 4
+    # What is known of the rows.
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     grad_logp = tl.load(grad_logp_ptr + i, mask=in_rows, other=0.0)
     logp = tl.load(logp_ptr + i, mask=in_rows, other=0.0)
@@ -141,9 +95,9 @@ def grad_kernel(
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
         entropy = tl.load(entropy_ptr + i, mask=in_rows, other=0.0)
-    rows = (target, grad_logp, grad_entropy, logp, entropy, row_max, log_sum)
     is_active = True
     if WITH_FILTER:
+        # Whether |dz| may reach the threshold in any row, by the block's largest logit.
         blocks = tl.cdiv(V, BLOCK_V)
         from_ptr = block_max_ptr + number * blocks + column // BLOCK_V
         log_p = (tl.load(from_ptr, mask=in_rows, other=0.0) - row_max) - log_sum
@@ -160,55 +114,38 @@ def grad_kernel(
         tl.store(active_ptr + row_block * column_blocks + column_block, is_active.to(tl.int8))
     if is_active:
         if not IS_CACHED:
+            shape, corner = (M, end - begin, H), (first_row, column - begin)
+            strides = (stride_xn, stride_xh, stride_wv, stride_wh)
             block = block_products(
-                hidden,
-                weight,
-                first_row,
-                column - begin,
-                M,
-                end - begin,
-                H,
-                stride_xn,
-                stride_xh,
-                stride_wv,
-                stride_wh,
-                DESCRIPTORS,
-                BLOCK_N,
-                BLOCK_V,
-                BLOCK_H,
+                hidden, weight, corner, shape, strides, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_H
             )
             parts = quarters(block, BLOCK_N, BLOCK_V)
+        # Logits and their gradient, a quarter of the block at a time.
         for quarter in tl.static_range(4):
-            first = column + quarter * (BLOCK_V // 4)
+            left = column + quarter * PART
+            j = left + tl.arange(0, PART)
+            in_block = in_rows[:, None] & (j < end)[None, :]
             if IS_CACHED:
-                of_slice = first - begin + tl.arange(0, BLOCK_V // 4)
-                products = tl.load(
-                    cached_ptr + (number * stride_cn)[:, None] + of_slice[None, :],
-                    mask=in_rows[:, None] & (of_slice < end - begin)[None, :],
-                    other=0.0,
-                )
+                cached = cached_ptr + (number * stride_cn)[:, None] + (j - begin)[None, :]
+                products = tl.load(cached, mask=in_block, other=0.0)
             else:
                 products = parts[quarter]
-            _store_gradient(
-                products,
-                bias_ptr,
-                dz_ptr,
-                first_row,
-                first,
-                begin,
-                end,
-                in_rows,
-                rows,
-                softcap,
-                temperature,
-                HAS_BIAS,
-                HAS_SOFTCAP,
-                WITH_ENTROPY,
-                WITH_FILTER,
-                BLOCK_N,
-                BLOCK_V // 4,
+            z = block_logits(
+                products, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
             )
+            is_target = tl.arange(0, PART)[None, :] == (target - left).to(tl.int32)[:, None]
+            upstream = (grad_logp[:, None], grad_entropy[:, None])
+            forward = (logp[:, None], entropy[:, None], row_max[:, None], log_sum[:, None])
+            dz = product_grad(
+                z, is_target, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
+            )
+            if WITH_FILTER:
+                # Nothing comes of a row that nobody asks about, whatever is in it.
+                dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
+            dz_block = block_ptr(dz_ptr, end - begin, first_row, left - begin, BLOCK_N, PART)
+            tl.store(dz_block, dz, mask=in_block)
     else:
+        # The sum of db reads all of dz.
         in_range = column + tl.arange(0, BLOCK_V) < end
         to = block_ptr(dz_ptr, end - begin, first_row, column - begin, BLOCK_N, BLOCK_V)
         nothing = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)

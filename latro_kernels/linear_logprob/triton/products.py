@@ -38,21 +38,21 @@ def block_ptr(ptr, stride, first_row, first_column, ROWS: tl.constexpr, COLUMNS:
 def block_products(
     hidden,
     weight,
-    first_row,
-    first_column,
-    N,
-    V,
-    H,
-    stride_xn,
-    stride_xh,
-    stride_wv,
-    stride_wh,
+    corner,
+    shape,
+    strides,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """Return fp32 [BLOCK_N, BLOCK_V], anything at all in rows from N and columns from V on."""
+    """Return fp32 [BLOCK_N, BLOCK_V], anything at all in rows from N and columns from V on.
+
+    corner: the first row and column; shape: N, V and H; strides: of hidden, then of weight.
+    """
+    first_row, first_column = corner
+    N, V, H = shape
+    stride_xn, stride_xh, stride_wv, stride_wh = strides
     sums = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if DESCRIPTORS:
         for h in range(0, H, BLOCK_H):

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile, operand_dtype
+from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import RowGrad, State
 from latro_kernels.triton.softmax import flags, fold_logits, product_grad, row_logits
 
@@ -101,23 +101,13 @@ def grad_kernel(
     if WITH_ENTROPY:
         grad_entropy = tl.load(grad_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
+    upstream, forward = (grad_logp, grad_entropy), (logp, entropy, row_max, log_sum)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
         dz = product_grad(
-            z,
-            j == hit,
-            grad_logp,
-            grad_entropy,
-            logp,
-            entropy,
-            row_max,
-            log_sum,
-            softcap,
-            temperature,
-            HAS_SOFTCAP,
-            WITH_ENTROPY,
+            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
         )
         tl.store(dtile_ptr + row * columns + j, dz, mask=mask)
 
@@ -141,26 +131,17 @@ def fold(head: Head, tile: Tile, products: Tensor, state: State) -> None:
         )
 
 
-def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
-    """Return dz of a tile in the dtype of operands; it may take the place of the products."""
-    dtype = operand_dtype(head)
-    dz = products if products.dtype == dtype else torch.empty_like(products, dtype=dtype)
+def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad, dz: Tensor) -> None:
+    """Write dz of a tile, which may take the place of its products."""
     with torch.cuda.device_of(products):
         grad_kernel[(len(products),)](
             tile_ptr=products,
             dtile_ptr=dz,
             bias_ptr=tile.bias,
-            target_ptr=grad.target,
-            grad_logp_ptr=grad.grad_logp,
-            grad_entropy_ptr=grad.grad_entropy,
-            logp_ptr=grad.logp,
-            entropy_ptr=grad.entropy,
-            row_max_ptr=grad.row_max,
-            log_sum_ptr=grad.log_sum,
+            **grad.pointers(),
             columns=products.shape[1],
             first_column=tile.columns.start,
             softcap=head.softcap,
             temperature=head.temperature,
             BLOCK_V=BLOCK_V,
         )
-    return dz
