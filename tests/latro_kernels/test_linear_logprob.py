@@ -160,7 +160,7 @@ def test_filter_puts_rows_together_that_are_alike() -> None:
 @each_filtered_backend
 @pytest.mark.parametrize(
     ("budget", "entropy"),
-    [(0, False), (3_000, True)] if INTERPRETED else product(BUDGETS, [False, True]),
+    [(0, False), (3_000, True)] if INTERPRETED else list(product(BUDGETS, [False, True])),
 )
 @each_dtype
 def test_filter_keeps_its_bound(

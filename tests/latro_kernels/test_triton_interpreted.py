@@ -10,4 +10,4 @@ pytestmark = pytest.mark.long
 
 
 def test_linear_logprob() -> None:
-    interpreter.run("linear_logprob or fused")
+    interpreter.run("linear_logprob")
