@@ -75,7 +75,7 @@ def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None) -
 
 @contextmanager
 def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it the model returns `function(hidden states)` where it returned logits.
+    """Make the model return `function(hidden states)` instead of logits within the block.
 
     The module is still called, so hooks that gather sharded weights find it.
     """
@@ -87,7 +87,7 @@ def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
 
 
 def worked_problems(tokenizer: PreTrainedTokenizerBase, split: str, count: int) -> Dataset:
-    """Problems with their solutions; −100 stands for the tokens that are not learned."""
+    """Return problems with their solutions; labels of −100 mark tokens that are not learned."""
 
     def encode(row: dict[str, str]) -> dict[str, list[int]]:
         prompt = tokenizer.encode(row["prompt"])
@@ -100,7 +100,7 @@ def worked_problems(tokenizer: PreTrainedTokenizerBase, split: str, count: int) 
 
 
 def train(args: TrainingArguments) -> tuple[float, float]:
-    """Train and print; the loss of held-out problems before and after."""
+    """Train, and return the loss on held-out problems before and after."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.pad_token = tokenizer.eos_token
     trainer = FusedHeadTrainer(

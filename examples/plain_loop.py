@@ -37,7 +37,7 @@ class Sequences:
 
     prompts: list[list[int]]
     rationales: list[list[int]]
-    between: list[list[int]]  # read before the answer, and scored by nobody
+    between: list[list[int]]  # read before the answer, and not scored
     answers: list[list[int]]
 
     def rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,9 +64,9 @@ class Sequences:
 
 
 def hidden_states(model: PreTrainedModel, ids: Tensor, place: Tensor) -> Tensor:
-    """[N, H]: the trunk's output at the scored rows alone.
+    """Return the trunk's output [N, H] at the scored rows only.
 
-    Padding stands at the right, where causal attention does not look: no mask is needed.
+    Padding is on the right, where causal attention does not look, so no mask is needed.
     """
     return model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[place]
 
@@ -75,7 +75,7 @@ def hidden_states(model: PreTrainedModel, ids: Tensor, place: Tensor) -> Tensor:
 def sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict], K: int
 ) -> tuple[Sequences, Tensor]:
-    """K rationales for each row, with its answer joined to them; and bool [S], who got to one."""
+    """Return K rationales per row joined to its answer, and bool [S], whether each is finished."""
     prompts = [tokenizer.encode(row["prompt"]) for row in rows for _ in range(K)]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     end = tokenizer.eos_token_id
@@ -97,7 +97,7 @@ def sample(
 
 
 def train(steps: int, prompts: int, K: int, beta: float, seed: int) -> tuple[float, float]:
-    """Train, one line per update; the accuracy on held-out problems before and after."""
+    """Train, print a line per update, and return held-out accuracy before and after."""
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.pad_token = tokenizer.eos_token
@@ -113,13 +113,13 @@ def train(steps: int, prompts: int, K: int, beta: float, seed: int) -> tuple[flo
         sequences, finished = sample(model, tokenizer, chosen, K)
         ids, place, target, offsets = sequences.rows()
 
-        # Where a loss made logits of all rows: N rows through the head, no tensor of N·V.
+        # This replaces logits of all rows: N rows go through the head, without a tensor of N·V.
         logp = linear_logprob(hidden_states(model, ids, place), model.lm_head.weight, target)
         with torch.no_grad():
             ref_hidden = hidden_states(reference, ids, place)
             ref_logp = linear_logprob(ref_hidden, reference.lm_head.weight, target)
 
-        # One constant a row: less the advantage on rationales, a likelihood's on answers.
+        # One constant per row: minus the advantage on rationales, a likelihood's on answers.
         layout = GroupLayout(offsets, num_generations=K, finished=finished)
         out = group_advantage(logp, ref_logp, layout, beta=beta)
         (out.coefficient * logp).sum().backward()
@@ -141,7 +141,7 @@ def train(steps: int, prompts: int, K: int, beta: float, seed: int) -> tuple[flo
 def accuracy(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[dict]
 ) -> float:
-    """Share of the problems that the model, taking the likeliest token each time, gets right."""
+    """Return the share of problems that the model solves with greedy decoding."""
     prompts = [tokenizer.encode(row["prompt"]) for row in rows]
     batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     ids = model.generate(

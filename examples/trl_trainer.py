@@ -1,4 +1,4 @@
-"""TRL's trainers with `linear_logprob` under them: the per-token log-probs of policy and reference.
+"""TRL's trainers with per-token log-probs of policy and reference from `linear_logprob`.
 
     python examples/trl_trainer.py --max_steps 5
 
@@ -40,7 +40,7 @@ class FusedHead:
         compute_aux_loss: bool = False,
         **of_images: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """As TRL's: log-probs and entropies [B, logits_to_keep], 0 where there is no token."""
+        """Return log-probs and entropies [B, logits_to_keep] like TRL; 0 where no token is."""
         plain = self.accelerator.unwrap_model(model)
         config = plain.config.get_text_config()
         scaled = any(
@@ -92,7 +92,7 @@ class FusedRLOOTrainer(FusedHead, RLOOTrainer):
 
 @contextmanager
 def head_replaced(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within it the model returns `function(hidden states)` where it returned logits.
+    """Make the model return `function(hidden states)` instead of logits within the block.
 
     The module is still called, so hooks that gather sharded weights find it.
     """

@@ -1,1 +1,1 @@
-"""What was found out with the trainer: one folder, one command and one report a study."""
+"""Studies made with the trainer: one folder, one command and one report each."""

@@ -176,7 +176,7 @@ class AnswerConfig(TrainingArguments):
 
 @dataclass
 class EngineArguments:
-    """Which engine samples, in training and in evaluation."""
+    """The engine that samples, in training and in evaluation."""
 
     rollout_engine: str = setting(
         "transformers",

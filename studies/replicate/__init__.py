@@ -1,1 +1,1 @@
-"""The claim on a small scale: what LaTRO does to models of a million parameters, beside SFT."""
+"""Test the paper's claim on a small scale: LaTRO and SFT on models of a million parameters."""

@@ -1,6 +1,6 @@
-"""`python -m studies.replicate`: the paper's main table and ablations in models that a CPU trains.
+"""`python -m studies.replicate`: the paper's main table and ablations with models for a CPU.
 
-It can be stopped at any time; the same command goes on with the cells that are not finished.
+It can be stopped at any time; the same command continues with the unfinished cells.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from studies.replicate.summary import CELLS_FILE, Study
 
 @dataclass
 class ReplicateArguments:
-    """Which cells, how large, and where they go."""
+    """The cells to run, their size, and the output folder."""
 
     output_dir: str = setting("runs/replicate", "The study's folder.")
     seeds: list[int] = field(
@@ -70,7 +70,7 @@ class ReplicateArguments:
 
     @property
     def command(self) -> str:
-        """The shell command of the whole study: what decides the numbers, where not the default."""
+        """Return the command of the whole study, with all settings that decide the numbers."""
         words = ["python", "-m", "studies.replicate"]
         usual = ReplicateArguments()
         for name in (f.name for f in fields(Scale)):
@@ -82,10 +82,10 @@ class ReplicateArguments:
 
 
 def replicate(argv: Sequence[str] | None = None, console: Terminal | None = None) -> list[Failure]:
-    """Run the command line; returns the cells that failed.
+    """Run the command, and return the cells that failed.
 
     Raises:
-        ValueError: bad settings; nothing has been run.
+        ValueError: settings are bad; nothing has been run.
     """
     parser = HfArgumentParser(
         [ReplicateArguments], prog="python -m studies.replicate", allow_abbrev=False
@@ -123,7 +123,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command; exit with 1 where a cell failed, 130 and 143 for Ctrl-C and SIGTERM."""
-    # What runs is ended on the way out; by default SIGTERM would leave it running.
+    # Running cells are ended on the way out; by default SIGTERM would leave them running.
     signal.signal(signal.SIGTERM, _stop)
     try:
         failures = replicate()

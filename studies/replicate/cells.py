@@ -1,8 +1,8 @@
-"""How cells are run: as processes of one thread each, some at a time, each cell until it is whole.
+"""Run cells as processes of one thread each, several at a time.
 
-A cell's commands run in the study's folder, one after another, into `logs/NAME.log`. At its end
-`cells/NAME.json` appears, whole, and its model and evaluation are deleted; a base model stays. That
-file says that the cell is done, as long as it holds the commands that would be run.
+A cell's commands run in the study's folder, one after another, with output in `logs/NAME.log`. At
+the end `cells/NAME.json` is written, and the cell's model and evaluation are deleted; a base model
+stays. A cell counts as done while that file holds the commands that would be run.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that was not finished, why, and the end of its log."""
+    """A cell that was not finished, the reason, and the end of its log."""
 
     name: str
     reason: str
@@ -46,7 +46,7 @@ class Failure:
 
 
 def finished(cell: Cell, folder: Path) -> Record | None:
-    """Return the record of a cell that was run by the same commands, or None."""
+    """Return the record of a cell that the same commands have run, or None."""
     path = _record_path(cell, folder)
     if not path.exists():
         return None
@@ -146,7 +146,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 @dataclass
 class _Run:
-    """A cell under way: the process of one of its commands at a time."""
+    """A running cell, with the process of its current command."""
 
     cell: Cell
     folder: Path
@@ -156,7 +156,7 @@ class _Run:
         self.log = self.folder / "logs" / f"{self.cell.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
-        # What an interrupted run left.
+        # An interrupted run may have left it.
         shutil.rmtree(self.folder / self.cell.work, ignore_errors=True)
         _record_path(self.cell, self.folder).unlink(missing_ok=True)
         self._start()
@@ -185,7 +185,7 @@ class _Run:
         self.started = time.perf_counter()
 
     def poll(self) -> Record | Failure | None:
-        """Go on with the next command where one has ended; what became of the cell, or None."""
+        """Start the next command when one has ended; return the cell's result, or None."""
         status = self.process.poll()
         if status is None:
             return None
@@ -218,14 +218,14 @@ def _record_path(cell: Cell, folder: Path) -> Path:
 
 
 def _result_path(cell: Cell, folder: Path) -> Path:
-    """Return what the last command of a cell writes."""
+    """Return the file that the last command of a cell writes."""
     if cell.part == "base model":
         return folder / base_folder(cell.architecture, cell.task)
     return folder / cell.work / "evaluation.json"
 
 
 def _record(cell: Cell, folder: Path, seconds: Sequence[float]) -> Record:
-    """Return what is kept of a finished cell."""
+    """Return the record of a finished cell."""
     evaluation: dict[str, Any] = {"problems": None, "metrics": {}}
     if cell.part != "base model":
         evaluation = json.loads(_result_path(cell, folder).read_text(encoding="utf-8"))
@@ -248,7 +248,7 @@ def _record(cell: Cell, folder: Path, seconds: Sequence[float]) -> Record:
 
 
 def _end_of_training(path: Path) -> dict[str, float]:
-    """Means over the last updates that were logged; empty where nothing was."""
+    """Return means over the last logged updates; empty without a log."""
     if not path.exists():
         return {}
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""The study's pictures."""
+"""Draw the study's pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEADLINES = (("greedy", "accuracy_greedy"), (f"maj@{max(MAJORITY)}", f"maj@{max
 
 
 def draw_main(study: Study, path: Path) -> None:
-    """Greedy and maj@8 accuracy of every method, a panel for each model and task."""
+    """Draw greedy and maj@8 accuracy of every method, a panel for each model and task."""
     pairs = study.pairs()
     figure, axes = _panels(len(pairs))
     for axis, (architecture, task) in zip(axes, pairs, strict=True):
@@ -30,7 +30,7 @@ def draw_main(study: Study, path: Path) -> None:
 
 
 def draw_majority(study: Study, path: Path) -> None:
-    """maj@k over k, a line for each method, a panel for each model and task."""
+    """Draw maj@k over k, a line for each method, a panel for each model and task."""
     pairs = study.pairs()
     figure, axes = _panels(len(pairs))
     for axis, (architecture, task) in zip(axes, pairs, strict=True):
@@ -49,7 +49,7 @@ def draw_majority(study: Study, path: Path) -> None:
 
 
 def draw_ablations(study: Study, path: Path) -> None:
-    """Greedy and maj@8 accuracy over each setting that is varied, a panel each."""
+    """Draw greedy and maj@8 accuracy over each varied setting, a panel each."""
     varied = [setting for setting in ABLATIONS if study.ablation(setting)]
     figure, axes = _panels(len(varied))
     for axis, setting in zip(axes, varied, strict=True):

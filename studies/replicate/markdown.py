@@ -1,4 +1,4 @@
-"""Numbers and text as Markdown."""
+"""Write numbers and text as Markdown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from studies.replicate.summary import Difference, Estimate
 
 
 def paragraphs(*texts: str) -> str:
-    """Each text as lines of up to 98 letters, wherever its own lines break."""
+    """Return each text filled to lines of up to 98 letters."""
     filled = (
         textwrap.fill(" ".join(text.split()), 98, break_long_words=False, break_on_hyphens=False)
         for text in texts
@@ -39,7 +39,7 @@ def percent(value: Estimate | None) -> str:
 
 
 def plain(value: Estimate | None, digits: int) -> str:
-    """Return a number with so many decimals, as `percent` otherwise."""
+    """Return a number with so many decimals, otherwise like `percent`."""
     if value is None:
         return ""
     if value.deviation is None:

@@ -202,7 +202,7 @@ def build_model(architecture: str, tokenizer: PreTrainedTokenizerFast) -> PreTra
 def make_batch(
     documents: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, learn_prompts: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`input_ids` and `labels`, both [documents, longest] int64, padded on the right.
+    """Return `input_ids` and `labels`, both [documents, longest] int64, padded on the right.
 
     Padding follows every token that has a label, so causal attention needs no mask.
     """
@@ -253,7 +253,7 @@ def pretrain(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
-    """Write the whole folder beside its place, then move it there: never half a model."""
+    """Write the whole folder beside its place, then move it there, so no model is half written."""
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=".pretrain-") as scratch:
         written = Path(scratch) / "new"

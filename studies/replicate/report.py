@@ -1,6 +1,6 @@
-"""The study's report: Markdown and pictures, every number of which comes out of the records.
+"""Write the study's report, Markdown and pictures, with all numbers taken from the records.
 
-What a person has to say about them stands in `discussion.md` beside the report, which takes it in.
+The report includes `discussion.md` beside it, where a person discusses the numbers.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def _ablation_section(study: Study) -> str:
 
 
 def _ablation_note(study: Study, setting: str) -> str:
-    """Which values are more than two deviations from the main one."""
+    """Return which values are more than two deviations from the main one."""
     of = study.ablation(setting)
     said = []
     compared = 0
@@ -348,7 +348,7 @@ def _limits_section(study: Study) -> str:
 
 
 def _settings_section(study: Study) -> str:
-    """One cell of each method with all its settings and commands."""
+    """Return one cell of each method with all its settings and commands."""
     parts = [
         "## How a cell is made",
         "By these commands, in the study's folder; those of all are in [cells.json](cells.json).",

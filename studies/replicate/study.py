@@ -1,4 +1,4 @@
-"""What the study is made of: cells, each a chain of commands, and the settings they share.
+"""Define the study: cells, each a chain of commands, and their common settings.
 
 The main cells are {base, SFT on answers, SFT on worked rationales, LaTRO} × architecture × task ×
 seed. An ablation changes one setting of LaTRO on the model that ships (`SHIPPED`); the value that
@@ -66,17 +66,17 @@ ABLATIONS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is.
+    """The size of a study.
 
     Args:
-        seeds: of the main cells; the first ones of them serve ablations, the first the tuning.
-        ablation_seeds: how many of the seeds each ablation has.
+        seeds: seeds of the main cells; ablations use the first ones, tuning the first.
+        ablation_seeds: number of seeds of each ablation.
         max_steps: updates of each training run.
         num_eval_examples: held-out problems of each evaluation.
-        pretrain_steps: of each base model but the one that ships; None: as `pretrain` has it.
+        pretrain_steps: steps of each base model but the one that ships; None: `pretrain`'s default.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -131,21 +131,21 @@ class Cell:
 
     @property
     def work(self) -> str:
-        """Where its model and its evaluation lie while it runs."""
+        """Return the folder of its model and its evaluation while it runs."""
         return f"work/{self.name}"
 
     @property
     def chain(self) -> list[str]:
-        """The shell commands that make it from nothing, those of its base model included."""
+        """Return the shell commands that make it from nothing, including its base model's."""
         own = [" ".join(("python -m", *command)) for command in self.commands]
         return own if self.base is None else [*self.base.chain, *own]
 
 
 def cells(scale: Scale) -> list[Cell]:
-    """All cells, in the order in which they are worth running.
+    """Return all cells, in the order in which they should run.
 
-    A study that is stopped early has whole tables, of fewer seeds: base models, the tuning, then
-    the main cells and at last the ablations, each seed by seed. No two run the same commands.
+    The order is base models, tuning, main cells, ablations, each seed by seed, so that a study
+    which is stopped early has complete tables of fewer seeds. No two cells run the same commands.
     """
     bases: dict[tuple[str, str], Cell | None] = {SHIPPED: None}
     for architecture in ARCHITECTURES:
@@ -193,7 +193,7 @@ def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
 
 
 def base_folder(architecture: str, task: str) -> str:
-    """Where a base model lies in the study's folder."""
+    """Return a base model's place in the study's folder."""
     return f"base/{architecture}-{task}"
 
 
@@ -224,7 +224,7 @@ def _tuning(scale: Scale) -> Iterator[Cell]:
 def _with_commands(
     cell: Cell, scale: Scale, changed: Mapping[str, Any] | None = None, split: str = "test"
 ) -> Cell:
-    """`cell` with its settings and the commands that train, if it does, and evaluate."""
+    """Return `cell` with its settings and its commands: training, if any, and evaluation."""
     changed = changed or {}
     start = base_folder(cell.architecture, cell.task)
     model = () if cell.base is None else ("--model_name_or_path", start)

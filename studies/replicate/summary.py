@@ -1,4 +1,4 @@
-"""Numbers out of the study's records: means, deviations over seeds, and differences of them."""
+"""Compute means, deviations over seeds, and differences from the study's records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Of at least one value."""
+        """Return the estimate from at least one value."""
         mean = math.fsum(values) / len(values)
         if len(values) < 2:
             return cls(mean, None, len(values))
@@ -54,12 +54,12 @@ class Difference:
 
     @property
     def above(self) -> bool | None:
-        """Whether it is more than two deviations above 0; None where there is no deviation."""
+        """Return whether it is more than two deviations above 0; None without a deviation."""
         return None if self.deviation is None else self.mean > 2 * self.deviation
 
     @property
     def below(self) -> bool | None:
-        """Whether it is more than two deviations below 0."""
+        """Return whether it is more than two deviations below 0."""
         return None if self.deviation is None else self.mean < -2 * self.deviation
 
 
@@ -106,11 +106,11 @@ class Study:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Study:
-        """Return the study that `as_json` gave."""
+        """Return the study from the output of `as_json`."""
         return cls(document["command"], document["jobs"], tuple(document["cells"]))
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `of` takes."""
+        """Return the study as JSON, for `of`."""
         return {"command": self.command, "jobs": self.jobs, "cells": list(self.records)}
 
     def part(self, name: str) -> list[Record]:
@@ -127,7 +127,7 @@ class Study:
         ]
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Architectures and tasks with any main cell, task by task."""
+        """Return architectures and tasks with any main cell, task by task."""
         there = {(record["architecture"], record["task"]) for record in self.part("main")}
         return [(a, t) for t in TASKS for a in ARCHITECTURES if (a, t) in there]
 
@@ -145,6 +145,6 @@ class Study:
 
 
 def estimate(records: Iterable[Record], metric: str, group: str = "metrics") -> Estimate | None:
-    """Of a metric over records; None where none of them has it."""
+    """Return the estimate of a metric over records; None where no record has it."""
     values = [record[group][metric] for record in records if metric in record[group]]
     return Estimate.of(values) if values else None
