@@ -60,14 +60,14 @@ def test_matches_fp64(
 @pytest.mark.parametrize("backend", backends("cpu", "reference"))
 @each_op()
 @drawn(data=st.data())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_shape(op: Op, backend: str, data: st.DataObject) -> None:
     check(data.draw(op.draws).on(backend), backend)
 
 
 @pytest.mark.parametrize("backend", backends("triton", "cuda"))
 @drawn(given=GROUP_ADVANTAGE.draws)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30 if INTERPRETED else 180, deadline=None)
 def test_any_groups_on_a_gpu(backend: str, given: Problem) -> None:
     check(given.on(backend), backend)
 
@@ -231,7 +231,7 @@ def test_a_row_does_not_depend_on_the_others(
     whole = given.map(torch.clone).solve(backend)
     # On GPUs torch's products make the gradients.
     names = op.row_results if backend == "cpu" else op.outputs
-    for rows in (slice(0, 1), slice(5, 8), torch.tensor([9, 3, 7])):
+    for rows in (slice(0, 1), slice(5, 18), slice(-13, None), torch.tensor([-1, 3, 7])):
         part = given.of_rows(rows).map(torch.clone).solve(backend)
         for name in part.keys() & names:
             assert torch.equal(part[name], whole[name][rows]), name

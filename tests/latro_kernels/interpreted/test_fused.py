@@ -55,10 +55,14 @@ def test_rows_that_overlap_have_no_descriptor(monkeypatch: pytest.MonkeyPatch) -
 
 @each_form
 def test_any_strides(more: dict[str, Any], options: dict[str, Any]) -> None:
-    given = problem((10, 18, 70), torch.bfloat16, **more)
+    given = problem((10, 18, 70), torch.bfloat16, bias=True, **more)
     wide = torch.zeros(10, 40, dtype=torch.bfloat16)
     wide[:, ::2][:, :18] = given["hidden"]
-    turned = given.but(weight=given["weight"].t().contiguous().t(), hidden=wide[:, ::2][:, :18])
+    turned = given.but(
+        weight=given["weight"].t().contiguous().t(),
+        hidden=wide[:, ::2][:, :18],
+        bias=given["bias"].repeat_interleave(2)[::2],
+    )
     assert_same(turned.solve("triton", **options), given.solve("triton", **options))
 
 

@@ -219,7 +219,10 @@ OP = Op(
         st.floats(0, 2),
         st.sampled_from(SETTINGS),
     ),
-    forms={"-".join(setting.values()): setting for setting in SETTINGS},
+    forms={
+        **{"-".join(setting.values()): setting for setting in SETTINGS},
+        "without a reference": {"beta": 0.0, "ref_logp": None, "finished": None},
+    },
     strided=_strided,
     good={
         "logp": SMALL.logp,

@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div, linear
 
 from latro_kernels import linear_kl
 from latro_kernels.linear_kl import reference
-from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
+from tests.latro_kernels.ops.op import COLUMNS, DTYPES, HIDDEN, INTERPRETED, Op, Problem, Results
 
 FP32, BF16, FP16 = DTYPES
 
@@ -225,7 +225,7 @@ OP = Op(
     gradients={"hidden_p": "dx", "weight_p": "dw", "bias_p": "db"},
     rows=("hidden_p", "hidden_q"),
     columns={"weight_p": 0, "weight_q": 0, "bias_p": 0, "bias_q": 0},
-    of_rows=lambda N, dtype=FP32, **form: problem((N, 16, COLUMNS), dtype, **form),
+    of_rows=lambda N, dtype=FP32, **form: problem((N, HIDDEN, COLUMNS), dtype, **form),
     problem=problem,
     uneven=[(150, 256, 1031)],
     samples=_samples(),

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 from latro_kernels import linear_logprob
 from latro_kernels.linear_logprob import reference
 from tests.latro_kernels.ops import gather_logprob
-from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
+from tests.latro_kernels.ops.op import COLUMNS, DTYPES, HIDDEN, INTERPRETED, Op, Problem, Results
 
 FP32, BF16, FP16 = DTYPES
 
@@ -189,7 +189,7 @@ OP = Op(
     gradients={"hidden": "dx", "weight": "dw", "bias": "db"},
     rows=("hidden", "target"),
     columns={"weight": 0, "bias": 0},
-    of_rows=lambda N, dtype=FP32, **form: problem((N, 16, COLUMNS), dtype, **form),
+    of_rows=lambda N, dtype=FP32, **form: problem((N, HIDDEN, COLUMNS), dtype, **form),
     problem=problem,
     uneven=[(53, 2048, 1203), (1100, 130, 200)],
     samples=_samples(),

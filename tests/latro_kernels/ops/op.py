@@ -17,8 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In Triton's interpreter its kernels take tensors of the CPU; test_triton_interpreted.py starts a
 # session of pytest for that.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The rows and the vocabulary of a small problem.
-ROWS, COLUMNS = (10, 70) if INTERPRETED else (20, 200)
+# A small problem's rows, hidden size (one for which CPUs multiply bf16 as such) and vocabulary.
+ROWS, HIDDEN, COLUMNS = (10, 16, 70) if INTERPRETED else (40, 130, 300)
 _MARKS = {"triton": [pytest.mark.interpreted if INTERPRETED else pytest.mark.gpu]}
 _MARKS["cuda"] = [pytest.mark.gpu]
 
