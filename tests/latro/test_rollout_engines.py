@@ -93,7 +93,7 @@ def test_gradients_are_the_formula_with_truncated_ratios(
         token_budget=token_budget,
         answer_weight=0.7,
     )
-    trainer.args.importance_cap = cap
+    trainer.update.coefficients.importance_cap = cap
     trainer.rollout = lambda examples: groups
     trainer.training_step(model, {"examples": []})
 
@@ -116,7 +116,8 @@ def test_gradients_are_the_formula_with_truncated_ratios(
         # transformers' norms compute in fp32 even in an fp64 model; all else here is fp64.
         scale = theirs.grad.abs().max()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
-    metrics = trainer._averages()
+    trainer.log({"loss": 0.0})
+    metrics = trainer.state.log_history[-1]
     assert metrics["importance_ratio"] == pytest.approx(sum(ratios) / len(ratios), rel=1e-6)
     assert metrics["importance_ratio_max"] == pytest.approx(max(ratios), rel=1e-6)
 
