@@ -12,7 +12,7 @@ from latro.objectives import ObjectiveSettings, Rows
 
 
 def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
-    """The loss whose autograd is the published estimator: A held constant, all else followed."""
+    """Return the loss whose autograd is the published estimator, with A held constant."""
     offsets, K = rows.layout.offsets.tolist(), rows.layout.num_generations
     finished = rows.layout.finished.tolist()
     lam, beta, kl = settings.answer_weight, settings.beta, settings.kl

@@ -40,7 +40,7 @@ def test_in_latro(chat, tiny, task, dataset, tmp_path):
     config = LatroConfig(**settings(tmp_path), num_generations=4, objective="rlpr")
     trainer = LatroTrainer(tiny(vocab_size=len(tokenizer)), config, dataset, tokenizer, task)
     examples = dataset.to_list()[:3]
-    groups = trainer._with_plain(trainer.rollout(examples), examples)
+    groups = trainer._rollouts(examples)
     rollouts = [rollout for group in groups for rollout in group]
     assert len(rollouts) == 3 * 5
     for rollout in rollouts:

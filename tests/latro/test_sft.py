@@ -23,7 +23,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 @pytest.fixture
 def worked(dataset) -> Dataset:
-    """The toy problems with solutions of different lengths."""
+    """Return the toy problems with solutions of different lengths."""
     texts = [f"Tom gets {i}. " * (i % 3) + f"He has {i}." for i in range(len(dataset))]
     return dataset.add_column("rationale", texts)
 

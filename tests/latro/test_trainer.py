@@ -16,7 +16,7 @@ from tests.latro.objective_cases import surrogate
 
 
 def sequence_logps(model, rollout):
-    """log π of each rationale token and of each answer token, and of all tokens there might be."""
+    """Return log π of each rationale token, of each answer token, and of all possible tokens."""
     logp = model(input_ids=torch.tensor([rollout.input_ids])).logits[0].log_softmax(-1)
     first = len(rollout.prompt_ids) - 1
     z = [logp[first + i, t] for i, t in enumerate(rollout.sampled_ids)]
@@ -25,7 +25,7 @@ def sequence_logps(model, rollout):
 
 
 def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
-    """The method's loss as the paper writes it, by autograd through whole logits.
+    """Return the method's loss as the paper writes it, by autograd through whole logits.
 
     −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, added as k3, or both
     where it is exact.
@@ -90,7 +90,7 @@ def test_gradients_equal_autograd_through_the_formula(
 
 @pytest.fixture(scope="module")
 def likely(tiny, rollouts):
-    """A model that has learnt the rollouts' answers so far that e^ℓ is no rounding error."""
+    """Return a model that has learnt the rollouts' answers so far that e^ℓ is no rounding error."""
     model = tiny(seed=1)
     batch = collate(rollouts(3, 8), model.device, packed=False)
     answer = torch.searchsorted(batch.offsets, torch.arange(batch.num_rows), right=True) % 2 == 0

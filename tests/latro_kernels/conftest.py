@@ -1,5 +1,4 @@
-"""Memory that is not zero by chance, tiles of which a small problem has several, and Triton's
-interpreter."""
+"""Memory that is never zero by chance, tiles that divide small problems, Triton's interpreter."""
 
 from __future__ import annotations
 

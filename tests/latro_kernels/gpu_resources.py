@@ -79,7 +79,7 @@ class Resources:
 
 @functools.cache
 def cuobjdump() -> str | None:
-    """The program that reads cubins; of those on the PATH, beside nvcc and of Triton the newest."""
+    """Return the newest cuobjdump on the PATH, beside nvcc or in Triton; it reads cubins."""
     folders = []
     if nvcc := shutil.which("nvcc"):
         folders += [Path(nvcc).parent, Path(nvcc).resolve().parent]
@@ -97,7 +97,7 @@ def _version(program: str) -> tuple[int, ...]:
 
 
 def dump(path: Path, *options: str) -> str:
-    """What cuobjdump says of a library or a cubin; skips the test where there is no cuobjdump."""
+    """Return what cuobjdump says of a library or a cubin; skip the test without cuobjdump."""
     program = cuobjdump()
     if program is None:
         pytest.skip("no cuobjdump: it comes with Triton and with the CUDA toolkit")
@@ -109,7 +109,7 @@ def dump(path: Path, *options: str) -> str:
 
 
 def read(path: Path) -> dict[tuple[int | None, str], Resources]:
-    """The resources of every kernel in a library or a cubin, by compute capability and name.
+    """Return the resources of every kernel in a library or a cubin, by compute capability and name.
 
     A cubin holds code for one GPU and does not name it: the capability is None.
     """
@@ -133,7 +133,7 @@ def read(path: Path) -> dict[tuple[int | None, str], Resources]:
 
 
 def aligned(signature: dict[str, str]) -> dict[str, str]:
-    """The signature of a launch whose addresses and integers are multiples of 16.
+    """Return the signature of a launch whose addresses and integers are multiples of 16.
 
     Triton looks at the arguments of a launch, and compiles a kernel of its own, with wider loads,
     for those that are.
@@ -232,7 +232,7 @@ def violations(
     shared_limit: int = SHARED_LIMIT,
     stack_limit: int = 0,
 ) -> list[str]:
-    """What is wrong with a kernel, in words; nothing if it fits.
+    """Say what is wrong with a kernel; return an empty list if it fits.
 
     Args:
         found: the kernel's resources.

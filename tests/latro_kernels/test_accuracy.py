@@ -105,7 +105,7 @@ def test_expanded_upstream_gradient(op: Op, form: dict[str, Any], backend: str) 
 
 
 def exact(form: dict[str, Any]) -> dict[str, Any]:
-    """The form, with a filter that leaves nothing out."""
+    """Return the form with a filter that leaves nothing out."""
     return form | ({"grad_filter": 1e-20} if "grad_filter" in form else {})
 
 

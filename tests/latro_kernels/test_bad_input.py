@@ -74,7 +74,7 @@ def test_such_a_scale_is_refused(value: float, name: str, op: Op, backend: str) 
 
 @each_op(DIFFERENTIABLE)
 def test_a_softcap_that_the_temperature_makes_vanish(op: Op) -> None:
-    """softcap / temperature, the largest logit, would be 0, and 0 · inf a gradient of NaN."""
+    """The largest logit, softcap / temperature, would be 0, and 0 · inf a gradient of NaN."""
     with pytest.raises(
         ValueError, match=r"softcap: expected 1\.18e-08 or more with temperature=1e"
     ):

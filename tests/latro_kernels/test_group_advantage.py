@@ -131,7 +131,7 @@ def test_same_bits_twice(setting: dict[str, str], backend: str) -> None:
 
 
 def objective(batch: Batch, beta: float, answer_weight: float, kl: str, unfinished: str) -> Tensor:
-    """The loss of the paper's update, written out with a loop and differentiable in logp."""
+    """Return the loss of the paper's update, written out with a loop and differentiable in logp."""
     offsets, K = batch.layout.offsets.tolist(), batch.layout.num_generations
     sequences = range(len(offsets) // 2)
     finished = (

@@ -123,14 +123,14 @@ class Model:
         return list(torch.autograd.grad(value, trained, retain_graph=True))
 
     def log_probs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """log π and log π_0 of each token after each prefix, log π of each rationale's answer."""
+        """Return log π and log π_0 of each token after each prefix, log π of each answer."""
         log_p = (self.states @ self.weight.T).log_softmax(-1)
         log_q = (self.ref_states @ self.ref_weight.T).log_softmax(-1)
         return log_p, log_q, (self.answer_states @ self.weight.T).log_softmax(-1)[:, -1]
 
 
 def objective(model: Model, kl: str) -> Tensor:
-    """What an update of that form is to follow, as a number to differentiate."""
+    """Return the number whose gradient an update of that form follows."""
     log_p, log_q, answer = model.log_probs()
     log_z = torch.stack([log_p[0, a] + log_p[1 + a, b] for a, b in RATIONALES])
     log_z0 = torch.stack([log_q[0, a] + log_q[1 + a, b] for a, b in RATIONALES])

@@ -54,7 +54,7 @@ EPS = 2**-8 if INTERPRETED else 2**-10
 def solved(
     shape: tuple[int, int, int], dtype: torch.dtype, options: tuple[tuple[str, Any], ...]
 ) -> tuple[Problem, Results, Results]:
-    """A problem with its truth and its unfused solution: torch's fp16 is slow on a CPU."""
+    """Return a problem, its truth and its unfused solution, once: torch's fp16 is slow on a CPU."""
     given = problem(shape, dtype, **dict(options))
     return given, given.truth(), given.unfused()
 
@@ -132,7 +132,7 @@ def like_trained(dtype: torch.dtype, entropy: bool = False) -> Problem:
 
 
 def left_out(given: Problem, eps: float) -> Tensor:
-    """bool [N, V]: the rule of the documentation, block by block, in fp64."""
+    """Return, as bool [N, V], the rule of the documentation, block by block, in fp64."""
     hidden, weight, bias = (given[name].double() for name in ("hidden", "weight", "bias"))
     size = torch.softmax(hidden @ weight.T + bias, 1) * given.upstream["logp"][:, None].abs()
     columns = torch.arange(size.shape[1]).split(FILTER_COLUMNS)

@@ -59,7 +59,7 @@ def test_linear_kl_has_nothing_of_all_logits(dtype: torch.dtype) -> None:
 
 
 def allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """What `function` returns, and the bytes that each operator within took from torch."""
+    """Return what `function` returns, and the bytes that each operator in it allocates."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         result = function()
     return result, [e.self_cpu_memory_usage for e in recorded.events()]

@@ -52,7 +52,7 @@ def test_any_default_dtype(
     dtype: torch.dtype,
     small_tiles: None,
 ) -> None:
-    """torch's default dtype is the caller's: no op's memory or result depends on it."""
+    """The default dtype of torch is the caller's: no op's memory or result depends on it."""
     given = op.of_rows(ROWS if INTERPRETED else 30, dtype, **form).on(backend)
     expected = given.map(torch.clone).solve(backend)
     before = torch.get_default_dtype()

@@ -32,7 +32,7 @@ def lora(**options):
 
 
 def adapted(model, **options):
-    """A PeftModel whose adapter is not the nothing that it is at the start."""
+    """Return a PeftModel whose adapter is not the nothing that it is at the start."""
     torch.manual_seed(3)
     return moved(peft.get_peft_model(model, lora(**options)))
 

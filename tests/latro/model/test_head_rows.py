@@ -147,7 +147,7 @@ def test_a_compiled_model_generates(tiny):
 
 @pytest.fixture
 def bf16():
-    """An accelerator that wraps a model's forward in autocast."""
+    """Return an accelerator that wraps a model's forward in autocast."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield Accelerator(mixed_precision="bf16", cpu=True)
     AcceleratorState._reset_state(reset_partial_state=True)

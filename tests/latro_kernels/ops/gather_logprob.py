@@ -56,7 +56,7 @@ def problem(
 def unfused(
     logits: Tensor, target: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The loss in fp32, from logits in the model's dtype."""
+    """Return the loss in fp32, from logits in the model's dtype."""
     z = logits.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)

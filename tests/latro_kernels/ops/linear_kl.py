@@ -131,7 +131,7 @@ def unfused(**arguments: Any) -> Tensor:
 
 
 def formula(**arguments: Any) -> Results:
-    """The KL from `torch.distributions`."""
+    """Return the KL from `torch.distributions`."""
 
     def given(
         hidden: Tensor, weight: Tensor, bias: Tensor, temperature: float, softcap: float

@@ -153,7 +153,7 @@ class Problem:
         return self.map(lambda t: t.to(device_of(backend)))
 
     def of_rows(self, rows: slice | Tensor) -> Problem:
-        """These rows alone."""
+        """Return the problem of these rows alone."""
         few = self.but(**{name: self[name][rows] for name in self.op.rows})
         return replace(few, upstream={name: g[rows] for name, g in self.upstream.items()})
 
