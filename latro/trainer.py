@@ -50,6 +50,7 @@ from latro.model.initial import (
 from latro.model.scoring import Scorer
 from latro.objectives import PLAIN_OBJECTIVES
 from latro.reporting.callbacks import CompletionsTable
+from latro.reporting.collapse import CollapseWarnings
 from latro.reporting.trackers import SequenceReports, sinks_of
 from latro.rollout.prompts import check_dataset, encode_prompt
 from latro.rollout.sequences import Rollout, RolloutEngine, Sample
@@ -124,6 +125,7 @@ class LatroTrainer(AnswerTrainer):
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
+        self.add_callback(CollapseWarnings())
         sinks = sinks_of(self.callback_handler.callbacks)
         if args.log_completions:
             sinks.append(CompletionsTable())

@@ -85,10 +85,11 @@ class ObjectiveCoefficients:
             ref_logp=_of_sequences(ref_logps, batches),
             row_kl=_of_sequences([s.row_kl for s in scores], batches),
         )
+        own_answer = torch.cat([b.own_answer for b in batches])
         if self.reads_plain:
             rows = replace(
                 rows,
-                own_answer=torch.cat([b.own_answer for b in batches]),
+                own_answer=own_answer,
                 plain_logp=torch.cat([s.logp[b.num_rows :] for s, b in scored]),
                 plain_offsets=plain_offsets(batches),
             )
@@ -101,7 +102,13 @@ class ObjectiveCoefficients:
             ratio = ratio.double()
             ratios = torch.stack([ratio.nansum(), ratio.nan_to_num(nan=0.0).max()])
         entropy = torch.cat([s.entropy[: b.num_rows] for s, b in scored])
-        sums = metrics.micro_batch_sums(advantage, entropy, layout.offsets, self.num_generations)
+        sums = metrics.micro_batch_sums(
+            advantage,
+            own_logp=torch.where(own_answer, rows.logp.detach(), 0),
+            entropy=entropy,
+            offsets=layout.offsets,
+            num_generations=self.num_generations,
+        )
         outcome = Outcome(
             rollouts=[rollout for batch in batches for rollout in batch.sequences],
             reward=advantage.reward,

@@ -26,13 +26,33 @@ class Outcome:
     None where the engine tells no log-probs."""
 
 
-NAMES = ("answer_logp", "kl", "advantage_squared", "flat_groups", "entropy", "rationale_rows")
+NAMES = (
+    "answer_logp",
+    "own_logp",
+    "kl",
+    "advantage_squared",
+    "flat_groups",
+    "entropy",
+    "rationale_rows",
+)
 
 
 def micro_batch_sums(
-    advantage: GroupAdvantage, entropy: Tensor, offsets: Tensor, num_generations: int
+    advantage: GroupAdvantage,
+    own_logp: Tensor,
+    entropy: Tensor,
+    offsets: Tensor,
+    num_generations: int,
 ) -> Tensor:
-    """Return the sums over a micro-batch that `NAMES` names, fp64 [6], left on the device."""
+    """Return the sums over a micro-batch that `NAMES` names, fp64 [7], left on the device.
+
+    Args:
+        advantage: what the objective made of the micro-batch.
+        own_logp: [N], log-probs of the answers' own tokens; 0 elsewhere, at template and end too.
+        entropy: [N], of each row, in nats.
+        offsets: [2·S + 1], of the segments of rows: rationale and answer in turn.
+        num_generations: K.
+    """
     flat = (advantage.advantage.view(-1, num_generations) == 0).all(dim=1)
     # A row is a rationale's where it stands in an even segment.
     row = torch.arange(entropy.shape[0], device=entropy.device)
@@ -40,6 +60,7 @@ def micro_batch_sums(
     return torch.stack(
         [
             advantage.answer_logp.double().sum(),
+            own_logp.double().sum(),
             advantage.kl.double().sum(),
             advantage.advantage.double().square().sum(),
             flat.double().sum(),
@@ -88,6 +109,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
     sequences, groups = sums["sequences"], sums["groups"]
     metrics |= {
         "reward": sums["answer_logp"] / sequences,
+        "reward_own_tokens": sums["own_logp"] / sequences,
         "kl": sums["kl"] / sequences,
         "entropy": sums["entropy"] / max(1.0, sums["rationale_rows"]),
         # About 0, which is the mean of leave-one-out advantages.

@@ -305,6 +305,20 @@ def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny
     assert [json.loads(line)["step"] for line in lines if "reward" in line] == [1, 2, 3, 4]
 
 
+def test_the_reward_on_the_answers_own_tokens_is_told(make_trainer, tiny):
+    trainer = make_trainer(tiny(), max_steps=1, beta=0)
+    trainer.train()
+    (entry,) = [e for e in trainer.state.log_history if "reward" in e]
+    groups = trainer._groups
+    with torch.no_grad():
+        answers = [(r, sequence_logps(tiny(), r)[1]) for group in groups for r in group]
+    whole = torch.stack([logp.sum() for _, logp in answers]).mean()
+    own = torch.stack([logp[list(r.own_rows)].sum() for r, logp in answers]).mean()
+    assert entry["reward"] == pytest.approx(whole.item(), rel=1e-5)
+    assert entry["reward_own_tokens"] == pytest.approx(own.item(), rel=1e-5)
+    assert whole < own < 0
+
+
 def test_every_statistic_is_logged(make_trainer):
     trainer = make_trainer(max_steps=2, logging_steps=2)
     trainer.train()
