@@ -4,7 +4,8 @@ A process that has imported everything (`python -m tests.warm_process`) forks a 
 command. The child calls `main` as `python -m` does: it prints through its own file descriptors, an
 exit or an error ends it like an interpreter, and signals reach a process of its own. Several
 children can form one run, with the variables that torchrun sets. The server itself computes
-nothing, since a fork after a parallel region of OpenMP would hang.
+nothing, since a fork after a parallel region of OpenMP would hang. Pictures of runs are left out;
+`test_callbacks.py` tests them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from latro.reporting import callbacks
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
@@ -81,6 +86,11 @@ class Running:
         if self._code is None:
             raise TimeoutError(f"killed after {timeout:g} s, having printed {texts}")
         return Finished(self._code, *texts)
+
+
+def no_picture(history: object, path: Path, panels: object) -> None:
+    """Stand in for `draw_progress`, which takes longer than a tiny run."""
+    path.write_bytes(b"PNG")
 
 
 def free_port() -> int:
@@ -208,6 +218,12 @@ def _serve() -> Callable[[], object] | None:
     """Answer requests until the client ends; return a command in a child, and None at the end."""
     for name in (*COMMANDS, *_ALSO):
         importlib.import_module(name)
+    # transformers makes this table at the first load of a model, in 0.2 s.
+    get_checkpoint_conversion_mapping("llama")
+    callbacks.draw_progress = no_picture
+    # At a child's exit, torch would take back each operator that its imports have registered.
+    for finalizer in weakref.finalize._registry:
+        finalizer.atexit = False
     # A garbage collection would copy all pages that a child shares with this process.
     gc.freeze()
     children: set[int] = set()

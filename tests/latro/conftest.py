@@ -19,6 +19,7 @@ from latro.rollout.sequences import AnswerJoin, Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.fake_vllm import FakeVllm
+from tests.warm_process import no_picture
 
 TEXTS = [
     f"Tom has {a} pens. Tom gets {b}. How many? Tom has {a}+{b}={a + b}. The answer is {a + b}"
@@ -110,9 +111,7 @@ def rollouts(tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[list[Roll
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out pictures, which take longer than a tiny run; `test_callbacks.py` tests them."""
-    monkeypatch.setattr(
-        callbacks, "draw_progress", lambda history, path, panels: path.write_bytes(b"PNG")
-    )
+    monkeypatch.setattr(callbacks, "draw_progress", no_picture)
 
 
 @pytest.fixture
