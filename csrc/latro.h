@@ -49,7 +49,7 @@ enum {
  * finished[G·K] or null for all; six outputs, five of [G·K] and coefficient[N]. Scratch: on the
  * CPU rewards[G·K]; on CUDA G·K doubles and, for each of N / LATRO_GROUP_TILE_ROWS + 1 tiles,
  * LATRO_GROUP_TILE_WORDS more. scale is 1 / (prompts·K) of the whole update. k3: 0, the KL
- * is part of the reward; 1, it is a term of the loss, k3 of ref_logp or the sum of row_kl.
+ * is part of the reward; 1, it is a term of the loss, k3 of ref_logp, and row_kl is null.
  * exclude_unfinished: 0, an unfinished sequence has the lowest reward of its group; 1, it is left
  * out.
  */

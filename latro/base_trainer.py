@@ -68,15 +68,15 @@ class AnswerTrainer(LongRunTrainer):
         temperature: of the policy, in the loss and in evaluation.
 
     Attributes:
-        panels: of the plot, a title and the names of what is drawn.
-        targets: what is learnt from each prompt, in words.
-        scorer: of `model`.
+        panels: title and metrics of each part of the plot.
+        targets: words for what is learnt from each prompt.
+        scorer: scores rows with `model`.
         update: what gives the gradient.
         data: the arguments by which a command loaded the rows; the model card tells them.
 
     Raises:
-        ValueError: a row that cannot be trained on, or a model that cannot be scored, or is another
-            in training than in evaluation.
+        ValueError: a row that cannot be trained on, or a model that cannot be scored, or that
+            computes differently in training than in evaluation.
     """
 
     run_files = (*LongRunTrainer.run_files, CARD_FILE, SAMPLES_FILE, METRICS_FILE, PLOT_FILE)
@@ -185,7 +185,7 @@ class AnswerTrainer(LongRunTrainer):
     # The update.
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Return the Trainer's, but an epoch's last batch has the prompts that are left alone.
+        """Return the Trainer's, but an epoch's last batch has only the prompts that are left.
 
         Every batch is made as a single process makes it, and cut into the processes' shares.
 
@@ -253,7 +253,7 @@ class AnswerTrainer(LongRunTrainer):
         # 2 FLOP a parameter and token: policy forward, twice that backward, reference forward.
         passes = 3 + (self.update.ref_scorer is not None)
         self._flos += 2 * passes * self.model.num_parameters() * self.update.trunk_tokens
-        # The step's one wait for the device.
+        # The step's wait for the device.
         finding = self._finite_updates(model, loss, sums, self.state.global_step + 1)
         if finding.sums is not None:
             for name, value in zip(self.update.coefficients.names, finding.sums, strict=True):
@@ -269,7 +269,7 @@ class AnswerTrainer(LongRunTrainer):
         return loss
 
     def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
-        # Schedule-free optimisers have the weights of each in turn in the model's place.
+        # Schedule-free optimisers put the weights of training or of evaluation into the model.
         switch = getattr(self.optimizer, mode, None)
         if callable(switch):
             switch()
@@ -392,5 +392,5 @@ class AnswerTrainer(LongRunTrainer):
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the rows as they are: tokenising them belongs to the update."""
+    """Return the rows as they are."""
     return {"examples": examples}

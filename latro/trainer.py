@@ -6,7 +6,7 @@ One update, for N prompts x with answers y and K rationales z each (arXiv 2411.0
     A_k = r_k − mean_{j≠k} r_j
     loss = −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)]        A_k held constant
 
-With kl="k3" or "exact" the KL stands in the loss, and not in the reward.
+With kl="k3" the KL stands in the loss in place of the reward, with kl="exact" in both.
 
 One policy forward over x⊕z⊕y gives both log-probs, since attention is causal; one reference
 forward gives log π_0, or the hidden states that an exact KL needs; the objective, LaTRO or a
@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -76,9 +77,9 @@ class LatroTrainer(AnswerTrainer):
         processing_class: the model's tokenizer.
         task: its answer template ends rationales and opens answers; it grades in evaluation.
         eval_dataset: held-out rows for `evaluate()`.
-        ref_model: π_0; None: a frozen copy of `model` as it is now, not made when β is 0, or, where
-            it has an adapter, `model` itself with the adapter as it is now; of a run that goes on,
-            as it was when the run began.
+        ref_model: π_0. None: no reference if β is 0; for a model with an adapter, the model with
+            the adapter as it is now; otherwise a frozen copy. A resumed run has the π_0 that it
+            began with.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
         callbacks: added to the Trainer's own.
 
@@ -158,7 +159,7 @@ class LatroTrainer(AnswerTrainer):
         ref_model.requires_grad_(False).eval().to(self.args.device)
         ref_scorer = Scorer(ref_model, temperature=self.args.temperature, backend=self.args.backend)
         self.scorer.check_comparable(ref_scorer, exact=self.args.kl == "exact")
-        # Both read the same batches: KL is exactly 0 where the two are one.
+        # Both read the same batches: KL is exactly 0 while both models are equal.
         self.scorer.packed &= ref_scorer.packed
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
@@ -222,12 +223,13 @@ class LatroTrainer(AnswerTrainer):
         if finding.sums is not None:
             for name, value in rollout_sums(self._groups).items():
                 self._sums[name] += value
-            for outcome in self.update.outcomes:
-                if outcome.importance is not None:
-                    total, largest = outcome.importance.tolist()
-                    self._sums["importance_ratio"] += total
-                    so_far = self._sums["importance_ratio_max"]
-                    self._sums["importance_ratio_max"] = max(so_far, largest)
+            ratios = [o.importance for o in self.update.outcomes if o.importance is not None]
+            if ratios:
+                # The device has been waited for already, so that this costs one short copy.
+                totals, largest = zip(*torch.stack(ratios).tolist(), strict=True)
+                self._sums["importance_ratio"] += sum(totals)
+                so_far = self._sums["importance_ratio_max"]
+                self._sums["importance_ratio_max"] = max(so_far, *largest)
         last = self.accelerator.sync_gradients
         self._engine_is_stale |= last
         self._micro_step = 0 if last else self._micro_step + 1
@@ -252,7 +254,7 @@ class LatroTrainer(AnswerTrainer):
         self._refresh_engine()
         here = isinstance(self.engine, TransformersEngine)
         whole = gathered(self.scorer, self.accelerator) if here else nullcontext()
-        # Around all steps: within, fp32 weights are cast once, and not once in each.
+        # One autocast around all decoding steps, so that fp32 weights are cast once.
         with self.accelerator.autocast(), whole:
             if not prompts:
                 # Other processes have all of them; the weights are gathered by all together.
@@ -302,7 +304,7 @@ class LatroTrainer(AnswerTrainer):
         self._engine_is_stale = False
 
     def _rollout_seeds(self, count: int) -> list[int]:
-        # From the step and the place in the whole batch, and not from a running random state, so
+        # Seeds are made from the step and the place in the whole batch, not by a running state, so
         # that a resumed run draws the same, and so does one on another number of processes.
         batch = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
         first = batch * self._train_batch_size

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from latro_kernels import native
 
-# The least H at which products in bf16 save more time than their dz loses digits.
+# The least H for which the time that products in bf16 save is worth the digits that dz loses.
 _MIN_BF16_H = 128
 
 
@@ -17,8 +17,8 @@ _MIN_BF16_H = 128
 class Head:
     """The last linear layer of a language model, and the hidden states that it is applied to.
 
-    Its products are a = hidden · weightᵀ + bias, its logits z = softcap·tanh(a / softcap) /
-    temperature.
+    Its products are hidden · weightᵀ; with a = products + bias, its logits are z =
+    softcap·tanh(a / softcap) / temperature.
 
     Args:
         hidden: [N, H].

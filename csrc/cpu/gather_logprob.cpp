@@ -1,7 +1,7 @@
 // gather_logprob on the CPU: one pass over the logits forward, one pass over them and the gradient
 // backward. A row is one thread's and is walked in blocks of a fixed width, so that the result does
 // not depend on the number of threads; a block is read before its gradient is written, so that the
-// two may share their memory. The formulas stand in latro_kernels/gather_logprob.py.
+// two may share their memory. The formulas stand in latro_kernels/gather_logprob.
 #include <algorithm>
 #include <cmath>
 

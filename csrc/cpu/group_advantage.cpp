@@ -1,7 +1,7 @@
 // group_advantage on the CPU: sums per sequence, leave-one-out per group, a coefficient per row.
 //
 // A sequence is summed by one thread in a fixed order, in double, so the result does not depend on
-// the number of threads. The formulas stand in latro_kernels/group_advantage.py.
+// the number of threads. The formulas stand in latro_kernels/group_advantage.
 
 #include <cmath>
 #include <limits>

@@ -1,5 +1,5 @@
 // The running state of a row of linear_kl: both heads' sums of exponentials, and the mean of their
-// difference. The formulas stand in latro_kernels/linear_kl.py.
+// difference. The formulas stand in latro_kernels/linear_kl.
 #ifndef LATRO_CPU_KL_STATE_H_
 #define LATRO_CPU_KL_STATE_H_
 

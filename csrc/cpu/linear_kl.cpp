@@ -3,7 +3,7 @@
 //
 // The sweep is that of linear_logprob.cpp, with two products where that has one: a slice of both
 // weights (of the one, where they are the same) is packed once, and all rows pass over it in
-// chunks, each one thread's. The formulas stand in latro_kernels/linear_kl.py.
+// chunks, each one thread's. The formulas stand in latro_kernels/linear_kl.
 //
 // No result depends on the number of threads, nor what concerns a row on the other rows. Equal rows
 // of both heads have logits of equal bits.

@@ -1,6 +1,6 @@
 // gather_logprob on CUDA: one pass over the logits forward, one pass over them and the gradient
 // backward, one block a row. Every element is written by the thread that has read it, so that the
-// gradient may take the logits' place. The formulas stand in latro_kernels/gather_logprob.py.
+// gradient may take the logits' place. The formulas stand in latro_kernels/gather_logprob.
 #include <cstdint>
 
 #include "latro.h"

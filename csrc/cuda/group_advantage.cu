@@ -11,7 +11,7 @@
 //
 // The order of each sum follows from the offsets alone, so the result depends on neither the chip
 // nor the schedule. All arithmetic is double: rewards may be large and close together. The formulas
-// stand in latro_kernels/group_advantage.py.
+// stand in latro_kernels/group_advantage.
 //
 // What 1 M rows should cost an H100, estimated and not measured: 8 MB are read in phase 1, all of
 // them in flight at once (8 rows a lane, 2 KB a warp, 64 KB a multiprocessor), 4 us; 4 MB are

@@ -1,6 +1,6 @@
 // linear_kl on CUDA: the two folds over the tiles of both heads. The products around them are
 // cuBLAS's, in fp32. One block a row; rows beyond the grid are reached by striding. The formulas
-// stand in latro_kernels/linear_kl.py.
+// stand in latro_kernels/linear_kl.
 #include <cstdint>
 
 #include "latro.h"

@@ -20,10 +20,10 @@ from latro.update import metrics
 from latro.update.importance import importance
 from latro.update.metrics import Outcome
 
-Weights = tuple[Tensor | float, Tensor | None]
+RowCoefficients = tuple[Tensor | float, Tensor | None]
 """Coefficients of the rows of a batch's sequences: of their log-probs, [N] or the same float for
 all, and of their exact KL, [N] or none."""
-NOTHING: Weights = (0.0, None)
+NO_COEFFICIENTS: RowCoefficients = (0.0, None)
 """The coefficients of a batch that counts for nothing."""
 
 
@@ -34,7 +34,7 @@ class ObjectiveCoefficients:
         args: the settings.
 
     Attributes:
-        names: of the statistics, which are sums.
+        names: the names of the statistics, which are sums.
         averages: makes the metrics that are logged, from sums over several updates.
         exact_kl: whether the objective reads the exact KL, and not sampled tokens' log π_0.
         objective: what makes coefficients of log-probs.
@@ -63,21 +63,21 @@ class ObjectiveCoefficients:
         batches: Sequence[Batch],
         scores: Sequence[Scores],
         ref_logps: Sequence[Tensor | None],
-        count: int,
-    ) -> tuple[list[Weights], Tensor, Outcome]:
+        num_items: int,
+    ) -> tuple[list[RowCoefficients], Tensor, Outcome]:
         """Return the coefficients by batch, the statistics, and what became of the sequences.
 
         Args:
             batches: pieces of one micro-batch, which hold whole groups together.
             scores: the policy's, of each batch.
             ref_logps: log π_0 of each batch's rows, where the KL is of sampled tokens.
-            count: number of items (prompts, or target tokens for SFT) that the loss of the whole
-                update averages over.
+            num_items: number of prompts that the loss of the whole update averages over, or for SFT
+                of target tokens.
 
         Returns:
             Coefficients; sums by `names`, fp64 [len(names)]; the outcome, where there are rewards.
         """
-        layout = group_layout(batches, self.num_generations, count)
+        layout = group_layout(batches, self.num_generations, num_items)
         scored = list(zip(scores, batches, strict=True))
         rows = Rows(
             torch.cat([s.logp[: b.num_rows] for s, b in scored]),
@@ -116,14 +116,14 @@ class ObjectiveCoefficients:
             importance=ratios,
         )
         counts = [batch.num_rows for batch in batches]
-        row_kl: Sequence[Tensor | None] = [None] * len(batches)
+        kl_coefficients: Sequence[Tensor | None] = [None] * len(batches)
         if advantage.kl_coefficient is not None:
-            row_kl = advantage.kl_coefficient.split(counts)
-        return list(zip(coefficient.split(counts), row_kl, strict=True)), sums, outcome
+            kl_coefficients = advantage.kl_coefficient.split(counts)
+        return list(zip(coefficient.split(counts), kl_coefficients, strict=True)), sums, outcome
 
 
 class LikelihoodCoefficients:
-    """Gives every row −1/count: the loss is the negative log-likelihood of all target tokens."""
+    """Gives every row −1/num_items: the loss is the mean negative log-likelihood of all targets."""
 
     names = ("answer_logp", "sequences", "target_tokens")
     averages = staticmethod(metrics.likelihood_averages)
@@ -134,26 +134,26 @@ class LikelihoodCoefficients:
         batches: Sequence[Batch],
         scores: Sequence[Scores],
         ref_logps: Sequence[Tensor | None],
-        count: int,
-    ) -> tuple[list[Weights], Tensor, None]:
+        num_items: int,
+    ) -> tuple[list[RowCoefficients], Tensor, None]:
         """Return what `ObjectiveCoefficients` returns; there is no outcome."""
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=scores[0].logp.device)
         for batch, score in zip(batches, scores, strict=True):
             answers = answer_sums(score.logp.detach(), batch)
             numbers = answers.new_tensor([len(answers), batch.num_rows])
             sums += torch.cat([answers.sum()[None], numbers])
-        return [(-1 / count, None)] * len(batches), sums, None
+        return [(-1 / num_items, None)] * len(batches), sums, None
 
 
 Coefficients = ObjectiveCoefficients | LikelihoodCoefficients
 
 
-def rows_loss(score: Scores, weights: Weights) -> Tensor:
+def rows_loss(score: Scores, coefficients: RowCoefficients) -> Tensor:
     """Return Σ coefficient·logp, and Σ coefficient·row_kl where there is one, over a batch's rows.
 
     Rows of plain answers stand after those of the sequences, and have no coefficient.
     """
-    coefficient, kl_coefficient = weights
+    coefficient, kl_coefficient = coefficients
     if isinstance(coefficient, float):
         loss = score.logp.sum() * coefficient
         # Every output takes part in the backward, in every process alike.

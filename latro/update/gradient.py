@@ -31,7 +31,7 @@ from latro.model.packing import Batch, Group, MicroBatch, plan
 from latro.model.scoring import Scorer, Scores
 from latro.rollout.sequences import Rollout
 from latro.run.stopwatch import Stopwatch
-from latro.update.coefficients import NOTHING, Coefficients, Weights, rows_loss
+from latro.update.coefficients import NO_COEFFICIENTS, Coefficients, RowCoefficients, rows_loss
 from latro.update.metrics import Outcome
 from latro.update.out_of_memory import is_out_of_memory, smaller_budget
 from latro.update.processes import agreed_pieces, backward, exchange
@@ -41,7 +41,7 @@ class Update:
     """Accumulates the gradient of a loss over groups of rollouts.
 
     Args:
-        scorer: of the policy.
+        scorer: scores rows with the policy.
         coefficients: what the rows count for in the loss.
         accelerator: runs backwards and knows the engine.
         token_budget: positions of one micro-batch.
@@ -52,7 +52,7 @@ class Update:
         trunk_tokens: positions that the last call took through the policy's trunk with gradient,
             padding included.
         stopwatch: its laps are time_score and time_backward.
-        outcomes: of the last call's sequences, one a micro-batch; each process has its own.
+        outcomes: what became of the last call's sequences, by micro-batch, in this process.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Update:
         self.outcomes: list[Outcome] = []
         self._steps: list[tuple[Sequence[Group], int]] = []
 
-    def __call__(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, groups: Sequence[Group], num_items: int) -> tuple[Tensor, Tensor]:
         """Add the gradient of `groups` to that of the update's earlier accumulation steps.
 
         Args:
-            groups: rollouts of each prompt, none where other processes have all prompts; one more,
-                plain, where the objective is one of `PLAIN_OBJECTIVES`.
-            count: number of items (prompts, or target tokens for SFT) that the loss of the whole
+            groups: rollouts of each prompt; empty if this process has no prompts. Objectives in
+                `PLAIN_OBJECTIVES` need one more, plain rollout in each group.
+            num_items: number of prompts, or for SFT of target tokens, that the loss of the whole
                 update averages over, those of all processes.
 
         Returns:
@@ -87,12 +87,12 @@ class Update:
         Raises:
             torch.OutOfMemoryError: a single sequence does not fit, or there are several processes.
         """
-        self._steps.append((groups, count))
+        self._steps.append((groups, num_items))
         result = None
         try:
             result = self._run(self._steps[-1:])
             while result is None:
-                # Only here is the error gone, and with it the frames that held tensors.
+                # Outside of the except block the traceback is freed, and with it its tensors.
                 gc.collect()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
@@ -119,7 +119,7 @@ class Update:
     def _run(self, steps: Sequence[tuple[Sequence[Group], int]]) -> tuple[Tensor, Tensor] | None:
         """Return the last step's loss and sums; None where memory ran out in one of the steps."""
         try:
-            results = [self._accumulate(groups, count) for groups, count in steps]
+            results = [self._accumulate(groups, num_items) for groups, num_items in steps]
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -131,7 +131,7 @@ class Update:
             return None
         return results[-1]
 
-    def _accumulate(self, groups: Sequence[Group], count: int) -> tuple[Tensor, Tensor]:
+    def _accumulate(self, groups: Sequence[Group], num_items: int) -> tuple[Tensor, Tensor]:
         """Run the micro-batches of one accumulation step, as often as every other process does."""
         planned = self.plan(groups)
         # Every process has its micro-batches of many pieces first, so that few fill up.
@@ -149,20 +149,20 @@ class Update:
             fill = [self._filler() for _ in range(num_pieces - len(pieces))]
             backpropagate = self._in_one_piece if num_pieces == 1 else self._in_pieces
             last = slot == len(agreed) - 1
-            micro_loss, micro_sums = backpropagate(batches, fill, count, last=last)
+            micro_loss, micro_sums = backpropagate(batches, fill, num_items, last=last)
             loss += micro_loss
             sums += micro_sums
         return loss, sums
 
     def _in_one_piece(
-        self, batches: list[Batch], fill: list[Batch], count: int, *, last: bool
+        self, batches: list[Batch], fill: list[Batch], num_items: int, *, last: bool
     ) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of a micro-batch of one batch, which runs forward once.
 
         Args:
             batches: the batch, where it holds whole groups.
             fill: the batch, where it fills up and counts for nothing.
-            count: as in `__call__`.
+            num_items: as in `__call__`.
             last: whether its backward exchanges gradients with other processes.
 
         Returns:
@@ -174,14 +174,14 @@ class Update:
                 # π_0 first, while the policy's graph does not take memory yet.
                 reference, ref_logp = self._reference(batch)
                 score = self.scorer(batch, reference)
-                (weights,), sums = self._weights(
-                    batches, fill, count=count, scores=[score], ref_logps=[ref_logp]
+                (rows,), sums = self._row_coefficients(
+                    batches, fill, num_items=num_items, scores=[score], ref_logps=[ref_logp]
                 )
             with self.stopwatch.lap("time_backward"):
-                return backward(rows_loss(score, weights), self.accelerator), sums
+                return backward(rows_loss(score, rows), self.accelerator), sums
 
     def _in_pieces(
-        self, batches: list[Batch], fill: list[Batch], count: int, *, last: bool
+        self, batches: list[Batch], fill: list[Batch], num_items: int, *, last: bool
     ) -> tuple[Tensor, Tensor]:
         """Accumulate the gradient of a micro-batch of several batches, which run forward twice.
 
@@ -193,8 +193,8 @@ class Update:
             references, ref_logps = [r for r, _ in known], [logp for _, logp in known]
             with torch.no_grad():
                 scores = list(map(self.scorer, every, references))
-            weights, sums = self._weights(
-                batches, fill, count=count, scores=scores, ref_logps=ref_logps
+            rows, sums = self._row_coefficients(
+                batches, fill, num_items=num_items, scores=scores, ref_logps=ref_logps
             )
         loss = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(every):
@@ -202,7 +202,7 @@ class Update:
             with self.stopwatch.lap("time_backward"), now:
                 with self.accelerator.autocast():
                     score = self.scorer(batch, references[index])
-                loss += backward(rows_loss(score, weights[index]), self.accelerator)
+                loss += backward(rows_loss(score, rows[index]), self.accelerator)
         return loss, sums
 
     @torch.no_grad()
@@ -214,27 +214,27 @@ class Update:
             return self.ref_scorer.reference(batch), None
         return None, self.ref_scorer(batch).logp
 
-    def _weights(
+    def _row_coefficients(
         self,
         batches: list[Batch],
         fill: list[Batch],
         *,
-        count: int,
+        num_items: int,
         scores: list[Scores],
         ref_logps: list[Tensor | None],
-    ) -> tuple[list[Weights], Tensor]:
-        """Return the weights of `batches` and of `fill`, in this order, and the sums."""
-        weights: list[Weights] = []
+    ) -> tuple[list[RowCoefficients], Tensor]:
+        """Return the coefficients of `batches`, then those of `fill`, and the sums."""
+        rows: list[RowCoefficients] = []
         names = self.coefficients.names
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.accelerator.device)
         if batches:
             own = slice(len(batches))
-            weights, sums, outcome = self.coefficients(
-                batches, scores=scores[own], ref_logps=ref_logps[own], count=count
+            rows, sums, outcome = self.coefficients(
+                batches, scores=scores[own], ref_logps=ref_logps[own], num_items=num_items
             )
             if outcome is not None:
                 self.outcomes.append(outcome)
-        return weights + [NOTHING] * len(fill), sums
+        return rows + [NO_COEFFICIENTS] * len(fill), sums
 
     def _filler(self) -> Batch:
         """Return the shortest batch there can be: one token is read, and two are predicted.

@@ -85,8 +85,8 @@ def rollout_sums(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 def over_processes(sums: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the sums over all processes, and the largest of what is no sum.
 
-    Updates and seconds, which pass for all at once, are averaged. A process with no step that was
-    finite has no statistics of any.
+    Updates and seconds, which pass for all at once, are averaged. A process without a finite
+    step contributes none.
     """
     total: dict[str, float] = {}
     for name in {name for s in sums for name in s}:
@@ -112,7 +112,7 @@ def averages(sums: Mapping[str, float]) -> dict[str, float]:
         "reward_own_tokens": sums["own_logp"] / sequences,
         "kl": sums["kl"] / sequences,
         "entropy": sums["entropy"] / max(1.0, sums["rationale_rows"]),
-        # About 0, which is the mean of leave-one-out advantages.
+        # The root mean square: leave-one-out advantages have mean 0.
         "advantage_std": (sums["advantage_squared"] / sequences) ** 0.5,
         "groups_without_advantage": sums["flat_groups"] / groups,
         "rationale_length": sums["rationale_tokens"] / sequences,

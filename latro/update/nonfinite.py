@@ -42,8 +42,8 @@ class FiniteUpdates:
     """Looks at every accumulation step, and at the gradient after the last one of an update.
 
     Args:
-        names: of the statistics, for messages.
-        limit: so many updates in a row are skipped; at one more the run stops.
+        names: the names of the statistics, for messages.
+        limit: number of updates in a row that are skipped; at one more the run stops.
         accelerator: tells which step is an update's last, and knows the other processes.
     """
 

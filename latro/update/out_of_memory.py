@@ -1,4 +1,4 @@
-"""How an update that does not fit in memory is recognised, and the token budget with which it may.
+"""How an update that does not fit in memory is recognised, and a token budget that may fit.
 
 With several processes the error is final. The others are in the middle of an exchange of gradients
 or weights, which can be neither left nor finished without this one; to agree before every exchange

@@ -66,7 +66,8 @@ def group_advantage(
 ) -> GroupAdvantage:
     """Return rewards, leave-one-out advantages and the coefficient of every row in the loss.
 
-    With sequences of one rationale and one answer row, logp [G, K, 2] and no settings, this is
+    With sequences of one rationale and one answer row, logp [G, K, 2] and the default forms
+    of kl and unfinished, this is
 
         reward = answer_logp - beta * (rationale_logp - ref_rationale_logp)
         advantage = (reward - reward.mean(1, keepdim=True)) * K / (K - 1)

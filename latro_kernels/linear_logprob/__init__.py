@@ -32,7 +32,8 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
   probability for some rows: they are left out.
 
 With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
-row forward, and sum dx backward. `ops` chooses the driver; `state` says what a driver is given.
+row forward (four with the entropy), and sum dx backward. `ops` chooses the driver; `state` says
+what a driver is given.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def linear_logprob(
     weight and bias are cast as `linear` casts them. There is no double backward.
 
     Where neither weight nor bias requires a gradient, the forward makes the gradient of hidden as
-    well, in an fp32 tensor [N, H] that stands for the products' second making; the entropy's
+    well, in an fp32 tensor [N, H] in place of computing the products again; the entropy's
     gradient, should anyone ask for it, is then made from the logits again.
 
     Rows whose upstream gradient is 0 cost nothing in a backward on the CPU, nor in Triton in bf16
@@ -237,10 +238,12 @@ def linear_logprob(
     Triton in bf16 and fp16 this holds for log-prob and entropy. Elsewhere it is up to torch's
     products.
 
-    Memory beyond inputs, outputs and gradients is `memory_budget`, numbers per row, a tile whose
-    size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its gradient.
-    Where Triton folds products in registers, in bf16, fp16 and with `grad_filter`, the forward has
-    for its own time three numbers, with the entropy four, per row and four blocks of columns.
+    Memory beyond inputs, outputs and gradients is `memory_budget`, a few numbers per row, a tile
+    whose size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its
+    gradient.
+    Where Triton folds products in registers, in bf16, fp16 and with `grad_filter`, the forward
+    temporarily needs three fp32 numbers (four with the entropy) per row for every four blocks of
+    columns.
 
     Args:
         hidden: [N, H] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
@@ -248,8 +251,8 @@ def linear_logprob(
         target: [N] int64, each in 0..V − 1.
         bias: [V], dtype and device of hidden; None for none.
         temperature: divides the logits; above 0, and in fp32's normal range.
-        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
-            temperature too.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. c and
+            c / temperature must also be above 0 and in fp32's normal range.
         return_entropy: whether to return the entropy of each row's distribution too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
         memory_budget: bytes of products to keep for the backward, which makes the rest again; no

@@ -113,9 +113,9 @@ def _(weight: Tensor, target: Tensor, dx_sum: Tensor, *_: Tensor) -> Tensor:
 def _driver(head: Head, *, filtered: bool) -> ModuleType:
     """Return the module that does the work.
 
-    Products in registers are for dtypes in which Triton makes them fast, and for a filter, which
-    leaves some out. Products of fp32 in full precision take no matrix unit, and torch's are the
-    faster ones; CUDA C++ here folds what torch has multiplied.
+    Triton's fused kernels, which keep products in registers, serve bf16, fp16 and any filter. In
+    fp32, which takes no matrix unit, torch's products are faster: they are folded tile by tile, as
+    they always are with backend "cuda".
     """
     if head.backend == "cpu":
         return cpu

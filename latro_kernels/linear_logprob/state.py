@@ -40,7 +40,7 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What the forward knows of each row, in fp32; z are a row's logits, a its products.
+    """What the forward knows of each row, in fp32; z is a row of logits, a of products + bias.
 
     Args:
         target: [N] int64, contiguous, an input; outside of 0..V − 1 it is no column of the weight.

@@ -4,7 +4,7 @@ from latro.tasks import TASKS, Task, get_task
 
 
 def test_tasks_are_known_by_their_names():
-    assert set(TASKS) == {"arc_challenge", "arithmetic", "arithmetic_choice", "gsm8k"}
+    assert {"arc_challenge", "arithmetic", "arithmetic_choice", "gsm8k"} <= set(TASKS)
     for name in TASKS:
         task = get_task(name)
         assert isinstance(task, Task)
