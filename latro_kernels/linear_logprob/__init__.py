@@ -106,7 +106,7 @@ class _LinearLogprob(torch.autograd.Function):
         bias: Tensor | None,
         target: Tensor,
         options: _Options,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         if options.group is not None:
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
@@ -139,11 +139,13 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *found)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return logp, entropy
+        is_largest = target_logit >= row_max
+        ctx.mark_non_differentiable(is_largest)
+        return logp, entropy, is_largest
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None
+        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
@@ -282,15 +284,82 @@ def linear_logprob(
     """
     _check(hidden, weight, target, bias, temperature, softcap, backend)
     _check_options(hidden.device, backend, memory_budget, grad_filter, group)
+    hidden, weight, bias = _cast(hidden, weight, bias, backend)
+    if backend == "reference":
+        check_target_values(target, len(weight))
+        logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
+        return (logp, entropy) if return_entropy else logp
+    logp, of_rows, _ = _scores(
+        hidden,
+        weight,
+        bias,
+        target,
+        temperature=temperature,
+        softcap=softcap,
+        return_entropy=return_entropy,
+        backend=backend,
+        memory_budget=memory_budget,
+        grad_filter=grad_filter,
+        group=group,
+    )
+    return logp if of_rows is None else (logp, of_rows)
+
+
+def linear_logprob_and_largest(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return what `linear_logprob` returns, and whether no logit is above the target's.
+
+    Returns:
+        logp [N], fp32, nats; entropy [N], fp32, nats, or None; is_largest [N], bool.
+    """
+    _check(hidden, weight, target, bias, temperature, softcap, "auto")
+    hidden, weight, bias = _cast(hidden, weight, bias, "auto")
+    return _scores(
+        hidden,
+        weight,
+        bias,
+        target,
+        temperature=temperature,
+        softcap=softcap,
+        return_entropy=return_entropy,
+    )
+
+
+def _cast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast under autocast as `linear` does, and raise for dtypes that differ."""
     dtype = autocast_dtype(hidden.device)
     if dtype is not None:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     _check_dtypes(hidden, weight, bias, backend)
-    if backend == "reference":
-        check_target_values(target, len(weight))
-        logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
-        return (logp, entropy) if return_entropy else logp
+    return hidden, weight, bias
+
+
+def _scores(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    temperature: float,
+    softcap: float | None,
+    return_entropy: bool,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+    grad_filter: float = 0.0,
+    group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return logp, the entropy or None, and whether the target's logit is the largest."""
     has_grad = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
     if not torch.is_grad_enabled():
         has_grad = [False] * 3
@@ -307,8 +376,7 @@ def linear_logprob(
         frozen=frozen,
         group=group,
     )
-    logp, entropy = _LinearLogprob.apply(hidden, weight, bias, target, options)
-    return (logp, entropy) if return_entropy else logp
+    return _LinearLogprob.apply(hidden, weight, bias, target, options)
 
 
 def _check(

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -149,93 +147,21 @@ def test_a_replaced_head_is_put_back(model: PreTrainedModel) -> None:
 # trl_trainer.py
 
 
-@pytest.fixture(params=["GRPO", "RLOO"])
-def trainers(
-    request: pytest.FixtureRequest, tmp_path: Path, trl_trainer: ModuleType
-) -> Iterator[tuple[Any, type]]:
-    """Return a trainer with our head, and the class of TRL's own."""
-    import trl
+def test_trl_trains_through_the_patched_head(
+    tmp_path: Path, trl_trainer: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trl import GRPOConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(trl_trainer.MODEL, padding_side="left")
-    tokenizer.pad_token = tokenizer.eos_token
-    config = getattr(trl, f"{request.param}Config")(
-        str(tmp_path), per_device_train_batch_size=4, num_generations=4, bf16=False, **QUIET
-    )
-    config.temperature = 0.7
-    trainer = getattr(trl_trainer, f"Fused{request.param}Trainer")(
-        AutoModelForCausalLM.from_pretrained(trl_trainer.MODEL),
-        lambda completions, **_: [float(len(text)) for text in completions],
-        config,
-        trl_trainer.problems(8),
-        processing_class=tokenizer,
-    )
-    return trainer, getattr(trl, f"{request.param}Trainer")
+    from latro_kernels.integrations.trl import LinearLogprob, unpatch_trl
 
-
-def test_trl_scores_as_trl_does(trainers: tuple[Any, type]) -> None:
-    ours, theirs = trainers
-    ids = torch.randint(1, 397, (3, 12), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[0, :2] = mask[1, 9:] = 0  # padding before a prompt, and after a completion
-    upstream = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)).double()
-
-    def scores(score: Callable[..., Any], model: nn.Module, **options: Any) -> Tensor:
-        logp, entropy, _ = score(model, ids, mask, 5, compute_entropy=True, **options)
-        return torch.stack([logp, entropy]) * mask[:, -5:]
-
-    def fused(model: nn.Module, **options: Any) -> Tensor:
-        return scores(ours._get_per_token_logps_and_entropies, model, **options)
-
-    def trl(model: nn.Module) -> Tensor:
-        return scores(theirs._get_per_token_logps_and_entropies.__get__(ours), model)
-
-    def exact(model: nn.Module) -> Tensor:
-        log_p = (model(ids, attention_mask=mask).logits[:, -6:-1] / 0.7).log_softmax(-1)
-        logp = log_p.gather(2, ids[:, -5:, None]).squeeze(2)
-        return torch.stack([logp, -(log_p.exp() * log_p).sum(-1)]) * mask[:, -5:]
-
-    model = AutoModelForCausalLM.from_pretrained(plain_loop.MODEL)
-    own = trainers[0].model
-    with torch.no_grad():
-        truth = exact(model.double())
-        assert_as_exact(fused(own), trl(own), truth)
-        assert_as_exact(fused(own, batch_size=2), trl(own), truth)
-
-    def gradient(function: Callable[[nn.Module], Tensor], model: nn.Module) -> Tensor:
-        model.zero_grad()
-        (function(model).double() * upstream).sum().backward()
-        return torch.cat([p.grad.double().flatten() for p in model.parameters()])
-
-    truth = gradient(exact, model)
-    scale = truth.abs().max()
-    assert_as_exact(gradient(fused, own) / scale, gradient(trl, own) / scale, truth / scale)
-
-
-def test_trl_trains_as_trl_does(trainers: tuple[Any, type]) -> None:
-    """The first update's samples and rewards are TRL's, and the weights move."""
-    ours, theirs = trainers
-    ours.args.max_steps = 1
-    start = {name: p.detach().clone() for name, p in ours.model.named_parameters()}
-    ours.train()
-    assert any((p != start[name]).any() for name, p in ours.model.named_parameters())
-    plain = theirs(
-        AutoModelForCausalLM.from_pretrained(plain_loop.MODEL),
-        ours.reward_funcs,
-        ours.args,
-        ours.train_dataset,
-        processing_class=ours.processing_class,
-    )
-    plain.train()
-    rewards = [
-        next(entry["reward"] for entry in trainer.state.log_history if "reward" in entry)
-        for trainer in (ours, plain)
-    ]
-    assert rewards[0] == rewards[1]
-
-
-def test_trl_refuses_a_softcap(trainers: tuple[Any, type]) -> None:
-    trainer, _ = trainers
-    trainer.model.config.final_logit_softcapping = 30.0
-    ids = torch.tensor([[1, 2, 3]])
-    with pytest.raises(ValueError, match="straight from the head"):
-        trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 2)
+    calls = []
+    apply = LinearLogprob.apply
+    monkeypatch.setattr(LinearLogprob, "apply", lambda *rows: (calls.append(1), apply(*rows))[1])
+    options = {"per_device_train_batch_size": 4, "num_generations": 4, "logging_steps": 1}
+    args = GRPOConfig(str(tmp_path), max_steps=2, bf16=False, **options, **QUIET)
+    try:
+        rewards = trl_trainer.train(args)
+    finally:
+        unpatch_trl()
+    assert len(rewards) == 2
+    assert calls

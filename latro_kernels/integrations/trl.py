@@ -1,0 +1,161 @@
+"""TRL's trainers, with `linear_logprob` in the place of the function behind TRL's fused head.
+
+    from latro_kernels.integrations.trl import patch_trl
+
+    patch_trl()
+
+RLOO, GRPO, SFT, DPO and KTO add a fused head to their model, which hands hidden states, the head's
+weight and targets to one function; that function is replaced, and all around it stays TRL's: the
+model's trunk and its images, PEFT, gathering of sharded weights, auxiliary losses, metrics. TRL
+scales and caps the logits as in
+
+    z = c·tanh(s·a / c) / T        which is        z = (c/s)·tanh(a / (c/s)) / (T/s)
+
+TRL's own function does the work where ours cannot: see `_is_ours`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from importlib import import_module
+from types import CodeType
+from typing import Any
+
+import torch
+import trl
+from torch import Tensor
+
+from latro_kernels.head import autocast_dtype
+from latro_kernels.linear_logprob import linear_logprob_and_largest
+
+_VERSION = f"TRL {trl.__version__}"
+_KNOWN = "that of TRL 1.16, which this version of latro_kernels knows"
+try:
+    chunked_logprob: Any = import_module("trl.kernels.chunked_logprob")
+    seam: Any = import_module("trl.trainer.utils")
+except ModuleNotFoundError as error:
+    raise ImportError(f"patch_trl: {_VERSION} has another fused head than {_KNOWN}") from error
+
+_PARAMETERS = (
+    "ctx hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale "
+    "outputs"
+)
+_OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class LinearLogprob:
+    """Stands where TRL has `ChunkedLogProbFunction`, and takes and returns what that does."""
+
+    @staticmethod
+    def apply(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        temperature: float,
+        *rest: Any,
+    ) -> tuple[Tensor | None, ...]:
+        """Return log-probs, entropy, log Σ p², mean logits and whether the target is the largest.
+
+        Each is [N], and None where it was not asked for.
+        """
+        chunk_size, softcap, scale, outputs = rest
+        dtype = autocast_dtype(hidden.device) or hidden.dtype
+        if not _is_ours(weight, dtype, softcap, outputs):
+            return chunked_logprob.ChunkedLogProbFunction.apply(
+                hidden, weight, bias, target, temperature, chunk_size, softcap, scale, outputs
+            )
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        logp, entropy, is_largest = linear_logprob_and_largest(
+            hidden,
+            weight,
+            target,
+            bias=bias,
+            temperature=temperature / scale,
+            softcap=None if softcap is None else softcap / scale,
+            return_entropy="entropy" in outputs,
+        )
+        mean = None
+        if "mean_logits" in outputs:
+            mean = _mean_logits(hidden, weight, bias) * (scale / temperature)
+        return logp, entropy, None, mean, is_largest if "is_top1" in outputs else None
+
+
+def patch_trl() -> ExitStack:
+    """Let TRL's trainers compute log-probs by `linear_logprob`, from now on.
+
+    As a context manager, until the block's end. A trainer looks the function up whenever it scores,
+    so that trainers made before are patched too. Calling it twice is as calling it once.
+
+    Raises:
+        RuntimeError: this version of TRL computes them in another way.
+    """
+    _check_seam()
+    seam._ChunkedLogProbFunction = LinearLogprob
+    seam._use_triton = _leaves_out_ignored
+    block = ExitStack()
+    block.callback(unpatch_trl)
+    return block
+
+
+def unpatch_trl() -> None:
+    """Let TRL's trainers compute log-probs as TRL does."""
+    seam._ChunkedLogProbFunction = chunked_logprob.ChunkedLogProbFunction
+    seam._use_triton = chunked_logprob._use_triton
+
+
+def _leaves_out_ignored(device: torch.device) -> bool:
+    """Return whether rows whose label is −100 are left out: TRL does so on GPUs only."""
+    return device.type == "cpu" or chunked_logprob._use_triton(device)
+
+
+def _is_ours(
+    weight: Tensor, dtype: torch.dtype, softcap: float | None, outputs: tuple[str, ...]
+) -> bool:
+    """Return whether we have what TRL asks for.
+
+    We have no log Σ p² (DPO with `use_weighting`), no mean logit of capped logits, no other devices
+    than CPUs and CUDA's, no fp64; and under ZeRO-3 the backward has to gather the weight again,
+    which TRL's function does.
+    """
+    return (
+        weight.device.type in ("cpu", "cuda")
+        and dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not hasattr(weight, "ds_id")
+        and "log_sum_sq_probs" not in outputs
+        and (softcap is None or "mean_logits" not in outputs)
+    )
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the mean over the vocabulary of hidden · weightᵀ + bias, fp32 [N].
+
+    A mean of products with a row is the product with the mean, which takes no [N, V].
+    """
+    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return mean if bias is None else mean + bias.mean(dtype=torch.float32)
+
+
+def _check_seam() -> None:
+    """Raise if TRL's fused head does not call what we replace, in the way that we know."""
+    found = []
+    function = getattr(chunked_logprob, "ChunkedLogProbFunction", None)
+    if function is None:
+        found.append("no trl.kernels.chunked_logprob.ChunkedLogProbFunction")
+    elif " ".join(inspect.signature(function.forward).parameters) != _PARAMETERS:
+        found.append(f"its arguments {tuple(inspect.signature(function.forward).parameters)}")
+    if getattr(chunked_logprob, "OPTIONAL_OUTPUTS", None) != _OUTPUTS:
+        found.append(f"outputs {getattr(chunked_logprob, 'OPTIONAL_OUTPUTS', None)}")
+    head = getattr(seam, "add_fused_lm_head", None)
+    inner = [code for code in head.__code__.co_consts if isinstance(code, CodeType)] if head else []
+    names = {name for code in inner for name in code.co_names}
+    for name in ("_ChunkedLogProbFunction", "_use_triton"):
+        if name not in names or not hasattr(seam, name):
+            found.append(f"no {name} in trl.trainer.utils.add_fused_lm_head")
+    if found:
+        raise RuntimeError(
+            f"patch_trl: {_VERSION} has another fused head than {_KNOWN}: {'; '.join(found)}"
+        )

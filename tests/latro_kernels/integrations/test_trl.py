@@ -1,0 +1,265 @@
+"""`patch_trl`: TRL's trainers score and train as without it, by `linear_logprob`."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from latro.config import SMALL_MODEL
+from scripts.make_tiny_model import two_layers
+
+trl = pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
+
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+from trl.kernels import chunked_logprob  # noqa: E402
+from trl.trainer import utils as seam  # noqa: E402
+
+from latro_kernels.integrations.trl import LinearLogprob, patch_trl, unpatch_trl  # noqa: E402
+
+# TRL uses the old name of a setting that transformers has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+
+TOKENIZER = AutoTokenizer.from_pretrained(SMALL_MODEL, padding_side="left")
+TOKENIZER.pad_token = TOKENIZER.eos_token
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.25, "use_qk_norm": False},
+    "granite": {"logits_scaling": 3.0},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    | {"moe_intermediate_size": 32, "router_aux_loss_coef": 0.1},
+}
+
+
+@pytest.fixture(autouse=True)
+def _unpatched() -> Iterator[None]:
+    yield
+    unpatch_trl()
+
+
+def model_of(architecture: str) -> PreTrainedModel:
+    model = two_layers(architecture, TOKENIZER, **MODELS[architecture]).eval()
+    if architecture == "qwen3_moe":
+        model.set_experts_implementation("eager")  # the others have no fp64
+    # Logits of a new model are all but equal, and a softcap would do nothing to them.
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """Return ids and labels, some of which are ignored."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 397, (3, 12), generator=generator)
+    return ids, ids.masked_fill(torch.rand(3, 12, generator=generator) < 0.3, -100)
+
+
+def fused(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return log-probs and entropies [2, B, T − 1], and the loss, of TRL's fused head."""
+    ids, labels = batch()
+    seam.add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy", "is_top1"))
+    output = model(ids, labels=labels, fused_lm_head=True, **options)
+    return torch.stack([output.log_probs, output.entropy]), output.loss
+
+
+def unfused(model: PreTrainedModel, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return the same from the logits that a model in fp64 makes."""
+    ids, labels = batch()
+    output = model(ids, **options)
+    log_p = (output.logits[:, :-1] / 0.7).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    mask = labels[:, 1:] != -100
+    logp = log_p.gather(2, ids[:, 1:, None]).squeeze(2)
+    loss = -logp[mask].sum() / mask.sum()
+    if options:
+        loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+    return torch.stack([logp, entropy]) * mask, loss
+
+
+def measured(
+    score: Callable[..., tuple[Tensor, Tensor]], model: PreTrainedModel, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Return the scores, the loss, and all gradients of both together."""
+    both, loss = score(model, **options)
+    upstream = torch.randn(both.shape, generator=torch.Generator().manual_seed(1))
+    (loss + (both * upstream).sum()).backward()
+    found = {f"d{name}": p.grad for name, p in model.named_parameters()}
+    return found | {"scores": both.detach(), "loss": loss.detach()}
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_scores_losses_and_gradients_are_as_exact_as_trls(architecture: str) -> None:
+    model = model_of(architecture)
+    options = {"output_router_logits": True} if architecture == "qwen3_moe" else {}
+    theirs = measured(fused, copy.deepcopy(model), options)
+    truth = measured(unfused, copy.deepcopy(model).double(), options)
+    with patch_trl():
+        ours = measured(fused, model, options)
+    assert truth["scores"][0].min() < -5
+    for name, exact in truth.items():
+        scale = max(1.0, exact.abs().max().item())
+
+        def error(x: Tensor, exact: Tensor = exact, scale: float = scale) -> float:
+            return ((x.double() - exact).abs().max() / scale).item()
+
+        assert error(ours[name]) <= 2 * error(theirs[name]) + 1e-5, name
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_each_output_is_trls_and_only_what_was_asked_for(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(40, 16, generator=generator)
+    weight, bias = torch.randn(23, 16, generator=generator), torch.randn(23, generator=generator)
+    target = torch.randint(23, (40,), generator=generator)
+    for outputs in (("entropy",), ("is_top1",), ("mean_logits",), ("log_sum_sq_probs",), ()):
+        arguments = (hidden, weight, bias, target, 0.7, 8, softcap, 0.5, outputs)
+        ours = LinearLogprob.apply(*arguments)
+        theirs = chunked_logprob.ChunkedLogProbFunction.apply(*arguments)
+        for x, y in zip(ours, theirs, strict=True):
+            assert (x is None) == (y is None)
+            if x is not None:
+                torch.testing.assert_close(x, y)
+
+
+def test_all_labels_ignored_is_a_loss_of_zero_with_a_gradient() -> None:
+    model = model_of("llama")
+    seam.add_fused_lm_head(model)
+    ids = torch.tensor([[1, 2, 3]])
+    with patch_trl():
+        loss = model(ids, labels=torch.full_like(ids, -100), fused_lm_head=True).loss
+    loss.backward()
+    assert loss == 0
+    assert all((p.grad == 0).all() for p in model.parameters() if p.grad is not None)
+
+
+ONLINE = [{"prompt": f"Tom has {n} pens. How many?"} for n in range(2, 10)]
+TEXTS = [{"prompt": f"Tom has {n} pens.", "completion": f" He has {n}."} for n in range(2, 10)]
+PAIRS = [{"prompt": "Tom", "chosen": f" has {n}.", "rejected": " no."} for n in range(2, 10)]
+LABELLED = [dict(row, label=bool(n % 2)) for n, row in enumerate(TEXTS)]
+TRAINERS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "RLOO": (ONLINE, {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}),
+    "GRPO": (ONLINE, {"num_generations": 4, "max_completion_length": 8, "beta": 0.1}),
+    "SFT": (TEXTS, {}),
+    "SFT with LoRA": (TEXTS, {}),
+    "DPO": (PAIRS, {}),
+    "KTO": (LABELLED, {}),
+}
+
+
+def two_updates(kind: str, folder: Path) -> tuple[Tensor, Tensor]:
+    """Return all weights that are trained, before and after."""
+    rows, options = TRAINERS[kind]
+    name = kind.split(maxsplit=1)[0]
+    args = getattr(trl, f"{name}Config")(
+        **{"output_dir": str(folder), "max_steps": 2, "per_device_train_batch_size": 4},
+        **{"learning_rate": 0.01, "optim": "sgd", "lr_scheduler_type": "constant", "bf16": False},
+        **{"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True},
+        **{"gradient_checkpointing": False, **options},
+    )
+    others: dict[str, Any] = {}
+    if "num_generations" in options:
+        others["reward_funcs"] = lambda completions, **_: [float(len(c)) for c in completions]
+    if kind == "SFT with LoRA":
+        others["peft_config"] = LoraConfig(target_modules=["q_proj", "v_proj"])
+    torch.manual_seed(0)
+    trainer = getattr(trl, f"{name}Trainer")(
+        AutoModelForCausalLM.from_pretrained(SMALL_MODEL),
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=copy.deepcopy(TOKENIZER),
+        **others,
+    )
+
+    def weights() -> Tensor:
+        trained = (p for p in trainer.model.parameters() if p.requires_grad)
+        return torch.cat([p.detach().flatten() for p in trained]).double()
+
+    before = weights()
+    trainer.train()
+    return before, weights()
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_two_updates_are_trls(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights differ by no more than TRL's own do where its tiles have another width."""
+    own_apply = LinearLogprob.apply
+    calls = []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return own_apply(*arguments)
+
+    before, theirs = two_updates(kind, tmp_path)
+    with monkeypatch.context() as narrow:
+        narrow.setattr(seam, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)
+        noise = (two_updates(kind, tmp_path)[1] - theirs).abs().max()
+    monkeypatch.setattr(LinearLogprob, "apply", counted)
+    with patch_trl():
+        ours = two_updates(kind, tmp_path)[1]
+    assert calls
+    moved = (theirs - before).abs().max()
+    assert moved > 1e-6
+    assert (ours - theirs).abs().max() <= 2 * noise + 1e-5 * moved
+
+
+# The seam.
+
+
+def test_nothing_is_imported_or_patched_before_it_is_asked_for() -> None:
+    code = (
+        "import sys, latro_kernels\n"
+        "assert not {'trl', 'transformers', 'verl'} & set(sys.modules)\n"
+        "import latro_kernels.integrations.trl\n"
+        "from trl.trainer import utils\n"
+        "from trl.kernels import ChunkedLogProbFunction\n"
+        "assert utils._ChunkedLogProbFunction is ChunkedLogProbFunction\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_patch_ends_where_it_should() -> None:
+    before = (seam._ChunkedLogProbFunction, seam._use_triton)
+    with patch_trl():
+        assert seam._ChunkedLogProbFunction is LinearLogprob
+    assert (seam._ChunkedLogProbFunction, seam._use_triton) == before
+    patch_trl()
+    patch_trl()
+    assert seam._ChunkedLogProbFunction is LinearLogprob
+    unpatch_trl()
+    assert (seam._ChunkedLogProbFunction, seam._use_triton) == before
+
+
+def moved_forward(ctx: Any, hidden: Tensor, weight: Tensor) -> None:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "word"),
+    [
+        (seam, "_ChunkedLogProbFunction", None, "no _ChunkedLogProbFunction"),
+        (seam, "add_fused_lm_head", moved_forward, "no _ChunkedLogProbFunction"),
+        (chunked_logprob, "ChunkedLogProbFunction", None, "no trl.kernels"),
+        (chunked_logprob.ChunkedLogProbFunction, "forward", moved_forward, "arguments"),
+        (chunked_logprob, "OPTIONAL_OUTPUTS", ("entropy",), "outputs"),
+    ],
+    ids=["replaced", "unused", "gone", "arguments", "outputs"],
+)
+def test_a_trl_whose_seam_moved_is_refused_by_name_and_version(
+    where: Any, name: str, value: Any, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if value is None:
+        monkeypatch.delattr(where, name)
+    else:
+        monkeypatch.setattr(where, name, value)
+    with pytest.raises(RuntimeError, match=rf"TRL {trl.__version__} .*{word}"):
+        patch_trl()
