@@ -111,8 +111,10 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     }
     # Settings that do not change the lines, so that an evaluation may resume with other ones.
     apart = ("output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir")
+    # The weights tell which file they came from.
+    named = {k: v for k, v in result["model"].items() if k != "gguf_file"}
     identity = {
-        "model": {**result["model"], "weights": weights_crc32(model), "device": model.device.type},
+        "model": {**named, "weights": weights_crc32(model), "device": model.device.type},
         "data": {**result["data"], "rows": crc32(list(dataset))},
         "settings": {k: v for k, v in result["settings"].items() if k not in apart},
         "versions": result["versions"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
+import struct
 import textwrap
 import warnings
 from collections.abc import Iterable
@@ -35,6 +37,7 @@ from latro.config.training import SMALL_MODEL, DataArguments, EngineArguments, M
 from latro.engines.make import make_engine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
+from latro.model.gguf import Place, is_gguf, place_of
 from latro.rollout.prompts import prompt_text
 from latro.rollout.sequences import RolloutEngine
 from latro.tasks import TASKS, Task, get_task, read_own_data
@@ -44,10 +47,11 @@ if TYPE_CHECKING:
 
 _SHOWN_KEYS = 5
 _SHOWN_CHARACTERS = 300
-# The errors that transformers, PEFT, safetensors and tokenizers raise about a folder's contents.
+# The errors that transformers, PEFT, safetensors and tokenizers raise about a folder's contents or
+# a GGUF file's.
 _OF_FILES = (
     *(OSError, ImportError, SafetensorError, StrictDataclassError, ValueError, TypeError),
-    *(LookupError, ArithmeticError, AttributeError, RuntimeError),
+    *(LookupError, ArithmeticError, AttributeError, RuntimeError, struct.error),
 )
 
 
@@ -56,22 +60,29 @@ def load_model(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return the named model and its tokenizer; an adapter is loaded on its base model.
 
-    Only safetensors are read, since a pickled checkpoint can run code. Code that comes with a model
-    runs only with `trust_remote_code`, without a further question.
+    Only safetensors and GGUF files are read, since a pickled checkpoint can run code. Code that
+    comes with a model runs only with `trust_remote_code`, without a further question.
 
     Raises:
         ValueError: there is no such model, its code is not trusted, its tokenizer has more tokens
-            than the model, or it is an adapter and PEFT is not installed.
+            than the model, or it is an adapter or a GGUF file and the package that reads those is
+            not installed.
     """
-    name = args.model_name_or_path or str(SMALL_MODEL)
+    if args.gguf_file is not None and args.model_name_or_path is None:
+        raise ValueError(
+            "gguf_file: expected model_name_or_path with it, the folder or hub id that has the "
+            f"file; got {args.gguf_file!r} alone"
+        )
+    name, revision = args.model_name_or_path or str(SMALL_MODEL), args.model_revision
     model: PreTrainedModel | PeftModel
     with _Reading(repr(name), args.trust_remote_code):
-        is_adapter = find_adapter_config_file(name, revision=args.model_revision) is not None
-    if is_adapter:
+        # PEFT would take the path of a file for a hub id.
+        config = None if is_gguf(name) else find_adapter_config_file(name, revision=revision)
+    if config is not None:
         model, tokenizer = _load_adapter(name, args)
     else:
-        model = _load_weights(name, args.model_revision, args)
-        tokenizer = _load_tokenizer(name, args.model_revision, args)
+        model = _load_weights(name, revision, args)
+        tokenizer = _load_tokenizer(name, revision, args)
     check_vocabulary(model, tokenizer, f"model_name_or_path: {name!r}")
     if torch.cuda.is_available():
         model.to("cuda")
@@ -102,15 +113,17 @@ class _Reading:
     Args:
         model: the model's name in messages.
         trusted: whether code that comes with a model may run.
+        place: where the model is read from.
 
     Raises:
         ValueError: instead of any error that a library raises about a malformed config, tokenizer
             or weights file.
     """
 
-    def __init__(self, model: str, trusted: bool) -> None:
+    def __init__(self, model: str, trusted: bool, place: Place | None = None) -> None:
         self.model = model
         self.trusted = trusted
+        self.place = place
 
     def __enter__(self) -> None:
         self._warnings = warnings.catch_warnings()
@@ -134,13 +147,20 @@ class _Reading:
                 "with all your rights; if you have read it and trust it, pass --trust_remote_code "
                 "true"
             ) from error
-        reason = textwrap.shorten(str(error), _SHOWN_CHARACTERS, placeholder=" …").rstrip(".")
+        reason = str(error)
+        expected = (
+            "a hub id or a directory with config.json, safetensors weights and a tokenizer, or "
+            "with an adapter of PEFT; or a GGUF file"
+        )
+        if self.place is not None and self.place.gguf:
+            # The folder is a temporary one.
+            reason = reason.replace(f"{self.place.name}/", "")
+            expected = "a GGUF file that is whole, of a language model that transformers reads"
+        reason = textwrap.shorten(reason, _SHOWN_CHARACTERS, placeholder=" …").rstrip(".")
         if not issubclass(kind, (OSError, ValueError)):
             reason = f"{kind.__name__}: {reason}"
         raise ValueError(
-            f"model_name_or_path: cannot load {self.model}: {reason}. Expected a hub id or a "
-            "directory with config.json, safetensors weights and a tokenizer, or with an adapter "
-            "of PEFT"
+            f"model_name_or_path: cannot load {self.model}: {reason}. Expected {expected}"
         ) from error
 
 
@@ -149,9 +169,14 @@ def _load_weights(
 ) -> PreTrainedModel:
     """Return a whole model; `adapter` names the adapter that it is the base model of."""
     told_name = repr(name) if adapter is None else f"{name!r}, the base model of {adapter!r}"
-    with _Reading(told_name, args.trust_remote_code), whole_on_load():
+    with (
+        place_of(name, args.gguf_file, revision) as place,
+        _Reading(told_name, args.trust_remote_code, place),
+        whole_on_load(),
+    ):
         model, told = AutoModelForCausalLM.from_pretrained(
-            name,
+            place.name,
+            **place.arguments_of_weights(),
             revision=revision,
             dtype=args.dtype,
             attn_implementation=args.attn_implementation or _attention(args.dtype),
@@ -162,8 +187,9 @@ def _load_weights(
             output_loading_info=True,
         )
         # transformers ignores a damaged generation config, and loses further end tokens in it.
-        if has_file(name, GENERATION_CONFIG_NAME, revision=revision):
-            GenerationConfig.from_pretrained(name, revision=revision)
+        if has_file(place.name, GENERATION_CONFIG_NAME, revision=revision):
+            GenerationConfig.from_pretrained(place.name, revision=revision)
+        place.name_model(model)
         # transformers would take weights of an unknown quantisation as they are.
         quantised = getattr(model.config, "quantization_config", None)
         if quantised is not None and getattr(model, "hf_quantizer", None) is None:
@@ -206,10 +232,16 @@ def _check_weights(
 
 
 def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTrainedTokenizerBase:
-    with _Reading(repr(name), args.trust_remote_code):
-        return AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=args.trust_remote_code
+    with (
+        place_of(name, args.gguf_file, revision) as place,
+        _Reading(repr(name), args.trust_remote_code, place),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            place.name, **place.gguf, revision=revision, trust_remote_code=args.trust_remote_code
         )
+    if place.gguf:
+        tokenizer.name_or_path = place.source
+    return tokenizer
 
 
 def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -232,7 +264,8 @@ def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTraine
         )
     _check_adapter_weights(model, name, args.model_revision)
     if has_file(name, "tokenizer_config.json", revision=args.model_revision):
-        return model, _load_tokenizer(name, args.model_revision, args)
+        own = dataclasses.replace(args, gguf_file=None)
+        return model, _load_tokenizer(name, args.model_revision, own)
     return model, _load_tokenizer(base, base_revision, args)
 
 

@@ -301,7 +301,11 @@ class ModelArguments:
     _argument_group_name = "model"
 
     model_name_or_path: str | None = setting(
-        None, "A hub id or a model directory; without it the small model that ships."
+        None,
+        "A hub id, a model directory or a GGUF file; without it the small model that ships.",
+    )
+    gguf_file: str | None = setting(
+        None, "Name of the GGUF file to load from the hub or the directory, dequantised."
     )
     model_revision: str = setting("main", "Branch, tag or commit of a hub model.")
     dtype: str = setting(

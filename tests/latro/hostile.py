@@ -38,7 +38,7 @@ class Place:
 
     root: Path
     arguments: dict[str, object] = field(default_factory=dict)
-    """Arguments that replace those of a good command line."""
+    """Arguments that replace those of a good command line; None leaves one out."""
 
     @property
     def model(self) -> Path:
@@ -73,7 +73,8 @@ class Place:
         else:
             settings |= {"output": self.output / "result.json", "eval_split": "validation"}
         settings |= self.arguments
-        return [word for name, value in settings.items() for word in (f"--{name}", value)]
+        given = {name: value for name, value in settings.items() if value is not None}
+        return [word for name, value in given.items() for word in (f"--{name}", value)]
 
 
 @dataclass(frozen=True)

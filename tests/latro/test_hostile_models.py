@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from tests.latro.gguf_files import write_gguf
 from tests.latro.hostile import ROWS, Case, Place, refused
 from tests.warm_process import WarmProcess
 
@@ -118,6 +124,33 @@ def adapter_weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callabl
     return adapter(spoil)
 
 
+def gguf(
+    change: Callable[[Path], Mapping[str, object] | object], **options: Any
+) -> Callable[[Place], None]:
+    """Return a case that writes a GGUF file and changes it; `change` may return arguments."""
+
+    def spoil(place: Place) -> None:
+        model = AutoModelForCausalLM.from_pretrained(place.model)
+        tokenizer = AutoTokenizer.from_pretrained(place.model)
+        file = write_gguf(place.root / "tiny.gguf", model, tokenizer, **options)
+        arguments = change(file)
+        place.arguments["model_name_or_path"] = file
+        if isinstance(arguments, dict):
+            place.arguments |= arguments
+
+    return spoil
+
+
+def _in_a_folder(file: Path) -> dict[str, object]:
+    """Put two copies of a file into a folder, and return the argument that names the folder."""
+    folder = file.parent / "files"
+    folder.mkdir()
+    shutil.copy(file, folder / "a.gguf")
+    file.rename(folder / "b.gguf")
+    return {"model_name_or_path": folder}
+
+
+_BROKEN = "cannot load '{root}/tiny.gguf': .* Expected a GGUF file that is whole"
 FOLDERS = {
     "missing": Case(instead(lambda path: None), "model_name_or_path.*{model}"),
     "empty": Case(instead(Path.mkdir), "model_name_or_path.*{model}", "latro.evaluate"),
@@ -286,7 +319,58 @@ ADAPTERS = {
         adapter_weights(lambda t: (t.pop(sorted(t)[0]), None)[1]), "{root}/adapter.*lora"
     ),
 }
+GGUF = {
+    "missing": Case(gguf(lambda f: f.unlink()), "there is no file '{root}/tiny.gguf'"),
+    "empty": Case(gguf(lambda f: f.write_bytes(b"")), "'{root}/tiny.gguf' is no GGUF file"),
+    "a page of the hub": Case(
+        gguf(lambda f: f.write_text("<!doctype html>")), "tiny.gguf' is no GGUF .*<!do", "latro.sft"
+    ),
+    "of a format of tomorrow": Case(
+        gguf(lambda f: f.write_bytes(b"GGUF\x09" + f.read_bytes()[5:])),
+        "'{root}/tiny.gguf': tiny.gguf is GGUF v9",
+    ),
+    "big-endian": Case(
+        gguf(lambda f: f.write_bytes(b"GGUF\0\0\0\x03" + f.read_bytes()[8:])), "{root}/tiny.gguf"
+    ),
+    "cut in its settings": Case(gguf(lambda f: cut(f, 0.01)), _BROKEN),
+    "cut in its tokens": Case(gguf(lambda f: cut(f, 0.05)), _BROKEN, "latro.probe"),
+    "cut in its weights": Case(gguf(lambda f: cut(f, 0.6)), _BROKEN, "latro.evaluate"),
+    "a byte is missing": Case(gguf(lambda f: f.write_bytes(f.read_bytes()[:-1])), _BROKEN),
+    "more tensors than bytes": Case(
+        gguf(lambda f: f.write_bytes(f.read_bytes()[:8] + b"\x7f" * 8 + f.read_bytes()[16:])),
+        _BROKEN,
+    ),
+    "an unknown architecture": Case(
+        gguf(lambda f: None, architecture="no-such"),
+        "'{root}/tiny.gguf': GGUF model with architecture no-such",
+        "latro.evaluate",
+    ),
+    "an encoder and decoder": Case(gguf(lambda f: None, architecture="t5"), "tiny.gguf.*T5Config"),
+    "another architecture's settings": Case(gguf(lambda f: None, architecture="lfm2"), _BROKEN),
+    "several, and none is named": Case(
+        gguf(_in_a_folder), "gguf_file: expected one of a.gguf, b.gguf, .*'{root}/files'"
+    ),
+    "another than those": Case(
+        gguf(lambda f: _in_a_folder(f) | {"gguf_file": "c.gguf"}),
+        "gguf_file: there is no file 'c.gguf' in '{root}/files'; its GGUF files: a.gguf, b.gguf",
+        "latro.evaluate",
+    ),
+    "named in a folder without one": Case(
+        gguf(lambda f: {"model_name_or_path": f.parent / "model", "gguf_file": "a.gguf"}),
+        "gguf_file: there is no file 'a.gguf' in '{model}'; its GGUF files: none",
+    ),
+    "named twice": Case(
+        gguf(lambda f: {"gguf_file": "tiny.gguf"}),
+        "gguf_file: expected a folder or a hub id .* with the file '{root}/tiny.gguf'",
+        "latro.probe",
+    ),
+    "of no model": Case(
+        lambda p: p.arguments.update(gguf_file="a.gguf", model_name_or_path=None),
+        "gguf_file: expected model_name_or_path with it.*got 'a.gguf' alone",
+    ),
+}
 FAMILIES = {
+    "gguf": GGUF,
     "folder": FOLDERS,
     "config": CONFIGS,
     "weights": WEIGHT_FILES,
