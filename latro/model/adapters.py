@@ -166,18 +166,6 @@ def _adds_to(layer: nn.Module) -> bool:
     return adds and not isinstance(layer, ModulesToSaveWrapper)
 
 
-def head_without_adapter(head: Any) -> Any:
-    """Return the head that an adapter lies on, or the head itself."""
-    if not is_peft_available():
-        return head
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    if isinstance(head, AuxiliaryTrainingWrapper):
-        return head.original_module
-    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
-
-
 def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
     """Return the weight [V, H] and bias [V] that make a head's logits, active adapters included.
 

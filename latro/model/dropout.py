@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from latro.model.adapters import without_wrapper
-from latro.model.logits import trunk_of
+from latro_kernels.integrations.logits import trunk_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

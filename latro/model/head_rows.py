@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from latro.model.adapters import head_parameters
 from latro.model.attention import placeholder_mask
-from latro.model.logits import LogitForm, trunk_of
 from latro.model.packing import Batch
 from latro_kernels import linear_kl, linear_logprob
+from latro_kernels.integrations.logits import LogitForm, trunk_of
 
 HEAD_BUDGET = 512 * 2**20
 """Bytes of products that the head's forward may keep for its backward: the trunk keeps more."""

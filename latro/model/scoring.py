@@ -24,10 +24,10 @@ from latro.model.head_rows import (
     install_head_rows,
     trunk_rows,
 )
-from latro.model.logits import LogitForm, logit_form
 from latro.model.packing import Batch, Group, collate
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
+from latro_kernels.integrations.logits import LogitForm, logit_form
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from latro.model.logits import LogitForm, logit_form
 from latro.model.scoring import Scorer
+from latro_kernels.integrations.logits import LogitForm, logit_form
 from tests.latro.model.test_scoring import full_logits_logp
 from tests.latro.other_models import other_model
 

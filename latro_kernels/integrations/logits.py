@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
-
-from latro.model.adapters import head_without_adapter
+from transformers.utils import ModelOutput, is_peft_available
 
 # So small that a softcap leaves it as it is, and so large that nothing but the softcap is left. The
 # others are checked with what these two tell. Powers of 2 come out of a product without rounding.
@@ -69,7 +67,7 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
         "softcap(head(trunk(x))·scale), with a scale and a softcap that stay as they are"
     )
     head = causal.get_output_embeddings()
-    plain = head_without_adapter(head)
+    plain = _without_adapter(head)
     own = {id(parameter) for parameter in (plain.weight, getattr(plain, "bias", None))}
     if any(id(parameter) not in own for parameter in plain.parameters()):
         raise ValueError(formula)
@@ -95,6 +93,18 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
     if not _close(logits, softcap * torch.tanh(scale * known_logits / softcap)):
         raise ValueError(formula)
     return LogitForm(hidden_scale, scale, softcap)
+
+
+def _without_adapter(head: Any) -> Any:
+    """Return the head that an adapter lies on, or the head itself."""
+    if not is_peft_available():
+        return head
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    if isinstance(head, AuxiliaryTrainingWrapper):
+        return head.original_module
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def _run_with_known_numbers(
