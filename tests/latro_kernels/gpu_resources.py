@@ -184,7 +184,9 @@ def compile_kernel(
         file.write(compiled.asm["cubin"])
         file.flush()
         (found,) = read(Path(file.name)).values()
-        spills = _spills_in_products(dump(Path(file.name), "--dump-sass"))
+        # To disassemble takes half a second; without local memory nothing can touch it.
+        is_local = found.stack > 0 or found.local > 0
+        spills = _spills_in_products(dump(Path(file.name), "--dump-sass")) if is_local else 0
     # Dynamic shared memory is what the launch asks for; a cubin knows only of the static one.
     return replace(
         found,
