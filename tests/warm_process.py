@@ -30,9 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed import TCPStore
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-from latro.reporting import callbacks
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("latro.train", "latro.sft", "latro.evaluate", "latro.probe")
@@ -219,8 +216,9 @@ def _serve() -> Callable[[], object] | None:
     for name in (*COMMANDS, *_ALSO):
         importlib.import_module(name)
     # transformers makes this table at the first load of a model, in 0.2 s.
-    get_checkpoint_conversion_mapping("llama")
-    callbacks.draw_progress = no_picture
+    mappings = importlib.import_module("transformers.conversion_mapping")
+    mappings.get_checkpoint_conversion_mapping("llama")
+    importlib.import_module("latro.reporting.callbacks").draw_progress = no_picture
     # At a child's exit, torch would take back each operator that its imports have registered.
     for finalizer in weakref.finalize._registry:
         finalizer.atexit = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -39,9 +38,9 @@ def language_is_patched_once() -> Iterator[None]:
     patch, patched = interpreter._patch_lang, set()
 
     def patch_once(fn: Callable[..., Any]) -> Any:
-        modules = frozenset(id(v) for v in fn.__globals__.values() if isinstance(v, ModuleType))
-        if modules not in patched:
-            patched.add(modules)
+        # Globals are those of a module, which lives as long as the session.
+        if id(fn.__globals__) not in patched:
+            patched.add(id(fn.__globals__))
             patch(fn)
         # Of nothing to undo after a kernel.
         return interpreter._LangPatchScope()
