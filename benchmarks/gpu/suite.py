@@ -56,10 +56,13 @@ from benchmarks.gpu.stages import ROOT, Outcome, Stage, run_all
 from latro_kernels import environment
 
 OURS = {"cuda": "latro-triton,latro-cuda", "cpu": "latro-cpu"}
-PEERS = "torch-chunked,trl,liger,liger-flce,cce"
+PEERS = {"cuda": "unfused,torch-chunked,trl,liger,liger-flce,cce", "cpu": "trl,liger"}
+"""Peers by device; a rehearsal neither waits for a compiler nor needs what only a GPU runs."""
 WORKERS = {"cuda": 12, "cpu": 1}
 FOLDERS = ("tests/latro_kernels", "tests/benchmarks/common", "tests/benchmarks/gpu")
 """Tests that need a GPU; to collect them takes torch and transformers, and no data sets."""
+REST = {"cuda": FOLDERS, "cpu": ("tests/latro_kernels/test_group_advantage.py",)}
+"""Where the stage of the other tests looks; a rehearsal has collected all in the one before."""
 TUNING = "latro_kernels.linear_logprob.triton.tuning"
 KERNELS = "regex=(forward|backward|fold|grad|group_advantage)_kernel"
 """The kernels that a sanitizer watches, which are ours and not those of cuBLAS."""
@@ -100,8 +103,8 @@ def stages(
         read = partial(read_json, work / name / file)
         return Stage(name, commands, limit_s, obstacles=[no_device], read=read, figure=figure)
 
-    def tested(name: str, part: str, limit_s: float) -> Stage:
-        command = (python, "-m", "pytest", *FOLDERS, "-m", "gpu", "-v", "--tb=short")
+    def tested(name: str, part: str, limit_s: float, folders: Sequence[str]) -> Stage:
+        command = (python, "-m", "pytest", *folders, "-m", "gpu", "-v", "--tb=short")
         command += ("-n", str(WORKERS[device]), "-p", "benchmarks.gpu.sample", "--part", part)
         read = partial(counted_tests, work / f"{name}.log")
         obstacles = [no_device]
@@ -127,7 +130,7 @@ def stages(
     wheel_files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     pip = (python, "-m", "pip", "install", "--no-index", "--no-deps", "--target", str(installed))
     install = [(*pip, *wheel_files)] if wheel_files else []
-    compare = bench("peers", "--providers", f"{OURS[device]},unfused,{PEERS}")
+    compare = bench("peers", "--providers", f"{OURS[device]},{PEERS[device]}")
     study = bench("forms", "--study", "head", "--sections", "full,frozen,filter")
     study += ("--data", str(data)) if data else ()
     return [
@@ -172,8 +175,8 @@ def stages(
             figure=gpu_goals.ops_figure,
         ),
         measured("forms", [study], 110, file="study_head.json", figure=gpu_goals.forms_figure),
-        tested("smoke", "smoke", 100),
-        tested("tests", "rest", 200),
+        tested("smoke", "smoke", 100, FOLDERS),
+        tested("tests", "rest", 200, REST[device]),
         sanitized("memcheck"),
         sanitized("racecheck"),
     ]
