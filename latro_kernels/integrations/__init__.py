@@ -1,4 +1,5 @@
-"""TRL, Transformers and verl, one call each. Each module imports its library, and patches nothing.
+"""One call each for TRL, Transformers and verl, and functions in the form of other libraries.
 
-`latro_kernels` imports none of them: name the one that you want.
+`latro_kernels` imports none of these modules: name the one that you want. None patches anything
+when it is imported.
 """

@@ -1,0 +1,174 @@
+"""Functions by the names and in the call forms of other libraries; none of these is imported.
+
+    linear_cross_entropy                cut-cross-entropy
+    liger_fused_linear_cross_entropy    Liger
+    LigerFusedLinearCrossEntropyLoss    Liger
+    selective_log_softmax               TRL, from logits
+    entropy_from_logits                 TRL, from logits
+
+Results are fp32. Arguments that these libraries have beside those here are refused by Python.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from latro_kernels.gather_logprob import gather_logprob
+from latro_kernels.linear_logprob import linear_logprob
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: bool | int = 0,
+) -> Tensor:
+    """Return the cross-entropy of `targets`, as cut-cross-entropy's function of this name does.
+
+    Without shift and softcap it is, up to rounding,
+
+        F.cross_entropy(F.linear(e, c, bias).float().flatten(0, -2), targets.flatten(), ...)
+
+    Args:
+        e: [..., H], the hidden states.
+        c: [V, H], the head's weight, dtype of e.
+        targets: [...] int64.
+        bias: [V] or None. From here on by name only, because cut-cross-entropy's release on PyPI
+            has no bias and its repository has one here.
+        ignore_index: rows of this target cost nothing and count for nothing.
+        softcap: c of c·tanh(logits / c), or None.
+        reduction: "mean" over the targets that are not ignored, "sum", or "none".
+        shift: by how many places targets come after the hidden states that predict them.
+
+    Returns:
+        The loss, fp32, nats; for "none" of the shape of targets, with 0 at ignored ones and, with
+        shift, at those that nothing predicts.
+
+    Raises:
+        ValueError: another reduction, or a shift that leaves no target.
+    """
+    shift = int(shift)
+    if not 0 <= shift < targets.shape[-1]:
+        raise ValueError(f"shift: expected 0..{targets.shape[-1] - 1}, got {shift}")
+    mask = targets != ignore_index
+    mask[..., :shift] = False
+    rows = e[..., : e.shape[-2] - shift, :][mask[..., shift:]]
+    logp = linear_logprob(rows, c, targets[mask], bias=bias, softcap=softcap)
+    assert isinstance(logp, Tensor)
+    if reduction == "none":
+        return torch.zeros(targets.shape, device=e.device).masked_scatter(mask, -logp)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    return -logp.sum() if reduction == "sum" else -logp.mean()
+
+
+def liger_fused_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    softcap: float | None = None,
+) -> Tensor:
+    """Return the cross-entropy of `target`, as Liger's function of this name does.
+
+    Arguments are those of `linear_cross_entropy`: input [N, H], weight [V, H], target [N].
+    """
+    return linear_cross_entropy(
+        input,
+        weight,
+        target,
+        bias=bias,
+        ignore_index=ignore_index,
+        softcap=softcap,
+        reduction=reduction,
+    )
+
+
+class LigerFusedLinearCrossEntropyLoss(nn.Module):
+    """Computes the cross-entropy as Liger's module of this name does."""
+
+    def __init__(
+        self, *, ignore_index: int = -100, reduction: str = "mean", softcap: float | None = None
+    ) -> None:
+        super().__init__()
+        self.ignore_index, self.reduction, self.softcap = ignore_index, reduction, softcap
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
+    ) -> Tensor:
+        """Return the loss of _input [N, H], with lin_weight [V, H] and target [N]."""
+        return liger_fused_linear_cross_entropy(
+            _input,
+            lin_weight,
+            target,
+            bias,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            softcap=self.softcap,
+        )
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """Return log-softmax of `logits` at `index`, as TRL's function of this name does.
+
+    Args:
+        logits: [..., V].
+        index: [...] or [..., K], int32 or int64.
+        temperature: divides the logits.
+        row_mask: [...], where 0 the result is 0 and index is not read; None for none.
+
+    Returns:
+        Log-probs of the shape of index, fp32 (fp64 for fp64), nats.
+    """
+    V, shape = logits.shape[-1], logits.shape[:-1]
+    index = index.long()
+    columns = index[..., None] if index.ndim == len(shape) else index
+    if row_mask is not None:
+        columns = columns.masked_fill(row_mask[..., None] == 0, 0)
+    flat, columns = logits.reshape(-1, V), columns.reshape(-1, columns.shape[-1])
+    first = gather_logprob(
+        flat, columns[:, 0].contiguous(), temperature=temperature, backend=_backend(logits)
+    )
+    assert isinstance(first, Tensor)
+    logp = first[:, None]
+    if columns.shape[1] > 1:
+        # log p_k − log p_0 = z_k − z_0, in which the sum of exponentials is not needed again.
+        z = flat.gather(1, columns).to(logp.dtype) / temperature
+        logp = logp + (z - z[:, :1])
+    logp = logp.reshape(index.shape)
+    if row_mask is None:
+        return logp
+    mask = row_mask == 0
+    return logp.masked_fill(mask if index.ndim == len(shape) else mask[..., None], 0)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """Return the entropy of softmax(logits), as TRL's function of this name does.
+
+    Args:
+        logits: [..., V].
+        chunk_size: taken because TRL's has it; nothing is made in chunks.
+
+    Returns:
+        Entropies [...], fp32 (fp64 for fp64), nats.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    target = torch.zeros(len(flat), dtype=torch.int64, device=logits.device)
+    _, entropy = gather_logprob(flat, target, return_entropy=True, backend=_backend(logits))
+    return entropy.view(logits.shape[:-1])
+
+
+def _backend(logits: Tensor) -> str:
+    """Return the backend that takes the dtype: for fp64 there is only the reference."""
+    return "reference" if logits.dtype == torch.float64 else "auto"
