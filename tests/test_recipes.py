@@ -27,6 +27,7 @@ from latro.config.training import (
 )
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
+from tests.warm_process import WarmProcess, free_port, no_picture
 
 pytestmark = pytest.mark.long
 
@@ -38,6 +39,9 @@ ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "phi-3.5": "phi3"}
 ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
 MODULES = {"fsdp2": "tests.latro.fsdp_on_cpu"}
 """The module to start instead of latro.train where a CPU needs one."""
+LAUNCHER = "accelerate.commands.launch"
+SAVE = ("sh", "-c", 'env -0 > "$0/environment-$RANK"')
+"""A command that saves its environment in the folder that is its argument."""
 SMALL = (
     *("--model_name_or_path", str(SMALL_MODEL), "--dataset_name", "arithmetic"),
     *("--num_train_examples", "16", "--num_eval_examples", "2", "--max_completion_length", "8"),
@@ -46,11 +50,11 @@ SMALL = (
 )
 
 
-def run(command: list[str], **environment: str) -> str:
+def run(command: list[str]) -> str:
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -58,6 +62,25 @@ def run(command: list[str], **environment: str) -> str:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
+
+
+def run_as_launched(
+    warm: WarmProcess, module: str, arguments: list[str], folder: Path, **own: str
+) -> str:
+    """Run a module in forks with the variables saved in `folder`, or `own` ones instead.
+
+    Return what they print.
+    """
+    started = []
+    for path in sorted(folder.glob("environment-*")):
+        saved = dict(line.split("=", 1) for line in path.read_text().split("\0") if line)
+        printed = folder / f"printed-{saved['RANK']}"
+        started.append(warm.start(module, arguments, printed, cwd=ROOT, environment=saved | own))
+    assert len(started) == 2
+    finished = [process.wait(240) for process in started]
+    for process in finished:
+        assert process.code == 0, process.stderr[-4000:]
+    return "".join(process.stdout for process in finished)
 
 
 def assert_two_updates(output: Path, stdout: str) -> None:
@@ -106,23 +129,30 @@ def test_zero3_saves_weights_and_clips_gradients():
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_recipe_starts_under_each_engine(tmp_path, name):
+def test_a_recipe_starts_under_each_engine(tmp_path, warm, name):
     if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed, and no dependency of the tests")
     if name == "zero3" and torch.cuda.device_count() < 2:
         pytest.skip("DeepSpeed needs two GPUs: on a CPU accelerate has each process by itself")
-    stdout = run(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", str(RECIPES / "accelerate" / f"{name}.yaml")),
-            # Without bf16, which a CPU may not support.
-            *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
-            *("-m", MODULES.get(name, "latro.train"), "--config", str(RUNS[0]), *SMALL),
-            *([] if name == "zero3" else ["--use_cpu", "true"]),
-            *("--output_dir", str(tmp_path)),
-        ]
+    launch = (
+        *("--config_file", str(RECIPES / "accelerate" / f"{name}.yaml")),
+        # Without bf16, which a CPU may not support.
+        *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
     )
-    assert_two_updates(tmp_path, stdout)
+    arguments = [
+        *("--config", str(RUNS[0]), *SMALL, "--output_dir", str(tmp_path / "run")),
+        *([] if name == "zero3" else ["--use_cpu", "true"]),
+    ]
+    if name == "fsdp2":
+        # Started as forks: `ddp` starts processes as users do.
+        launched = warm.start(LAUNCHER, [*launch, "--no_python", *SAVE, tmp_path], tmp_path / "out")
+        assert launched.wait(120).code == 0
+        # The launcher has ended, and its store with it: the first process makes one.
+        own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
+        stdout = run_as_launched(warm, MODULES[name], arguments, tmp_path, **own)
+    else:
+        stdout = run([sys.executable, "-m", LAUNCHER, *launch, "-m", "latro.train", *arguments])
+    assert_two_updates(tmp_path / "run", stdout)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
@@ -197,8 +227,9 @@ def raw_files(tmp_path):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_a_run_makes_two_updates(path, raw_files):
+def test_a_run_makes_two_updates(path, raw_files, monkeypatch):
     """Use a tiny model of the recipe's architecture, and data in the task's own format."""
+    monkeypatch.setattr("latro.reporting.callbacks.draw_progress", no_picture)
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     hub_id, task = given["model_name_or_path"].lower(), given["dataset_name"]
     architecture = next(
@@ -254,17 +285,26 @@ exit 143
 }
 
 
+SAVED_START = """\
+#!/usr/bin/env bash
+folder=$(dirname "$CALLS")
+env -0 > "$folder/environment-$RANK"
+printf '%s\\n' "${@:2}" > "$folder/arguments"
+"""
+"""Replaces Python where the start is saved, for forks to run it."""
+
+
 @pytest.fixture
 def slurm(tmp_path):
-    """Return `slurm(*arguments, fakes=names)`, which runs the batch script with fake programs."""
+    """Return `slurm(*arguments, python=...)`, which runs the batch script with fake programs."""
     if shutil.which("bash") is None:
         pytest.skip("no bash")
 
-    def submit(*arguments: str, fakes: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+    def submit(*arguments: str, python: str = SLURM["python"]) -> subprocess.CompletedProcess[str]:
         programs = tmp_path / "bin"
         programs.mkdir()
-        for name in fakes:
-            (programs / name).write_text(SLURM[name])
+        for name, program in {**SLURM, "python": python}.items():
+            (programs / name).write_text(program)
             (programs / name).chmod(0o755)
         path = os.pathsep.join(
             [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
@@ -284,19 +324,20 @@ def slurm(tmp_path):
     return submit
 
 
-def test_the_slurm_script_starts_a_run(slurm, tmp_path):
+def test_the_slurm_script_starts_a_run(slurm, tmp_path, warm):
     output = tmp_path / "run"
-    done = slurm(
-        *(str(RUNS[-1]), str(output), *SMALL, "--use_cpu", "true"), fakes=("scontrol", "srun")
-    )
+    options = (str(RUNS[-1]), str(output), *SMALL, "--use_cpu", "true")
+    done = slurm(*options, python=SAVED_START)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert_two_updates(output, done.stdout)
+    assert (tmp_path / "calls").read_text() == "show hostnames node[1-2]\n"
+    module, *arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert_two_updates(output, run_as_launched(warm, module, arguments, tmp_path))
     assert (tmp_path / "calls").read_text() == "show hostnames node[1-2]\n"
 
 
 def test_the_slurm_script_goes_on_after_a_signal(slurm, tmp_path):
     (tmp_path / "run" / "checkpoint-4").mkdir(parents=True)
-    done = slurm("run.yaml", str(tmp_path / "run"), "--seed", "1", fakes=tuple(SLURM))
+    done = slurm("run.yaml", str(tmp_path / "run"), "--seed", "1")
     assert done.returncode == 143
     *ranks, last = (tmp_path / "calls").read_text().splitlines()[1:]
     assert last == f"requeue {os.getpid()}"
@@ -308,6 +349,6 @@ def test_the_slurm_script_goes_on_after_a_signal(slurm, tmp_path):
 
 
 def test_the_slurm_script_says_what_it_wants(slurm):
-    done = slurm("run.yaml", fakes=tuple(SLURM))
+    done = slurm("run.yaml")
     assert done.returncode != 0
     assert "RUN.yaml OUTPUT_DIR" in done.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,6 @@ from latro.train import train
 
 pytestmark = pytest.mark.long
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = 4
 """Number of prompts per update, over all processes."""
 OPTIONS = (
@@ -77,20 +73,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
-def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path):
-    """Use the launcher itself, unlike the other tests."""
-    more = ("--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "latro.train", *arguments(2, tmp_path, *more)),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.count("held-out problems") == 1
-    assert metrics(tmp_path, "step") == [0, 1, 1, 1]
+def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path, launch):
+    output = tmp_path / "two"
+    launch(2, output, "--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
+    assert metrics(output, "step") == [0, 1, 1, 1]
 
 
 @pytest.fixture(scope="module")
