@@ -333,10 +333,10 @@ class AnswerTrainer(LongRunTrainer):
         with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
             metrics, records = evaluate_model(
                 self.scorer,
-                self.processing_class,
-                self.task,
-                dataset,
-                self.evaluation_settings,
+                tokenizer=self.processing_class,
+                task=self.task,
+                dataset=dataset,
+                settings=self.evaluation_settings,
                 engine=engine,
                 accelerator=self.accelerator,
             )

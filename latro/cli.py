@@ -74,7 +74,11 @@ def run_training(
     resume = _checkpoint(args)
     task = load_task(data_args)
     train_dataset, eval_dataset = load_splits(
-        task, data_args, args.seed, args.eval_split, args.num_eval_examples
+        task,
+        args=data_args,
+        seed=args.seed,
+        eval_split=args.eval_split,
+        num_eval_examples=args.num_eval_examples,
     )
     peft_config = lora_config(peft_args, model_args.model_revision)
     model, tokenizer = load_model(model_args)

@@ -94,7 +94,9 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         progress=True,
     )
     task = load_task(data_args)
-    dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    dataset = load_held_out(
+        task, split=args.eval_split, args=data_args, num_examples=args.num_eval_examples
+    )
     examples = []
     if args.num_shots:
         examples = draw_examples(load_train(task, data_args, seed=0), dataset, args.num_shots)
@@ -124,10 +126,10 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         engine = load_engine(args, model, tokenizer, folder=lines.parent, processes=processes)
         metrics, records = evaluate_model(
             scorer,
-            tokenizer,
-            task,
-            dataset,
-            settings,
+            tokenizer=tokenizer,
+            task=task,
+            dataset=dataset,
+            settings=settings,
             engine=engine,
             accelerator=processes,
             examples=examples,

@@ -316,7 +316,7 @@ def load_engine(
         ValueError: the engine cannot sample for this model, or there is no usable server.
         ConnectionError: the server could not load the weights.
     """
-    engine = make_engine(args, model, tokenizer, folder)
+    engine = make_engine(args, model=model, tokenizer=tokenizer, folder=folder)
     if processes.is_main_process:
         engine.update_weights(model, 0)
     processes.wait_for_everyone()
@@ -359,7 +359,7 @@ def load_splits(
         ValueError: `load_train` or `load_held_out` raises it, or they have a prompt in common.
     """
     train = load_train(task, args, seed)
-    held_out = load_held_out(task, eval_split, args, num_eval_examples)
+    held_out = load_held_out(task, split=eval_split, args=args, num_examples=num_eval_examples)
     trained = {prompt_text(prompt) for prompt in train["prompt"]}
     seen = sum(prompt_text(prompt) in trained for prompt in held_out["prompt"])
     if seen:

@@ -88,15 +88,17 @@ def _probe(
         seed=args.seed,
     )
     task = load_task(data_args)
-    dataset = load_held_out(task, args.eval_split, data_args, args.num_eval_examples)
+    dataset = load_held_out(
+        task, split=args.eval_split, args=data_args, num_examples=args.num_eval_examples
+    )
     model, tokenizer = load_model(model_args)
     scorer = Scorer(model, temperature=args.temperature, backend=args.backend)
     records = probe_model(
         scorer,
-        tokenizer,
-        task,
-        dataset,
-        settings,
+        tokenizer=tokenizer,
+        task=task,
+        dataset=dataset,
+        settings=settings,
         engine=load_engine(args, model, tokenizer, folder=picture.parent, processes=processes),
         accelerator=processes,
     )

@@ -85,7 +85,14 @@ class SftTrainer(AnswerTrainer):
     def _check_train_dataset(
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
     ) -> None:
-        check_dataset(dataset, "train_dataset", model, self.join.tokenizer, self.join, 0)
+        check_dataset(
+            dataset,
+            name="train_dataset",
+            model=model,
+            tokenizer=self.join.tokenizer,
+            join=self.join,
+            max_completion_length=0,
+        )
         if args.target == "answer":
             return
         if "rationale" not in dataset.column_names:
@@ -99,7 +106,7 @@ class SftTrainer(AnswerTrainer):
                     f"train_dataset: row {index}: expected a rationale, got {rationale!r}; drop "
                     "the row, or take --target answer"
                 )
-        check_rationales(dataset, "train_dataset", model, self.join)
+        check_rationales(dataset, name="train_dataset", model=model, join=self.join)
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         # Every rollout is alone in its group.

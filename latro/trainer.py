@@ -279,7 +279,12 @@ class LatroTrainer(AnswerTrainer):
                 "rollout_engine: expected transformers where a model with an adapter is in shards, "
                 "got vllm, which is handed whole weights with the adapter merged into them"
             )
-        return make_engine(self.args, self.model, self.processing_class, self.args.output_dir)
+        return make_engine(
+            self.args,
+            model=self.model,
+            tokenizer=self.processing_class,
+            folder=self.args.output_dir,
+        )
 
     def _evaluation_engine(self) -> RolloutEngine:
         # Schedule-free optimisers put other weights into the model here than in training.

@@ -138,7 +138,13 @@ class TransformersEngine:
                 if not _knows_its_length(cache):
                     ids, mask = ids[:, -1:], mask[:, -1:]
             start = ids.shape[1]
-            stop = TemplateStop(self.tokenizer, start, len(prompts) * num_samples, eos, template)
+            stop = TemplateStop(
+                self.tokenizer,
+                prompt_length=start,
+                num_rows=len(prompts) * num_samples,
+                eos_token_ids=eos,
+                template=template,
+            )
             output = model.generate(
                 input_ids=ids.repeat_interleave(num_samples, dim=0),
                 attention_mask=mask.repeat_interleave(num_samples, dim=0),

@@ -181,7 +181,9 @@ class Client:
         deadline = time.monotonic() + timeout
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                status, content = self._send(path, body, deadline, largest, hangup)
+                status, content = self._send(
+                    path, body=body, deadline=deadline, largest=largest, hangup=hangup
+                )
                 break
             except (OSError, UnicodeError, http.client.HTTPException) as error:
                 if hangup.happened:

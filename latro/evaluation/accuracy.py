@@ -125,14 +125,26 @@ def evaluate_model(
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
     longest = check_dataset(
-        dataset, "dataset", model, tokenizer, join, settings.max_completion_length
+        dataset,
+        name="dataset",
+        model=model,
+        tokenizer=tokenizer,
+        join=join,
+        max_completion_length=settings.max_completion_length,
     )
     separator = None
     shown = dataset
     if examples:
-        shown = with_examples(dataset, examples, task.answer_template, tokenizer)
+        shown = with_examples(
+            dataset, examples=examples, answer_template=task.answer_template, tokenizer=tokenizer
+        )
         longest = check_dataset(
-            shown, "dataset", model, tokenizer, join, settings.max_completion_length
+            shown,
+            name="dataset",
+            model=model,
+            tokenizer=tokenizer,
+            join=join,
+            max_completion_length=settings.max_completion_length,
         )
         # The turns of a conversation have ends of their own.
         separator = None if tokenizer.chat_template else SEPARATOR

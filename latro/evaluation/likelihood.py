@@ -111,9 +111,16 @@ def probe_model(
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
-    check_dataset(dataset, "dataset", model, tokenizer, join, settings.max_completion_length)
+    check_dataset(
+        dataset,
+        name="dataset",
+        model=model,
+        tokenizer=tokenizer,
+        join=join,
+        max_completion_length=settings.max_completion_length,
+    )
     if "rationale" in dataset.column_names:
-        check_rationales(dataset, "dataset", model, join)
+        check_rationales(dataset, name="dataset", model=model, join=join)
     engine = engine or TransformersEngine(model, tokenizer)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world

@@ -179,7 +179,7 @@ def _by_segment(
     queries = query.split(list(shared_prefix.lengths), dim=2)
     keys, values = (t.split(shared_prefix.key_lengths, dim=2) for t in (key, value))
     outputs = [
-        _one_segment(q, k, v, scaling, window, softcap)
+        _one_segment(q, key=k, value=v, scaling=scaling, window=window, softcap=softcap)
         for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2)

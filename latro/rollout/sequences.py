@@ -245,12 +245,12 @@ class AnswerJoin:
     ) -> Rollout:
         """Return the rollout of a sample that ends with z; add the end token to `answer_ids`."""
         return Rollout(
-            prompt_ids,
-            sample.ids,
-            answer_ids + self.end_ids,
-            answer_start,
-            finished,
-            None if sample.logp is None else sample.logp[: len(sample.ids)],
+            prompt_ids=prompt_ids,
+            sampled_ids=sample.ids,
+            answer_ids=answer_ids + self.end_ids,
+            answer_start=answer_start,
+            finished=finished,
+            sampled_logp=None if sample.logp is None else sample.logp[: len(sample.ids)],
             own_start=self._own_start(answer_ids, answer),
             own_end=len(answer_ids),
         )

@@ -135,4 +135,10 @@ def _random_problem(rng: random.Random) -> Problem:
         changes.append(amount if gains else -amount)
         verbs.append(rng.choice(GAINS if gains else LOSSES))
         count += changes[-1]
-    return Problem(start, tuple(changes), rng.choice(NAMES), rng.choice(OBJECTS), tuple(verbs))
+    return Problem(
+        start=start,
+        changes=tuple(changes),
+        name=rng.choice(NAMES),
+        thing=rng.choice(OBJECTS),
+        verbs=tuple(verbs),
+    )

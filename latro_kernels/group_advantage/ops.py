@@ -38,7 +38,9 @@ def _group_advantage(
     unfinished: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    layout = GroupLayout(offsets, num_generations, finished, num_groups)
+    layout = GroupLayout(
+        offsets=offsets, num_generations=num_generations, finished=finished, num_groups=num_groups
+    )
     # Resolved here rather than in the public function, for torch.compile cannot trace the search
     # for a library.
     backend = resolve(backend, logp.device)

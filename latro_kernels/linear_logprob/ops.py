@@ -51,7 +51,14 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tupl
     if is_whole:
         check_target_values(target, len(weight))
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    head = Head(hidden, weight, bias, temperature, softcap, resolve(backend, hidden.device))
+    head = Head(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        backend=resolve(backend, hidden.device),
+    )
     asked = Wanted(*wanted)
     with torch.autocast(hidden.device.type, enabled=False):
         driver = _driver(head, filtered=asked.block_max)
@@ -62,14 +69,29 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tupl
 def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     bias, temperature, softcap, backend, _, *wanted = rest
     backend = default_backend(hidden.device) if backend == "auto" else backend
-    head, asked = Head(hidden, weight, bias, temperature, softcap, backend), Wanted(*wanted)
+    asked = Wanted(*wanted)
+    head = Head(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        backend=backend,
+    )
     return _outputs(_driver(head, filtered=asked.block_max).empty_state(head, target, asked))
 
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
 def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     bias, temperature, softcap, backend, *rows, cached, block_max, grad_filter, needs = rest
-    head = Head(hidden, weight, bias, temperature, softcap, resolve(backend, hidden.device))
+    head = Head(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        backend=resolve(backend, hidden.device),
+    )
     contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *rows)]
     grad = RowGrad(*contiguous)
     with torch.autocast(hidden.device.type, enabled=False):
