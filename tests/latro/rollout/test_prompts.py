@@ -208,6 +208,8 @@ def test_prompts_that_say_the_same_may_be_rendered_as_the_same(tiny, tokenizer):
     check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
 
 
+# The process that renders is the same for every tokenizer.
+@pytest.mark.parametrize("tokenizer", ["tiny"], indirect=True)
 def test_a_template_that_takes_all_memory_is_refused_with_its_row(tiny, tokenizer):
     template = "{{ messages[0].content * (1 if messages[0].content == 'One?' else 10 ** 11) }}"
     message = refusal(

@@ -26,7 +26,7 @@ def test_join_after_the_template_keeps_the_sampled_ids(tokenizer, join):
     assert rollout.sampled_ids == sampled
     assert rollout.finished
     assert decode(tokenizer, rollout.rationale_ids) == " 2+3=5. "
-    assert decode(tokenizer, rollout.answer_ids) == "The answer is 5<|endoftext|>"
+    assert decode(tokenizer, rollout.answer_ids) == f"The answer is 5{tokenizer.eos_token}"
     assert rollout.input_ids + rollout.answer_ids[-1:] == (
         prompt + sampled + tokenizer.encode(" 5") + [tokenizer.eos_token_id]
     )
@@ -61,7 +61,7 @@ def test_an_empty_rationale_is_scored(tokenizer, join, prompt, joint):
 
 def test_a_tokenizer_without_an_end_token_ends_answers_with_the_models(tiny, tokenizer):
     model = tiny()
-    eos = tokenizer.eos_token_id
+    eos, spelling = tokenizer.eos_token_id, tokenizer.eos_token
     tokenizer.eos_token = None
     try:
         assert eos_token_ids(model, tokenizer) == [eos]
@@ -71,7 +71,7 @@ def test_a_tokenizer_without_an_end_token_ends_answers_with_the_models(tiny, tok
         bare = AnswerJoin(tokenizer, TEMPLATE, [])([7], Sample([8]), "5")
         assert decode(tokenizer, bare.answer_ids).endswith("is 5")
     finally:
-        tokenizer.eos_token = "<|endoftext|>"
+        tokenizer.eos_token = spelling
 
 
 @given(text=st.text(alphabet="Tom has59=.+é ", max_size=40), answer=st.integers(0, 10**6))
@@ -291,15 +291,17 @@ def test_a_later_statement_can_be_the_one(whole_words):
         (frames.GEMMA, ["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>"),
         (frames.LLAMA_3, ["<|eot_id|>"], "<|eot_id|>"),
         (frames.CHATML, ["<|im_start|>", "<|im_end|>"], "<|im_end|>"),
-        (frames.MISTRAL, [], "<|endoftext|>"),
-        (frames.PLAIN, [], "<|endoftext|>"),
-        (None, ["<|im_end|>"], "<|endoftext|>"),
+        (frames.MISTRAL, [], None),
+        (frames.PLAIN, [], None),
+        (None, ["<|im_end|>"], None),
     ],
 )
 def test_an_answer_ends_as_an_assistants_turn_does(tiny, tokenizer, template, tokens, end):
     made = frames.framed(tokenizer, template, *tokens)
     model = tiny(vocab_size=len(made))
-    end_id, eos = made.convert_tokens_to_ids(end), made.eos_token_id
+    eos = made.eos_token_id
+    # Without a token that ends a turn, the tokenizer's own ends it.
+    end_id = eos if end is None else made.convert_tokens_to_ids(end)
     ends = eos_token_ids(model, made)
     assert ends == sorted({eos, end_id})
     # The result is the same whether or not it is given all end tokens.
@@ -312,6 +314,8 @@ def test_an_answer_ends_as_an_assistants_turn_does(tiny, tokenizer, template, to
         assert join.written([5], "So it is.", "5").answer_ids[-1] == end_id
 
 
+# A random model of many tokens hardly ever samples one of two.
+@pytest.mark.parametrize("tokenizer", ["tiny"], indirect=True)
 def test_samples_end_at_the_end_of_a_turn(tiny, tokenizer):
     made = frames.framed(tokenizer, frames.PHI, "<|user|>", "<|assistant|>", "<|end|>")
     end, eos = made.convert_tokens_to_ids("<|end|>"), made.eos_token_id
@@ -340,7 +344,7 @@ def test_an_answer_that_is_a_special_token_is_that_token(labels):
         for text in ("<yes> or <no>", "<|endoftext|>", "<pad>", "<s>"):
             ids = join([5], sample, text).answer_ids
             assert not set(ids[:-1]) & {yes, pad, labels.eos_token_id, labels.bos_token_id}
-            assert decode(labels, ids).endswith(f"he answer is {text}<|endoftext|>")
+            assert decode(labels, ids).endswith(f"he answer is {text}{labels.eos_token}")
 
 
 def test_what_spells_a_special_token_in_a_rationale_is_text(labels):

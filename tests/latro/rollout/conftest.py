@@ -1,0 +1,20 @@
+"""Tests of tokenisation take the tokenizer of a real model too."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from scripts.make_tiny_model import make_tokenizer
+from tests.latro.conftest import TEXTS
+from tests.latro.smollm2 import smollm2_tokenizer
+
+
+@pytest.fixture(scope="session", params=["tiny", "smollm2"])
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """Return a tokenizer without chat template; tests that need one write their own."""
+    if request.param == "tiny":
+        return make_tokenizer(TEXTS, vocab_size=400)
+    tokenizer = smollm2_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
