@@ -227,7 +227,8 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:
     ]
     asked.logp = whole[0]
     asked.entropy = whole[1] if asked.return_entropy else None
-    return whole[0][..., None][..., :0]
+    # No view: what comes behind the head may work in place.
+    return whole[0][..., None][..., :0].clone()
 
 
 def _loss(
