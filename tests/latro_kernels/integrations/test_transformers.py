@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from latro.config import SMALL_MODEL
 from latro_kernels.integrations.transformers import fused_head, unfused_head
-from tests.latro_kernels.integrations.models import MODELS, TOKENIZER, batch, model_of
+from tests.latro_kernels.integrations.models import MODELS, SMALL_MODEL, TOKENIZER, batch, model_of
+
+pytest.importorskip("datasets", reason="needs datasets, of pip install '.[test]'")
+
+from transformers import Trainer, TrainingArguments
 
 
 def assert_as_exact(ours: Tensor, plain: Tensor, truth: Tensor) -> None:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from latro.config import SMALL_MODEL
-from tests.latro_kernels.integrations.models import MODELS, TOKENIZER, batch, model_of
+from tests.latro_kernels.integrations.models import MODELS, SMALL_MODEL, TOKENIZER, batch, model_of
 
 trl = pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
 
