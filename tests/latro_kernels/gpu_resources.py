@@ -48,6 +48,7 @@ _BLOCK = re.compile(
     re.MULTILINE,
 )
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
+_PRODUCT = re.compile(r"\b(?:H|HG|UTC\w+)MMA\b")
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 
 
@@ -66,6 +67,11 @@ class Resources:
         tensor_memory: columns of a block (compute capability 10).
         spills_in_products: instructions that touch local memory in loops that multiply matrices and
             hold no other loop; read for Triton kernels only.
+        waits_in_products: how often such loops wait until no product is under way any more (compute
+            capability 9); read for Triton kernels only.
+        epilogue: instructions that a warp executes at least between the products of a block and
+            those of the next, or the kernel's end, where exponentials are taken of the products; 0
+            where none are. Read for Triton kernels only.
     """
 
     registers: int
@@ -75,6 +81,8 @@ class Resources:
     threads: int | None = None
     tensor_memory: int = 0
     spills_in_products: int = 0
+    waits_in_products: int = 0
+    epilogue: int = 0
 
 
 @functools.cache
@@ -184,31 +192,72 @@ def compile_kernel(
         file.write(compiled.asm["cubin"])
         file.flush()
         (found,) = read(Path(file.name)).values()
-        # To disassemble takes half a second; without local memory nothing can touch it.
-        is_local = found.stack > 0 or found.local > 0
-        spills = _spills_in_products(dump(Path(file.name), "--dump-sass")) if is_local else 0
+        # To disassemble takes half a second; it shows how matrices are multiplied.
+        sass = dump(Path(file.name), "--dump-sass") if "mma" in compiled.asm["ptx"] else ""
+    code = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(sass)]
+    products = _product_loops(code)
     # Dynamic shared memory is what the launch asks for; a cubin knows only of the static one.
     return replace(
         found,
         shared=max(found.shared, compiled.metadata.shared),
         tensor_memory=compiled.metadata.tmem_size or 0,
-        spills_in_products=spills,
+        spills_in_products=sum("LDL" in text or "STL" in text for text in products),
+        waits_in_products=sum("WARPGROUP.DEPBAR.LE gsb0, 0x0" in text for text in products),
+        epilogue=_epilogue(code),
     )
 
 
-def _spills_in_products(sass: str) -> int:
-    """How many instructions of the innermost loops with products touch local memory."""
-    code = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(sass)]
+def _product_loops(code: list[tuple[int, str]]) -> list[str]:
+    """Return the instructions of loops that multiply matrices and hold no other loop."""
     jumps = [(int(jump[1], 16), at) for at, text in code if (jump := _BRANCH.search(text))]
     loops = [(start, end) for start, end in jumps if start < end]
-    spills = 0
+    found = []
     for start, end in loops:
         if any((start, end) != other and start <= other[0] <= other[1] <= end for other in loops):
             continue
         body = [text for at, text in code if start <= at <= end]
-        if any("MMA" in text for text in body):
-            spills += sum("LDL" in text or "STL" in text for text in body)
-    return spills
+        if any(_PRODUCT.search(text) for text in body):
+            found += body
+    return found
+
+
+def _epilogue(code: list[tuple[int, str]]) -> int:
+    """Return the fewest instructions from a product over an exponential to a product or the end."""
+    number = {at: n for n, (at, _) in enumerate(code)}
+    after: dict[int, list[int]] = {}
+    for n, (_, text) in enumerate(code):
+        jump = _BRANCH.search(text)
+        always = re.match(r"(BRA|EXIT)\b", text)
+        after[n] = [] if always else [n + 1]
+        if jump and int(jump[1], 16) in number:
+            after[n].append(number[int(jump[1], 16)])
+    before: dict[int, list[int]] = {n: [] for n in range(len(code) + 1)}
+    for n, following in after.items():
+        for m in following:
+            before[m].append(n)
+    products = [n for n, (_, text) in enumerate(code) if _PRODUCT.search(text)]
+    ends = [n for n, (_, text) in enumerate(code) if re.match(r"EXIT\b", text)]
+    since, until = _distances(products, after), _distances([*products, *ends], before)
+    return min(
+        (
+            since[n] + until[n] - 1
+            for n, (_, text) in enumerate(code)
+            if "MUFU.EX2" in text and n in since and n in until
+        ),
+        default=0,
+    )
+
+
+def _distances(starts: list[int], neighbours: dict[int, list[int]]) -> dict[int, int]:
+    """Return the number of steps from the nearest start, by instruction that can be reached."""
+    steps = dict.fromkeys(starts, 0)
+    queue = list(starts)
+    for n in queue:
+        for m in neighbours.get(n, ()):
+            if m not in steps:
+                steps[m] = steps[n] + 1
+                queue.append(m)
+    return steps
 
 
 def resident_threads(found: Resources, capability: int) -> int:

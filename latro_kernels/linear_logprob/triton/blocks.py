@@ -34,8 +34,8 @@ class Config:
 # sm_90 on 256 columns, because what 128 ask of the second-level cache is more than it gives.
 _START = {
     8: Config(rows=128, columns=128, depth=32, warps=8, stages=4),
-    9: Config(rows=128, columns=256, depth=64, warps=8, stages=3),
-    10: Config(rows=128, columns=256, depth=64, warps=8, stages=3),
+    9: Config(rows=128, columns=256, depth=64, warps=8, stages=4),
+    10: Config(rows=128, columns=256, depth=64, warps=8, stages=4),
 }
 _FP32 = Config(rows=64, columns=64, depth=32, warps=8, stages=3)
 # For Triton's interpreter, which has no chip.

@@ -12,14 +12,16 @@ import triton
 import triton.language as tl
 
 from latro_kernels.linear_logprob.triton.products import (
-    block_logits,
+    LN_2,
+    LOG2_E,
     block_products,
     block_ptr,
+    capped_products,
     descriptors,
     place,
     quarters,
 )
-from latro_kernels.triton.softmax import flags, fold_logits
+from latro_kernels.triton.softmax import flags
 
 
 @triton.heuristics(
@@ -71,56 +73,87 @@ def forward_kernel(
     first_row = row_block * BLOCK_N
     i = first_row + tl.arange(0, BLOCK_N)
     in_rows = i < N
+    first = begin + split * TILES * BLOCK_V
+    last = min(first + TILES * BLOCK_V, end)
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
+    target = tl.where((target >= first) & (target < last), target - first, -1).to(tl.int32)
+    # In the loop, logits are not yet divided by the temperature. Their differences to the maximum
+    # are multiplied by `scale`, which does that and makes exp(x) of 2^x, an instruction of GPUs.
+    scale = LOG2_E / temperature
     row_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
     target_logit = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
-    first = begin + split * TILES * BLOCK_V
     shape = (N, end - begin, H)
     strides = (stride_xn, stride_xh, stride_wv, stride_wh)
     PART: tl.constexpr = BLOCK_V // 4
-    for column in range(first, min(first + TILES * BLOCK_V, end), BLOCK_V):
+    SMALL: tl.constexpr = BLOCK_V // 16
+    for column in range(first, last, BLOCK_V):
         corner = (first_row, column - begin)
         products = block_products(
             hidden, weight, corner, shape, strides, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_H
         )
-        parts = quarters(products, BLOCK_N, BLOCK_V)
+        local = target - (column - first)
+        is_here = (local >= 0) & (local < BLOCK_V)
+        has_target = tl.max(is_here.to(tl.int32), 0) > 0
         largest = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        parts = quarters(products, BLOCK_N, BLOCK_V)
         # Fold the logits, a quarter of the block at a time.
         for quarter in tl.static_range(4):
-            part, left = parts[quarter], column + quarter * PART
+            part, left = parts[quarter], column - begin + quarter * PART
             j = left + tl.arange(0, PART)
+            in_range = j < end - begin
             if WITH_CACHED:  # noqa: SIM102 (one is known when it is compiled, the other is not)
-                if left < cached_end:
-                    cached = block_ptr(
-                        cached_ptr, stride_cn, first_row, left - begin, BLOCK_N, PART
-                    )
-                    tl.store(cached, part, mask=in_rows[:, None] & (j < end)[None, :])
-            z = block_logits(
-                part, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
-            )
-            is_here = (target >= left) & (target < left + PART)
-            is_target = tl.arange(0, PART)[None, :] == (target - left).to(tl.int32)[:, None]
-            of_target = tl.sum(tl.where(is_target, z, 0.0), 1)
-            target_logit = tl.where(is_here, of_target, target_logit)
-            largest = tl.maximum(largest, tl.max(z, 1))
-            row_max, sum_exp, weighted_sum = fold_logits(
-                z, row_max, sum_exp, weighted_sum, AXIS=1, WITH_ENTROPY=WITH_ENTROPY
-            )
+                if column < cached_end:
+                    # Sixteenths: on their way through shared memory, larger parts would take
+                    # registers that the sums of the block have.
+                    sixteenths = quarters(part, BLOCK_N, PART)
+                    for k in tl.static_range(4):
+                        at = left + k * SMALL
+                        to = block_ptr(cached_ptr, stride_cn, first_row, at, BLOCK_N, SMALL)
+                        in_sixteenth = at + tl.arange(0, SMALL) < end - begin
+                        in_block = in_rows[:, None] & in_sixteenth[None, :]
+                        tl.store(to, sixteenths[k], mask=in_block)
+            capped = capped_products(part, bias_ptr, j, in_range, softcap, HAS_BIAS, HAS_SOFTCAP)
+            # The last block alone has columns beyond the end; few blocks hold a row's target.
+            if column + BLOCK_V > end:
+                capped = tl.where(in_range[None, :], capped, float("-inf"))
+            if has_target:
+                of_part = local - quarter * PART
+                is_target = tl.arange(0, PART)[None, :] == of_part[:, None]
+                of_target = tl.sum(tl.where(is_target, capped, 0.0), 1)
+                is_in_part = (of_part >= 0) & (of_part < PART)
+                target_logit = tl.where(is_in_part, of_target, target_logit)
+            part_max = tl.max(capped, 1)
+            largest = tl.maximum(largest, part_max)
+            new_max = tl.maximum(row_max, part_max)
+            # A row that is -inf so far has no maximum to subtract.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            # What was summed so far, seen from the new maximum.
+            drop = (row_max - shift) * scale
+            shrink = tl.exp2(drop)
+            below = (capped - shift[:, None]) * scale
+            e = tl.exp2(below)
+            if WITH_ENTROPY:
+                # 0 * -inf counts as 0: 2^-256 is 0 in fp32.
+                moment = tl.sum(e * tl.maximum(below, -256.0), 1)
+                weighted_sum = shrink * (weighted_sum + drop * sum_exp)
+                weighted_sum = tl.where(shrink == 0.0, 0.0, weighted_sum) + moment
+            sum_exp = sum_exp * shrink + tl.sum(e, 1)
+            row_max = new_max
         if WITH_BLOCK_MAX:
             blocks = tl.cdiv(V, BLOCK_V)
             block_max = block_max_ptr + i.to(tl.int64) * blocks + column // BLOCK_V
-            tl.store(block_max, largest, mask=in_rows)
+            tl.store(block_max, largest * (1.0 / temperature), mask=in_rows)
     to = parts_ptr + split.to(tl.int64) * N + i
-    tl.store(to, row_max, mask=in_rows)
+    tl.store(to, row_max * (1.0 / temperature), mask=in_rows)
     to += stride_part
     tl.store(to, sum_exp, mask=in_rows)
     to += stride_part
-    tl.store(to, target_logit, mask=in_rows)
+    tl.store(to, target_logit * (1.0 / temperature), mask=in_rows)
     if WITH_ENTROPY:
         to += stride_part
-        tl.store(to, weighted_sum, mask=in_rows)
+        tl.store(to, weighted_sum * LN_2, mask=in_rows)
 
 
 @triton.heuristics({"WITH_ENTROPY": lambda args: args["weighted_sum_ptr"] is not None})

@@ -6,14 +6,15 @@ import triton
 import triton.language as tl
 
 from latro_kernels.linear_logprob.triton.products import (
-    block_logits,
+    LOG2_E,
     block_products,
     block_ptr,
+    capped_products,
     descriptors,
     place,
     quarters,
 )
-from latro_kernels.triton.softmax import flags, product_grad
+from latro_kernels.triton.softmax import expm1, flags
 
 
 @triton.heuristics(
@@ -120,7 +121,11 @@ def grad_kernel(
                 hidden, weight, corner, shape, strides, DESCRIPTORS, BLOCK_N, BLOCK_V, BLOCK_H
             )
             parts = quarters(block, BLOCK_N, BLOCK_V)
-        # Logits and their gradient, a quarter of the block at a time.
+        # The gradient is p times a factor of the row; the target's is one number of its row.
+        inverse = 1.0 / temperature
+        is_here = (target >= column) & (target < column + BLOCK_V)
+        local = tl.where(is_here, target - column, -1).to(tl.int32)
+        has_target = tl.max(local, 0) >= 0
         for quarter in tl.static_range(4):
             left = column + quarter * PART
             j = left + tl.arange(0, PART)
@@ -130,15 +135,30 @@ def grad_kernel(
                 products = tl.load(cached, mask=in_block, other=0.0)
             else:
                 products = parts[quarter]
-            z = block_logits(
-                products, bias_ptr, j - begin, j < end, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
+            capped = capped_products(
+                products, bias_ptr, j - begin, j < end, softcap, HAS_BIAS, HAS_SOFTCAP
             )
-            is_target = tl.arange(0, PART)[None, :] == (target - left).to(tl.int32)[:, None]
-            upstream = (grad_logp[:, None], grad_entropy[:, None])
-            forward = (logp[:, None], entropy[:, None], row_max[:, None], log_sum[:, None])
-            dz = product_grad(
-                z, is_target, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
-            )
+            below = capped * inverse - row_max[:, None]
+            p = tl.exp2(below * LOG2_E - (log_sum * LOG2_E)[:, None])
+            factor = (-grad_logp)[:, None]
+            if WITH_ENTROPY:
+                # log p + entropy; 0 * -inf counts as 0: exp(-128) is 0 in fp32.
+                at_max = grad_entropy * (log_sum - entropy) - grad_logp
+                factor = at_max[:, None] - tl.maximum(below, -128.0) * grad_entropy[:, None]
+            dz = p * (factor * inverse)
+            if has_target:
+                # 1 - p by expm1: exact where p is close to 1.
+                of_target = -grad_logp * expm1(logp)
+                if WITH_ENTROPY:
+                    target_p = tl.exp(logp)
+                    of_entropy = grad_entropy * target_p * (logp + entropy)
+                    of_target -= tl.where(target_p == 0.0, 0.0, of_entropy)
+                of_part = local - quarter * PART
+                is_target = tl.arange(0, PART)[None, :] == of_part[:, None]
+                dz = tl.where(is_target, (of_target * inverse)[:, None], dz)
+            if HAS_SOFTCAP:
+                tanh = capped * (1.0 / softcap)
+                dz *= 1.0 - tanh * tanh
             if WITH_FILTER:
                 # Nothing comes of a row that nobody asks about, whatever is in it.
                 dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)

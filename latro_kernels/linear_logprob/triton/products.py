@@ -11,6 +11,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.triton.softmax import tanh
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+"""A GPU has an instruction for 2^x: exp(x) is 2^(x · LOG2_E)."""
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
 descriptors = {"DESCRIPTORS": lambda args: isinstance(args["hidden"], TensorDescriptor)}
 """A heuristic of kernels that take hidden and weight, by address or by descriptor."""
 
@@ -76,23 +80,22 @@ def block_products(
 
 
 @triton.jit
-def block_logits(
+def capped_products(
     products,
     bias_ptr,
     columns,
     in_range,
     softcap,
-    temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Return z of a block of products; -inf, which counts for nothing, out of range."""
-    z = products
+    """Return the logits of a block of products before they are divided by the temperature."""
+    capped = products
     if HAS_BIAS:
-        z += tl.load(bias_ptr + columns, mask=in_range, other=0.0)[None, :]
+        capped += tl.load(bias_ptr + columns, mask=in_range, other=0.0)[None, :]
     if HAS_SOFTCAP:
-        z = softcap * tanh(z * (1.0 / softcap))
-    return tl.where(in_range[None, :], z * (1.0 / temperature), float("-inf"))
+        capped = softcap * tanh(capped * (1.0 / softcap))
+    return capped
 
 
 @triton.jit
