@@ -70,23 +70,23 @@ def row_logits(
 
 
 @triton.jit
-def fold_logits(z, row_max, sum_exp, weighted_sum, AXIS: tl.constexpr, WITH_ENTROPY: tl.constexpr):
-    """Add logits to the state of their row, or along AXIS 1 to those of their rows."""
-    new_max = tl.maximum(row_max, tl.max(z, AXIS))
+def fold_logits(z, row_max, sum_exp, weighted_sum, WITH_ENTROPY: tl.constexpr):
+    """Add logits to the state of their row."""
+    new_max = tl.maximum(row_max, tl.max(z, 0))
     # A row that is -inf so far has no maximum to subtract.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
     # What was summed so far, seen from the new maximum.
     drop = row_max - shift
     shrink = tl.exp(drop)
-    below = z - (shift[:, None] if AXIS == 1 else shift)
+    below = z - shift
     e = tl.exp(below)
     if WITH_ENTROPY:
         # 0 * -inf counts as 0.
-        moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), AXIS)
+        moment = tl.sum(tl.where(e == 0.0, 0.0, e * below), 0)
         weighted_sum = (
             tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp)) + moment
         )
-    return new_max, sum_exp * shrink + tl.sum(e, AXIS), weighted_sum
+    return new_max, sum_exp * shrink + tl.sum(e, 0), weighted_sum
 
 
 @triton.jit

@@ -52,7 +52,7 @@ def fold_kernel(
             row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
         )
         row_max, sum_exp, weighted_sum = fold_logits(
-            z, row_max, sum_exp, weighted_sum, AXIS=0, WITH_ENTROPY=WITH_ENTROPY
+            z, row_max, sum_exp, weighted_sum, WITH_ENTROPY=WITH_ENTROPY
         )
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
