@@ -289,11 +289,8 @@ def linear_logprob(
         check_target_values(target, len(weight))
         logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
         return (logp, entropy) if return_entropy else logp
-    logp, of_rows, _ = _scores(
-        hidden,
-        weight,
-        bias,
-        target,
+    options = _options(
+        (hidden, weight, bias),
         temperature=temperature,
         softcap=softcap,
         return_entropy=return_entropy,
@@ -302,6 +299,7 @@ def linear_logprob(
         grad_filter=grad_filter,
         group=group,
     )
+    logp, of_rows, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
     return logp if of_rows is None else (logp, of_rows)
 
 
@@ -322,15 +320,13 @@ def linear_logprob_and_largest(
     """
     _check(hidden, weight, target, bias, temperature, softcap, "auto")
     hidden, weight, bias = _cast(hidden, weight, bias, "auto")
-    return _scores(
-        hidden,
-        weight,
-        bias,
-        target,
+    options = _options(
+        (hidden, weight, bias),
         temperature=temperature,
         softcap=softcap,
         return_entropy=return_entropy,
     )
+    return _LinearLogprob.apply(hidden, weight, bias, target, options)
 
 
 def _cast(
@@ -345,11 +341,8 @@ def _cast(
     return hidden, weight, bias
 
 
-def _scores(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
+def _options(
+    inputs: tuple[Tensor, Tensor, Tensor | None],
     *,
     temperature: float,
     softcap: float | None,
@@ -358,15 +351,15 @@ def _scores(
     memory_budget: int | None = None,
     grad_filter: float = 0.0,
     group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return logp, the entropy or None, and whether the target's logit is the largest."""
-    has_grad = [t is not None and t.requires_grad for t in (hidden, weight, bias)]
+) -> _Options:
+    """Return the options for hidden, weight and bias, some of which have gradients."""
+    has_grad = [t is not None and t.requires_grad for t in inputs]
     if not torch.is_grad_enabled():
         has_grad = [False] * 3
     frozen = has_grad == [True, False, False]
     if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET[hidden.device.type]
-    options = _Options(
+        memory_budget = DEFAULT_MEMORY_BUDGET[inputs[0].device.type]
+    return _Options(
         temperature=float(temperature),
         softcap=float(softcap or 0.0),
         backend=backend,
@@ -376,7 +369,6 @@ def _scores(
         frozen=frozen,
         group=group,
     )
-    return _LinearLogprob.apply(hidden, weight, bias, target, options)
 
 
 def _check(

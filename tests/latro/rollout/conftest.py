@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Callable
+from typing import Any
 
-from scripts.make_tiny_model import make_tokenizer
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.conftest import TEXTS
 from tests.latro.smollm2 import smollm2_tokenizer
 
@@ -18,3 +21,13 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     tokenizer = smollm2_tokenizer()
     tokenizer.chat_template = None
     return tokenizer
+
+
+@pytest.fixture
+def tiny(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
+    """Return what makes models for this tokenizer; the session's may be another's already."""
+
+    def build(architecture: str = "llama", **options: Any) -> PreTrainedModel:
+        return make_model(architecture, tokenizer, **options)
+
+    return build
