@@ -126,11 +126,9 @@ def _head_forward() -> Callable[..., Any]:
             if head_rows.copies:
                 weight, bias = weight.clone(), None if bias is None else bias.clone()
             return Reference(hidden, weight, bias)
-        form, reference = head_rows.form, head_rows.reference
+        reference = head_rows.reference
         settings: dict[str, Any] = {
-            # c·tanh(s·a/c)/T, which the kernels know as (c/s)·tanh(a/(c/s)) / (T/s).
-            "temperature": head_rows.temperature / form.scale,
-            "softcap": None if form.softcap is None else form.softcap / form.scale,
+            **head_rows.form.kernel_settings(head_rows.temperature),
             "backend": head_rows.backend,
         }
         logp, entropy = linear_logprob(

@@ -38,6 +38,14 @@ class LogitForm:
     softcap: float | None
     """c, of the scaled output."""
 
+    def kernel_settings(self, temperature: float) -> dict[str, Any]:
+        """Return the temperature and softcap by which the kernels compute these logits.
+
+        With temperature T, the logits are c·tanh(s·a/c)/T = (c/s)·tanh(a/(c/s)) / (T/s).
+        """
+        softcap = None if self.softcap is None else self.softcap / self.scale
+        return {"temperature": temperature / self.scale, "softcap": softcap}
+
 
 def trunk_of(causal: PreTrainedModel) -> nn.Module:
     """Return the part of a causal language model that comes before its head.

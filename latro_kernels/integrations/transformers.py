@@ -209,16 +209,13 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:
         return self._own_forward(hidden)
     asked.labels = asked.labels.to(hidden.device)
     mask = asked.mask
-    scale, softcap = fused.form.scale, fused.form.softcap
     scores = linear_logprob(
         hidden[mask],
         self.weight,
         asked.labels[mask],
         bias=getattr(self, "bias", None),
-        # c·tanh(s·a/c)/T, which the kernels know as (c/s)·tanh(a/(c/s)) / (T/s).
-        temperature=asked.temperature / scale,
-        softcap=None if softcap is None else softcap / scale,
         return_entropy=asked.return_entropy,
+        **fused.form.kernel_settings(asked.temperature),
     )
     # masked_scatter is connected to the model even where no label is scored.
     whole = [

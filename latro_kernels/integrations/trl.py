@@ -6,11 +6,7 @@
 
 RLOO, GRPO, SFT, DPO and KTO add a fused head to their model, which hands hidden states, the head's
 weight and targets to one function; that function is replaced, and all around it stays TRL's: the
-model's trunk and its images, PEFT, gathering of sharded weights, auxiliary losses, metrics. TRL
-scales and caps the logits as in
-
-    z = c·tanh(s·a / c) / T        which is        z = (c/s)·tanh(a / (c/s)) / (T/s)
-
+model's trunk and its images, PEFT, gathering of sharded weights, auxiliary losses, metrics.
 TRL's own function does the work where ours cannot: see `_is_ours`.
 """
 
@@ -27,6 +23,7 @@ import trl
 from torch import Tensor
 
 from latro_kernels.head import autocast_dtype
+from latro_kernels.integrations.logits import LogitForm
 from latro_kernels.linear_logprob import linear_logprob_and_largest
 
 _VERSION = f"TRL {trl.__version__}"
@@ -73,9 +70,8 @@ class LinearLogprob:
             weight,
             target,
             bias=bias,
-            temperature=temperature / scale,
-            softcap=None if softcap is None else softcap / scale,
             return_entropy="entropy" in outputs,
+            **LogitForm(1.0, scale, softcap).kernel_settings(temperature),
         )
         mean = None
         if "mean_logits" in outputs:

@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 from latro_kernels.linear_logprob import linear_logprob
 
+_REDUCTIONS = ("none", "sum", "mean")
+
 
 class _Share(torch.autograd.Function):
     """Give each of `count` ranks an equal share of a gradient that each of them has whole."""
@@ -55,6 +57,9 @@ def linear_cross_entropy(
     Raises:
         ValueError: another reduction; and what `linear_logprob` raises.
     """
+    name = (reduction or "none").lower()
+    if name not in _REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if dist_process_group is not None:
         hidden = _Share.apply(hidden, dist_process_group.size())
     logp, entropy = linear_logprob(
@@ -65,11 +70,7 @@ def linear_cross_entropy(
         return_entropy=True,
         group=dist_process_group,
     )
-    reductions = {"none": logp, "sum": logp.sum(), "mean": logp.mean()}
-    name = (reduction or "none").lower()
-    if name not in reductions:
-        raise ValueError(f"reduction: expected one of {', '.join(reductions)}, got {reduction!r}")
-    return reductions[name], entropy
+    return logp if name == "none" else getattr(logp, name)(), entropy
 
 
 class FusedLinearForPPO(nn.Module):
