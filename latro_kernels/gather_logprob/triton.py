@@ -14,7 +14,7 @@ from torch import Tensor
 from latro_kernels.linear_logprob.state import RowGrad
 from latro_kernels.triton.softmax import flags, product_grad, row_logits
 
-# Of 2-byte logits, two loads of 16 bytes for each of the threads of 8 warps.
+# Each thread of 8 warps loads twice 16 bytes of 2-byte logits.
 BLOCK_V = 4096
 NUM_WARPS = 8
 

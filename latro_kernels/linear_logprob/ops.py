@@ -19,7 +19,7 @@ from latro_kernels.head import Head, absent
 from latro_kernels.linear_logprob import cpu, tiles
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
-# Of a gather of weight rows: bounds its memory.
+# Weight rows gathered at a time, which bounds the memory that they take.
 _ROWS_AT_ONCE = 1024
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, float softcap, "
