@@ -33,7 +33,8 @@ from transformers.utils import (
     has_file,
 )
 
-from latro.config.training import SMALL_MODEL, DataArguments, EngineArguments, ModelArguments
+from latro.config.engine import EngineArguments
+from latro.config.training import SMALL_MODEL, DataArguments, ModelArguments
 from latro.engines.make import make_engine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load

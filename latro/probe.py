@@ -17,7 +17,9 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from latro.config.command_line import parse_arguments
-from latro.config.training import DataArguments, EngineArguments, ModelArguments, setting
+from latro.config.engine import EngineArguments
+from latro.config.fields import setting
+from latro.config.training import DataArguments, ModelArguments
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.files import check_output, replacing, write_json

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +13,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
+from latro.config.engine import EngineArguments
+from latro.config.fields import one_of, setting
 from latro.config.ranges import above_zero, at_least, check_numbers
 from latro.config.trackers import check_trackers
 from latro.config.unsupported import check_loader, check_refused
@@ -26,14 +27,6 @@ SMALL_MODEL = ASSETS / "small"
 BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
 # Schedulers that step by an evaluation metric, and take it for a loss unless told otherwise.
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
-
-
-def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
-    """Return a dataclass field with a help text and further names for the command line."""
-    metadata: dict[str, Any] = {"help": text, **kwargs}
-    if aliases:
-        metadata["aliases"] = [f"--{alias}" for alias in aliases]
-    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -125,7 +118,7 @@ class AnswerConfig(TrainingArguments):
         at_least("max_skipped_updates", self.max_skipped_updates, 0)
         if self.num_eval_examples is not None:
             at_least("num_eval_examples", self.num_eval_examples, 1)
-        _one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
+        one_of("backend", self.backend, ("auto", "reference", "cpu", "triton", "cuda"))
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns: expected False, got True")
         if self.n_gpu > 1:
@@ -172,25 +165,6 @@ class AnswerConfig(TrainingArguments):
                 "(save_steps as eval_steps, or save_strategy best), got save_steps "
                 f"{self.save_steps} and eval_steps {self.eval_steps}"
             )
-
-
-@dataclass
-class EngineArguments:
-    """The engine that samples, in training and in evaluation."""
-
-    rollout_engine: str = setting(
-        "transformers",
-        "The engine that samples: transformers in this process, or a vLLM server at --vllm_url.",
-        choices=["transformers", "vllm"],
-    )
-    vllm_url: str = setting(
-        "http://127.0.0.1:8000", "The address of `vllm serve`; see latro.engines.vllm."
-    )
-    vllm_weights_dir: str | None = setting(
-        None,
-        "The folder that the server reads weights from; one in /dev/shm saves the disk. Without "
-        "it: vllm_weights in the output's folder.",
-    )
 
 
 @dataclass
@@ -256,10 +230,10 @@ class LatroConfig(EngineArguments, AnswerConfig):
         at_least("rlpr_min_std", self.rlpr_min_std, 0)
         above_zero("temperature", self.temperature)
         at_least("num_completions_to_print", self.num_completions_to_print, 0)
-        _one_of("objective", self.objective, tuple(OBJECTIVES))
-        _one_of("kl", self.kl, ("reward", "k3", "exact"))
-        _one_of("unfinished", self.unfinished, ("floor", "exclude"))
-        _one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        one_of("objective", self.objective, tuple(OBJECTIVES))
+        one_of("kl", self.kl, ("reward", "k3", "exact"))
+        one_of("unfinished", self.unfinished, ("floor", "exclude"))
+        one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
         if self.importance_cap is not None:
             above_zero("importance_cap", self.importance_cap)
             if self.rollout_engine != "vllm":
@@ -291,7 +265,7 @@ class SftConfig(AnswerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _one_of("target", self.target, ("rationale", "answer"))
+        one_of("target", self.target, ("rationale", "answer"))
 
 
 @dataclass
@@ -402,8 +376,3 @@ class DataArguments:
             raise ValueError(
                 f"answer_template: expected words without white space around them, got {template!r}"
             )
-
-
-def _one_of(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")

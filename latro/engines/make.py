@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.config.training import EngineArguments
+from latro.config.engine import EngineArguments
 from latro.engines.transformers import TransformersEngine
 from latro.engines.vllm import VllmEngine
 from latro.model.adapters import check_ties

@@ -16,7 +16,7 @@ from types import FrameType
 
 from transformers import HfArgumentParser
 
-from latro.config.training import setting
+from latro.config.fields import setting
 from latro.files import write_json
 from latro.terminal import Terminal, one_line
 from studies.replicate.cells import Failure, finished, run_cells

@@ -44,7 +44,8 @@ from transformers import (
     set_seed,
 )
 
-from latro.config.training import SMALL_MODEL, setting
+from latro.config.fields import setting
+from latro.config.training import SMALL_MODEL
 from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
 from latro.tasks.arithmetic_choice import ArithmeticChoice
 

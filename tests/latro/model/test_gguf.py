@@ -13,7 +13,8 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from latro.config.training import EngineArguments, ModelArguments
+from latro.config.engine import EngineArguments
+from latro.config.training import ModelArguments
 from latro.engines.make import make_engine
 from latro.evaluate import evaluate
 from latro.loading import load_model
