@@ -106,6 +106,23 @@ LATRO_API int32_t latro_cpu_linear_logprob_backward(
     float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
     float softcap, float temperature, int64_t threads);
 
+/* linear_sample, whole, on the CPU: a token drawn from each row's distribution.
+ *
+ * hidden, weight, bias and what z is made of are as in linear_logprob, and so are peak[N], total[N]
+ * and weighted[N], to the bit. token[N] is first_col + the column of the highest z + noise, the
+ * lowest such; score[N] is that sum and picked[N] its z. The noise of column first_col + j in row i
+ * is the Gumbel variate of word (first_col + j) % 4 of Philox4x32-10 with the counter
+ * ((first_col + j) / 4, position[i]'s low and high word, 0) and the key seed[i]; with greedy it is 0.
+ * A row that has no column above -inf gets token first_col and score and picked -inf.
+ */
+LATRO_API int32_t latro_cpu_linear_sample(
+    const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
+    int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
+    const float* bias, const int64_t* seed, const int64_t* position, int64_t first_col,
+    int32_t greedy, int64_t* token, float* score, float* picked, float* peak, float* total,
+    float* weighted, int64_t N, int64_t H, int64_t V, float softcap, float temperature,
+    int64_t threads);
+
 /* linear_logprob on CUDA: what happens to one tile of logits between the products.
  *
  * The tile holds rows x cols products, fp32, contiguous, for the vocabulary columns first_col ..

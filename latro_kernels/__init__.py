@@ -1,4 +1,4 @@
-"""Fused log-probabilities and KL at the LM head, and the group advantages made of them."""
+"""Fused log-probabilities, KL and samples at the LM head, and group advantages made of them."""
 
 from latro_kernels.environment import environment
 from latro_kernels.gather_logprob import gather_logprob
@@ -11,12 +11,14 @@ from latro_kernels.group_advantage.formulas import (
 )
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
+from latro_kernels.linear_sample import LinearSample, linear_sample
 from latro_kernels.native import BackendUnavailableError
 
 __all__ = [
     "BackendUnavailableError",
     "GroupAdvantage",
     "GroupLayout",
+    "LinearSample",
     "environment",
     "floored",
     "gather_logprob",
@@ -24,6 +26,7 @@ __all__ = [
     "leave_one_out",
     "linear_kl",
     "linear_logprob",
+    "linear_sample",
     "segment_of_rows",
     "segment_sums",
 ]

@@ -45,6 +45,24 @@ def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
         raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
 
 
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise unless these are hidden [N, H], weight [V, H] and bias [V] of one device."""
+    tensors = [("hidden", hidden, 2), ("weight", weight, 2)]
+    if bias is not None:
+        tensors.append(("bias", bias, 1))
+    for name, value, dimensions in tensors:
+        check_tensor(name, value, dimensions)
+        check_device(name, value, "hidden", hidden)
+    H, V = hidden.shape[1], weight.shape[0]
+    if V == 0 or H == 0 or weight.shape[1] != H:
+        raise ValueError(
+            f"weight: expected shape [V, H] with V > 0 and H = {H} > 0, as in hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape[0] != V:
+        raise ValueError(f"bias: expected shape ({V},), as weight has rows, got {bias.shape[0]}")
+
+
 def check_positive(name: str, value: object) -> None:
     """Raise unless the value is above 0 and a normal number of fp32; others have fewer digits."""
     number = _as_float(name, value)

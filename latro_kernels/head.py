@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
+from latro_kernels.checks import check_float_dtype
 
 # The least H for which the time that products in bf16 save is worth the digits that dz loses.
 _MIN_BF16_H = 128
@@ -47,6 +48,23 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def cast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast under autocast as `linear` does, and raise for dtypes that differ."""
+    dtype = autocast_dtype(hidden.device)
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_float_dtype("hidden", hidden, backend)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}"
+            )
+    return hidden, weight, bias
+
+
 def absent(like: Tensor) -> Tensor:
     """Return what stands for an output that was not asked for: an op returns no None."""
     return like.new_empty(0, dtype=torch.float32)
@@ -57,4 +75,18 @@ def multiplies_bf16(*hidden: Tensor) -> bool:
     return (
         all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden)
         and native.library("cpu").latro_cpu_bf16_products_supported() != 0
+    )
+
+
+def native_operands(head: Head) -> tuple[Tensor | int | None, ...]:
+    """Return what calls of `_cpu.so` take first: hidden, weight and bias, with their strides."""
+    hidden, weight = head.hidden, head.weight
+    return (
+        hidden,
+        *hidden.stride(),
+        weight,
+        *weight.stride(),
+        native.dtype_code(hidden.dtype),
+        multiplies_bf16(hidden),
+        None if head.bias is None else head.bias.float().contiguous(),
     )

@@ -48,7 +48,7 @@ from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
     check_device,
-    check_float_dtype,
+    check_head,
     check_number,
     check_scales,
     check_target,
@@ -57,7 +57,7 @@ from latro_kernels.checks import (
     check_type,
 )
 from latro_kernels.dispatch import default_backend
-from latro_kernels.head import autocast_dtype
+from latro_kernels.head import cast
 from latro_kernels.linear_logprob import ops, vocab_parallel
 from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET
 
@@ -284,7 +284,7 @@ def linear_logprob(
     """
     _check(hidden, weight, target, bias, temperature, softcap, backend)
     _check_options(hidden.device, backend, memory_budget, grad_filter, group)
-    hidden, weight, bias = _cast(hidden, weight, bias, backend)
+    hidden, weight, bias = cast(hidden, weight, bias, backend)
     if backend == "reference":
         check_target_values(target, len(weight))
         logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
@@ -319,7 +319,7 @@ def linear_logprob_and_largest(
         logp [N], fp32, nats; entropy [N], fp32, nats, or None; is_largest [N], bool.
     """
     _check(hidden, weight, target, bias, temperature, softcap, "auto")
-    hidden, weight, bias = _cast(hidden, weight, bias, "auto")
+    hidden, weight, bias = cast(hidden, weight, bias, "auto")
     options = _options(
         (hidden, weight, bias),
         temperature=temperature,
@@ -327,18 +327,6 @@ def linear_logprob_and_largest(
         return_entropy=return_entropy,
     )
     return _LinearLogprob.apply(hidden, weight, bias, target, options)
-
-
-def _cast(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Cast under autocast as `linear` does, and raise for dtypes that differ."""
-    dtype = autocast_dtype(hidden.device)
-    if dtype is not None:
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check_dtypes(hidden, weight, bias, backend)
-    return hidden, weight, bias
 
 
 def _options(
@@ -381,21 +369,10 @@ def _check(
     backend: object,
 ) -> None:
     """Raise for a wrong type, shape, device or number."""
-    tensors = [("hidden", hidden, 2), ("weight", weight, 2), ("target", target, 1)]
-    if bias is not None:
-        tensors.append(("bias", bias, 1))
-    for name, value, dimensions in tensors:
-        check_tensor(name, value, dimensions)
-        check_device(name, value, "hidden", hidden)
-    (N, H), V = hidden.shape, weight.shape[0]
-    if V == 0 or H == 0 or weight.shape[1] != H:
-        raise ValueError(
-            f"weight: expected shape [V, H] with V > 0 and H = {H} > 0, as in hidden, "
-            f"got {tuple(weight.shape)}"
-        )
-    check_target(target, "hidden", N)
-    if bias is not None and bias.shape[0] != V:
-        raise ValueError(f"bias: expected shape ({V},), as weight has rows, got {bias.shape[0]}")
+    check_head(hidden, weight, bias)
+    check_tensor("target", target, 1)
+    check_device("target", target, "hidden", hidden)
+    check_target(target, "hidden", hidden.shape[0])
     check_scales(temperature, softcap)
     check_type("backend", backend, str)
 
@@ -428,13 +405,4 @@ def _check_options(
         if backend == "reference":
             raise ValueError(
                 "group: expected None with backend 'reference', which takes the whole weight"
-            )
-
-
-def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
-    check_float_dtype("hidden", hidden, backend)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}"
             )

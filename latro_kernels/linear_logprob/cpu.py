@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, multiplies_bf16
+from latro_kernels.head import Head, native_operands
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
 # The gradient filter leaves out so many rows and columns together, or not at all.
@@ -22,7 +22,7 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
     state = empty_state(head, target, wanted)
     native.call(
         "latro_cpu_linear_logprob_forward",
-        *_operands(head),
+        *native_operands(head),
         target,
         state.row_max,
         state.sum_exp,
@@ -64,7 +64,7 @@ def backward(
     if M:
         native.call(
             "latro_cpu_linear_logprob_backward",
-            *_operands(head),
+            *native_operands(head),
             grad.target,
             rows,
             grad.grad_logp,
@@ -94,18 +94,4 @@ def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
     """Return room for what `forward` makes."""
     return State.empty(
         head, target, wanted, cached_step=2 * FILTER_COLUMNS, block_columns=FILTER_COLUMNS
-    )
-
-
-def _operands(head: Head) -> tuple[Tensor | int | None, ...]:
-    """Return the first arguments of both calls, up to the bias."""
-    hidden, weight = head.hidden, head.weight
-    return (
-        hidden,
-        *hidden.stride(),
-        weight,
-        *weight.stride(),
-        native.dtype_code(hidden.dtype),
-        multiplies_bf16(hidden),
-        None if head.bias is None else head.bias.float().contiguous(),
     )
