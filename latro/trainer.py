@@ -18,13 +18,14 @@ and reporting are the Trainer's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -32,8 +33,10 @@ from transformers.trainer_utils import TrainOutput
 
 from latro.base_trainer import AnswerTrainer
 from latro.config.training import AnswerConfig, LatroConfig
+from latro.engines.ahead import Request, RolloutsAhead
 from latro.engines.make import make_engine
 from latro.engines.transformers import TransformersEngine, seed_of
+from latro.engines.vllm import VllmEngine
 from latro.model.adapters import has_adapter
 from latro.model.distribution import (
     follow_fp32_weights,
@@ -126,6 +129,17 @@ class LatroTrainer(AnswerTrainer):
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
+        self._sampling: dict[str, Any] = {
+            "num_samples": args.num_generations,
+            "max_new_tokens": args.max_completion_length,
+            "temperature": args.temperature,
+            "template": task.answer_template,
+        }
+        self._ahead: RolloutsAhead | None = None
+        if args.async_rollouts and isinstance(self.engine, VllmEngine):
+            self._ahead = RolloutsAhead(self.engine, self._sampling)
+        self._of_update: list[dict[str, Any]] = []
+        self._drawn: dict[int, list[Sample]] = {}
         self.add_callback(CollapseWarnings())
         sinks = sinks_of(self.callback_handler.callbacks)
         if args.log_completions:
@@ -170,10 +184,18 @@ class LatroTrainer(AnswerTrainer):
         return self.update.ref_scorer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save as `AnswerTrainer` does; a checkpoint has the run's initial adapter too."""
+        """Save as `AnswerTrainer` does; a checkpoint has the run's initial adapter too.
+
+        Where rollouts of the next update are under way, it waits for them and has them too.
+        """
         super().save_model(output_dir, _internal_call)
-        if not _internal_call or output_dir is None or not self.args.should_save:
+        if not _internal_call or output_dir is None:
             return
+        drawn = gather_object([self._ahead.state()]) if self._ahead is not None else []
+        if not self.args.should_save:
+            return
+        if self._ahead is not None:
+            self._ahead.save(Path(output_dir), drawn)
         if isinstance(self.ref_scorer, InitialAdapter):
             self.ref_scorer.save(Path(output_dir))
 
@@ -188,6 +210,8 @@ class LatroTrainer(AnswerTrainer):
         if checkpoint is not None and isinstance(self.ref_scorer, (AdapterOff, InitialAdapter)):
             initial = initial_of_checkpoint(Path(checkpoint), self._trained)
             self.update.ref_scorer = self._ref_of_adapter(initial)
+        if checkpoint is not None and self._ahead is not None:
+            self._ahead.load(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _check_train_dataset(
@@ -217,7 +241,20 @@ class LatroTrainer(AnswerTrainer):
         self._micro_step = 0
         if self.reports is not None:
             self.reports.reset()
-        return super()._inner_training_loop(*args, **kwargs)
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._ahead is not None:
+                self._ahead.cancel()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """Return an update's batches as `AnswerTrainer` does; those after it may be seen ahead."""
+        if self._ahead is not None:
+            epoch_iterator = self._ahead.watch(epoch_iterator)
+        self._of_update, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._of_update, count
 
     def _end_step(self, finding: Finding) -> None:
         if finding.sums is not None:
@@ -238,7 +275,10 @@ class LatroTrainer(AnswerTrainer):
 
     def _rollouts(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         with self.update.stopwatch.lap("time_rollout"):
-            self._groups = self.rollout(examples)
+            if self._ahead is None:
+                self._groups = self.rollout(examples)
+            else:
+                self._groups = self._rollout_ahead(self._ahead, examples)
         if self.args.objective not in PLAIN_OBJECTIVES:
             return self._groups
         return [
@@ -248,28 +288,52 @@ class LatroTrainer(AnswerTrainer):
 
     def rollout(self, examples: Sequence[dict[str, Any]]) -> list[list[Rollout]]:
         """Sample K rationales for each example, by the seed, the step and its place in a batch."""
-        prompts = [
-            encode_prompt(self.processing_class, e["prompt"], self.join.encoder) for e in examples
-        ]
+        requests = self._requests(
+            [examples], step=self.state.global_step, first_batch=self._micro_step
+        ).values()
         self._refresh_engine()
         here = isinstance(self.engine, TransformersEngine)
         whole = gathered(self.scorer, self.accelerator) if here else nullcontext()
         # One autocast around all decoding steps, so that fp32 weights are cast once.
         with self.accelerator.autocast(), whole:
-            if not prompts:
+            if not requests:
                 # Other processes have all of them; the weights are gathered by all together.
                 return []
             samples = self.engine.generate(
-                prompts,
-                num_samples=self.args.num_generations,
-                max_new_tokens=self.args.max_completion_length,
-                temperature=self.args.temperature,
-                seeds=self._rollout_seeds(len(prompts)),
-                template=self.task.answer_template,
+                [request.prompt for request in requests],
+                seeds=[request.seed for request in requests],
+                **self._sampling,
             )
+        return self._joined(requests, samples, examples)
+
+    def _rollout_ahead(
+        self, ahead: RolloutsAhead, examples: Sequence[dict[str, Any]]
+    ) -> list[list[Rollout]]:
+        """Return the rollouts that were requested, and request those of the next update."""
+        step = self.state.global_step
+        if self._micro_step == 0:
+            now = self._requests((b["examples"] for b in self._of_update), step=step)
+            if not ahead.requested:
+                self._refresh_engine()
+                ahead.request(now)
+            self._drawn = ahead.take(now)
+            self._refresh_engine()
+            if step + 1 < self.state.max_steps:
+                coming = ahead.batches.peek(self.args.gradient_accumulation_steps)
+                ahead.request(self._requests((b["examples"] for b in coming), step=step + 1))
+        requests = self._requests([examples], step=step, first_batch=self._micro_step)
+        samples = [self._drawn[place] for place in requests]
+        return self._joined(requests.values(), samples, examples)
+
+    def _joined(
+        self,
+        requests: Iterable[Request],
+        samples: Sequence[Sequence[Sample]],
+        examples: Sequence[dict[str, Any]],
+    ) -> list[list[Rollout]]:
         return [
-            [self.join(prompt, sample, example["answer"]) for sample in group]
-            for prompt, group, example in zip(prompts, samples, examples, strict=True)
+            [self.join(request.prompt, sample, example["answer"]) for sample in group]
+            for request, group, example in zip(requests, samples, examples, strict=True)
         ]
 
     def _make_engine(self) -> RolloutEngine:
@@ -299,6 +363,10 @@ class LatroTrainer(AnswerTrainer):
         """Hand the engine the policy, where it has changed since."""
         if not self._engine_is_stale:
             return
+        if self._ahead is not None:
+            # No process has requests under way while the server's weights are replaced.
+            self._ahead.drain()
+            self.accelerator.wait_for_everyone()
         weights = None
         if is_sharded(self.accelerator) and not isinstance(self.engine, TransformersEngine):
             # All processes give their shards; the main one has the whole.
@@ -308,13 +376,21 @@ class LatroTrainer(AnswerTrainer):
         self.accelerator.wait_for_everyone()
         self._engine_is_stale = False
 
-    def _rollout_seeds(self, count: int) -> list[int]:
-        # Seeds are made from the step and the place in the whole batch, not by a running state, so
-        # that a resumed run draws the same, and so does one on another number of processes.
-        batch = self._micro_step * self.accelerator.num_processes + self.accelerator.process_index
-        first = batch * self._train_batch_size
-        entropy = (self.args.seed, self.state.global_step)
-        return [seed_of(*entropy, first + index) for index in range(count)]
+    def _requests(
+        self, batches: Iterable[Sequence[dict[str, Any]]], *, step: int, first_batch: int = 0
+    ) -> dict[int, Request]:
+        """Return the prompts of an update's batches with their seeds, by place in the whole update.
+
+        Seeds are made from the step and the place, not by a running state, so that a resumed run
+        draws the same, and so does one on another number of processes.
+        """
+        requests = {}
+        for number, examples in enumerate(batches, first_batch):
+            batch = number * self.accelerator.num_processes + self.accelerator.process_index
+            for place, example in enumerate(examples, batch * self._train_batch_size):
+                prompt = encode_prompt(self.processing_class, example["prompt"], self.join.encoder)
+                requests[place] = Request(prompt, seed_of(self.args.seed, step, place))
+        return requests
 
 
 def _check_apart(ref_model: nn.Module, policy: nn.Module) -> None:

@@ -217,6 +217,11 @@ class LatroConfig(EngineArguments, AnswerConfig):
         "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM drew it with. "
         "Without it every token weighs 1, and the ratio is logged.",
     )
+    async_rollouts: int = setting(
+        0,
+        "1: a vLLM server samples for the next update while this one is computed, so that "
+        "rationales are of a policy one update old; 0: it waits.",
+    )
     log_completions: bool = setting(False, "Print a table of sample rationales when logging.")
     num_completions_to_print: int = setting(
         4, "Rows of that table and of the trackers' table; 0: no table."
@@ -241,6 +246,28 @@ class LatroConfig(EngineArguments, AnswerConfig):
                     "importance_cap: expected rollout_engine='vllm' with it, since transformers "
                     f"samples from the policy itself; got {self.rollout_engine!r}"
                 )
+        self._check_async_rollouts()
+
+    def _check_async_rollouts(self) -> None:
+        if self.async_rollouts not in (0, 1):
+            raise ValueError(f"async_rollouts: expected 0 or 1, got {self.async_rollouts}")
+        if not self.async_rollouts:
+            return
+        if self.rollout_engine != "vllm":
+            raise ValueError(
+                "async_rollouts: expected rollout_engine='vllm' with 1, since transformers samples "
+                f"on the device that computes the update; got {self.rollout_engine!r}"
+            )
+        if self.importance_cap is None:
+            raise ValueError(
+                "async_rollouts: expected importance_cap with 1, 2 for example, since the "
+                "rationales are of a policy one update old; got none"
+            )
+        if self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip: expected false with async_rollouts 1, since a checkpoint holds "
+                "the rollouts of the prompts that come next; got true"
+            )
 
 
 @dataclass

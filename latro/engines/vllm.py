@@ -126,11 +126,13 @@ class VllmEngine:
         temperature: float,
         seeds: Sequence[int],
         template: str | None = None,
+        hangup: Hangup | None = None,
     ) -> list[list[Sample]]:
         """Sample `num_samples` completions of each prompt from the model's whole distribution.
 
         All prompts are sent at once, so the server batches them. `Sample.logp` is the server's
         log-prob of each token under softmax(logits / temperature), and None at temperature 0.
+        `hangup` cancels the requests from another thread.
 
         Raises:
             ValueError: a prompt is too long for the server, or the server has other weights than
@@ -147,9 +149,8 @@ class VllmEngine:
                 f"longest prompt with its completion has {longest}; serve with "
                 f"--max-model-len {longest}"
             )
-        self._check_version()
-
-        hangup = Hangup()
+        hangup = hangup or Hangup()
+        self._check_version(hangup)
 
         def sample(prompt: Sequence[int], seed: int) -> list[Sample]:
             answer = self._request(
@@ -267,11 +268,11 @@ class VllmEngine:
                 f"{_PROBE!r} is {str(theirs)[:_SHOWN_CHARACTERS]} there and {ids} here"
             )
 
-    def _check_version(self) -> None:
+    def _check_version(self, hangup: Hangup) -> None:
         # A process that loaded no weights does not know their version.
         if self._version is None:
             return
-        version = self._request("/weight_info").at("weight_version").of(str)
+        version = self._request("/weight_info", hangup=hangup).at("weight_version").of(str)
         if version != self._version:
             raise ValueError(
                 f"vllm_url: {self.url} has the weights {version!r} and not {self._version!r}: it "
