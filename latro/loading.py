@@ -36,6 +36,7 @@ from transformers.utils import (
 from latro.config.engine import EngineArguments
 from latro.config.training import SMALL_MODEL, DataArguments, ModelArguments
 from latro.engines.make import make_engine
+from latro.engines.transformers import TransformersEngine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
@@ -318,7 +319,7 @@ def load_engine(
         ConnectionError: the server could not load the weights.
     """
     engine = make_engine(args, model=model, tokenizer=tokenizer, folder=folder)
-    if processes.is_main_process:
+    if processes.is_main_process or isinstance(engine, TransformersEngine):
         engine.update_weights(model, 0)
     processes.wait_for_everyone()
     return engine

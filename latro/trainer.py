@@ -256,6 +256,10 @@ class LatroTrainer(AnswerTrainer):
         self._of_update, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         return self._of_update, count
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._engine_is_stale = True
+
     def _end_step(self, finding: Finding) -> None:
         if finding.sums is not None:
             for name, value in rollout_sums(self._groups).items():
@@ -348,6 +352,7 @@ class LatroTrainer(AnswerTrainer):
             model=self.model,
             tokenizer=self.processing_class,
             folder=self.args.output_dir,
+            sharded=is_sharded(self.accelerator),
         )
 
     def _evaluation_engine(self) -> RolloutEngine:
@@ -371,7 +376,8 @@ class LatroTrainer(AnswerTrainer):
         if is_sharded(self.accelerator) and not isinstance(self.engine, TransformersEngine):
             # All processes give their shards; the main one has the whole.
             weights = self.accelerator.get_state_dict(self.model_wrapped)
-        if self.accelerator.is_main_process:
+        # A server is every process's; what samples in this process has weights of its own.
+        if self.accelerator.is_main_process or isinstance(self.engine, TransformersEngine):
             self.engine.update_weights(self.model, self.state.global_step, weights)
         self.accelerator.wait_for_everyone()
         self._engine_is_stale = False

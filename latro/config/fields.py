@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import field
 from typing import Any
 
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+
 
 def setting(default: Any, text: str, *aliases: str, **kwargs: Any) -> Any:
     """Return a dataclass field with a help text and further names for the command line."""

@@ -31,7 +31,7 @@ _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "optim": ("optim_args", "optim_target_modules"),
     "fsdp": ("fsdp_config",),
-    "rollout_engine": ("importance_cap", "async_rollouts"),
+    "rollout_engine": ("importance_cap", "async_rollouts", "rollout_dtype"),
     "use_peft": tuple(f.name for f in dataclasses.fields(PeftArguments) if f.name != "use_peft"),
 }
 # An interval has an effect only where the strategy is "steps".

@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
 from latro.config.engine import EngineArguments
-from latro.config.fields import one_of, setting
+from latro.config.fields import WEIGHT_DTYPES, one_of, setting
 from latro.config.ranges import above_zero, at_least, check_numbers
 from latro.config.trackers import check_trackers
 from latro.config.unsupported import check_loader, check_refused
@@ -214,8 +214,8 @@ class LatroConfig(EngineArguments, AnswerConfig):
     )
     importance_cap: float | None = setting(
         None,
-        "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM drew it with. "
-        "Without it every token weighs 1, and the ratio is logged.",
+        "C: a rationale token weighs min(π/μ, C), with μ the probability that vLLM or the copy of "
+        "--rollout_dtype drew it with. Without it every token weighs 1, and the ratio is logged.",
     )
     async_rollouts: int = setting(
         0,
@@ -239,12 +239,15 @@ class LatroConfig(EngineArguments, AnswerConfig):
         one_of("kl", self.kl, ("reward", "k3", "exact"))
         one_of("unfinished", self.unfinished, ("floor", "exclude"))
         one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        if self.rollout_dtype is not None:
+            one_of("rollout_dtype", self.rollout_dtype, ("auto", *WEIGHT_DTYPES))
         if self.importance_cap is not None:
             above_zero("importance_cap", self.importance_cap)
-            if self.rollout_engine != "vllm":
+            if self.rollout_engine != "vllm" and self.rollout_dtype is None:
                 raise ValueError(
-                    "importance_cap: expected rollout_engine='vllm' with it, since transformers "
-                    f"samples from the policy itself; got {self.rollout_engine!r}"
+                    "importance_cap: expected rollout_engine='vllm' or a rollout_dtype with it, "
+                    "since without them the policy itself samples; got "
+                    f"rollout_engine={self.rollout_engine!r}"
                 )
         self._check_async_rollouts()
 
@@ -312,7 +315,7 @@ class ModelArguments:
     dtype: str = setting(
         "auto",
         "Dtype of the weights; auto: as they were saved, and fp32 for what mixed precision trains.",
-        choices=["auto", "float32", "bfloat16", "float16"],
+        choices=["auto", *WEIGHT_DTYPES],
     )
     attn_implementation: str | None = setting(
         None,

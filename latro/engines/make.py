@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.config.engine import EngineArguments
+from latro.engines.cast import CastEngine, rollout_dtype
 from latro.engines.transformers import TransformersEngine
 from latro.engines.vllm import VllmEngine
 from latro.model.adapters import check_ties
@@ -22,8 +23,9 @@ def make_engine(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: str | Path,
+    sharded: bool = False,
 ) -> RolloutEngine:
-    """Return the engine that `args` name; a server still needs `update_weights` with the model.
+    """Return the engine that `args` name; it still needs `update_weights` with the model.
 
     Args:
         args: the settings.
@@ -31,12 +33,21 @@ def make_engine(
         tokenizer: the model's tokenizer.
         folder: the output folder; a server reads weights from `vllm_weights` in it, unless
             `args.vllm_weights_dir` names another folder.
+        sharded: whether this process holds a part of each of the model's weights only.
 
     Raises:
         ValueError: the engine cannot sample for this model, or there is no usable server.
     """
     if args.rollout_engine == "transformers":
-        return TransformersEngine(model, tokenizer)
+        dtype = rollout_dtype(args.rollout_dtype, model, sharded)
+        if dtype is None:
+            return TransformersEngine(model, tokenizer)
+        return CastEngine(model, tokenizer, dtype)
+    if args.rollout_dtype is not None:
+        raise ValueError(
+            "rollout_dtype: expected rollout_engine='transformers' with it, since a server has a "
+            f"dtype of its own (vllm serve --dtype); got {args.rollout_engine!r}"
+        )
     check_ties(model)
     return VllmEngine(
         args.vllm_url,

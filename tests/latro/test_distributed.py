@@ -174,3 +174,11 @@ def test_the_reference_of_a_trained_adapter(tmp_path, adapter_in_one_process, la
         for name in ("reward", "kl", "grad_norm"):
             ours, theirs = metrics(output, name), metrics(one, name)
             assert ours == pytest.approx(theirs[-len(ours) :], rel=1e-3, abs=1e-5), name
+
+
+def test_every_process_samples_from_a_copy_of_each_updates_weights(tmp_path, launch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    prompts = ("--per_device_train_batch_size", str(PROMPTS))
+    train([*OPTIONS, *prompts, "--rollout_dtype", "bfloat16", "--output_dir", str(one)])
+    launch(2, two, "--rollout_dtype", "bfloat16")
+    assert_same_run(two, one)

@@ -198,6 +198,7 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
             "importance_cap: expected more than 0, got 0.0",
         ),
         ({"importance_cap": 2.0}, "importance_cap: expected rollout_engine='vllm'"),
+        ({"rollout_dtype": "fp8"}, "rollout_dtype: expected one of auto, float32, bfloat16"),
     ],
 )
 def test_bad_settings(make_trainer: Any, settings: dict[str, Any], message: str) -> None:

@@ -349,6 +349,10 @@ importance_cap: 2
         ("--use_peft false", {"use_peft": False, "lora_r": 16}),
         ("--use_peft true", {"lora_r": 8}),
         ("--rollout_engine transformers", {"importance_cap": None}),
+        (
+            "--rollout_engine transformers --rollout_dtype auto --importance_cap 2",
+            {"rollout_dtype": "auto", "importance_cap": 2.0},
+        ),
         ("--rollout_engine vllm", {"importance_cap": 2.0}),
     ],
 )
