@@ -108,9 +108,8 @@ class AnswerTrainer(LongRunTrainer):
             model = add_adapter(model, peft_config)
         check_vocabulary(model, processing_class, "processing_class")
         self.task = task
-        self.join = AnswerJoin(
-            processing_class, task.answer_template, eos_token_ids(model, processing_class)
-        )
+        ends = eos_token_ids(model, processing_class)
+        self.join = AnswerJoin(processing_class, task.answer_template, ends, task.chat)
         # The Trainer makes the output folder, so all that may be wrong is looked at before.
         if train_dataset is not None:
             self._check_train_dataset(train_dataset, model, args)
@@ -162,7 +161,9 @@ class AnswerTrainer(LongRunTrainer):
         if self._model_facts is None:
             # Before the first update; later calls find trained weights.
             self._model_facts = model_facts(self.model, self.processing_class)
-        facts = data_facts(self.train_dataset, self.eval_dataset, self.task.answer_template)
+        facts = data_facts(
+            self.train_dataset, self.eval_dataset, self.task.answer_template, self.task.chat
+        )
         return merged(identity, self._model_facts, facts)
 
     def _check_output(self) -> None:

@@ -349,6 +349,7 @@ def load_task(args: DataArguments) -> Task:
         task = read_own_data(args.dataset_name, config=args.dataset_config, grader=args.grader)
     if args.answer_template is not None:
         task.answer_template = args.answer_template
+    task.chat = args.chat
     return task
 
 

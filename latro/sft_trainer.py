@@ -113,7 +113,7 @@ class SftTrainer(AnswerTrainer):
         return {"examples": [[self._target(row)] for row in examples]}
 
     def _target(self, row: dict[str, Any]) -> Rollout:
-        prompt = encode_prompt(self.join.tokenizer, row["prompt"], self.join.encoder)
+        prompt = encode_prompt(self.join.tokenizer, row["prompt"], self.join.frame)
         if self.args.target == "answer":
             return self.join(prompt, Sample([]), row["answer"])
         return self.join.written(prompt, row["rationale"], row["answer"])

@@ -133,7 +133,7 @@ class LatroTrainer(AnswerTrainer):
             "num_samples": args.num_generations,
             "max_new_tokens": args.max_completion_length,
             "temperature": args.temperature,
-            "template": task.answer_template,
+            "template": self.join.ending,
         }
         self._ahead: RolloutsAhead | None = None
         if args.async_rollouts and isinstance(self.engine, VllmEngine):
@@ -394,7 +394,7 @@ class LatroTrainer(AnswerTrainer):
         for number, examples in enumerate(batches, first_batch):
             batch = number * self.accelerator.num_processes + self.accelerator.process_index
             for place, example in enumerate(examples, batch * self._train_batch_size):
-                prompt = encode_prompt(self.processing_class, example["prompt"], self.join.encoder)
+                prompt = encode_prompt(self.processing_class, example["prompt"], self.join.frame)
                 requests[place] = Request(prompt, seed_of(self.args.seed, step, place))
         return requests
 

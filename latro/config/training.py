@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from latro.config.ranges import above_zero, at_least, check_numbers
 from latro.config.trackers import check_trackers
 from latro.config.unsupported import check_loader, check_refused
 from latro.objectives import OBJECTIVES
+from latro.rollout.frame import Chat
 from latro.tasks import FORMATS, GRADERS, TASKS
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -373,7 +375,8 @@ class DataArguments:
     """The problems to train or evaluate on.
 
     Raises:
-        ValueError: the answer template is empty, or begins or ends with white space.
+        ValueError: the answer template is empty, or begins or ends with white space; the system
+            prompt is empty; or the chat template's arguments are no JSON object.
     """
 
     _argument_group_name = "data"
@@ -393,6 +396,16 @@ class DataArguments:
     answer_template: str | None = setting(
         None, 'The words before a stated answer; without it "The answer is".'
     )
+    system_prompt: str | None = setting(
+        None, "A system message before every prompt, for models with a chat template."
+    )
+    # Text becomes a mapping below.
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the chat template, as JSON: '{\"enable_thinking\": false}'."
+        },
+    )
     grader: str | None = setting(
         None,
         "How your own data is graded; without it: choice where there are choices, number where "
@@ -406,3 +419,26 @@ class DataArguments:
             raise ValueError(
                 f"answer_template: expected words without white space around them, got {template!r}"
             )
+        if self.system_prompt is not None and not self.system_prompt.strip():
+            raise ValueError(f"system_prompt: expected words, got {self.system_prompt!r}")
+        if isinstance(self.chat_template_kwargs, str):
+            self.chat_template_kwargs = _json_object(
+                "chat_template_kwargs", self.chat_template_kwargs
+            )
+
+    @property
+    def chat(self) -> Chat:
+        """Return what chat templates are given beside a problem's prompt."""
+        assert not isinstance(self.chat_template_kwargs, str)
+        return Chat(self.system_prompt, self.chat_template_kwargs or {})
+
+
+def _json_object(name: str, text: str) -> dict[str, Any]:
+    """Return the object that `text` is as JSON; raise ValueError where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected a JSON object, got {text!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
+    return found

@@ -123,7 +123,7 @@ def evaluate_model(
         (share that states no answer and does not end) and `answer_logp` (mean).
     """
     model = scorer.model
-    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
+    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer), task.chat)
     longest = check_dataset(
         dataset,
         name="dataset",
@@ -148,7 +148,7 @@ def evaluate_model(
         )
         # The turns of a conversation have ends of their own.
         separator = None if tokenizer.chat_template else SEPARATOR
-    prompts = [encode_prompt(tokenizer, prompt, join.encoder) for prompt in shown["prompt"]]
+    prompts = [encode_prompt(tokenizer, prompt, join.frame) for prompt in shown["prompt"]]
     max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None:
@@ -238,7 +238,7 @@ class _Completion:
     text: str
     """The text for the record, without an end token or separator at its end."""
     stated: str
-    """The text to grade, without end tokens and padding at its end."""
+    """The text to grade, without thoughts, and without end tokens and padding at its end."""
     rollout: Rollout
     """The rollout to score."""
 
@@ -302,7 +302,7 @@ class _Evaluator:
             return _Completion(text, text, replace(rollout, finished=True))
         ids = sample.ids
         ended = ids[:-1] if ids and ids[-1] in self.join.eos_token_ids else ids
-        stated = decode(self.tokenizer, self.join.without_ends(ids))
+        stated = self.join.said(decode(self.tokenizer, self.join.without_ends(ids)))
         text = decode(self.tokenizer, ended)
         return _Completion(text, stated, self._joined(problem, sample, stated))
 

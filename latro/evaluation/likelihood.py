@@ -110,7 +110,7 @@ def probe_model(
         {`rationale`: text, `answer_logp`: log π(y|·) in nats, `answer_tokens`: number of tokens}.
     """
     model = scorer.model
-    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer))
+    join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer), task.chat)
     check_dataset(
         dataset,
         name="dataset",
@@ -177,7 +177,7 @@ def _rollouts(
     """Return the answer of each problem (index and row) after each kind of rationale."""
     if not problems:
         return []
-    prompts = [encode_prompt(join.tokenizer, row["prompt"], join.encoder) for _, row in problems]
+    prompts = [encode_prompt(join.tokenizer, row["prompt"], join.frame) for _, row in problems]
     seeds = [seed_of(settings.seed, index) for index, _ in problems]
     own = {}
     for kind, temperature, count in (
@@ -191,7 +191,7 @@ def _rollouts(
                 max_new_tokens=settings.max_completion_length,
                 temperature=temperature,
                 seeds=seeds,
-                template=join.template,
+                template=join.ending,
             )
     groups = []
     for place, (prompt, (_, row)) in enumerate(zip(prompts, problems, strict=True)):

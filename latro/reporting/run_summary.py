@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -193,11 +194,12 @@ def _command(
 
 
 def _changed(data: DataArguments) -> Mapping[str, Any]:
-    return {
+    changed = {
         f.name: getattr(data, f.name)
         for f in dataclasses.fields(data)
         if f.name != "num_train_examples" and getattr(data, f.name) != f.default
     }
+    return {k: json.dumps(v) if isinstance(v, dict) else v for k, v in changed.items()}
 
 
 def _device(args: AnswerConfig) -> str:

@@ -22,7 +22,7 @@ from latro.worker import Worker, WorkerEndedError
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 # Words that no template has; of letters only, so that no template escapes them.
-_ASKED, _SAID = "Vrzyqka", "Wqhxolto"
+ASKED, SAID = "Vrzyqka", "Wqhxolto"
 
 
 class TemplateRefusalError(ValueError):
@@ -39,8 +39,11 @@ def render(
     messages: Sequence[Mapping[str, str]],
     *,
     add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> str:
     """Return what `tokenizer.apply_chat_template(messages, tokenize=False)` does, within limits.
+
+    `template_kwargs` are arguments that the template itself reads.
 
     Raises:
         TemplateRefusalError: the template raises an error on the messages.
@@ -51,6 +54,7 @@ def render(
         "chat_template": tokenizer.get_chat_template(),
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
+        **(template_kwargs or {}),
     }
     reply = _ask(request)
     if "text" in reply:
@@ -69,7 +73,7 @@ def leaves_out_the_user(tokenizer: PreTrainedTokenizerBase) -> bool:
     try:
         one, other = (
             render(tokenizer, [{"role": "user", "content": text}], add_generation_prompt=True)
-            for text in (_ASKED, _SAID)
+            for text in (ASKED, SAID)
         )
     except TemplateRefusalError:
         return False
@@ -97,17 +101,17 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, known_ends: Collection[int])
     if not tokenizer.chat_template:
         return None
     conversation = [
-        {"role": "user", "content": _ASKED},
-        {"role": "assistant", "content": _SAID},
-        {"role": "user", "content": _ASKED},
+        {"role": "user", "content": ASKED},
+        {"role": "assistant", "content": SAID},
+        {"role": "user", "content": ASKED},
     ]
     for last in (2, 3):
         try:
             text = render(tokenizer, conversation[:last], add_generation_prompt=False)
         except TemplateRefusalError:
             continue
-        _, said, behind = text.rpartition(_SAID)
-        tail = behind.partition(_ASKED)[0] if said else ""
+        _, said, behind = text.rpartition(SAID)
+        tail = behind.partition(ASKED)[0] if said else ""
         marks = [i for i in _marks(tokenizer, tail, known_ends) if last == 2 or i in known_ends]
         if marks:
             return marks[0]

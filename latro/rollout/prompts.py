@@ -8,8 +8,8 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.rollout.chat_template import leaves_out_the_user, render, tokenizer_name
-from latro.rollout.encoding import TextEncoder
+from latro.rollout.chat_template import leaves_out_the_user, tokenizer_name
+from latro.rollout.frame import Frame
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import AnswerJoin, Sample
 
@@ -32,14 +32,15 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, encoder: TextEncoder | None = None
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, frame: Frame | None = None
 ) -> list[int]:
     """Return the token ids of a prompt, in the frame of the tokenizer's chat template if any.
 
     A special token that is spelled in a prompt is read as text; only the frame has special tokens.
 
     With a chat template a string is one user message. The template is applied once, and it writes
-    its own beginning-of-sequence token, so the tokenizer adds none. Without a template a string, or
+    its own beginning-of-sequence token, so the tokenizer adds none. The prompt of a model that
+    thinks ends where its thoughts begin (`latro.rollout.frame`). Without a template a string, or
     a single user message, is read as it is: the tokenizer adds its usual special tokens, except an
     end-of-sequence token at the end. A string that begins with the spelling of the
     beginning-of-sequence token gets that token once.
@@ -47,21 +48,22 @@ def encode_prompt(
     Args:
         tokenizer: any tokenizer.
         prompt: a string, or messages.
-        encoder: a `TextEncoder` of this tokenizer, to share between prompts; None: make one.
+        frame: the frame of this tokenizer, to share between prompts; None: one without a system
+            prompt or other arguments.
 
     Raises:
-        ValueError: the template refuses the messages or exceeds its limits
-            (`latro.rollout.chat_template`); or there is no template and the messages are other than
+        ValueError: the template refuses the messages or exceeds its limits, or does not fit the
+            frame (`latro.rollout.frame`); or there is no template and the messages are other than
             a single user message.
     """
-    encoder = encoder or TextEncoder(tokenizer)
+    frame = frame or Frame(tokenizer)
+    encoder = frame.encoder
     if tokenizer.chat_template:
-        if isinstance(prompt, str):
-            prompt = [{"role": "user", "content": prompt}]
-        if any(encoder.spells_special(message["content"]) for message in prompt):
-            quoted = [{**m, "content": encoder.quoted(m["content"])} for m in prompt]
-            return encoder.unquoted(render(tokenizer, quoted, add_generation_prompt=True))
-        text = render(tokenizer, prompt, add_generation_prompt=True)
+        messages = frame.messages(prompt)
+        if any(encoder.spells_special(message["content"]) for message in messages):
+            quoted = [{**m, "content": encoder.quoted(m["content"])} for m in messages]
+            return encoder.unquoted(frame.rendered(quoted))
+        text = frame.rendered(messages)
         return list(tokenizer.encode(text, add_special_tokens=False))
     if not isinstance(prompt, str) and [message["role"] for message in prompt] != ["user"]:
         raise ValueError(
@@ -123,7 +125,7 @@ def check_dataset(
         raise ValueError(f"{name}: expected at least one row, got none")
     longest = Longest(0, 0)
     boundary = long_rope_boundary(model)
-    rendered = _Rendered(tokenizer, name)
+    rendered = _Rendered(join.frame, name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
@@ -134,7 +136,7 @@ def check_dataset(
                 f"{_beginning(prompt)}"
             )
         try:
-            ids = encode_prompt(tokenizer, prompt, join.encoder)
+            ids = encode_prompt(tokenizer, prompt, join.frame)
         except ValueError as error:
             raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
         if not ids:
@@ -171,20 +173,21 @@ def check_dataset(
 class _Rendered:
     """Checks that a chat template renders different prompts of a dataset differently."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, frame: Frame, name: str) -> None:
+        self.frame = frame
         self.name = name
         # Keyed by a hash, since the ids of all prompts together would take much memory.
         self.first: dict[int, tuple[int, Prompt]] = {}
 
     def add(self, index: int, prompt: Prompt, ids: list[int]) -> None:
         """Raise ValueError where an earlier prompt with other user messages has the same ids."""
-        if not self.tokenizer.chat_template:
+        tokenizer = self.frame.tokenizer
+        if not tokenizer.chat_template:
             return
         first, other = self.first.setdefault(hash(tuple(ids)), (index, prompt))
-        if _said(other) != _said(prompt) and encode_prompt(self.tokenizer, other) == ids:
+        if _said(other) != _said(prompt) and encode_prompt(tokenizer, other, self.frame) == ids:
             raise ValueError(
-                f"{self.name}: row {index}: the chat template of {tokenizer_name(self.tokenizer)} "
+                f"{self.name}: row {index}: the chat template of {tokenizer_name(tokenizer)} "
                 f"renders it as it does row {first}, whose users say something else; "
                 f"{_beginning(prompt)}"
             )
@@ -216,7 +219,7 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
     if limit is None:
         return
     for index, row in enumerate(dataset):
-        prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.encoder)
+        prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.frame)
         needed = len(join.written(prompt_ids, row["rationale"], row["answer"]).input_ids)
         if needed > limit:
             raise ValueError(

@@ -12,8 +12,11 @@ tokenizes in context:
     length limit    all                                x  z  y                 y
 
 So the event that ends a rationale is an action of the policy in each case, and every sample's
-answer rows spell the same text. y ends as a completion of the policy does: with the token that the
-chat template puts behind an assistant's turn, or else with the tokenizer's end token.
+answer rows spell the same text. Where the model thinks in a block of its own
+(`latro.rollout.frame`), what closes the block stands in the template's place: it ends z and begins
+y, and the template follows it in y, "</think> The answer is 5". y ends as a completion of the
+policy does: with the token that the chat template puts behind an assistant's turn, or else with the
+tokenizer's end token.
 
 Where one token spells the end of the template and more (": 5" of "Answer: 5"), z ends with that
 token as with an end token, and y spells the rest of the template again. A template that ends in a
@@ -35,7 +38,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.rollout.answer_template import template_pattern
 from latro.rollout.chat_template import end_of_turn
-from latro.rollout.encoding import TextEncoder
+from latro.rollout.frame import Chat, Frame
 
 
 @dataclass(frozen=True)
@@ -170,33 +173,54 @@ class AnswerJoin:
         tokenizer: any tokenizer; special tokens are never added.
         template: the words that an answer begins with, "The answer is".
         eos_token_ids: the tokens that end a completion.
+        chat: what the chat template is given beside a prompt; None: nothing.
+
+    Attributes:
+        frame: what the chat template puts around a prompt.
+        ending: the words that end a rationale: the template, or what closes a model's thoughts.
+        opening: the words that y begins with: `ending`, then the template where that is another.
+        pattern: matches `ending`.
+
+    Raises:
+        ValueError: the template is white space, or the frame cannot be as `chat` asks.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, eos_token_ids: Sequence[int]
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        eos_token_ids: Sequence[int],
+        chat: Chat | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.frame = Frame(tokenizer, chat)
+        self.encoder = self.frame.encoder
         self.template = template.strip()
+        self.ending, self._behind_ending = self.template, ""
         self.pattern = template_pattern(template)
-        self.encoder = TextEncoder(tokenizer)
+        thinking = self.frame.thinking
+        if thinking is not None:
+            self.ending, self._behind_ending = thinking.closing, thinking.behind + self.template
+            self.pattern = template_pattern(self.ending)
+        self.opening = self.ending + self._behind_ending
         ends = [end_of_turn(tokenizer, eos_token_ids), tokenizer.eos_token_id, *eos_token_ids]
         self.end_ids = [end for end in ends if end is not None][:1]
         self.eos_token_ids = frozenset([*eos_token_ids, *self.end_ids])
-        self._template_is_special = self.encoder.spells_special(self.template)
+        self._opening_is_special = self.encoder.spells_special(self.opening)
 
     def __call__(
         self, prompt_ids: list[int], sample: Sample, answer: str, *, statement: int = 0
     ) -> Rollout:
-        """Return the rollout of one completion; what follows its answer template is dropped.
+        """Return the rollout of one completion; what follows the words that end it is dropped.
 
-        `statement` is the index of that template in the completion: 0, the first, for a sampled
+        `statement` is the index of these words in the completion: 0, the first, for a sampled
         rationale; in a whole completion, the one that states the answer which counts.
         """
         finished = bool(sample.ids) and sample.ids[-1] in self.eos_token_ids
         read = sample.ids[:-1] if finished else sample.ids
-        stated = self._find_template(read, statement)
+        stated = self._find_ending(read, statement)
         if stated is None:
-            before, opening = self._anchor(prompt_ids + read, self.template)
+            before, opening = self._anchor(prompt_ids + read, self.opening)
             return self._rollout(
                 prompt_ids,
                 sample,
@@ -211,7 +235,7 @@ class AnswerJoin:
             prompt_ids,
             replace(sample, ids=read[: stated.end]),
             answer=answer,
-            answer_ids=kept + self._answer_ids(before, stated.rest, answer),
+            answer_ids=kept + self._answer_ids(before, stated.rest + self._behind_ending, answer),
             answer_start=stated.start,
             finished=True,
         )
@@ -219,11 +243,25 @@ class AnswerJoin:
     def written(self, prompt_ids: list[int], rationale: str, answer: str) -> Rollout:
         """Return the rollout of a written rationale, which has no token that ends it.
 
-        An answer template in the rationale, and all that follows, is dropped.
+        Words in the rationale that would end a sampled one, and all that follows, are dropped.
         """
-        before, text = self._anchor(prompt_ids, rationale)
+        if self.frame.thinking is None:
+            before, text = self._anchor(prompt_ids, rationale)
+        else:
+            # Thoughts begin right behind what opens their block.
+            before, text = "\n", rationale
         rollout = self(prompt_ids, Sample(self._ids_after(before, text)), answer)
         return replace(rollout, sampled_ids=rollout.rationale_ids, finished=True)
+
+    def said(self, completion: str) -> str:
+        """Return what a completion says: what stands behind its thoughts, or all without thoughts.
+
+        A completion that never closes its block of thoughts says nothing.
+        """
+        if self.frame.thinking is None:
+            return completion
+        closed = self.pattern.search(completion)
+        return "" if closed is None else completion[closed.end() :]
 
     def without_ends(self, ids: list[int]) -> list[int]:
         """Return the ids of a completion without the end tokens and padding at its end."""
@@ -273,8 +311,8 @@ class AnswerJoin:
                 last = middle - 1
         return first
 
-    def _find_template(self, ids: list[int], statement: int) -> _Stated | None:
-        """Return where the tokens of a statement's answer template are; None: no such statement."""
+    def _find_ending(self, ids: list[int], statement: int) -> _Stated | None:
+        """Return where the tokens are that spell `ending`; None: it is not there so often."""
         text = decode(self.tokenizer, ids)
         match = next(islice(self.pattern.finditer(text), statement, None), None)
         if match is None:
@@ -299,7 +337,7 @@ class AnswerJoin:
         """Return the tokens of a template, or its rest, and the answer as after `before`."""
         if self.encoder.is_token(answer, but=self.eos_token_ids):
             return self.encoder.after(before, f"{template} {answer}", special=True)
-        if template and self._template_is_special:
+        if template and self._opening_is_special:
             opened = self.encoder.after(before, template, special=True)
             return opened + self._ids_after(template, f" {answer}")
         return self._ids_after(before, f"{template} {answer}")
@@ -310,21 +348,23 @@ class AnswerJoin:
     def _anchor(self, ids: list[int], text: str) -> tuple[str, str]:
         """Return a stand-in for the text of `ids`, and the sentence `text` as it reads after that.
 
-        All that matters is whether the sentence begins with a space.
+        All that matters is whether the sentence begins with a space, or with what stands before the
+        end of thoughts.
         """
         if decode(self.tokenizer, ids[-4:])[-1:].isspace():
             return "\n", text
-        return ".", f" {text}"
+        thinking = self.frame.thinking
+        return ".", f"{' ' if thinking is None else thinking.before}{text}"
 
 
 class _Stated(NamedTuple):
-    """The place in sampled tokens where they spell an answer template."""
+    """The place in sampled tokens where they spell the words that end a rationale."""
 
     start: int
-    """Index of the template's first token."""
+    """Index of the words' first token."""
     whole: int
-    """Index behind the last token that belongs to the template as a whole."""
+    """Index behind the last token that belongs to the words as a whole."""
     end: int
-    """Index behind the template's last token, which may spell more, as ": 5" in "Answer: 5"."""
+    """Index behind the words' last token, which may spell more, as ": 5" in "Answer: 5"."""
     rest: str
-    """The template's text from `whole` on."""
+    """The words' text from `whole` on."""

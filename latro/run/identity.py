@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from latro.files import write_json
 from latro.model.adapters import has_adapter, without_wrapper
+from latro.rollout.frame import Chat
 
 RUN_FILE = "checkpoint_run.json"
 
@@ -110,11 +111,15 @@ def model_facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
     return {"decides": decides, "told": {"model": base.config.name_or_path}}
 
 
-def data_facts(train: Dataset | None, held_out: Dataset | None, answer_template: str) -> Facts:
-    """Return the facts of the training data and the held-out data."""
+def data_facts(
+    train: Dataset | None, held_out: Dataset | None, answer_template: str, chat: Chat
+) -> Facts:
+    """Return the facts of the training data and the held-out data, and of how they are asked."""
     return {
         "decides": {
             "answer template": answer_template,
+            "system_prompt": chat.system_prompt,
+            "chat_template_kwargs": dict(chat.template_kwargs),
             "training data": None if train is None else rows_fingerprint(train),
         },
         "told": {_HELD_OUT: None if held_out is None else rows_fingerprint(held_out)},

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from datasets import Dataset
 
 from latro.rollout.answer_template import template_pattern
+from latro.rollout.frame import Chat
 
 SEVERAL = ""
 """The canonical form of a statement that names several answers, or an unclear one."""
@@ -34,11 +35,13 @@ class Task(ABC):
         name: the task's name for `get_task`.
         answer_template: the words that end a rationale; the whole answer is
             `f"{answer_template} {answer}"`.
+        chat: what models' chat templates are given beside a problem's prompt.
         splits: the names of splits that `load` takes.
     """
 
     name: str
     answer_template: str = "The answer is"
+    chat: Chat = Chat()
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
     def load(

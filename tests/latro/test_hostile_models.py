@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tests.latro import frames
 from tests.latro.gguf_files import write_gguf
 from tests.latro.hostile import ROWS, Case, Place, refused
 from tests.warm_process import WarmProcess
@@ -78,6 +79,16 @@ def text(name: str, content: str | bytes) -> Callable[[Place], object]:
 
 def template(source: str) -> Callable[[Place], object]:
     return text("chat_template.jinja", source)
+
+
+def asked(source: str, **arguments: str) -> Callable[[Place], None]:
+    """Return a case with a chat template and what the command gives to it."""
+
+    def spoil(place: Place) -> None:
+        template(source)(place)
+        place.arguments |= arguments
+
+    return spoil
 
 
 def sharded(place: Place) -> None:
@@ -283,6 +294,52 @@ TEMPLATES = {
     ),
     "recursion": Case(
         template("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), "chat template.*{model}"
+    ),
+    "a system prompt that it refuses": Case(
+        asked(frames.GEMMA, system_prompt="Be brief."), "system_prompt: .*{model}.*not supported"
+    ),
+    "a system prompt that it drops": Case(
+        asked("{{ messages[-1].content }}", system_prompt="Be brief."),
+        "system_prompt: .*{model} leaves system messages out",
+        "latro.sft",
+    ),
+    "a system prompt without one": Case(
+        asked("", system_prompt="Be brief."), "system_prompt: .*{model}, which has none"
+    ),
+    "a system prompt of nothing": Case(
+        asked(frames.CHATML, system_prompt=" "), "system_prompt: expected words"
+    ),
+    "an argument that it does not read": Case(
+        asked(frames.CHATML, chat_template_kwargs='{"enable_thinkng": false}'),
+        "chat_template_kwargs: .*{model} does not read 'enable_thinkng'",
+        "latro.probe",
+    ),
+    "an argument that it is given": Case(
+        asked(frames.CHATML, chat_template_kwargs='{"messages": []}'),
+        "chat_template_kwargs: .*got 'messages'",
+        "latro.evaluate",
+    ),
+    "arguments that are no JSON": Case(
+        asked(frames.CHATML, chat_template_kwargs="enable_thinking=false"),
+        "chat_template_kwargs: expected a JSON object, got 'enable_thinking=false'",
+    ),
+    "arguments that are a list": Case(
+        asked(frames.CHATML, chat_template_kwargs="[1]"), "chat_template_kwargs: .*object, got '.1"
+    ),
+    "arguments that are deep": Case(
+        asked(frames.CHATML, chat_template_kwargs="[" * 10**4), "chat_template_kwargs: .*object"
+    ),
+    "an argument that it fails at": Case(
+        asked("{{ messages[0].content + more }}", chat_template_kwargs='{"more": 1}'),
+        "chat template.*{model}.*TypeError",
+    ),
+    "an argument that never ends": Case(
+        asked(
+            "{% for i in range(n) %}{% for j in range(n) %}{% endfor %}{% endfor %}"
+            "{{ messages[0].content }}",
+            chat_template_kwargs='{"n": 99999}',
+        ),
+        "chat template.*{model} does not end",
     ),
 }
 ADAPTERS = {

@@ -55,6 +55,9 @@ def test_the_next_character_matters_behind_a_word():
         ("The answer is", "The answer is\ufffd\ufffd.", True),
         ("The answer is ", "the answer is\n", True),
         ("Answer:", "Answer:", True),
+        ("</think>", "So.\n</think>", True),
+        ("</think>", "So.\n</think", False),
+        ("<|end|>", "So.<|end|>", True),
         ("\n\n", "So.\n\n", True),
         ("\n\n", "So. \n So\n", False),
     ],
@@ -63,7 +66,10 @@ def test_a_completion_ends_where_its_template_is_known_to_be_whole(template, tex
     assert (ending_pattern(template).search(text) is not None) is ended
 
 
-@pytest.mark.parametrize("template", ["The answer is", "Answer:", "####", "\n\n", "答案是", " A"])
+@pytest.mark.parametrize(
+    "template",
+    ["The answer is", "Answer:", "####", "\n\n", "答案是", " A", "</think>", "<|end|>"],
+)
 def test_where_a_server_stops_at_a_string_a_completion_has_ended(template):
     strings = stop_strings(template)
     assert len(set(strings)) == len(strings) <= MOST_STOP_STRINGS

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from latro.rollout.chat_template import end_of_turn, leaves_out_the_user, render
+from latro.rollout.frame import Chat, Frame
 from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import AnswerJoin, Sample, decode
 from tests.latro.smollm2 import smollm2_tokenizer
@@ -44,6 +45,15 @@ def test_a_conversation_is_read_as_transformers_reads_it(smol, messages):
         assert render(smol, messages, add_generation_prompt=prompted) == smol.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=prompted
         )
+
+
+def test_a_system_prompt_takes_the_place_of_the_models_own(smol):
+    frame = Frame(smol, Chat("Be brief."))
+    ids = encode_prompt(smol, "How many?", frame)
+    assert decode(smol, ids) == (
+        turn("system", "Be brief.") + turn("user", "How many?") + "<|im_start|>assistant\n"
+    )
+    assert frame.thinking is None
 
 
 def test_the_frames_tokens_are_text_where_a_user_writes_them(smol):

@@ -75,7 +75,6 @@ def test_the_names_are_those_that_saving_leaves(tiny, tokenizer, tmp_path):
             {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"speed": 2}},
             "lr_scheduler_type: cosine .*cannot be made: .*speed",
         ),
-        ({"optim": "adamw_bnb_8bit"}, "optim: adamw_bnb_8bit .*cannot be made: .*bitsandbytes"),
         ({"optim": "galore_adamw"}, "optim: galore_adamw .*cannot be made"),
         ({"optim_args": "rank"}, "optim: .*optim_args 'rank' cannot be made"),
     ],

@@ -1,0 +1,258 @@
+"""What a chat template puts around a prompt, and whether the model thinks before it answers.
+
+Some models write their thoughts in a block of their own, and the answer behind it:
+
+    <think>
+    2 + 3 = 5, so it must be 5.
+    </think>
+
+    The answer is 5<|im_end|>
+
+Then the rationale is what stands in the block, and `closing` ends it. Inside of it the words of an
+answer template end nothing, since thoughts mention answers that they reject. The answer y is
+`closing`, `behind`, the answer template and the known answer. Every prompt ends inside of the
+block: where the template leaves it to the model to open one, `opening` is put behind the prompt.
+
+Whether a model thinks is read off what its template renders, with the run's own arguments:
+
+1. The generation prompt ends inside of a block: it thinks, and the block is open already.
+2. The generation prompt ends behind an empty block: its thinking is switched off.
+3. With `enable_thinking` false the template would write an empty block: it thinks.
+4. The template puts an end of thoughts before an assistant's words: it thinks.
+
+A model whose template shows none of this is taken as one that does not think.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from latro.rollout.chat_template import (
+    ASKED,
+    SAID,
+    TemplateRefusalError,
+    render,
+    tokenizer_name,
+)
+from latro.rollout.encoding import TextEncoder
+
+_SWITCH = "enable_thinking"
+# What this package itself gives to the function that renders a template.
+_GIVEN = {
+    *("messages", "conversations", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "return_assistant_tokens_mask"),
+}
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What a run gives to the chat template beside the messages of a prompt."""
+
+    system_prompt: str | None = None
+    """The content of a system message before the user's."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """The template's own arguments, as `tokenizer.apply_chat_template` takes them."""
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How a family of models marks its thoughts."""
+
+    opening: str
+    """What is put behind a prompt so that the model thinks; "" where the template puts it there."""
+    closing: str
+    """What ends the thoughts."""
+    before: str
+    """What stands before `closing` where the thoughts do not end in white space."""
+    behind: str
+    """What stands between `closing` and the answer template."""
+
+
+FAMILIES = (
+    # Qwen3, SmolLM3, QwQ, DeepSeek-R1 and what was distilled from it.
+    Thinking(opening="<think>\n", closing="</think>", before="\n", behind="\n\n"),
+    # gpt-oss: a message on the channel of analysis, and then one on the channel of answers.
+    Thinking(
+        opening="<|channel|>analysis<|message|>",
+        closing="<|end|>",
+        before="",
+        behind="<|start|>assistant<|channel|>final<|message|>",
+    ),
+)
+
+
+class Frame:
+    """Puts prompts into a tokenizer's chat template.
+
+    Args:
+        tokenizer: any tokenizer.
+        chat: what else the template is given; None: nothing.
+
+    Attributes:
+        encoder: encodes text for this tokenizer.
+        thinking: how the model marks its thoughts; None: it does not think.
+
+    Raises:
+        ValueError: `chat` asks for something that the tokenizer's template cannot do; or the
+            template exceeds the limits of `latro.rollout.chat_template.render`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.chat = chat or Chat()
+        self.encoder = TextEncoder(tokenizer)
+        self.thinking: Thinking | None = None
+        # How every prompt ends; None where the template knows no thoughts.
+        self._ending: str | None = None
+        self._check_arguments()
+        if tokenizer.chat_template:
+            self._check_system_prompt()
+            self._find_thinking()
+
+    def messages(self, prompt: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Return a prompt as messages, with the run's system prompt in front.
+
+        Raises:
+            ValueError: it has a system message of its own beside the run's.
+        """
+        own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        messages = [dict(message) for message in own]
+        if self.chat.system_prompt is None:
+            return messages
+        if any(message["role"] == "system" for message in messages):
+            raise ValueError(
+                "system_prompt: expected prompts without a system message of their own beside it, "
+                f"got one of {len(messages)} messages that has one"
+            )
+        return [{"role": "system", "content": self.chat.system_prompt}, *messages]
+
+    def rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return the text of a prompt's messages, up to where the model goes on.
+
+        Raises:
+            ValueError: the template refuses the messages, exceeds its limits, or has the model
+                think here and not in other prompts, or the other way round.
+        """
+        text = self._render(messages, add_generation_prompt=True)
+        if self._ending is not None and not text.endswith(self._ending):
+            raise ValueError(
+                f"the chat template of {tokenizer_name(self.tokenizer)} ends this prompt with "
+                f"{text[-len(self._ending) :]!r}, and others with {self._ending!r}; whether the "
+                "model thinks must be the same for all prompts: switch it by chat_template_kwargs "
+                "or system_prompt"
+            )
+        return text + (self.thinking.opening if self.thinking else "")
+
+    def _render(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, **switch: Any
+    ) -> str:
+        return render(
+            self.tokenizer,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            template_kwargs={**self.chat.template_kwargs, **switch},
+        )
+
+    def _check_arguments(self) -> None:
+        given = [
+            name
+            for name, value in (
+                ("system_prompt", self.chat.system_prompt),
+                ("chat_template_kwargs", self.chat.template_kwargs),
+            )
+            if value
+        ]
+        if not self.tokenizer.chat_template:
+            if given:
+                raise ValueError(
+                    f"{given[0]}: expected a tokenizer with a chat template, got "
+                    f"{tokenizer_name(self.tokenizer)}, which has none"
+                )
+            return
+        for name in self.chat.template_kwargs:
+            if name in _GIVEN or name in self.tokenizer.special_tokens_map:
+                raise ValueError(
+                    f"chat_template_kwargs: expected the template's own arguments, got {name!r}, "
+                    "which it is given in any case"
+                )
+            # A name that the template does not read would change nothing, and nobody would know.
+            if not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.get_chat_template()):
+                raise ValueError(
+                    f"chat_template_kwargs: the chat template of {tokenizer_name(self.tokenizer)} "
+                    f"does not read {name!r}"
+                )
+
+    def _check_system_prompt(self) -> None:
+        if self.chat.system_prompt is None:
+            return
+        instead = "put it into the prompts"
+        try:
+            rendered = {
+                self._render(
+                    [{"role": "system", "content": text}, {"role": "user", "content": ASKED}],
+                    add_generation_prompt=True,
+                )
+                for text in (self.chat.system_prompt, SAID)
+            }
+        except TemplateRefusalError as error:
+            raise ValueError(f"system_prompt: {error}; {instead}") from error
+        if len(rendered) == 1:
+            raise ValueError(
+                f"system_prompt: the chat template of {tokenizer_name(self.tokenizer)} leaves "
+                f"system messages out; {instead}"
+            )
+
+    def _find_thinking(self) -> None:
+        """Set `thinking` and `_ending` by what the template renders."""
+        question = self.messages(ASKED)
+        try:
+            ending = self._render(question, add_generation_prompt=True).rpartition(ASKED)[2]
+        except ValueError:
+            # What is wrong shows with the prompts, whose row is then named.
+            return
+        for family in FAMILIES:
+            opened, closed = _marks(family, ending)
+            if opened > closed:
+                self.thinking = replace(family, opening="")
+            elif closed < 0:
+                self.thinking = self._switched(family) or self._before_words(family)
+            if self.thinking or closed >= 0:
+                self._ending = ending
+                return
+
+    def _switched(self, family: Thinking) -> Thinking | None:
+        """Return the family where the template writes its empty block to switch thinking off."""
+        if _SWITCH not in self.tokenizer.get_chat_template():
+            return None
+        question = self.messages(ASKED)
+        try:
+            text = self._render(question, add_generation_prompt=True, **{_SWITCH: False})
+        except TemplateRefusalError:
+            return None
+        ending = text.rpartition(ASKED)[2]
+        opened, closed = _marks(family, ending)
+        if not 0 <= opened < closed:
+            return None
+        return replace(family, behind=ending.rpartition(family.closing)[2])
+
+    def _before_words(self, family: Thinking) -> Thinking | None:
+        """Return the family where the template puts an end of thoughts before words."""
+        turn = {"role": "assistant", "content": SAID}
+        try:
+            text = self._render([*self.messages(ASKED), turn], add_generation_prompt=False)
+        except TemplateRefusalError:
+            return None
+        before = text.rpartition(SAID)[0]
+        return family if before.endswith(family.closing + family.behind) else None
+
+
+def _marks(family: Thinking, text: str) -> tuple[int, int]:
+    """Return where a text opens a block of thoughts last, and where it closes one; −1: nowhere."""
+    # gpt-oss ends other messages as it ends thoughts.
+    closing = family.closing + family.behind.strip()
+    return text.rfind(family.opening.strip()), text.rfind(closing)
