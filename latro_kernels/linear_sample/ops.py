@@ -16,8 +16,8 @@ from latro_kernels.head import Head
 from latro_kernels.linear_sample import cpu
 from latro_kernels.linear_sample.state import Draw, State
 
-# The backends that have a driver.
-DRIVERS = ("cpu",)
+# `reference` runs without the op.
+BACKENDS = ("reference", "cpu")
 torch.library.define(
     "latro_kernels::linear_sample",
     "(Tensor hidden, Tensor weight, Tensor seed, Tensor position, Tensor? bias, float temperature, "
@@ -46,7 +46,7 @@ def _sample(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        backend=resolve(backend, hidden.device, DRIVERS),
+        backend=resolve(backend, hidden.device, BACKENDS),
     )
     draw = Draw(
         seed=seed.contiguous(),

@@ -34,6 +34,7 @@ from tests.latro_kernels.ops.table import (
     GROUP_ADVANTAGE,
     LINEAR_KL,
     LINEAR_LOGPROB,
+    LINEAR_SAMPLE,
     each_form,
     each_op,
     each_sample,
@@ -72,7 +73,7 @@ def test_any_groups_on_a_gpu(backend: str, given: Problem) -> None:
     check(given.on(backend), backend)
 
 
-@each_op(DIFFERENTIABLE)
+@each_op([*DIFFERENTIABLE, LINEAR_SAMPLE])
 def test_the_reference_is_the_formula(op: Op) -> None:
     given = op.plain(7, torch.float64, temperature=0.7, softcap=3.0)
     expected = op.formula(**given.arguments)
@@ -224,7 +225,11 @@ def has_rows_apart(op: Op, form: dict[str, Any], backend: str) -> bool:
 
 
 @pytest.mark.parametrize("dtype", [HALF] if INTERPRETED else DTYPES, ids=str)
-@each_form(DIFFERENTIABLE, backends("triton" if INTERPRETED else "cpu"), where=has_rows_apart)
+@each_form(
+    [*DIFFERENTIABLE, LINEAR_SAMPLE],
+    backends("triton" if INTERPRETED else "cpu"),
+    where=has_rows_apart,
+)
 def test_a_row_does_not_depend_on_the_others(
     op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
 ) -> None:

@@ -12,9 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.common import memory
-from latro_kernels import gather_logprob, linear_logprob
+from latro_kernels import gather_logprob, linear_logprob, linear_sample
 from tests.latro_kernels.ops.op import DTYPES
-from tests.latro_kernels.ops.table import GATHER_LOGPROB, LINEAR_KL, LINEAR_LOGPROB
+from tests.latro_kernels.ops.table import GATHER_LOGPROB, LINEAR_KL, LINEAR_LOGPROB, LINEAR_SAMPLE
 
 MIB = 2**20
 
@@ -141,3 +141,24 @@ def test_budget_is_kept(dtype: torch.dtype) -> None:
 def test_frozen_head_keeps_no_logits() -> None:
     used = memory.in_fresh_process(extra_bytes, torch.float32, True, 10**9)
     assert used <= TILE + (BYTES_A_ROW + 4 * H) * N
+
+
+def bytes_of_samples(dtype: torch.dtype) -> int:
+    """Peak of `linear_sample` beyond inputs. Runs in a process of its own."""
+    memory.make_malloc_honest()
+    torch.set_num_threads(2)
+
+    def measure(rows: int, columns: int) -> int:
+        given = LINEAR_SAMPLE.problem((rows, H, columns), dtype, bias=True).arguments
+        return memory.peak_extra_bytes(lambda: linear_sample(**given), torch.device("cpu"))
+
+    measure(60, 200)
+    return measure(N, V)
+
+
+@measured
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_samples_keep_no_logits(dtype: torch.dtype) -> None:
+    used = memory.in_fresh_process(bytes_of_samples, dtype)
+    # The slice of the weight, and the bias in fp32.
+    assert used <= 4 * MIB + 4 * V + BYTES_A_ROW * N + MIB

@@ -1,4 +1,4 @@
-"""linear_logprob with the vocabulary split over processes, against one process."""
+"""linear_logprob and linear_sample with the vocabulary split over processes, against one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.latro_kernels.ops import linear_sample
 from tests.latro_kernels.ops.linear_logprob import problem
 from tests.latro_kernels.ops.op import Problem, gate
 
@@ -22,15 +23,23 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": torch.bfloat16, "entropy": True},
     "frozen, empty slices": {"frozen": True, "bias": True, "empty": True},
 }
+SAMPLES: dict[str, dict[str, Any]] = {
+    "sample": {},
+    "sample, everything": {"bias": True, "temperature": 0.7, "softcap": 8.0},
+    "sample, bf16": {"dtype": torch.bfloat16},
+    "sample, arg max": {"temperature": 0, "bias": True},
+    "sample, empty slices": {"bias": True, "empty": True},
+}
 
 
 def of_case(case: str) -> Problem:
-    settings = dict(CASES[case])
+    settings = dict((CASES | SAMPLES)[case])
     empty = settings.pop("empty", False)
-    given = problem(SHAPE, **settings)
+    given = (linear_sample.problem if case in SAMPLES else problem)(SHAPE, **settings)
     if empty:
         # The first rank of two, or the first two of four, have nothing but -inf.
         given["bias"][:202] = -torch.inf
+    if empty and case in CASES:
         given = given.but(target=202 + given["target"] % 201)
     return given
 
@@ -47,7 +56,7 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
     columns = slice(*borders(world)[rank : rank + 2])
     results = {}
-    for case in CASES:
+    for case in (*SAMPLES, *CASES):
         given = of_case(case)
         names = [n for n in ("weight", "bias") if given[n] is not None]
         own = given.but(**{name: given[name][columns].clone() for name in names})
@@ -65,7 +74,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *SAMPLES])
 def test_ranks_together_match_fp64(case: str, ranks: list[Any]) -> None:
     given = of_case(case)
     exact, plain = given.truth(), given.unfused()
@@ -79,10 +88,18 @@ def test_ranks_together_match_fp64(case: str, ranks: list[Any]) -> None:
         gate(name, parts[0], exact[name], plain[name])
 
 
-def test_the_reference_takes_the_whole_weight() -> None:
+@pytest.mark.parametrize("case", SAMPLES)
+def test_ranks_draw_the_tokens_of_one_process(case: str, ranks: list[Any]) -> None:
+    alone = of_case(case).solve("auto")["token"]
+    for results in ranks:
+        assert torch.equal(results[case]["token"], alone)
+
+
+@pytest.mark.parametrize("make", [problem, linear_sample.problem])
+def test_the_reference_takes_the_whole_weight(make: Any) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        given = problem((3, 4, 5))
+        given = make((3, 4, 5))
         with pytest.raises(ValueError, match="group: expected None with backend 'reference'"):
             given.solve("reference", group=dist.group.WORLD)
     finally:
