@@ -9,6 +9,7 @@ is cached no tensor of N × V exists, and none of V × H in another dtype than t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -32,26 +33,33 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
     """Return the state of the rows, into which every tile is folded."""
     state = empty_state(head, target, wanted)
     state.clear()
-    kernels, buffer = _kernels(head.backend), _buffer(head)
+    kernels = fold_kernels(head.backend)
+    for block, tile, products in product_tiles(head, state.cached):
+        rows = state.rows(block)
+        old_max = rows.row_max.clone()
+        kernels.fold(head, tile, products, rows)
+        if rows.dx_sum is None:
+            continue
+        # Bring the sum of dx to the new maximum, and add this tile's part of it.
+        e = _dz(head, tile, products, RowGrad.of_exponentials(rows))
+        if tile.columns.start > 0:
+            rows.dx_sum.mul_(rows.rescaling(old_max)[:, None])
+        add_product(rows.dx_sum, e, tile.weight, first=tile.columns.start == 0)
+    return state
+
+
+def product_tiles(head: Head, cached: Tensor) -> Iterator[tuple[slice, Tile, Tensor]]:
+    """Yield of each tile its rows, itself and its products, which the next may overwrite."""
+    buffer = _buffer(head)
     height, width = tile_shape(head)
     for columns, weight, bias in slices(head, width):
         for begin in range(0, len(head.hidden), height):
             block = slice(begin, min(begin + height, len(head.hidden)))
             x = head.hidden[block].to(operand_dtype(head))
             tile = Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias)
-            products = _room(head, tile, state.cached, buffer)
+            products = _room(head, tile, cached, buffer)
             add_product(products, x, weight.t(), first=True)
-            rows = state.rows(block)
-            old_max = rows.row_max.clone()
-            kernels.fold(head, tile, products, rows)
-            if rows.dx_sum is None:
-                continue
-            # Bring the sum of dx to the new maximum, and add this tile's part of it.
-            e = _dz(head, tile, products, RowGrad.of_exponentials(rows))
-            if columns.start > 0:
-                rows.dx_sum.mul_(rows.rescaling(old_max)[:, None])
-            add_product(rows.dx_sum, e, weight, first=columns.start == 0)
-    return state
+            yield block, tile, products
 
 
 def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
@@ -102,7 +110,7 @@ def _dz(head: Head, tile: Tile, products: Tensor, grad: RowGrad) -> Tensor:
     """Return dz in the dtype of the next product, in the place of this one if that is fp32."""
     dtype = operand_dtype(head)
     dz = products if dtype == torch.float32 else torch.empty_like(products, dtype=dtype)
-    _kernels(head.backend).grad(head, tile, products, grad, dz)
+    fold_kernels(head.backend).grad(head, tile, products, grad, dz)
     return dz
 
 
@@ -110,7 +118,7 @@ def _is_cached(head: Head, tile: Tile, cached: Tensor) -> bool:
     return tile.columns.stop * len(head.hidden) <= cached.numel()
 
 
-def _kernels(backend: str) -> ModuleType:
+def fold_kernels(backend: str) -> ModuleType:
     """Return the module whose `fold` and `grad` work on a tile."""
     if backend == "cuda":
         return cuda

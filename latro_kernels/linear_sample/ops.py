@@ -13,11 +13,11 @@ from torch import Tensor
 
 from latro_kernels.dispatch import resolve
 from latro_kernels.head import Head
-from latro_kernels.linear_sample import cpu
+from latro_kernels.linear_sample import cpu, tiles
 from latro_kernels.linear_sample.state import Draw, State
 
 # `reference` runs without the op.
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 torch.library.define(
     "latro_kernels::linear_sample",
     "(Tensor hidden, Tensor weight, Tensor seed, Tensor position, Tensor? bias, float temperature, "
@@ -64,9 +64,14 @@ def _(hidden: Tensor, *_: object) -> tuple[Tensor, ...]:
 
 
 def _driver(head: Head) -> ModuleType:
-    """Return the module whose `sample` does the work."""
-    assert head.backend == "cpu"
-    return cpu
+    """Return the module whose `sample` does the work: it folds as `linear_logprob` does."""
+    if head.backend == "cpu":
+        return cpu
+    if head.backend == "triton" and head.hidden.dtype != torch.float32:
+        from latro_kernels.linear_sample.triton import fused
+
+        return fused
+    return tiles
 
 
 def _outputs(state: State) -> tuple[Tensor, ...]:

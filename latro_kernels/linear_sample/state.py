@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latro_kernels.linear_logprob.state import State as Fold
+
 
 @dataclass(frozen=True, eq=False)
 class Draw:
@@ -60,3 +62,19 @@ class State:
         N = hidden.shape[0]
         rows = [hidden.new_empty(N, dtype=torch.float32) for _ in range(5)]
         return cls(hidden.new_empty(N, dtype=torch.int64), *rows)
+
+    @classmethod
+    def of_fold(cls, fold: Fold, score: Tensor, draw: Draw) -> State:
+        """Return the results of a fold by `linear_logprob`, whose target is the token.
+
+        The target is a column of the weight, with the number that it has there.
+        """
+        assert fold.weighted_sum is not None
+        return cls(
+            token=fold.target if draw.first_column is None else fold.target + draw.first_column,
+            score=score,
+            token_logit=fold.target_logit,
+            row_max=fold.row_max,
+            sum_exp=fold.sum_exp,
+            weighted_sum=fold.weighted_sum,
+        )

@@ -73,9 +73,11 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from latro_kernels.linear_kl import triton as of_kl
     from latro_kernels.linear_logprob.triton import blocks, fused
     from latro_kernels.linear_logprob.triton import tiles as of_tiles
+    from latro_kernels.linear_sample.triton import tiles as of_samples
 
-    for kernels in (of_gather, of_tiles, of_kl):
+    for kernels in (of_gather, of_tiles, of_kl, of_samples):
         monkeypatch.setattr(kernels, "BLOCK_V", 32)
+    monkeypatch.setattr(of_samples, "PART", 64)
     block = blocks.Config(rows=4, columns=32, depth=32, warps=4, stages=1)
     monkeypatch.setattr(blocks, "_INTERPRETED", block)
     sizes = {"TILE_ROWS": 6, "TILE_COLUMNS": 64, "FROZEN_TILE_ROWS": 6, "TILES": 2, "GROUP": 2}

@@ -171,23 +171,7 @@ def compile_kernel(
         capability: 80, 90 or 100.
         options: what a launch takes besides the parameters: num_warps, num_stages, maxnreg.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime import Heuristics
-
-    function = function.fn if isinstance(function, Heuristics) else function
-    given = signature | dict.fromkeys(constants, "constexpr")
-    if odd := set(given) ^ set(function.arg_names):
-        raise ValueError(f"signature, constants: missing or of no parameter: {sorted(odd)}")
-    types = {name: given[name].removesuffix(":16") for name in function.arg_names}
-    multiples = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(function.arg_names)
-        if given[name].endswith(":16")
-    }
-    source = ASTSource(function, types, constexprs=constants, attrs=multiples)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = compile_for(function, signature, constants, capability, **options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -205,6 +189,33 @@ def compile_kernel(
         waits_in_products=sum("WARPGROUP.DEPBAR.LE gsb0, 0x0" in text for text in products),
         epilogue=_epilogue(code),
     )
+
+
+def compile_for(
+    function: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    **options: Any,
+) -> Any:
+    """Return what Triton makes of a kernel, all its forms in `asm`; arguments as above."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime import Heuristics
+
+    function = function.fn if isinstance(function, Heuristics) else function
+    given = signature | dict.fromkeys(constants, "constexpr")
+    if odd := set(given) ^ set(function.arg_names):
+        raise ValueError(f"signature, constants: missing or of no parameter: {sorted(odd)}")
+    types = {name: given[name].removesuffix(":16") for name in function.arg_names}
+    multiples = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(function.arg_names)
+        if given[name].endswith(":16")
+    }
+    source = ASTSource(function, types, constexprs=constants, attrs=multiples)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def _product_loops(code: list[tuple[int, str]]) -> list[str]:

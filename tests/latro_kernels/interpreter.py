@@ -16,7 +16,7 @@ import pytest
 HERE = Path(__file__).parent
 FILES = (
     *("test_accuracy.py", "test_torch.py", "test_linear_logprob.py", "test_gather_logprob.py"),
-    *("test_linear_kl.py", "test_group_advantage.py", "interpreted"),
+    *("test_linear_kl.py", "test_group_advantage.py", "test_linear_sample.py", "interpreted"),
 )
 
 

@@ -12,9 +12,25 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from latro_kernels import LinearSample, linear_logprob, linear_sample
 from latro_kernels.linear_sample import noise
 from tests.latro_kernels.ops.linear_sample import OP, problem
-from tests.latro_kernels.ops.op import DTYPES, assert_same, backends, each_dtype
+from tests.latro_kernels.ops.op import (
+    DTYPES,
+    INTERPRETED,
+    assert_same,
+    device_of,
+    each_backend,
+    each_dtype,
+    each_fused_backend,
+)
 
-each_backend = pytest.mark.parametrize("backend", backends("cpu", "reference"))
+# In Triton's interpreter interpreted/test_linear_sample.py makes fewer draws.
+KERNELS = [
+    pytest.param("cpu", torch.float32, id="cpu"),
+    *(
+        pytest.param("triton", dtype, id=f"triton-{dtype}", marks=pytest.mark.gpu)
+        for dtype in (torch.float32, torch.bfloat16)
+    ),
+]
+each_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS)
 DRAWS = 1_000_000
 ONES = 0xFFFFFFFF
 # kat_vectors of Random123, the generator's own library: counter, key, result.
@@ -66,7 +82,9 @@ def draws(logits: Tensor, backend: str = "cpu", **rows: Tensor) -> LinearSample:
     N = len(next(iter(rows.values())))
     three = torch.full((N,), 3)
     given = {name: rows.get(name, three) for name in ("seed", "position")}
-    return linear_sample(torch.ones(N, 1), logits[:, None], **given, backend=backend)
+    given |= {"hidden": torch.ones(N, 1, dtype=logits.dtype), "weight": logits[:, None]}
+    on_device = {name: t.to(device_of(backend)) for name, t in given.items()}
+    return LinearSample(*(t.cpu() for t in linear_sample(**on_device, backend=backend)))
 
 
 def chi_square_tail(counts: Tensor, p: Tensor) -> float:
@@ -96,11 +114,14 @@ def shaped(name: str) -> Tensor:
     return logits
 
 
+@each_kernel
 @pytest.mark.parametrize("counted", ["seed", "position"])
 @pytest.mark.parametrize("name", ["flat", "peaked", "one column", "random", "masked"])
-def test_tokens_follow_the_distribution(name: str, counted: str) -> None:
-    logits = shaped(name)
-    drawn = draws(logits, **{counted: torch.arange(DRAWS)})
+def test_tokens_follow_the_distribution(
+    name: str, counted: str, backend: str, dtype: torch.dtype
+) -> None:
+    logits = shaped(name).to(dtype)
+    drawn = draws(logits, backend, **{counted: torch.arange(DRAWS)})
     p = logits.double().softmax(0)
     counts = drawn.token.bincount(minlength=len(p))
     assert len(counts) == len(p)
@@ -108,10 +129,11 @@ def test_tokens_follow_the_distribution(name: str, counted: str) -> None:
     torch.testing.assert_close(drawn.logp.double(), p.log()[drawn.token], rtol=1e-6, atol=1e-6)
 
 
+@each_kernel
 @pytest.mark.parametrize("apart", ["seed", "position"])
-def test_neighbouring_draws_are_independent(apart: str) -> None:
-    logits = shaped("random")[:7]
-    token = draws(logits, **{apart: torch.arange(DRAWS)}).token
+def test_neighbouring_draws_are_independent(apart: str, backend: str, dtype: torch.dtype) -> None:
+    logits = shaped("random")[:7].to(dtype)
+    token = draws(logits, backend, **{apart: torch.arange(DRAWS)}).token
     p = logits.double().softmax(0)
     pairs = (token[0::2] * 7 + token[1::2]).bincount(minlength=49)
     assert chi_square_tail(pairs, torch.outer(p, p).flatten()) > 1e-3
@@ -123,23 +145,31 @@ def test_a_distribution_that_is_wrong_by_a_percent_fails() -> None:
     assert chi_square_tail(token.bincount(minlength=67), p) < 1e-3
 
 
+@each_kernel
 @pytest.mark.parametrize("name", ["flat", "peaked", "masked"])
-def test_backends_draw_the_same_tokens(name: str) -> None:
+def test_backends_draw_the_same_tokens(name: str, backend: str, dtype: torch.dtype) -> None:
     """But where the two highest scores are as close as their rounding, which is not so here."""
     positions = torch.arange(30_000) * 2**40
-    ours, plain = (draws(shaped(name), b, position=positions).token for b in ("cpu", "reference"))
+    logits = shaped(name).to(dtype)
+    ours, plain = (draws(logits, b, position=positions).token for b in (backend, "reference"))
     assert torch.equal(ours, plain)
 
 
+@each_fused_backend
 @each_dtype
-@pytest.mark.parametrize("shape", [(1, 130, 1203), (53, 140, 1203), (1100, 130, 200)])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 13, 203), (9, 14, 301)]
+    if INTERPRETED
+    else [(1, 130, 1203), (53, 140, 1203), (1100, 130, 200)],
+)
 @pytest.mark.parametrize("temperature", [0, 1.0, 0.7])
 def test_log_probs_are_those_of_linear_logprob(
-    shape: tuple[int, int, int], dtype: torch.dtype, temperature: float
+    shape: tuple[int, int, int], dtype: torch.dtype, temperature: float, backend: str
 ) -> None:
     """To the bit: importance ratios of samples are exactly 1."""
-    given = problem(shape, dtype, bias=True, softcap=20.0, temperature=temperature)
-    drawn = LinearSample(**given.solve("cpu"))
+    given = problem(shape, dtype, bias=True, softcap=20.0, temperature=temperature).on(backend)
+    drawn = LinearSample(**given.solve(backend))
     scored = linear_logprob(
         given["hidden"],
         given["weight"],
@@ -148,6 +178,7 @@ def test_log_probs_are_those_of_linear_logprob(
         softcap=20.0,
         temperature=temperature or 1.0,
         return_entropy=True,
+        backend=backend,
     )
     assert torch.equal(drawn.logp, scored[0])
     assert torch.equal(drawn.entropy, scored[1])
@@ -155,7 +186,7 @@ def test_log_probs_are_those_of_linear_logprob(
 
 @each_backend
 def test_temperature_zero_takes_the_first_of_equal_logits(backend: str) -> None:
-    given = problem((9, 8, 700), temperature=0)
+    given = problem((9, 8, 700), temperature=0).on(backend)
     given["weight"][300] = given["weight"][77]
     given["weight"][650] = given["weight"][77]
     given["hidden"][:5] = 9 * given["weight"][77]
@@ -172,7 +203,7 @@ def test_temperature_zero_takes_the_first_of_equal_logits(backend: str) -> None:
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_rows_without_a_distribution(backend: str, temperature: float) -> None:
     """NaN, +∞ or nothing but −∞ give token 0 and a logp of NaN, and no other row another result."""
-    given = problem((6, 8, 500), bias=True, temperature=temperature)
+    given = problem((6, 8, 500), bias=True, temperature=temperature).on(backend)
     expected = given.solve(backend)
     given["hidden"][1, 2] = torch.nan
     given["hidden"][3, 2] = torch.inf
@@ -197,8 +228,9 @@ def test_masked_columns_are_never_drawn(
     backend: str, dtype: torch.dtype, temperature: float
 ) -> None:
     """Though whole groups of columns are; the log-probs are those without them."""
-    given = problem((200, 8, 1000), dtype, bias=True, temperature=temperature)
-    kept = torch.arange(612, 1000, 3)
+    rows = 20 if INTERPRETED else 200
+    given = problem((rows, 8, 1000), dtype, bias=True, temperature=temperature).on(backend)
+    kept = torch.arange(612, 1000, 3, device=given["bias"].device)
     bias = torch.full_like(given["bias"], -torch.inf).index_copy(0, kept, given["bias"][kept])
     results = given.but(bias=bias).solve(backend)
     assert torch.isin(results["token"], kept).all()
@@ -221,7 +253,7 @@ def test_logits_of_any_size(scale: float) -> None:
 
 @each_backend
 def test_nothing_requires_grad(backend: str) -> None:
-    given = problem((5, 8, 30), bias=True)
+    given = problem((5, 8, 30), bias=True).on(backend)
     for name in ("hidden", "weight", "bias"):
         given[name].requires_grad_()
     drawn = linear_sample(**given.arguments, backend=backend)

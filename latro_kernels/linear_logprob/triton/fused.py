@@ -37,10 +37,10 @@ _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
 
 def forward(head: Head, target: Tensor, wanted: Wanted, config: Config | None = None) -> State:
     """Return what one sweep finds out of each row; `config` is as `blocks.config` says if None."""
-    config = config or _config(head)
+    config = config or shape_of_blocks(head)
     state = empty_state(head, target, wanted)
     state.clear()
-    N, V = len(head.hidden), len(head.weight)
+    N = len(head.hidden)
     if N == 0:
         return state
     if state.dx_sum is not None:
@@ -48,11 +48,8 @@ def forward(head: Head, target: Tensor, wanted: Wanted, config: Config | None = 
             rows = slice(begin, min(begin + FROZEN_TILE_ROWS, N))
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return state
-    ((columns, weight, bias),) = slices(head, V)
-    x = head.hidden.to(operand_dtype(head))
-    tile = Tile(rows=slice(0, N), columns=columns, hidden=x, weight=weight, bias=bias)
     cached = state.cached.view(N, -1) if state.cached.numel() else None
-    _fold(head, tile, state, cached, config)
+    _fold(head, whole(head), state, cached, config)
     return state
 
 
@@ -80,10 +77,17 @@ def _forward_with_dx(head: Head, state: State, config: Config) -> None:
         add_product(dx_sum, e, weight, first=columns.start == 0)
 
 
+def whole(head: Head) -> Tile:
+    """Return all rows and columns as a tile."""
+    ((columns, weight, bias),) = slices(head, len(head.weight))
+    x = head.hidden.to(operand_dtype(head))
+    return Tile(rows=slice(0, len(x)), columns=columns, hidden=x, weight=weight, bias=bias)
+
+
 def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
     """Return room for what `forward` makes."""
     return State.empty(
-        head, target, wanted, cached_step=TILE_COLUMNS, block_columns=_config(head).columns
+        head, target, wanted, cached_step=TILE_COLUMNS, block_columns=shape_of_blocks(head).columns
     )
 
 
@@ -96,7 +100,7 @@ def backward(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
-    config, N = _config(head), len(head.hidden)
+    config, N = shape_of_blocks(head), len(head.hidden)
     rows = grad.active_rows()
     if block_max is not None:
         rows = grad.filter_order(block_max, grad_filter, rows)
@@ -134,6 +138,7 @@ def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: C
             cached_ptr=cached,
             block_max_ptr=state.block_max,
             N=M,
+            V=len(head.weight),
             cached_end=begin if cached is None else begin + cached.shape[1],
             stride_cn=0 if cached is None else cached.stride(0),
             stride_part=parts.stride(0),
@@ -141,18 +146,25 @@ def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: C
             splits=splits,
             WITH_ENTROPY=with_entropy,
             TILES=TILES,
-            **_product_arguments(head, tile, config),
+            **product_arguments(head, tile, config),
         )
-        merge_kernel[(triton.cdiv(M, _MERGE_ROWS),)](
+    merge(parts, tile.columns, state, config)
+
+
+def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
+    """Add the parts of all rows, [3 or 4, splits, N], to `state`."""
+    _, splits, N = parts.shape
+    with torch.cuda.device_of(parts):
+        merge_kernel[(triton.cdiv(N, _MERGE_ROWS),)](
             parts_ptr=parts,
             target_ptr=state.target,
             row_max_ptr=state.row_max,
             sum_exp_ptr=state.sum_exp,
             target_logit_ptr=state.target_logit,
             weighted_sum_ptr=state.weighted_sum,
-            N=M,
-            begin=begin,
-            end=end,
+            N=N,
+            begin=columns.start,
+            end=columns.stop,
             splits=splits,
             split_columns=TILES * config.columns,
             stride_part=parts.stride(0),
@@ -192,11 +204,12 @@ def _dz(
             active_ptr=active,
             dz_ptr=dz,
             M=M,
+            V=len(head.weight),
             stride_cn=0 if cached is None else cached.stride(0),
             row_blocks=row_blocks,
             column_blocks=column_blocks,
             grad_filter=grad_filter,
-            **_product_arguments(head, tile, config),
+            **product_arguments(head, tile, config),
         )
     return (
         Gradient(dz)
@@ -220,7 +233,7 @@ def _operands(tile: Tile, config: Config) -> tuple[Tensor | TensorDescriptor, ..
     return tuple(TensorDescriptor.from_tensor(t, s) for t, s in zip(both, shapes, strict=True))
 
 
-def _product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]:
+def product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]:
     """Return the arguments of a kernel that makes logits of a tile's columns."""
     hidden, weight = _operands(tile, config)
     return {
@@ -228,7 +241,6 @@ def _product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]
         "weight": weight,
         "bias_ptr": tile.bias,
         "H": head.hidden.shape[1],
-        "V": len(head.weight),
         "begin": tile.columns.start,
         "end": tile.columns.stop,
         "stride_xn": tile.hidden.stride(0),
@@ -246,7 +258,7 @@ def _product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]
     }
 
 
-def _config(head: Head) -> Config:
+def shape_of_blocks(head: Head) -> Config:
     """Return the shape of a block of products for a head."""
     dtype, (V, H) = operand_dtype(head), head.weight.shape
     return blocks.config(head.hidden.device, dtype, H, V)

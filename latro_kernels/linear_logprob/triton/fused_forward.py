@@ -18,6 +18,7 @@ from latro_kernels.linear_logprob.triton.products import (
     block_ptr,
     capped_products,
     descriptors,
+    fold_part,
     place,
     quarters,
 )
@@ -77,8 +78,7 @@ def forward_kernel(
     last = min(first + TILES * BLOCK_V, end)
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     target = tl.where((target >= first) & (target < last), target - first, -1).to(tl.int32)
-    # In the loop, logits are not yet divided by the temperature. Their differences to the maximum
-    # are multiplied by `scale`, which does that and makes exp(x) of 2^x, an instruction of GPUs.
+    # In the loop, logits are not yet divided by the temperature; `fold_part` says why.
     scale = LOG2_E / temperature
     row_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
@@ -126,21 +126,9 @@ def forward_kernel(
                 target_logit = tl.where(is_in_part, of_target, target_logit)
             part_max = tl.max(capped, 1)
             largest = tl.maximum(largest, part_max)
-            new_max = tl.maximum(row_max, part_max)
-            # A row that is -inf so far has no maximum to subtract.
-            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-            # What was summed so far, seen from the new maximum.
-            drop = (row_max - shift) * scale
-            shrink = tl.exp2(drop)
-            below = (capped - shift[:, None]) * scale
-            e = tl.exp2(below)
-            if WITH_ENTROPY:
-                # 0 * -inf counts as 0: 2^-256 is 0 in fp32.
-                moment = tl.sum(e * tl.maximum(below, -256.0), 1)
-                weighted_sum = shrink * (weighted_sum + drop * sum_exp)
-                weighted_sum = tl.where(shrink == 0.0, 0.0, weighted_sum) + moment
-            sum_exp = sum_exp * shrink + tl.sum(e, 1)
-            row_max = new_max
+            row_max, sum_exp, weighted_sum = fold_part(
+                capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY
+            )
         if WITH_BLOCK_MAX:
             blocks = tl.cdiv(V, BLOCK_V)
             block_max = block_max_ptr + i.to(tl.int64) * blocks + column // BLOCK_V

@@ -99,6 +99,30 @@ def capped_products(
 
 
 @triton.jit
+def fold_part(capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY: tl.constexpr):
+    """Add logits that are not yet divided by the temperature to row_max, sum_exp and weighted_sum.
+
+    part_max: their maximum in each row. Their differences to the maximum are multiplied by scale =
+    LOG2_E / temperature, which does that and makes exp(x) of 2^x; weighted_sum is LOG2_E times too
+    large.
+    """
+    new_max = tl.maximum(row_max, part_max)
+    # A row that is -inf so far has no maximum to subtract.
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    # What was summed so far, seen from the new maximum.
+    drop = (row_max - shift) * scale
+    shrink = tl.exp2(drop)
+    below = (capped - shift[:, None]) * scale
+    e = tl.exp2(below)
+    if WITH_ENTROPY:
+        # 0 * -inf counts as 0: 2^-256 is 0 in fp32.
+        moment = tl.sum(e * tl.maximum(below, -256.0), 1)
+        weighted_sum = shrink * (weighted_sum + drop * sum_exp)
+        weighted_sum = tl.where(shrink == 0.0, 0.0, weighted_sum) + moment
+    return new_max, sum_exp * shrink + tl.sum(e, 1), weighted_sum
+
+
+@triton.jit
 def quarters(block, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Cut a block from left to right in four: what is made of a quarter takes few registers."""
     left, right = _halves(block, ROWS, COLUMNS)

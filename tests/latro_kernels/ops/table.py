@@ -14,14 +14,12 @@ from tests.latro_kernels.ops import (
     linear_logprob,
     linear_sample,
 )
-from tests.latro_kernels.ops.op import FUSED, INTERPRETED, Op
+from tests.latro_kernels.ops.op import FUSED, Op
 
 LINEAR_LOGPROB, GATHER_LOGPROB = linear_logprob.OP, gather_logprob.OP
 LINEAR_KL, GROUP_ADVANTAGE = linear_kl.OP, group_advantage.OP
 LINEAR_SAMPLE = linear_sample.OP
-OPS = [LINEAR_LOGPROB, GATHER_LOGPROB, LINEAR_KL, GROUP_ADVANTAGE]
-if not INTERPRETED:  # linear_sample has no kernels in Triton
-    OPS.append(LINEAR_SAMPLE)
+OPS = [LINEAR_LOGPROB, GATHER_LOGPROB, LINEAR_KL, GROUP_ADVANTAGE, LINEAR_SAMPLE]
 DIFFERENTIABLE = [LINEAR_LOGPROB, GATHER_LOGPROB, LINEAR_KL]
 
 each_sample = pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""`linear_sample` in tiles, for GPUs: torch makes the products, as it does for `linear_logprob`.
+
+A kernel draws the best column of a tile, and another column that was best so far gives way to it.
+Then `linear_logprob` folds the tile, the token being the target: its log-prob has the bits that it
+has there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+
+from latro_kernels.head import Head
+from latro_kernels.linear_logprob import tiles
+from latro_kernels.linear_logprob.state import Wanted
+from latro_kernels.linear_sample.state import Draw, State
+
+
+def sample(head: Head, draw: Draw) -> State:
+    """Return what one sweep over the vocabulary finds out of each row."""
+    N, device = len(head.hidden), head.hidden.device
+    token = torch.zeros(N, dtype=torch.int64, device=device)
+    score = torch.full((N,), -torch.inf, dtype=torch.float32, device=device)
+    wanted = Wanted(weighted_sum=True, dx_sum=False, block_max=False, memory_budget=0)
+    state = tiles.empty_state(head, token, wanted)
+    state.clear()
+    for rows, tile, products in tiles.product_tiles(head, state.cached):
+        of_rows = replace(draw, seed=draw.seed[rows], position=draw.position[rows])
+        _kernels(head.backend).draw(head, tile, products, of_rows, score[rows], token[rows])
+        tiles.fold_kernels(head.backend).fold(head, tile, products, state.rows(rows))
+    return State.of_fold(state, score, draw)
+
+
+def _kernels(backend: str) -> ModuleType:
+    """Return the module whose `draw` works on a tile."""
+    from latro_kernels.linear_sample.triton import tiles
+
+    return tiles
