@@ -85,10 +85,12 @@ def _install(module: Any, forward: Any) -> None:
     The signature that it shows is that of the old forward and `head_rows`, because `generate` and
     the Trainer read from it what a model takes.
     """
-    own = inspect.signature(module.forward)
-    if "head_rows" in own.parameters:
+    if getattr(module, "_forward_without_rows", module.forward) != module.forward:
+        # Another library may have put its own forward before ours since then, and hands keywords
+        # on to it. A model that was pickled has the attribute, and the forward of its class.
         return
-    module._own_forward = module.forward
+    own = inspect.signature(module.forward)
+    module._forward_without_rows = module.forward
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     parameters += own.parameters.values()
     keyword = inspect.Parameter("head_rows", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -104,7 +106,7 @@ def _model_forward() -> Callable[..., Any]:
         self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
     ) -> Any:
         if head_rows is None:
-            return self._own_forward(*args, **kwargs)
+            return self._forward_without_rows(*args, **kwargs)
         hidden = trunk_rows(self, head_rows.batch)
         if head_rows.form.hidden_scale != 1.0:
             hidden = hidden * head_rows.form.hidden_scale
@@ -118,7 +120,7 @@ def _head_forward() -> Callable[..., Any]:
         self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
     ) -> Any:
         if head_rows is None:
-            return self._own_forward(*args, **kwargs)
+            return self._forward_without_rows(*args, **kwargs)
         (hidden,) = args
         weight, bias = head_parameters(self)
         if isinstance(head_rows, ReferenceRows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import sys
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from latro.model.head_rows import HeadRows, install_head_rows
 from latro.model.initial import AdapterOff
 from latro.model.scoring import Scorer
+from latro_kernels.integrations.transformers import fused_head
 
 
 @pytest.fixture
@@ -115,6 +117,29 @@ def test_a_forward_that_somebody_replaced_is_kept(tiny, scored):
     calls.clear()
     logits(model)
     assert len(calls) == 1
+
+
+def test_another_forward_may_stand_between_two_installations(tiny, scored):
+    """One that hides the keyword in its signature, and hands it on, as TRL's fused head does."""
+    model = tiny()
+    expected = logits(model), scored(model)
+    own = model.forward
+
+    @functools.wraps(type(model).forward)
+    def forward(*args, **kwargs):
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    assert torch.equal(scored(model), expected[1])
+    assert torch.equal(logits(model), expected[0])
+
+
+def test_a_model_with_a_fused_head_is_scored(tiny, scored):
+    model = tiny()
+    expected = logits(model), scored(tiny())
+    fused_head(model)
+    assert torch.equal(scored(model), expected[1])
+    assert torch.equal(logits(model), expected[0])
 
 
 def test_the_signature_is_the_models_and_the_keyword(tiny):
