@@ -19,6 +19,7 @@ LAYERS = (
     {"model"},
     {"run"},
     {"engines", "update"},
+    {"integrations"},
     {"evaluation"},
     {"reporting"},
     {"loading"},

@@ -57,6 +57,7 @@ class Scorer:
         sharded: set where an engine keeps the weights in shards that are gathered for a forward.
         packed: whether batches are packed, each prompt once for its branches. False, with a
             warning, where the model's attention cannot do that.
+        why_not_packed: what its attention cannot do; None where it can.
         boundary: tokens up to which a LongRoPE model takes its short frequencies; else None.
 
     Raises:
@@ -85,14 +86,14 @@ class Scorer:
         with _without_tf32():
             self.logit_form = self._logit_form()
             self._verify_logits()
-            why = self._why_not_packed()
-        self.packed = why is None
+            self.why_not_packed = self._why_not_packed()
+        self.packed = self.why_not_packed is None
         if not self.packed:
             logger.warning(
                 "%s cannot attend to a prefix that sequences share (%s); each goes through it with "
                 "its own copy of the prompt, padded",
                 type(model).__name__,
-                why,
+                self.why_not_packed,
             )
 
     def collate(self, groups: Sequence[Group]) -> Batch:

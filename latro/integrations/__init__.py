@@ -1,0 +1,1 @@
+"""LaTRO's parts inside of other libraries' trainers; imported when asked for."""

@@ -1,0 +1,241 @@
+"""How likely the policy finds the known answer after its own completion, as a reward for TRL.
+
+With a prompt x, a completion z and the known answer y, of which own(y) are the tokens that hold a
+character of the answer itself:
+
+    objective   reward of z                                                         arXiv
+    latro       log π(y|x⊕z)                                                        2411.04282
+    verifree    π(y|x⊕z)                                                            2505.21493
+    rlpr        clip(mean_{t∈own(y)} p(y_t|x⊕z) − mean_{t∈own(y)} p(y_t|x), 0, 1)   2506.18254
+
+A completion ends, and the answer is joined to it, by the rules of `latro.rollout.sequences`: the
+answer stands in the place of what the completion says after its first answer template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from latro.integrations.trl.seam import check_seam, trainer_of
+from latro.model.adapters import without_wrapper
+from latro.model.packing import plan
+from latro.model.scoring import Scorer
+from latro.rollout.sequences import AnswerJoin, Rollout, Sample, eos_token_ids
+from latro.update.processes import agreed_pieces
+from latro_kernels import floored
+
+OBJECTIVES = ("latro", "verifree", "rlpr")
+UNFINISHED = ("floor", "exclude")
+# What a process scores where the others have more pieces; any vocabulary has a first token.
+_FILLER = Rollout([0], [], [0], answer_start=0, finished=True, plain=True)
+
+
+class AnswerLikelihood:
+    """A reward function for TRL's `RLOOTrainer` and `GRPOTrainer`.
+
+    The dataset has a column `answer`. The policy that is being trained scores, in evaluation mode
+    and at the temperature that it samples with; completions of one prompt share it, where the
+    model's attention can do that. Prompts are tokenized by the trainer, so that chat templates and
+    tools are read as the policy read them.
+
+    Args:
+        model: the model that the trainer is given; make the reward before the trainer.
+        tokenizer: the model's tokenizer.
+        objective: "latro", "verifree" or "rlpr", as above.
+        answer_template: the words that an answer begins with.
+        unfinished: what a completion gets that the length limit ended: "floor", the lowest reward
+            of its group; "exclude", none, so that TRL leaves it out.
+        token_budget: positions of one forward.
+
+    Attributes:
+        rollouts: the completions of the last call with their answers, in their order.
+
+    Raises:
+        ValueError: an unknown choice, or a model that cannot be scored.
+        TypeError: `tokenizer` is no tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        objective: str = "latro",
+        answer_template: str = "The answer is",
+        unfinished: str = "floor",
+        token_budget: int = 16384,
+    ) -> None:
+        for name, value, known in (
+            ("objective", objective, OBJECTIVES),
+            ("unfinished", unfinished, UNFINISHED),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                "tokenizer: expected a tokenizer, such as a processor has as its .tokenizer, got "
+                f"{type(tokenizer).__name__}"
+            )
+        self.objective = objective
+        self.unfinished = unfinished
+        self.token_budget = token_budget
+        self.scorer = Scorer(model)
+        self.join = AnswerJoin(tokenizer, answer_template, eos_token_ids(model, tokenizer))
+        self.rollouts: list[Rollout] = []
+
+    def __call__(
+        self,
+        *,
+        prompts: Sequence[Any],
+        completion_ids: Sequence[list[int]],
+        log_metric: Any,
+        answer: Sequence[str] | None = None,
+        **_: Any,
+    ) -> list[float | None]:
+        """Return the reward of each completion, None for what is excluded; TRL calls this.
+
+        Raises:
+            ValueError: there is no column `answer`, or the trainer trains another model.
+            NotImplementedError: the prompts hold images, or TRL did not tokenize them.
+            RuntimeError: this version of TRL has other trainers.
+        """
+        if answer is None:
+            raise ValueError("dataset: expected a column answer for AnswerLikelihood, got none")
+        trainer = trainer_of(log_metric)
+        check_seam("AnswerLikelihood", trainer, _tokenize_prompts="prompts")
+        self._check_model(trainer)
+        self.scorer.temperature = trainer.temperature
+        self.rollouts = [
+            self._join(list(ids), completion, known)
+            for ids, completion, known in zip(
+                _prompt_ids(trainer, prompts), completion_ids, answer, strict=True
+            )
+        ]
+        training = trainer.model.training
+        # Without dropout, and without recomputing what no backward will ask for.
+        trainer.model.eval()
+        try:
+            reward = self._rewards(answer, trainer)
+        finally:
+            trainer.model.train(training)
+        finished = [rollout.finished for rollout in self.rollouts]
+        if self.unfinished == "exclude":
+            return [r if f else None for r, f in zip(reward.tolist(), finished, strict=True)]
+        K = trainer.num_generations if training else trainer.num_generations_eval
+        # TRL deals out the groups of all processes in a line, so that several may share one.
+        every = gather(reward).view(-1, K)
+        has_own = gather(torch.tensor(finished, device=reward.device)).view(-1, K)
+        first = trainer.accelerator.process_index * len(reward)
+        return floored(every, has_own).flatten()[first : first + len(reward)].tolist()
+
+    def score(
+        self, rollouts: Sequence[Rollout], accelerator: Accelerator, caller: nn.Module
+    ) -> list[Tensor]:
+        """Return log-probs of the answer's tokens in each of `answer_rows`' rollouts.
+
+        Those of one prompt that stand side by side share it. All processes must call this together.
+
+        Args:
+            rollouts: what `answer_rows` returns.
+            accelerator: knows the precision, and the other processes.
+            caller: the policy, in what the engine has wrapped around it.
+
+        Returns:
+            fp32 [tokens] each, in nats; differentiable.
+        """
+        scorer = self.scorer
+        scorer.caller = caller
+        groups = [list(group) for _, group in groupby(rollouts, key=lambda r: r.prompt_ids)]
+        micros = plan(groups, self.token_budget, packed=scorer.packed, boundary=scorer.boundary)
+        pieces = [piece for micro in micros for piece in micro]
+        (count,) = agreed_pieces([len(pieces)], accelerator)
+        found: dict[int, Tensor] = {}
+        for piece in pieces + [[[_FILLER]]] * (count - len(pieces)):
+            batch = scorer.collate(piece)
+            with accelerator.autocast():
+                logp = scorer(batch).logp
+            members = [rollout for group in piece for rollout in group]
+            rows = logp.split([len(rollout.own_rows) for rollout in members])
+            found.update(zip(map(id, members), rows, strict=True))
+        logps = [found[id(rollout)] for rollout in rollouts]
+        if count > len(pieces):
+            # Every forward takes part in a backward, as it does in the other processes.
+            logps[0] = logps[0] + 0 * found[id(_FILLER)].sum()
+        return logps
+
+    def _check_model(self, trainer: Any) -> None:
+        causal = without_wrapper(trainer.accelerator.unwrap_model(trainer.model))
+        if causal is not self.scorer.causal:
+            raise ValueError(
+                f"model: expected the {type(causal).__name__} that the trainer trains, got another "
+                "model; hand the same one to both"
+            )
+
+    def _join(self, prompt_ids: list[int], completion: list[int], answer: str) -> Rollout:
+        """Return the rollout of a completion; padding at its end tells of a stop string."""
+        pad, ends = self.join.tokenizer.pad_token_id, self.join.eos_token_ids
+        count = len(completion)
+        while count and completion[count - 1] == pad and pad not in ends:
+            count -= 1
+        rollout = self.join(prompt_ids, Sample(completion[:count]), answer)
+        return replace(rollout, finished=rollout.finished or count < len(completion))
+
+    @torch.no_grad()
+    def _rewards(self, answer: Sequence[str], trainer: Any) -> Tensor:
+        """Return the reward of each rollout, fp64 [S], whatever ended it."""
+        own = self.objective == "rlpr"
+        scored: list[Rollout] = []
+        counts: list[int] = []
+        for (prompt_ids, known), group in groupby(
+            zip(self.rollouts, answer, strict=True), key=lambda pair: (pair[0].prompt_ids, pair[1])
+        ):
+            members = [answer_rows(rollout, own=own) for rollout, _ in group]
+            counts.append(len(members))
+            scored += members
+            if own:
+                # The answer without a rationale, once for its group.
+                scored.append(replace(self.join(prompt_ids, Sample([]), known), plain=True))
+        rows = self.score(scored, trainer.accelerator, trainer.model)
+        if not own:
+            return answer_value(rows, self.objective)
+        means = torch.stack([r.double().exp().sum() / max(1, len(r)) for r in rows])
+        gains = [part[:-1] - part[-1] for part in means.split([count + 1 for count in counts])]
+        return torch.cat(gains).clamp(0, 1)
+
+
+def answer_rows(rollout: Rollout, *, own: bool = False) -> Rollout:
+    """Return a rollout that has head rows for its answer alone; `own`: for the own tokens alone."""
+    if own:
+        return replace(rollout, plain=True)
+    return replace(rollout, plain=True, own_start=0, own_end=None)
+
+
+def answer_value(rows: Sequence[Tensor], objective: str) -> Tensor:
+    """Return log π(y|x⊕z), or for verifree π(y|x⊕z), from each answer's log-probs; fp64 [S]."""
+    logp = torch.stack([r.double().sum() for r in rows])
+    return logp.exp() if objective == "verifree" else logp
+
+
+def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
+    """Return the tokens that the trainer made of `prompts`."""
+    if getattr(trainer, "rollout_func", None) is not None:
+        raise NotImplementedError(
+            "rollout_func: expected none with AnswerLikelihood, which has the trainer tokenize the "
+            "prompts; got one, which may tokenize them in another way"
+        )
+    prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts))
+    if fields:
+        raise NotImplementedError(
+            "prompts: expected text for AnswerLikelihood, got prompts with "
+            f"{', '.join(sorted(fields))}; answers after images are not scored"
+        )
+    return prompt_ids
