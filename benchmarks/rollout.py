@@ -16,18 +16,17 @@ A second is of the whole call, prefill included; tokens are those that are sampl
 end. Ours computes the log-prob of each token too, which the others do not. vLLM computes in bf16
 what the processor has instructions for, and compiles its model before it is timed.
 
-Written to --out: rollout.json and rollout.png.
+Written to --out: rollout_WORKLOAD.json and rollout_WORKLOAD.png of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -40,11 +39,10 @@ from benchmarks.common import report, timing
 from benchmarks.common.report import some_of
 from benchmarks.common.timing import Summary
 from benchmarks.rollouts.contenders import Contender, Ours, Transformers, Vllm
-from benchmarks.rollouts.workloads import Workload, workloads
+from benchmarks.rollouts.workloads import WORKLOADS, Workload, make_workload
 from latro_kernels import environment
 
 PACKAGES = ("transformers",)
-WORKLOADS = ("smollm2", "step")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS, THEIRS, VLLM = "latro", "transformers", "vllm"
 
@@ -76,40 +74,24 @@ class Row:
         return {**asdict(self), "tokens_per_second": self.rate}
 
 
-@dataclass
-class Measured:
-    """A workload and its rows."""
+@dataclass(frozen=True)
+class Result:
+    """All that was measured on a workload."""
 
+    environment: Mapping[str, object]
+    cannot_run: Sequence[str]
     workload: str
     weights: str
     setting: Mapping[str, object]
-    rows: list[Row]
-
-
-@dataclass
-class Result:
-    """All that a run has measured so far."""
-
-    environment: Mapping[str, object]
-    cannot_run: list[str] = field(default_factory=list)
-    measured: list[Measured] = field(default_factory=list)
+    rows: Sequence[Row]
 
     def write(self, out: Path) -> None:
-        """Write rollout.json and its chart."""
-        report.write_json(
-            out / "rollout.json",
-            {
-                "environment": self.environment,
-                "cannot_run": self.cannot_run,
-                "workloads": [
-                    {**vars(measured), "rows": [row.as_json() for row in measured.rows]}
-                    for measured in self.measured
-                ],
-            },
-        )
-        figure = plot(self.measured)
+        """Write the workload's JSON file and its chart."""
+        content = {**vars(self), "rows": [row.as_json() for row in self.rows]}
+        report.write_json(out / f"rollout_{self.workload}.json", content)
+        figure = plot(self)
         figure.suptitle(report.where(self.environment), y=1.1, fontsize=9)
-        report.write_png(out / "rollout.png", figure)
+        report.write_png(out / f"rollout_{self.workload}.png", figure)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -143,9 +125,13 @@ def contenders(
                     contender.close()
 
 
-def measure(workload: Workload, args: argparse.Namespace, device: torch.device) -> list[Row]:
+def measure(workload: Workload, args: argparse.Namespace, device: torch.device) -> Result:
     """Time all contenders on a workload."""
+    where = environment(device, PACKAGES)
     with contenders(workload, args.dtypes, args.vllm_python) as made:
+        for contender in made.values():
+            if isinstance(contender, Vllm):
+                where[VLLM] = contender.version
         samples = timing.interleave(
             {f"{name} {dtype}": {"": contender} for (name, dtype), contender in made.items()},
             timing.clock_for(device),
@@ -153,7 +139,7 @@ def measure(workload: Workload, args: argparse.Namespace, device: torch.device) 
         )
         times = {key: timing.summarize(samples[f"{key[0]} {key[1]}"][""]) for key in made}
         rates = {key: made[key].tokens / times[key].median for key in made}
-        return [
+        rows = [
             Row(
                 contender=name,
                 dtype=dtype,
@@ -163,9 +149,17 @@ def measure(workload: Workload, args: argparse.Namespace, device: torch.device) 
             )
             for name, dtype in made
         ]
+    return Result(
+        environment=where,
+        cannot_run=[] if args.vllm_python else [f"{VLLM}: no --vllm_python"],
+        workload=workload.name,
+        weights=workload.weights,
+        setting=asdict(workload.setting),
+        rows=rows,
+    )
 
 
-def table(measured: Measured) -> Table:
+def table(result: Result) -> Table:
     rows = [
         (
             f"{row.contender}, {row.dtype}",
@@ -174,51 +168,40 @@ def table(measured: Measured) -> Table:
             report.span(row.times),
             f"{row.tokens:,}",
         )
-        for row in measured.rows
+        for row in result.rows
     ]
     headings = ("", "tokens/s", "× transformers,\nsame dtype", "s (range)", "tokens")
-    return report.table(f"{measured.workload}, {measured.weights} weights", headings, rows)
+    return report.table(f"{result.workload}, {result.weights} weights", headings, rows)
 
 
-def plot(measured: Sequence[Measured]) -> Figure:
-    """Draw tokens a second of each workload, a bar for each contender."""
-    figure = Figure(figsize=(6 * len(measured), 2.6))
-    panels = figure.subplots(1, len(measured), squeeze=False, gridspec_kw={"wspace": 0.5})[0]
-    for axis, one in zip(panels, measured, strict=True):
-        report.bars(
-            axis,
-            [row.rate for row in one.rows],
-            [f"  {row.rate:,.0f}, × {row.ratio:.1f}" for row in one.rows],
-            names=[f"{row.contender}, {row.dtype}" for row in one.rows],
-            color=[f"C{list(DTYPES).index(row.dtype)}" for row in one.rows],
-        )
-        axis.set_title(f"{one.workload}: tokens/s, × transformers")
-        axis.margins(x=0.35)
+def plot(result: Result) -> Figure:
+    """Draw tokens a second, a bar for each contender."""
+    figure = Figure(figsize=(6, 2.6))
+    axis = figure.subplots()
+    report.bars(
+        axis,
+        [row.rate for row in result.rows],
+        [f"  {row.rate:,.0f}, × {row.ratio:.1f}" for row in result.rows],
+        names=[f"{row.contender}, {row.dtype}" for row in result.rows],
+        color=[f"C{list(DTYPES).index(row.dtype)}" for row in result.rows],
+    )
+    axis.set_title(f"{result.workload}: tokens a second, × transformers in the same dtype")
+    axis.margins(x=0.35)
     return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print, and write the two files."""
+    """Measure, print, and write the files of each workload."""
     args = parse_args(argv)
     device = report.device_of(args)
-    result = Result(environment=environment(device, PACKAGES))
-    if args.vllm_python is None:
-        result.cannot_run.append(f"{VLLM}: no --vllm_python")
-    made = workloads(device, quick=args.quick)
-    for name in args.workloads:
-        workload = made.pop(name)
-        rows = measure(workload, args, device)
-        setting = asdict(workload.setting)
-        result.measured.append(Measured(name, weights=workload.weights, setting=setting, rows=rows))
-        result.write(args.out)  # a run that is cut off keeps what it has timed
-        del workload
-        gc.collect()
     console = report.console()
-    for reason in result.cannot_run:
-        console.print(f"cannot run: {reason}")
-    for measured in result.measured:
-        console.print(table(measured))
-    print(f"rollout.json and rollout.png: {args.out}")
+    for name in args.workloads:
+        result = measure(make_workload(name, device, quick=args.quick), args, device)
+        result.write(args.out)
+        for reason in result.cannot_run:
+            console.print(f"cannot run: {reason}")
+        console.print(table(result))
+    print(f"rollout_{{{','.join(args.workloads)}}}.json and .png: {args.out}")
 
 
 if __name__ == "__main__":

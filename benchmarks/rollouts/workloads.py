@@ -23,7 +23,7 @@ from latro.config.training import ModelArguments
 from latro.loading import load_model
 
 SMOLLM2 = ModelSize(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3)
-_STEPS = 64
+WORKLOADS = ("smollm2", "step")
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,16 @@ class Workload:
             yield
 
 
-def workloads(device: torch.device, *, quick: bool) -> dict[str, Workload]:
-    """Make the workloads of the benchmark by name; `quick` ones are tiny."""
-    drawn = QUICK if quick else CPU
-    steps = QUICK.rationale[1] if quick else _STEPS
-    model = QUICK.model if quick else SMOLLM2
-    full = Setting(model, G=4, K=8, P=48, rationale=(steps, steps), A=8, V=49152)
-    full = replace(full, V=QUICK.V) if quick else full
-    return {"smollm2": _full(full, device, real=not quick), "step": _drawn(drawn, device)}
+def make_workload(name: str, device: torch.device, *, quick: bool) -> Workload:
+    """Make a workload of `WORKLOADS`; a quick one is tiny."""
+    if name == "step":
+        return _drawn(QUICK if quick else CPU, device)
+    if quick:
+        longest = QUICK.rationale[1]
+        tiny = replace(QUICK, G=4, K=8, rationale=(longest, longest))
+        return _full(tiny, device, real=False)
+    setting = Setting(SMOLLM2, G=4, K=8, P=48, rationale=(64, 64), A=8, V=49152)
+    return _full(setting, device, real=True)
 
 
 def _drawn(setting: Setting, device: torch.device) -> Workload:

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import rollout
 from benchmarks.rollouts.contenders import Ours, Transformers, Vllm
-from benchmarks.rollouts.workloads import Workload, workloads
+from benchmarks.rollouts.workloads import WORKLOADS, Workload, make_workload
 from benchmarks.updates.problem import QUICK
 
 FAKE_VLLM = """
@@ -59,16 +59,18 @@ def python(tmp_path: Path) -> str:
 
 @pytest.fixture
 def tiny() -> dict[str, Workload]:
-    return workloads(torch.device("cpu"), quick=True)
+    return {name: make_workload(name, torch.device("cpu"), quick=True) for name in WORKLOADS}
 
 
 def test_rows_have_rates_and_ratios(tmp_path: Path) -> None:
     rollout.main(["--quick", "--device", "cpu", "--reps", "2", "--out", str(tmp_path)])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["rollout.json", "rollout.png"]
-    result: dict[str, Any] = json.loads((tmp_path / "rollout.json").read_text())
-    assert result["cannot_run"] == ["vllm: no --vllm_python"]
-    assert [one["workload"] for one in result["workloads"]] == list(rollout.WORKLOADS)
-    for one in result["workloads"]:
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"rollout_{name}.{kind}" for name in WORKLOADS for kind in ("json", "png")
+    ]
+    for name in WORKLOADS:
+        one: dict[str, Any] = json.loads((tmp_path / f"rollout_{name}.json").read_text())
+        assert one["workload"] == name
+        assert one["cannot_run"] == ["vllm: no --vllm_python"]
         rows = {(row["contender"], row["dtype"]): row for row in one["rows"]}
         assert list(rows) == [
             *(("latro", "fp32"), ("transformers", "fp32")),
