@@ -24,6 +24,9 @@
 #define LATRO_HAS_AVX512_BF16 1
 #include <immintrin.h>
 #endif
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 
 namespace latro {
 
@@ -34,6 +37,30 @@ constexpr int64_t kAlign = 64;
 constexpr int64_t kLineWords = 16, kRowsAhead = 16;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// sum + a * b. It is rounded once where the processor can do so: the compiler, left to choose, may
+// take two operations for one loop and one for another, whose bits then differ.
+template <typename Vector>
+Vector add_product(Vector sum, float a, Vector b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Vector) == 64) {
+    return reinterpret_cast<Vector>(_mm512_fmadd_ps(
+        _mm512_set1_ps(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+  }
+#endif
+#if defined(__FMA__)
+  if constexpr (sizeof(Vector) == 32) {
+    return reinterpret_cast<Vector>(_mm256_fmadd_ps(
+        _mm256_set1_ps(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(Vector) == 16) {
+    return reinterpret_cast<Vector>(vfmaq_n_f32(reinterpret_cast<float32x4_t>(sum),
+                                                reinterpret_cast<float32x4_t>(b), a));
+  }
+#endif
+  return sum + a * b;
+}
 
 // Products in fp32. The vectors are the compiler's own, so that one text serves AVX-512, AVX2 and
 // NEON; the block of the result and one row of B fill the registers that there are.
@@ -66,8 +93,8 @@ struct Fp32Gemm {
       std::memcpy(&b1, b + k * kCols + kLanes, sizeof b1);
 #pragma GCC unroll 12
       for (int64_t i = 0; i < kRows; ++i) {
-        sum[i][0] += a[k * kRows + i] * b0;
-        sum[i][1] += a[k * kRows + i] * b1;
+        sum[i][0] = add_product(sum[i][0], a[k * kRows + i], b0);
+        sum[i][1] = add_product(sum[i][1], a[k * kRows + i], b1);
       }
     }
 #pragma GCC unroll 12

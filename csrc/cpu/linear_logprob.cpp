@@ -16,6 +16,7 @@
 #include <limits>
 #include <vector>
 
+#include "few_rows.h"
 #include "head_gradient.h"
 #include "latro.h"
 #include "sweep.h"
@@ -84,19 +85,48 @@ struct Filter {
   }
 };
 
-template <typename Gemm, typename T>
-struct Forward : Sweep<Gemm, T> {
-  using Base = Sweep<Gemm, T>;
-  using Base::head, Base::kCols, Base::kRows, Base::width;
+// The forward's fold of products into the state of a row.
+template <typename T>
+struct RowFold {
+  const Head<T>& head;
   const RowState state;
   const Kept kept;
   const int64_t filter_blocks;
 
-  Forward(const Head<T>& head, const RowState& state, const Kept& kept, int64_t threads)
-      : Base(head, state.pull != nullptr, state.pull != nullptr, threads),
-        state(state),
-        kept(kept),
-        filter_blocks(ceil_div(head.V, kFilterCols)) {}
+  RowFold(const Head<T>& head, const RowState& state, const Kept& kept)
+      : head(head), state(state), kept(kept), filter_blocks(ceil_div(head.V, kFilterCols)) {}
+
+  // Adds n products to a row's state and writes their logits to z.
+  void operator()(int64_t row, const float* products, int64_t column, int64_t n, float* z) const {
+    if (kept.has(column)) std::copy_n(products, n, kept.at(row, column));
+    head.transform.logits(products, head.bias_at(column), n, z);
+    State folded{state.peak[row], state.total[row],
+                 state.weighted != nullptr ? state.weighted[row] : 0.0f};
+    folded.add(z, n, state.weighted != nullptr);
+    state.peak[row] = folded.peak;
+    state.total[row] = folded.total;
+    if (state.weighted != nullptr) state.weighted[row] = folded.weighted;
+    const int64_t hit = head.target[row] - column;
+    if (hit >= 0 && hit < n) state.picked[row] = z[hit];
+    if (state.block_peak == nullptr) return;
+    for (int64_t b = 0; b < n; b += kFilterCols) {
+      state.block_peak[row * filter_blocks + (column + b) / kFilterCols] =
+          largest(z + b, std::min(kFilterCols, n - b), -kInfinity);
+    }
+  }
+};
+
+template <typename Gemm, typename T>
+struct Forward : Sweep<Gemm, T> {
+  using Base = Sweep<Gemm, T>;
+  using Base::head, Base::kCols, Base::kRows, Base::width;
+  const RowFold<T>& fold;
+  const RowState& state;
+
+  Forward(const Head<T>& head, const RowFold<T>& fold, int64_t threads)
+      : Base(head, fold.state.pull != nullptr, fold.state.pull != nullptr, threads),
+        fold(fold),
+        state(fold.state) {}
 
   void run(int64_t N) {
     const int64_t rows = chunk_rows(N);
@@ -114,40 +144,20 @@ struct Forward : Sweep<Gemm, T> {
 
   void chunk(int64_t first, int64_t count, int64_t begin, int64_t cols, Scratch<Gemm>& own) {
     this->pack_chunk(head.hidden, first, count, own);
-    float peak_before[kChunkRows];
+    float peak_before[kChunkRows], local[kGroupCols];
     std::copy_n(state.peak + first, count, peak_before);
     for (int64_t from = 0; from < cols; from += kGroupCols) {
       const int64_t to = std::min(from + kGroupCols, cols);
       for (int64_t i = 0; i < count; i += kRows) {
         this->products(own, i, from, to, own.products.get());
         for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
-          fold(first + i + r, own.products.get() + r * kGroupCols, begin + from, to - from,
-               own.z.get() + (i + r) * width + from);
+          // The pull wants the logits of the whole slice.
+          float* z = state.pull != nullptr ? own.z.get() + (i + r) * width + from : local;
+          fold(first + i + r, own.products.get() + r * kGroupCols, begin + from, to - from, z);
         }
       }
     }
     if (state.pull != nullptr) pull(first, count, begin, cols, peak_before, own);
-  }
-
-  // Adds n products to a row's state; `kept_z` receives the logits where the pull wants them.
-  void fold(int64_t row, const float* products, int64_t column, int64_t n, float* kept_z) {
-    float local[kGroupCols];
-    float* z = state.pull != nullptr ? kept_z : local;
-    if (kept.has(column)) std::copy_n(products, n, kept.at(row, column));
-    head.transform.logits(products, head.bias_at(column), n, z);
-    State folded{state.peak[row], state.total[row],
-                 state.weighted != nullptr ? state.weighted[row] : 0.0f};
-    folded.add(z, n, state.weighted != nullptr);
-    state.peak[row] = folded.peak;
-    state.total[row] = folded.total;
-    if (state.weighted != nullptr) state.weighted[row] = folded.weighted;
-    const int64_t hit = head.target[row] - column;
-    if (hit >= 0 && hit < n) state.picked[row] = z[hit];
-    if (state.block_peak == nullptr) return;
-    for (int64_t b = 0; b < n; b += kFilterCols) {
-      state.block_peak[row * filter_blocks + (column + b) / kFilterCols] =
-          largest(z + b, std::min(kFilterCols, n - b), -kInfinity);
-    }
   }
 
   // pull = sum over j other than the target of exp(z_j - peak) dz_j/dproduct_j w_j, rescaled
@@ -287,11 +297,19 @@ int32_t latro_cpu_linear_logprob_forward(
     std::fill_n(total, N, 0.0f);
     std::fill_n(picked, N, -kInfinity);
     if (weighted != nullptr) std::fill_n(weighted, N, 0.0f);
-    Forward<decltype(gemm), T> forward(head,
-                                       RowState{peak, total, picked, weighted, pull, block_peak},
-                                       Kept{kept, kept_cols}, threads);
-    if (!forward.ok()) return LATRO_OUT_OF_MEMORY;
+    const RowFold<T> fold(head, RowState{peak, total, picked, weighted, pull, block_peak},
+                          Kept{kept, kept_cols});
     expect_large_pages(kept, N * kept_cols);
+    if (N <= kFewRows && pull == nullptr) {
+      const bool ok = few_rows_sweep<decltype(gemm)>(
+          head, N, threads, [&](int64_t row, const float* products, int64_t column, int64_t n) {
+            float z[kGroupCols];
+            fold(row, products, column, n, z);
+          });
+      return ok ? LATRO_OK : LATRO_OUT_OF_MEMORY;
+    }
+    Forward<decltype(gemm), T> forward(head, fold, threads);
+    if (!forward.ok()) return LATRO_OUT_OF_MEMORY;
     forward.run(N);
     return LATRO_OK;
   });

@@ -1,0 +1,277 @@
+// Products of few rows with a large weight, at the speed at which the weight can be read.
+//
+// The weight is read once and as it lies. A vector holds one depth k of 8 or 16 rows of `hidden`,
+// which are packed so, and each word of the weight multiplies it: nothing of the weight is packed or
+// transposed. A thread takes a group of columns, which are neighbouring rows of the weight, and eight
+// of them at a time, and fetches the next eight while it multiplies.
+//
+// Each entry is summed in the order in which `multiply` of gemm.h sums it, so that a row has the same
+// bits here as among many rows there.
+#ifndef LATRO_CPU_FEW_ROWS_H_
+#define LATRO_CPU_FEW_ROWS_H_
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "gemm.h"
+#include "sweep.h"
+
+namespace latro {
+
+// The most rows for which this is at least as fast as packing the weight.
+constexpr int64_t kFewRows = 64;
+// Rows in a panel of hidden; the last panel of few rows is a narrow one.
+constexpr int64_t kWidePanel = 16, kNarrowPanel = 8;
+// Columns that are multiplied at once: so many cache lines of a weight whose rows lie a power of two
+// apart share one set of the first-level cache.
+constexpr int64_t kFewColumns = 8;
+constexpr int64_t kLineBytes = 64;
+
+// Fetches `columns` lines into the second-level cache and returns where the next ones begin.
+template <int64_t columns>
+const char* fetch_lines(const char* ahead) {
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(ahead + j * kLineBytes, 0, 2);
+  return ahead + columns * kLineBytes;
+}
+
+// c[columns][width] = row . x over `words` of depth, or += with `add`; x is a panel of `width` rows
+// of hidden. `ahead` is what to fetch meanwhile: as many bytes as are read of `row`.
+template <int64_t columns, int64_t width>
+void multiply_few(Fp32Gemm, const float* const* row, const float* x, int64_t words, float* c,
+                  bool add, const char* ahead) {
+  constexpr int64_t lanes = std::min(width, Fp32Gemm::kLanes), parts = width / lanes;
+  typedef float Vector __attribute__((vector_size(lanes * sizeof(float))));
+  Vector sum[columns][parts] = {};
+  const auto step = [&](int64_t k) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < parts; ++part) {
+      Vector b;
+      std::memcpy(&b, x + k * width + part * lanes, sizeof b);
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < columns; ++j) {
+        sum[j][part] = add_product(sum[j][part], row[j][k], b);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + kLineWords <= words; k += kLineWords) {
+    ahead = fetch_lines<columns>(ahead);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLineWords; ++i) step(k + i);
+  }
+  for (; k < words; ++k) step(k);
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < columns; ++j) {
+#pragma GCC unroll 4
+    for (int64_t part = 0; part < parts; ++part) {
+      float* to = c + j * width + part * lanes;
+      Vector before = {};
+      if (add) std::memcpy(&before, to, sizeof before);
+      before += sum[j][part];
+      std::memcpy(to, &before, sizeof before);
+    }
+  }
+}
+
+#ifdef LATRO_HAS_AVX512_BF16
+template <int64_t columns, int64_t width>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void multiply_few(
+    Bf16Gemm, const bfloat16* const* row, const uint32_t* x, int64_t words, float* c, bool add,
+    const char* ahead) {
+  typedef float Vector __attribute__((vector_size(width * sizeof(float))));
+  Vector sum[columns] = {};
+  for (int64_t k = 0; k < words; ++k) {
+    if (k % kLineWords == 0) ahead = fetch_lines<columns>(ahead);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < columns; ++j) {
+      int32_t pair;
+      std::memcpy(&pair, row[j] + 2 * k, sizeof pair);
+      if constexpr (width == kWidePanel) {
+        const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        const auto b = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + k * width));
+        sum[j] = reinterpret_cast<Vector>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[j]), a, b));
+      } else {
+        const auto a = reinterpret_cast<__m256bh>(_mm256_set1_epi32(pair));
+        const auto b = reinterpret_cast<__m256bh>(
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k * width)));
+        sum[j] = reinterpret_cast<Vector>(
+            _mm256_dpbf16_ps(reinterpret_cast<__m256>(sum[j]), a, b));
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int64_t j = 0; j < columns; ++j) {
+    Vector before = {};
+    if (add) std::memcpy(&before, c + j * width, sizeof before);
+    before += sum[j];
+    std::memcpy(c + j * width, &before, sizeof before);
+  }
+}
+#endif
+
+// What a thread needs for itself: products of a group, a row of the result for each row of a panel,
+// and weights that are not words as they lie.
+template <typename Gemm>
+struct FewScratch {
+  Room<float> by_column, by_row;
+  Room<typename Gemm::Element> words;
+
+  explicit FewScratch(int64_t padded_rows)
+      : by_column(room<float>(padded_rows * kGroupCols)),
+        by_row(room<float>(kWidePanel * kGroupCols)),
+        words(room<typename Gemm::Element>(kFewColumns * kMaxDepth * Gemm::kPerWord)) {}
+  bool ok() const { return by_column && by_row && words; }
+};
+
+// The products of N rows of hidden [N, H] with a weight of H columns.
+template <typename Gemm, typename T>
+struct FewRows {
+  using Word = typename Gemm::Word;
+  using Element = typename Gemm::Element;
+
+  const Matrix<T>& weight;
+  const int64_t N, H, depth;  // depth: of H, in words
+  Room<Word> panels;
+  std::vector<FewScratch<Gemm>> threads;
+
+  FewRows(const Matrix<T>& hidden, const Matrix<T>& weight, int64_t N, int64_t H,
+          int64_t num_threads)
+      : weight(weight), N(N), H(H), depth(words_of<Gemm>(H)), panels(room<Word>(padded(N) * depth)) {
+    for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(padded(N));
+    if (!ok()) return;
+    for (int64_t first = 0; first < N; first += kWidePanel) {
+      Word* to = panels.get() + first * depth;
+      if (is_narrow(first)) {
+        pack_rows<Gemm, kNarrowPanel>(hidden, first, N - first, H, to);
+      } else {
+        pack_rows<Gemm, kWidePanel>(hidden, first, std::min(kWidePanel, N - first), H, to);
+      }
+    }
+  }
+
+  static int64_t padded(int64_t N) { return ceil_div(N, kNarrowPanel) * kNarrowPanel; }
+  bool is_narrow(int64_t first) const { return N - first <= kNarrowPanel; }
+  bool ok() const {
+    return panels &&
+           std::all_of(threads.begin(), threads.end(), [](const auto& own) { return own.ok(); });
+  }
+
+  // Calls use(row, products) for every row, where products has those of the `cols` columns from
+  // `begin`, at most kGroupCols; `next` is the first column of what this thread does after these.
+  template <typename Use>
+  void group(int64_t begin, int64_t cols, int64_t next, FewScratch<Gemm>& own, Use use) {
+    for (int64_t j = 0; j < cols; j += kFewColumns) {
+      const bool is_last = j + kFewColumns >= cols;
+      const T* ahead = weight.row(is_last ? next : begin + j + kFewColumns);
+      if (j + kFewColumns <= cols) {
+        block<kFewColumns>(begin + j, j, ahead, own);
+      } else {
+        for (int64_t i = j; i < cols; ++i) block<1>(begin + i, i, weight.row(next), own);
+      }
+    }
+    for (int64_t first = 0; first < N; first += kWidePanel) {
+      const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
+      const float* from = own.by_column.get() + first * kGroupCols;
+      for (int64_t j = 0; j < cols; j += 4) {
+        const float* column = from + j * width;
+        const void* four[4] = {column, column + width, column + 2 * width, column + 3 * width};
+        for (int64_t i = 0; i < width; i += 4) {
+          transpose4<float>(four, i, own.by_row.get() + i * kGroupCols + j, kGroupCols);
+        }
+      }
+      for (int64_t i = 0; i < std::min(width, N - first); ++i) {
+        use(first + i, own.by_row.get() + i * kGroupCols);
+      }
+    }
+  }
+
+  // The products of all rows with some columns, which are the group's from `place` on.
+  template <int64_t columns>
+  void block(int64_t column, int64_t place, const T* ahead, FewScratch<Gemm>& own) {
+    const char* fetched = reinterpret_cast<const char*>(ahead);
+    for (int64_t k = 0; k < depth; k += kMaxDepth) {
+      const int64_t words = std::min(kMaxDepth, depth - k), length = words * Gemm::kPerWord;
+      const int64_t begin = k * Gemm::kPerWord;
+      const Element* row[columns];
+      for (int64_t j = 0; j < columns; ++j) {
+        Element* room = own.words.get() + j * kMaxDepth * Gemm::kPerWord;
+        row[j] = words_at(weight.row(column + j), begin, length, room);
+      }
+      for (int64_t first = 0; first < N; first += kWidePanel) {
+        const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
+        const Word* x = panels.get() + first * depth + k * width;
+        float* c = own.by_column.get() + first * kGroupCols + place * width;
+        // Of all panels the first has the weight to wait for.
+        const char* next = first == 0 ? fetched : reinterpret_cast<const char*>(x);
+        if (width == kNarrowPanel) {
+          multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, k > 0, next);
+        } else {
+          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, k > 0, next);
+        }
+      }
+      fetched += columns * length * sizeof(T);
+    }
+  }
+
+  // The words of a row of the weight from `begin`: in place, or in `room` where they do not lie so.
+  const Element* words_at(const T* row, int64_t begin, int64_t length, Element* room) const {
+    const int64_t there = std::min(length, H - begin);
+    if constexpr (std::is_same_v<T, Element>) {
+      if (weight.col_step == 1 && there == length) return row + begin;
+    }
+    if (weight.col_step == 1) {
+#pragma omp simd
+      for (int64_t k = 0; k < there; ++k) room[k] = convert<Element>(row[begin + k]);
+    } else {
+      for (int64_t k = 0; k < there; ++k) {
+        room[k] = convert<Element>(row[(begin + k) * weight.col_step]);
+      }
+    }
+    for (int64_t k = there; k < length; ++k) room[k] = Element{};
+    return room;
+  }
+};
+
+// Calls fold(row, products, column, n) for every row and each group of n <= kGroupCols columns from
+// `column`. Of one row the calls follow one another in the order of the columns, on any thread; calls
+// for different rows run at the same time. Returns false where there is no memory.
+template <typename Gemm, typename T, typename Fold>
+bool few_rows_sweep(const Head<T>& head, int64_t N, int64_t num_threads, Fold fold) {
+  FewRows<Gemm, T> few(head.hidden, head.weight, N, head.H, num_threads);
+  std::vector<std::atomic<int64_t>> turn(static_cast<size_t>(N));
+  if (!few.ok()) return false;
+  std::atomic<int64_t> free_group{0};
+  const int64_t groups = ceil_div(head.V, kGroupCols);
+#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  {
+    FewScratch<Gemm>& own = few.threads[omp_get_thread_num()];
+    // The next group is taken early, so that it can be fetched.
+    int64_t group = free_group++, next = 0;
+    for (; group < groups; group = next) {
+      next = free_group++;
+      const int64_t begin = group * kGroupCols, cols = std::min(kGroupCols, head.V - begin);
+      few.group(begin, cols, std::min(next, groups - 1) * kGroupCols, own,
+                [&](int64_t row, const float* products) {
+                  while (turn[row].load(std::memory_order_acquire) != group) {
+                    std::this_thread::yield();
+                  }
+                  fold(row, products, begin, cols);
+                  turn[row].store(group + 1, std::memory_order_release);
+                });
+    }
+  }
+  return true;
+}
+
+}  // namespace latro
+
+#endif  // LATRO_CPU_FEW_ROWS_H_
