@@ -123,6 +123,17 @@ LATRO_API int32_t latro_cpu_linear_sample(
     float* weighted, int64_t N, int64_t H, int64_t V, float softcap, float temperature,
     int64_t threads);
 
+/* few_rows_linear on the CPU: out = x . weight + bias, for few rows and at the speed of reading.
+ *
+ * x[N, H], bias[V] or null, and out[N, V] are contiguous, weight is [V, H] with any steps (in
+ * elements), all of `dtype`; bf16_products is as in linear_logprob. Sums are fp32.
+ */
+LATRO_API int32_t latro_cpu_few_rows_linear(const void* x, const void* weight,
+                                            int64_t weight_row_step, int64_t weight_col_step,
+                                            const void* bias, void* out, int32_t dtype,
+                                            int32_t bf16_products, int64_t N, int64_t H, int64_t V,
+                                            int64_t threads);
+
 /* linear_logprob on CUDA: what happens to one tile of logits between the products.
  *
  * The tile holds rows x cols products, fp32, contiguous, for the vocabulary columns first_col ..

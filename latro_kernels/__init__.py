@@ -1,6 +1,7 @@
 """Fused log-probabilities, KL and samples at the LM head, and group advantages made of them."""
 
 from latro_kernels.environment import environment
+from latro_kernels.few_rows_linear import few_rows_linear
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.group_advantage import GroupAdvantage, GroupLayout, group_advantage
 from latro_kernels.group_advantage.formulas import (
@@ -20,6 +21,7 @@ __all__ = [
     "GroupLayout",
     "LinearSample",
     "environment",
+    "few_rows_linear",
     "floored",
     "gather_logprob",
     "group_advantage",

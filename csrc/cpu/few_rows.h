@@ -241,34 +241,42 @@ struct FewRows {
   }
 };
 
-// Calls fold(row, products, column, n) for every row and each group of n <= kGroupCols columns from
-// `column`. Of one row the calls follow one another in the order of the columns, on any thread; calls
-// for different rows run at the same time. Returns false where there is no memory.
-template <typename Gemm, typename T, typename Fold>
-bool few_rows_sweep(const Head<T>& head, int64_t N, int64_t num_threads, Fold fold) {
-  FewRows<Gemm, T> few(head.hidden, head.weight, N, head.H, num_threads);
-  std::vector<std::atomic<int64_t>> turn(static_cast<size_t>(N));
-  if (!few.ok()) return false;
+// Calls use(row, products, column, n) for every row and each group of n <= `cols` columns from
+// `column`, on `few.threads.size()` threads; cols is at most kGroupCols.
+template <typename Gemm, typename T, typename Use>
+void for_each_group(FewRows<Gemm, T>& few, int64_t V, int64_t cols, Use use) {
   std::atomic<int64_t> free_group{0};
-  const int64_t groups = ceil_div(head.V, kGroupCols);
-#pragma omp parallel num_threads(static_cast<int>(num_threads))
+  const int64_t groups = ceil_div(V, cols);
+#pragma omp parallel num_threads(static_cast<int>(few.threads.size()))
   {
     FewScratch<Gemm>& own = few.threads[omp_get_thread_num()];
     // The next group is taken early, so that it can be fetched.
     int64_t group = free_group++, next = 0;
     for (; group < groups; group = next) {
       next = free_group++;
-      const int64_t begin = group * kGroupCols, cols = std::min(kGroupCols, head.V - begin);
-      few.group(begin, cols, std::min(next, groups - 1) * kGroupCols, own,
-                [&](int64_t row, const float* products) {
-                  while (turn[row].load(std::memory_order_acquire) != group) {
-                    std::this_thread::yield();
-                  }
-                  fold(row, products, begin, cols);
-                  turn[row].store(group + 1, std::memory_order_release);
-                });
+      const int64_t begin = group * cols, n = std::min(cols, V - begin);
+      few.group(begin, n, std::min(next, groups - 1) * cols, own,
+                [&](int64_t row, const float* products) { use(row, products, begin, n); });
     }
   }
+}
+
+// Calls fold(row, products, column, n) for every row and each group of n <= kGroupCols columns from
+// `column`. Of one row the calls follow one another in the order of the columns, on any thread; calls
+// for different rows run at the same time. Returns false where there is no memory.
+template <typename Gemm, typename T, typename Fold>
+bool few_rows_sweep(const Head<T>& head, int64_t N, int64_t num_threads, Fold fold) {
+  FewRows<Gemm, T> few(head.hidden, head.weight, N, head.H, num_threads);
+  if (!few.ok()) return false;
+  std::vector<std::atomic<int64_t>> turn(static_cast<size_t>(N));  // a row's next column
+  for_each_group(few, head.V, kGroupCols,
+                 [&](int64_t row, const float* products, int64_t column, int64_t n) {
+                   while (turn[row].load(std::memory_order_acquire) != column) {
+                     std::this_thread::yield();
+                   }
+                   fold(row, products, column, n);
+                   turn[row].store(column + n, std::memory_order_release);
+                 });
   return true;
 }
 
