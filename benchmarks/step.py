@@ -20,7 +20,7 @@ repetition. Sections:
 Counted in an update of P-token prompts, R rationale tokens, their end included, and A answer
 tokens: ours takes R + A rows per sequence through the head, and P + Σ (R − 1 + A − 1) tokens per
 group through each trunk, since neither the end of the rationale nor that of the answer is read. In
-a step's rollout ours reads P − 1 tokens of each prompt once, then one of each sequence at a time.
+a step's rollout ours reads each prompt once, then one token of each sequence that has not ended.
 
 Written to --out after each section: step.json, step.png and step_scaling.png.
 """

@@ -86,6 +86,10 @@ class Contender(ABC):
                 stack.callback(head.register_forward_pre_hook(took).remove)
             yield passes
 
+    def prompt_tokens(self, passes: Sequence[Pass]) -> int:
+        """Return how many tokens of prompts the step read whose forwards `passes` are."""
+        return passes[0].tokens
+
     def trainer_settings(self, folder: Path) -> dict[str, object]:
         """Return the settings that all trainers of the library have in common here."""
         return {
@@ -153,6 +157,12 @@ class Ours(Contender):
 
         with mock.patch.object(self._trainer, "rollout", rollout):
             self._trainer.training_step(self.model, self._inputs)
+
+    def prompt_tokens(self, passes: Sequence[Pass]) -> int:
+        # Prompts may be read one by one. All but a rationale's last token are read in decoding.
+        first = next(i for i, one in enumerate(passes) if one.model == "reference")
+        decoded = sum(length - 1 for group in self.lengths for length in group)
+        return sum(one.tokens for one in passes[:first]) - decoded
 
 
 class Trl(Contender):

@@ -43,7 +43,7 @@ class Row:
         times: seconds by phase.
         ratio: by phase, the median over that of ours.
         peak: bytes of an update, None where they were not measured.
-        prompt_tokens: what the first forward of a step reads: prompts, each once or once for each
+        prompt_tokens: what a step reads before it decodes: prompts, each once or once for each
             of its samples; None where no step was timed.
         gradient_error: the largest difference of a gradient's entry from ours over ours' largest,
             over the parameters; None where the contender's gradient is another one.
@@ -138,7 +138,7 @@ def time_phase(
             return
         with contender.counted() as passes:
             contender.step()
-        row.prompt_tokens = passes[0].tokens
+        row.prompt_tokens = contender.prompt_tokens(passes)
 
     samples = timing.interleave(
         {row.contender: {phase: partial(lap, row)} for row in rows},

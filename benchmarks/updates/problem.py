@@ -11,9 +11,10 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -29,6 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from latro.engines.transformers import caches_in
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample
+from latro_kernels import LinearSample
 
 TEMPLATE = "The answer is"
 _NAMED = ("<eos>", "<unk>", *TEMPLATE.split())  # every other word is its token id, written out
@@ -164,14 +166,34 @@ def stops_by_chance(model: PreTrainedModel, setting: Setting, end: int) -> Itera
 
     A rationale that has not ended before token n ends with it with probability 1/(high − n + 1),
     n from low to high: then each length has the same probability. The model's logits are changed,
-    so that sampling, stopping and whatever shrinks a batch work as they do in earnest.
+    or what it samples where it makes no logits, so that sampling, stopping and whatever shrinks a
+    batch work as they do in earnest.
     """
     low, high = setting.rationale
 
-    def bend(module: nn.Module, args: object, output: CausalLMOutputWithPast) -> None:
+    def draw(token: int, seed: int, number: int) -> int:
+        # Of the row's own seed, so that lengths do not depend on which rows are decoded together.
+        left = high - number
+        if number + 1 >= low and random.Random(f"{seed} {number}").random() < 1 / max(1, left):
+            return end
+        return token if token != end else end + 1
+
+    def bend(
+        module: nn.Module,
+        args: object,
+        kwargs: Mapping[str, Any],
+        output: CausalLMOutputWithPast | LinearSample,
+    ) -> LinearSample | None:
+        if isinstance(output, LinearSample):
+            rows = kwargs["head_rows"]
+            drawn = torch.stack([output.token, rows.seed, rows.number], dim=1).tolist()
+            tokens = [draw(token, seed, number) for token, seed, number in drawn]
+            return output._replace(token=output.token.new_tensor(tokens))
+        if not isinstance(output, CausalLMOutputWithPast):
+            return None
         caches = [*caches_in(output).values()]
         if not caches:
-            return  # TRL scores in the same breath, without a cache
+            return None  # TRL scores in the same breath, without a cache
         length = caches[0].get_seq_length() - setting.P + 1
         logits = output.logits[:, -1]
         logits[:, end] = -math.inf
@@ -181,8 +203,9 @@ def stops_by_chance(model: PreTrainedModel, setting: Setting, end: int) -> Itera
         elif length >= high:
             logits.fill_(-math.inf)
             logits[:, end] = 0.0
+        return None
 
-    hook = model.register_forward_hook(bend)
+    hook = model.register_forward_hook(bend, with_kwargs=True)
     try:
         yield
     finally:

@@ -1,12 +1,16 @@
-"""Rollouts with transformers' own `generate`: K completions per prompt from one shared prefill."""
+"""Rollouts in this process: K completions per prompt from one shared prefill.
+
+Models that know packed rows are decoded by `latro.engines.decoding`. Others, which keep a state
+from token to token or whose attention is their own, are handed to transformers' `generate`.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -21,22 +25,26 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from latro.engines.decoding import Decoding, Progress, seed_of
+from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
-from latro.rollout.answer_template import ending_pattern
+from latro.model.sampling_form import SamplingForm, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
-from latro.rollout.sequences import Sample, decode_batch, eos_token_ids
+from latro.rollout.sequences import Sample, eos_token_ids
+
+__all__ = ["TransformersEngine", "seed_of"]
 
 
-def seed_of(*entropy: int) -> int:
-    """Return a seed from 0 to 2⁶³ − 1 for a sequence of non-negative integers, as a hash of it."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+logger = logging.getLogger(__name__)
 
 
 class TransformersEngine:
     """Samples from the policy in this process.
 
     A prompt's samples depend only on its seed and the weights, and not on the prompts beside it or
-    the number of processes that share them. The global random state is not touched.
+    the number of processes that share them; but where a product rounds in another way with other
+    rows beside a row, as on GPUs, two tokens that are as close as that may change places. The
+    global random state is not touched.
 
     Args:
         model: a causal language model; it is in eval mode while it generates.
@@ -56,6 +64,11 @@ class TransformersEngine:
                 "model: expected one that generates with a cache of transformers, got "
                 f"{type(without_wrapper(model)).__name__}, whose cache is its own"
             )
+        self.form = sampling_form(without_wrapper(model))
+        if isinstance(self.form, str):
+            logger.info(
+                "%s is sampled from by transformers' generate: %s", type(model).__name__, self.form
+            )
 
     @torch.no_grad()
     def generate(
@@ -67,8 +80,12 @@ class TransformersEngine:
         temperature: float,
         seeds: Sequence[int],
         template: str | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """Return samples as `RolloutEngine.generate` describes.
+
+        `progress` is called after each step with the tokens that were sampled in it, and with how
+        many rows go on.
 
         A LongRoPE model uses the frequencies of the longest sequence for a whole batch. So prompts
         on different sides of its boundary go into different batches, and a completion ends, as at
@@ -88,6 +105,7 @@ class TransformersEngine:
                 temperature=temperature,
                 seeds=[seeds[i] for i in together],
                 template=template,
+                progress=progress,
             )
             samples.update(zip(together, batch, strict=True))
         return [samples[i] for i in range(len(prompts))]
@@ -101,10 +119,50 @@ class TransformersEngine:
         temperature: float,
         seeds: Sequence[int],
         template: str | None,
+        progress: Progress | None,
     ) -> list[list[Sample]]:
         """Return the samples of prompts that may share a batch."""
+        eos = eos_token_ids(self.model, self.tokenizer)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            if isinstance(self.form, SamplingForm):
+                decoding = Decoding(
+                    self.model,
+                    self.form,
+                    EndRule(self.tokenizer, eos, template),
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    progress=progress,
+                )
+                return decoding(prompts, num_samples=num_samples, seeds=seeds)
+            return self._by_transformers(
+                prompts,
+                num_samples=num_samples,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seeds=seeds,
+                template=template,
+                eos=eos,
+                progress=progress,
+            )
+        finally:
+            self.model.train(was_training)
+
+    def _by_transformers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        num_samples: int,
+        max_new_tokens: int,
+        temperature: float,
+        seeds: Sequence[int],
+        template: str | None,
+        eos: Sequence[int],
+        progress: Progress | None,
+    ) -> list[list[Sample]]:
+        """Return the samples that transformers' `generate` makes."""
         model = self.model
-        eos = eos_token_ids(model, self.tokenizer)
         device = model.device
         width = max(len(p) for p in prompts)
         # The padding is masked, so real tokens never attend to it and any id will do.
@@ -112,14 +170,12 @@ class TransformersEngine:
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         sampling = [SeededSampling(seeds, num_samples, temperature, device)] if temperature else []
 
-        was_training = model.training
-        model.eval()
         # A model's own generation config may truncate the distribution (top-k, top-p, penalties),
         # and then samples are not the policy's. A plain config replaces it for the call.
         plain = GenerationConfig(
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=eos or None,
+            eos_token_id=list(eos) or None,
             pad_token_id=eos[0] if eos else 0,
         )
         # PEFT's wrapper copies its own config to the model inside and leaves it there.
@@ -144,6 +200,7 @@ class TransformersEngine:
                 num_rows=len(prompts) * num_samples,
                 eos_token_ids=eos,
                 template=template,
+                progress=progress,
             )
             output = model.generate(
                 input_ids=ids.repeat_interleave(num_samples, dim=0),
@@ -158,7 +215,6 @@ class TransformersEngine:
         finally:
             for owner, own_config in zip(owners, own_configs, strict=True):
                 owner.generation_config = own_config
-            model.train(was_training)
 
         rows = output[:, start:].tolist()
         samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
@@ -226,14 +282,10 @@ class SeededSampling(LogitsProcessor):
 
 
 class TemplateStop(StoppingCriteria):
-    """Ends a row where its decoded text contains the whole `template`, and records row lengths.
+    """Ends rows by an `EndRule` in transformers' `generate`, and records their lengths.
 
-    Where the template ends in a word, this takes one more token, which shows that the word has
-    ended (`latro.rollout.answer_template.ending_pattern`).
-
-    Decoded text is matched instead of token ids, because the same words can be tokenized in many
-    ways. Thanks to the lengths, ends need not be found by padding, so a tokenizer whose padding
-    token is its end token is no special case.
+    Thanks to the lengths, ends need not be found by padding, so a tokenizer whose padding token is
+    its end token is no special case.
     """
 
     def __init__(
@@ -243,37 +295,27 @@ class TemplateStop(StoppingCriteria):
         num_rows: int,
         eos_token_ids: Sequence[int],
         template: str | None,
+        progress: Progress | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.rule = EndRule(tokenizer, eos_token_ids, template)
         self.prompt_length = prompt_length
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self.pattern = ending_pattern(template) if template else None
-        # Tokens to look back over. A token spells at least one byte, or nothing visible at the
-        # start of the window; the characters on both sides of the template, up to 4 bytes each,
-        # decide whether it is whole.
-        self.window = len(template.encode()) + 12 if template else 1
+        self.progress = progress
         self.lengths = [0] * num_rows
         self.done = [False] * num_rows
 
     def __call__(
         self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: object
     ) -> Tensor:
-        start = max(self.prompt_length, input_ids.shape[1] - self.window)
+        # One token more than the rule looks at shows it that there are more.
+        start = max(self.prompt_length, input_ids.shape[1] - self.rule.window - 1)
         tails = input_ids[:, start:].tolist()
-        # A match at the window's first character is skipped: what stands before it is not visible,
-        # and an earlier step has judged it.
-        cut = int(start > self.prompt_length)
         open_rows = [row for row, done in enumerate(self.done) if not done]
-        texts = (
-            decode_batch(self.tokenizer, [tails[row] for row in open_rows])
-            if self.pattern
-            else [""] * len(open_rows)
-        )
-        for row, text in zip(open_rows, texts, strict=True):
+        ended = self.rule([tails[row] for row in open_rows])
+        for row, end in zip(open_rows, ended, strict=True):
             self.lengths[row] = input_ids.shape[1] - self.prompt_length
-            self.done[row] = tails[row][-1] in self.eos_token_ids or (
-                self.pattern is not None and self.pattern.search(text, cut) is not None
-            )
+            self.done[row] = end
+        if self.progress is not None:
+            self.progress(len(open_rows), len(open_rows) - sum(ended))
         return torch.tensor(self.done, device=input_ids.device)
 
 

@@ -8,8 +8,9 @@ and its answer) attends to its whole prompt and causally to itself, and to no ot
     z2 sees     x x x               z2 (causal)
 
 `allow_shared_prefix` registers this with transformers' `AttentionInterface`. Handed a
-`shared_prefix` among its keyword arguments, a model attends so; without one its attention is the
-one it was loaded with, so that `generate` and everything else are untouched.
+`shared_prefix` among its keyword arguments, a model attends so; handed `decoding`, its tokens also
+attend to what went through before (`latro.model.decoding`). Without either its attention is the one
+it was loaded with, so that `generate` and everything else are untouched.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from latro.model.decoding import DecodingKeys
 
 _PREFIX = "latro_"
 
@@ -112,18 +115,21 @@ def attention(
     *,
     own: str,
     shared_prefix: SharedPrefix | None = None,
+    decoding: DecodingKeys | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Return one layer's attention; transformers calls it with these arguments.
 
     Args:
         module: the attention layer.
-        query: [B, heads, T, head size]; B is 1 with a shared prefix.
+        query: [B, heads, T, head size]; B is 1 with a shared prefix and in decoding.
         key: [B, heads of keys, T, head size].
         value: like key.
-        attention_mask: for the model's own attention; not read with a shared prefix.
+        attention_mask: for the model's own attention; not read with a shared prefix or in decoding.
         own: name of the attention that the model was loaded with.
         shared_prefix: the packed row's segments.
+        decoding: keeps keys and values: with a shared prefix those of its prompts, which attend to
+            nothing else; without one those of a decoding step's tokens, which attend to it.
         kwargs: as for any attention function: scaling, sliding_window, softcap and the like.
 
     Raises:
@@ -132,13 +138,24 @@ def attention(
     Returns:
         [B, T, heads, head size], and the attention's weights where its own attention gives them.
     """
-    if shared_prefix is None:
+    if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
     _check_kind(module, kwargs)
     scaling = kwargs.get("scaling")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window") or math.inf
     softcap = kwargs.get("softcap")
+    if decoding is not None:
+        layer = getattr(module, "layer_idx", None)
+        if layer is None:
+            raise NotImplementedError("decoding in a layer that does not tell its index")
+        if shared_prefix is None:
+            out = decoding.attend(
+                layer, query, key, value, scaling=scaling, window=window, softcap=softcap
+            )
+            return out, None
+        decoding.keep_prompts(layer, key, value)
+    assert shared_prefix is not None
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
     key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
     way = _fused if _has_fused(query, value, softcap) else _by_segment

@@ -1,10 +1,11 @@
-"""Forwards that compute log-probs at chosen rows, installed beside a model's own.
+"""Forwards that compute log-probs at chosen rows or sample there, installed beside a model's own.
 
 A causal language model's own forward makes logits of every position. `install_head_rows` gives the
 model and its head forwards that take one more keyword, `head_rows`. Without it they are the old
 forwards, and `generate` and everything else are untouched. With it, the model's forward runs the
 trunk, gathers the hidden states of the head rows, and calls its head with them; the head's forward
-runs `linear_logprob`, and `linear_kl` where there is a reference, on its own weight.
+runs `linear_logprob`, and `linear_kl` where there is a reference, on its own weight; in decoding it
+runs `linear_sample`.
 
 Both are calls of modules, as engines expect them (DDP, FSDP2, DeepSpeed, PEFT): gradients are
 exchanged and sharded weights are gathered by hooks on these calls.
@@ -14,17 +15,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from latro.model.adapters import head_parameters
-from latro.model.attention import placeholder_mask
+from latro.model.attention import SharedPrefix, placeholder_mask
+from latro.model.decoding import DecodingKeys
 from latro.model.packing import Batch
-from latro_kernels import linear_kl, linear_logprob
+from latro_kernels import LinearSample, linear_kl, linear_logprob, linear_sample
 from latro_kernels.integrations.logits import LogitForm, trunk_of
 
 HEAD_BUDGET = 512 * 2**20
@@ -73,6 +76,45 @@ class ReferenceRows:
     """Whether to copy the head's weight, because an engine drops it after the head's forward."""
 
 
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Tokens that go through the trunk while rows are decoded, whose keys `keys` keeps."""
+
+    input_ids: Tensor
+    """int64 [1, T]."""
+    position_ids: Tensor
+    """int64 [1, T], each in its own sequence."""
+    keys: DecodingKeys
+    """Of the prompts and rows."""
+    prompts: SharedPrefix | None = None
+    """The segments, where the tokens are prompts; else each is the next token of a row."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampledRows:
+    """Asks a model's forward for a `LinearSample` of N tokens, each behind one that is read."""
+
+    reading: Reading
+    form: LogitForm
+    """How the model comes from its hidden states to its logits."""
+    temperature: float
+    """The logits are divided by it; 0: the likeliest token."""
+    backend: str
+    """The backend of `linear_sample`."""
+    seed: Tensor
+    """int64 [N], of each row's random numbers."""
+    number: Tensor
+    """int64 [N], how many tokens were sampled with the row's seed before."""
+    positions: Tensor | None = None
+    """int64 [N], which of the T tokens each is sampled behind; None: every one."""
+    head: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """The head's weight and bias, once they are known: making them takes an adapter's product, or
+    under autocast a cast of them all."""
+
+
+Request = HeadRows | ReferenceRows | SampledRows
+
+
 def install_head_rows(causal: PreTrainedModel) -> None:
     """Let the forwards of `causal` and of its head take `head_rows`, once."""
     _install(causal, _model_forward())
@@ -102,12 +144,15 @@ def _install(module: Any, forward: Any) -> None:
 
 
 def _model_forward() -> Callable[..., Any]:
-    def forward(
-        self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, *args: Any, head_rows: Request | None = None, **kwargs: Any) -> Any:
         if head_rows is None:
             return self._forward_without_rows(*args, **kwargs)
-        hidden = trunk_rows(self, head_rows.batch)
+        if isinstance(head_rows, SampledRows):
+            hidden = read(self, head_rows.reading)
+            if head_rows.positions is not None:
+                hidden = hidden[head_rows.positions]
+        else:
+            hidden = trunk_rows(self, head_rows.batch)
         if head_rows.form.hidden_scale != 1.0:
             hidden = hidden * head_rows.form.hidden_scale
         return self.get_output_embeddings()(hidden, head_rows=head_rows)
@@ -116,12 +161,12 @@ def _model_forward() -> Callable[..., Any]:
 
 
 def _head_forward() -> Callable[..., Any]:
-    def forward(
-        self: Any, *args: Any, head_rows: HeadRows | ReferenceRows | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: Any, *args: Any, head_rows: Request | None = None, **kwargs: Any) -> Any:
         if head_rows is None:
             return self._forward_without_rows(*args, **kwargs)
         (hidden,) = args
+        if isinstance(head_rows, SampledRows):
+            return _sample(self, hidden, head_rows)
         weight, bias = head_parameters(self)
         if isinstance(head_rows, ReferenceRows):
             weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -158,6 +203,31 @@ def _head_forward() -> Callable[..., Any]:
     return forward
 
 
+def _sample(head: Any, hidden: Tensor, rows: SampledRows) -> LinearSample:
+    """Sample a token behind each of the hidden states [N, H]."""
+    if not rows.head:
+        rows.head.append(_cast(*head_parameters(head)))
+    ((weight, bias),) = rows.head
+    return linear_sample(
+        hidden,
+        weight,
+        rows.seed,
+        rows.number,
+        bias=bias,
+        backend=rows.backend,
+        **rows.form.kernel_settings(rows.temperature),
+    )
+
+
+def _cast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return a head's weight and bias as `linear` takes them under autocast."""
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
     """Return the hidden states [N, H] of a batch's head rows, after the trunk's final norm.
 
@@ -174,3 +244,18 @@ def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
     trunk = trunk_of(causal)
     hidden = trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
     return hidden.flatten(0, 1)[batch.positions]
+
+
+def read(causal: PreTrainedModel, reading: Reading) -> Tensor:
+    """Return the hidden states [T, H] of tokens in decoding, after the trunk's final norm."""
+    trunk = trunk_of(causal)
+    options: dict[str, Any] = {"decoding": reading.keys}
+    if reading.prompts is not None:
+        options["shared_prefix"] = reading.prompts
+    return trunk(
+        input_ids=reading.input_ids,
+        position_ids=reading.position_ids,
+        attention_mask=placeholder_mask(reading.input_ids.device),
+        use_cache=False,
+        **options,
+    ).last_hidden_state[0]

@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from latro.model.head_rows import (
     trunk_rows,
 )
 from latro.model.packing import Batch, Group, collate
+from latro.model.sampling_form import sampling_form, without_tf32
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
 from latro_kernels.integrations.logits import LogitForm, logit_form
@@ -83,10 +82,12 @@ class Scorer:
             )
         install_head_rows(self.causal)
         self.boundary = long_rope_boundary(model)
-        with _without_tf32():
+        with without_tf32():
             self.logit_form = self._logit_form()
             self._verify_logits()
             self.why_not_packed = self._why_not_packed()
+        # For whoever samples with the model once an engine has taken it over.
+        sampling_form(self.causal)
         self.packed = self.why_not_packed is None
         if not self.packed:
             logger.warning(
@@ -233,15 +234,3 @@ class Scorer:
         allowed = eps**0.5 * padded.abs().max()
         difference = (packed - padded).abs().max()
         return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
-
-
-@contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
-    """Do without TF32 within, whose 10 of fp32's 23 bits would look like a wrong formula."""
-    matmul: Any = torch.backends.cuda.matmul
-    given = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = given

@@ -61,7 +61,7 @@ def test_rows_have_times_ratios_and_memory(result):
             expected = times["median"] / ours["times"][phase]["median"]
             assert row["ratio"][phase] == pytest.approx(expected)
         assert row["peak"] > 0
-        prompts = QUICK.G * (QUICK.P - 1 if row is ours else QUICK.K * QUICK.P)
+        prompts = QUICK.G * (QUICK.P if row is ours else QUICK.K * QUICK.P)
         assert row["prompt_tokens"] == (None if once else prompts)
     assert ours["ratio"] == {"update": 1, "step": 1}
 
@@ -104,10 +104,11 @@ def test_our_step_reads_each_prompt_once_for_all_of_its_rationales(tmp_path, set
     with ours.counted() as passes:
         ours.step()
     sampling = [p.tokens for p in passes[:-2]]
-    G, K = setting.G, setting.K
-    longest = max(length for group in ours.lengths for length in group)
-    # All prompt tokens but the last; then one token of each sequence per drawn token.
-    assert sampling == [G * (setting.P - 1)] + [G * K] * longest
+    lengths = [length for group in ours.lengths for length in group]
+    assert len(lengths) == setting.G * setting.K
+    # Each prompt; then one token of each sequence that has not ended.
+    decoded = [sum(length > n for length in lengths) for n in range(1, max(lengths))]
+    assert sampling == [setting.P] * setting.G + decoded
 
 
 @pytest.mark.parametrize(("name", "batch"), [(Published.name, 8), (PublishedRecipe.name, 4)])

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from latro.rollout.answer_template import stop_strings
 from latro.rollout.sequences import Rollout, Sample
 from tests.latro.fake_vllm import FakeVllm
+from tests.latro.other_models import other_model
 
 
 class Recorder:
@@ -156,8 +157,18 @@ def test_weights_that_are_only_evaluated_are_not_trained_on(make_trainer: Any) -
     assert shift == pytest.approx(1.0, abs=1e-3)
 
 
-def test_transformers_engine_logs_no_ratio(make_trainer: Any) -> None:
+def test_transformers_engine_draws_from_the_policy(make_trainer: Any) -> None:
     trainer = make_trainer(max_steps=1)
+    trainer.train()
+    [logged] = [entry for entry in trainer.state.log_history if "importance_ratio" in entry]
+    assert logged["importance_ratio"] == pytest.approx(1, abs=1e-4)
+    assert logged["importance_ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_model_that_transformers_samples_from_logs_no_ratio(
+    make_trainer: Any, tokenizer: Any
+) -> None:
+    trainer = make_trainer(other_model("lfm2", tokenizer), max_steps=1)
     trainer.train()
     assert not any("importance_ratio" in entry for entry in trainer.state.log_history)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latro.model.head_rows import HeadRows, SampledRows
 from latro.model.packing import collate
 from latro.model.scoring import Scorer
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
@@ -358,16 +359,17 @@ def test_an_update_makes_the_answers_likelier(make_trainer):
 @pytest.mark.parametrize("kl", ["reward", "exact"])
 def test_mixed_precision_is_the_trainers(make_trainer, kl):
     trainer = make_trainer(max_steps=1, bf16=True, use_cpu=True, kl=kl)
-    dtypes = []
+    dtypes = {HeadRows: [], SampledRows: []}
 
     def watch(head, args, kwargs):
-        if "head_rows" in kwargs:
-            dtypes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        dtype = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu")
+        dtypes[type(kwargs["head_rows"])].append(dtype)
 
     head = trainer.model.get_output_embeddings()
     head.register_forward_pre_hook(watch, with_kwargs=True)
     trainer.train()
-    assert dtypes == [torch.bfloat16]
+    assert dtypes[HeadRows] == [torch.bfloat16]
+    assert set(dtypes[SampledRows]) == {torch.bfloat16}
     (entry,) = [e for e in trainer.state.log_history if "kl" in e]
     assert entry["kl"] == 0.0
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())

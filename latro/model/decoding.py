@@ -1,0 +1,260 @@
+"""Keys and values while rows are decoded: each prompt's once, and those of the rows behind it.
+
+A decoding step is a packed row (`latro.model.attention`) whose branches have one token each, and
+whose prompts went through the trunk before. `DecodingKeys` keeps what they left in each layer, and
+handed to a model as the keyword `decoding` it is what the layers attend to:
+
+    prompts     x x x x          x' x'                 a place each, written by the prefill
+    rows        z1 z1 z1   z2    z1' z1' z1'  z2' z2'  a place each, one token longer every step
+
+A row attends to its prompt, to its own tokens so far and to the token that it reads. New keys are
+written into room that is there already; where it is too small, it doubles. A prompt's keys are read
+where they lie, for all of its rows by one product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_FIRST_ROOM = 64
+"""Tokens of each row for which there is room at first."""
+
+
+class DecodingKeys:
+    """The keys and values of prompts and rows in every layer, and what each row attends to.
+
+    A prefill is handed `decoding` beside its `shared_prefix`, which has prompts alone, after
+    `place_prompts`; a step is handed `decoding` without one, after `set_rows` or `advance`.
+
+    Args:
+        device: where the model is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._layers: dict[int, _Layer] = {}
+        self._prompts: list[tuple[int, int]] = []
+        self._rows: _Rows | None = None
+
+    @property
+    def bytes_per_token(self) -> int:
+        """The bytes that a token takes in all layers together."""
+        return sum(
+            t[0, :, 0].numel() * t.element_size()
+            for layer in self._layers.values()
+            for t in (layer.prompt_keys, layer.prompt_values)
+        )
+
+    def place_prompts(self, places: Sequence[int], lengths: Sequence[int]) -> None:
+        """Say where the next prefill's prompts go, and how many tokens each has."""
+        self._prompts = list(zip(places, lengths, strict=True))
+
+    def keep_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Keep a layer's keys and values [1, heads of keys, T, size] of a prefill."""
+        if layer not in self._layers:
+            self._layers[layer] = _Layer.like(key, value)
+        room = self._layers[layer]
+        places = 1 + max(place for place, _ in self._prompts)
+        longest = max(length for _, length in self._prompts)
+        room.prompt_keys = _with_room(room.prompt_keys, places, longest)
+        room.prompt_values = _with_room(room.prompt_values, places, longest)
+        start = 0
+        for place, length in self._prompts:
+            end = start + length
+            room.prompt_keys[place, :, :length] = key[0, :, start:end]
+            room.prompt_values[place, :, :length] = value[0, :, start:end]
+            start = end
+
+    def set_rows(
+        self, prompts: Sequence[int], prompt_lengths: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        """Say for the next step, row by row in the order of their places, what each attends to.
+
+        Args:
+            prompts: the place of its prompt.
+            prompt_lengths: tokens of the prompt.
+            lengths: tokens of its own that it has read before this step.
+        """
+        self._rows = _Rows(prompts, prompt_lengths, lengths, self.device)
+
+    def advance(self) -> None:
+        """Say that all rows have read one token more than before."""
+        assert self._rows is not None
+        self._rows = self._rows.advanced()
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 [1, rows], of the tokens that the rows read in this step."""
+        assert self._rows is not None
+        return (self._rows.prompt_length + self._rows.length)[None]
+
+    @property
+    def own_lengths(self) -> Tensor:
+        """int64 [rows], the tokens of its own that each row has read before this step."""
+        assert self._rows is not None
+        return self._rows.length
+
+    def move_row(self, place: int, to: int, length: int) -> None:
+        """Copy the `length` tokens of one row to another place."""
+        for layer in self._layers.values():
+            for t in (layer.own_keys, layer.own_values):
+                t[to, :, :length] = t[place, :, :length]
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Keep a step's keys and values in a layer, and return what its R queries attend to.
+
+        Args:
+            layer: its index.
+            query: [1, heads, R, size].
+            key: [1, heads of keys, R, size].
+            value: like key.
+            scaling: the scores are multiplied by it.
+            window: positions that a query sees, its own included.
+            softcap: c of c·tanh(scores / c); None for none.
+
+        Returns:
+            [1, R, heads, size of values]
+        """
+        rows = self._rows
+        assert rows is not None
+        room = self._layers[layer]
+        room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1)
+        room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1)
+        room.own_keys[rows.index, :, rows.length] = key[0].transpose(0, 1)
+        room.own_values[rows.index, :, rows.length] = value[0].transpose(0, 1)
+        return _attend(query, room, rows, scaling, window, softcap)[None]
+
+
+@dataclass
+class _Layer:
+    """A layer's keys and values, [places, heads of keys, tokens, size] each."""
+
+    prompt_keys: Tensor
+    prompt_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
+
+    @classmethod
+    def like(cls, key: Tensor, value: Tensor) -> _Layer:
+        k, v = (t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in (key, value))
+        return cls(k, v, k, v)
+
+
+def _with_room(kept: Tensor, places: int, tokens: int) -> Tensor:
+    """Return `kept`, or a copy with room for as many places and tokens, and for more to come."""
+    if places <= kept.shape[0] and tokens <= kept.shape[2]:
+        return kept
+    if places > kept.shape[0]:
+        places = max(places, 2 * kept.shape[0])
+    if tokens > kept.shape[2]:
+        tokens = max(tokens, 2 * kept.shape[2], _FIRST_ROOM)
+    shape = (max(places, kept.shape[0]), kept.shape[1], max(tokens, kept.shape[2]), kept.shape[3])
+    # Zeros, since what no row sees is multiplied by a probability of 0.
+    wider = kept.new_zeros(shape)
+    wider[: kept.shape[0], :, : kept.shape[2]] = kept
+    return wider
+
+
+class _Rows:
+    """What each of R rows attends to in a step: see `DecodingKeys.set_rows`."""
+
+    def __init__(
+        self,
+        prompts: Sequence[int],
+        prompt_lengths: Sequence[int],
+        lengths: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        self.count = len(prompts)
+        self.longest_prompt, self.longest = max(prompt_lengths), max(lengths)
+        self.prompt_length = torch.tensor(prompt_lengths, device=device)
+        self.length = torch.tensor(lengths, device=device)
+        self.index = torch.arange(self.count, device=device)
+        rows_of: list[list[int]] = [[] for _ in range(1 + max(prompts))]
+        place: list[int] = []
+        for row, prompt in enumerate(prompts):
+            place.append(len(rows_of[prompt]))
+            rows_of[prompt].append(row)
+        self.most = max(map(len, rows_of))
+        # Prompts with fewer rows than others are filled up with row 0, and what comes of it is
+        # left out.
+        grid = [rows + [0] * (self.most - len(rows)) for rows in rows_of]
+        self.grid = torch.tensor(grid, device=device)
+        """int64 [prompts, most]: the rows of each prompt."""
+        self.cell = torch.tensor(
+            [prompt * self.most + at for prompt, at in zip(prompts, place, strict=True)],
+            device=device,
+        )
+        """int64 [R]: where each row stands in the flattened grid."""
+        self._biases: dict[float, Tensor] = {}
+
+    def advanced(self) -> _Rows:
+        """Return the same rows, each with one more token."""
+        following = object.__new__(_Rows)
+        following.__dict__ |= self.__dict__
+        following.length = self.length + 1
+        following.longest = self.longest + 1
+        following._biases = {}
+        return following
+
+    def bias(self, window: float, dtype: torch.dtype) -> Tensor:
+        """Return [R, 1, 1, keys], 0 where a row sees a key and −∞ elsewhere."""
+        if window not in self._biases:
+            prompt_length, length = self.prompt_length[:, None], self.length[:, None]
+            device = self.length.device
+            of_prompt = torch.arange(self.longest_prompt, device=device)
+            own = torch.arange(self.longest + 1, device=device)
+            seen = torch.cat([of_prompt < prompt_length, own <= length], dim=1)
+            if not math.isinf(window):
+                position = torch.cat([of_prompt.expand(self.count, -1), prompt_length + own], dim=1)
+                seen &= position > prompt_length + length - int(window)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+            self._biases[window] = bias.masked_fill_(~seen, -math.inf)[:, None, None]
+        return self._biases[window]
+
+
+def _attend(
+    query: Tensor, room: _Layer, rows: _Rows, scaling: float, window: float, softcap: float | None
+) -> Tensor:
+    """Return [R, heads, size of values]: one softmax over a row's prompt and its own tokens."""
+    R, heads, kv = rows.count, query.shape[1], room.own_keys.shape[1]
+    P, T = rows.longest_prompt, rows.longest + 1
+    q = query[0].transpose(0, 1).reshape(R, kv, heads // kv, -1)
+    of_prompt = _of_prompts(q, room.prompt_keys[:, :, :P].transpose(2, 3), rows)
+    own = q @ room.own_keys[:R, :, :T].transpose(2, 3)
+    working = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.cat([of_prompt, own], dim=3).to(working) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = (scores + rows.bias(window, working)).softmax(dim=3).to(query.dtype)
+    seen_prompt, seen_own = weights.split([P, T], dim=3)
+    out = _of_prompts(seen_prompt, room.prompt_values[:, :, :P], rows)
+    return (out + seen_own @ room.own_values[:R, :, :T]).reshape(R, heads, -1)
+
+
+def _of_prompts(x: Tensor, of_prompts: Tensor, rows: _Rows) -> Tensor:
+    """Return [R, kv, g, n], `x` [R, kv, g, m] times what each row's prompt has, [·, kv, m, n].
+
+    The rows of a prompt go through one product with it.
+    """
+    kv, g, m = x.shape[1:]
+    prompts, most = rows.grid.shape
+    # [prompts, most, kv, g, m] to [prompts, kv, most·g, m].
+    gathered = x[rows.grid].transpose(1, 2).reshape(prompts, kv, most * g, m)
+    product = gathered @ of_prompts[:prompts]
+    return product.view(prompts, kv, most, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell]

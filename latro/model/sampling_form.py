@@ -1,0 +1,138 @@
+"""Which models can be asked for `SampledRows`, found out by trying.
+
+Decoding with keys that lie in a `DecodingKeys` takes a model whose attention is replaced and knows
+packed rows, and that keeps nothing else from token to token. Rather than a list of architectures
+there is a trial: hidden states of a few tokens, decoded, are those of whole sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from latro.model.attention import SharedPrefix, allow_shared_prefix
+from latro.model.decoding import DecodingKeys
+from latro.model.head_rows import Reading, install_head_rows, read
+from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of
+
+
+@dataclass(frozen=True)
+class SamplingForm:
+    """What is to be known of a model that samples by `SampledRows`."""
+
+    logits: LogitForm
+    """How it comes from its hidden states to its logits."""
+    bytes_per_token: int
+    """The bytes of a token's keys and values in all layers."""
+
+
+def sampling_form(causal: PreTrainedModel) -> SamplingForm | str:
+    """Return how `causal` samples by `SampledRows`, or why it cannot; its forwards then take them.
+
+    The answer is found once and kept on the model, because an engine that takes the model over does
+    not let parts of it be called alone. So ask before.
+    """
+    if "_sampling_form" not in causal.__dict__:
+        was_training = causal.training
+        causal.eval()
+        try:
+            with without_tf32():
+                causal._sampling_form = _try(causal)
+        finally:
+            causal.train(was_training)
+    return causal._sampling_form
+
+
+def _try(causal: PreTrainedModel) -> SamplingForm | str:
+    head = causal.get_output_embeddings()
+    if not isinstance(head, nn.Module) or getattr(head, "weight", None) is None:
+        return "it has no linear head"
+    if not allow_shared_prefix(causal):
+        return "its attention cannot be replaced"
+    keys = DecodingKeys(causal.device)
+    try:
+        with torch.no_grad():
+            difference, allowed = _compare(causal, keys)
+        if not difference <= allowed:
+            return f"its hidden states differ by {difference:.3g}"
+        form = SamplingForm(logit_form(causal), keys.bytes_per_token)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        # A layer that knows no such thing, or that reads the mask; a model that takes no such
+        # keyword, or that computes its logits in a way of its own.
+        return str(error).partition("\n")[0]
+    install_head_rows(causal)
+    return form
+
+
+def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> tuple[float, float]:
+    """Return by how much decoded hidden states differ from whole sequences', and may differ."""
+    device = causal.device
+    V = causal.get_output_embeddings().weight.shape[0]
+    prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
+    branches = [(0, [9, 10, 11]), (1, [12, 13, 14]), (0, [15, 16, 17])]
+    prompts = [[i % V for i in prompt] for prompt in prompts]
+    branches = [(prompt, [i % V for i in ids]) for prompt, ids in branches]
+    decoded = torch.stack(list(_decoded(causal, keys, prompts, branches)), dim=1).float()
+
+    width = max(len(prompts[prompt]) + len(ids) for prompt, ids in branches)
+    whole = [prompts[prompt] + ids for prompt, ids in branches]
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=device)
+    hidden: Tensor = trunk_of(causal)(input_ids=ids, use_cache=False).last_hidden_state.float()
+    padded = torch.stack(
+        [hidden[row, len(prompts[p]) : len(prompts[p]) + 3] for row, (p, _) in enumerate(branches)]
+    )
+    # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms and
+    # softmaxes are fp32 even in an fp64 model.
+    eps = max(torch.finfo(dtype).eps for dtype in (causal.dtype, torch.float32))
+    return (decoded - padded).abs().max().item(), eps**0.5 * padded.abs().max().item()
+
+
+def _decoded(
+    causal: PreTrainedModel,
+    keys: DecodingKeys,
+    prompts: list[list[int]],
+    branches: list[tuple[int, list[int]]],
+) -> Iterator[Tensor]:
+    """Yield the hidden states [branches, H] of each step, tokens of all branches being given."""
+    keys.place_prompts(range(len(prompts)), [len(prompt) for prompt in prompts])
+    read(causal, prompts_reading(prompts, keys))
+    for step in range(3):
+        keys.set_rows(
+            [prompt for prompt, _ in branches],
+            [len(prompts[prompt]) for prompt, _ in branches],
+            [step] * len(branches),
+        )
+        tokens = torch.tensor([[ids[step] for _, ids in branches]], device=keys.device)
+        yield read(causal, Reading(tokens, keys.position_ids, keys))
+
+
+def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:
+    """Return the `Reading` of prompts, one after the other, that have their places in `keys`."""
+    device = keys.device
+    lengths = tuple(len(prompt) for prompt in prompts)
+    return Reading(
+        torch.tensor([[i for prompt in prompts for i in prompt]], device=device),
+        torch.tensor([[i for length in lengths for i in range(length)]], device=device),
+        keys,
+        SharedPrefix(lengths, (-1,) * len(lengths), device),
+    )
+
+
+@contextlib.contextmanager
+def without_tf32() -> Iterator[None]:
+    """Do without TF32 within, whose 10 of fp32's 23 bits would look like a wrong formula."""
+    matmul: Any = torch.backends.cuda.matmul
+    given = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = given
