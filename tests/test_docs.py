@@ -20,8 +20,12 @@ from pathlib import Path
 
 import pytest
 
-# A warning about programs that run in this process.
-pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+pytestmark = [
+    # A warning about programs that run in this process.
+    pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning"),
+    # TRL uses the old name of a setting that transformers has renamed.
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

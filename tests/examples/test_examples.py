@@ -165,3 +165,41 @@ def test_trl_trains_through_the_patched_head(
         unpatch_trl()
     assert len(rewards) == 2
     assert calls
+
+
+# trl_likelihood.py
+
+
+@pytest.mark.parametrize("method", ["latro", "verifree", "rlpr"])
+def test_trl_trains_on_likelihoods(tmp_path: Path, method: str) -> None:
+    pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
+    from examples import trl_likelihood
+
+    _, config, settings = trl_likelihood.METHODS[method]
+    options = {"per_device_train_batch_size": 8, "num_generations": 4, "logging_steps": 1}
+    args = config(str(tmp_path), max_steps=2, bf16=False, **options, **settings, **QUIET)
+    rewards = trl_likelihood.train(method, args)
+    assert len(rewards) == 2
+    # Log-likelihoods, likelihoods, and what they gain.
+    assert all(reward < 0 if method == "latro" else 0 < reward < 1 for reward in rewards)
+
+
+# trl_shared_prefix.py
+
+
+def test_trl_shares_prefixes(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
+    from trl import RLOOConfig, RLOOTrainer
+
+    from examples import trl_shared_prefix
+
+    options = {"per_device_train_batch_size": 8, "num_generations": 4, "optim": "sgd"}
+    options |= {"max_completion_length": 48, "learning_rate": 0.1, "beta": 0.02}
+    args = RLOOConfig(str(tmp_path), max_steps=1, bf16=False, **options, **QUIET)
+    before = flat(AutoModelForCausalLM.from_pretrained(trl_shared_prefix.MODEL))
+    ours, theirs = (
+        flat(trl_shared_prefix.train(kind, args).model)
+        for kind in (trl_shared_prefix.PackedRLOO, RLOOTrainer)
+    )
+    assert (theirs - before).abs().max() > 1e-3
+    torch.testing.assert_close(ours, theirs)

@@ -161,6 +161,33 @@ def test_chats_are_read_as_the_trainer_reads_them(
         assert text.endswith("assistant: gladly,")
 
 
+def add(a: int, b: int) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+def test_tools_are_part_of_the_prompt(
+    small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any]
+) -> None:
+    tokenizer = copy.deepcopy(padding_tokenizer)
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}{{ t.function.name }}, {% endfor %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    reward = AnswerLikelihood(small_model, tokenizer)
+    trainer = make_trl(GRPOTrainer, small_model, reward, tokenizer=tokenizer)
+    trainer.tools = [add]
+    prompts = [[{"role": "user", "content": "Tom has 7."}]] * 4
+    ids = [[20], [21], [22], [23]]
+    reward(prompts=prompts, completion_ids=ids, answer=["7"] * 4, log_metric=trainer._log_metric)
+    assert tokenizer.decode(reward.rollouts[0].prompt_ids) == "add, Tom has 7."
+
+
 def latro_update(
     model: Any,
     ref_model: Any,
