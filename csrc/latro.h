@@ -42,6 +42,11 @@ enum {
   LATRO_GROUP_TILE_WORDS = 7,
 };
 
+/* Columns that a block of linear_sample on CUDA draws from. */
+enum {
+  LATRO_SAMPLE_PART_COLS = 4096,
+};
+
 /* group_advantage: a coefficient per row from the log-probabilities of G groups of K sequences.
  *
  * logp[N]; ref_logp[N] or row_kl[N], the other null, or both null, of use on rationale rows only;
@@ -159,6 +164,24 @@ LATRO_API int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile,
                                                  const float* peak, const float* log_total,
                                                  int64_t rows, int64_t cols, int64_t first_col,
                                                  float softcap, float temperature, void* stream);
+
+/* linear_sample on CUDA: the column of a tile of products that has the highest z + noise.
+ *
+ * The tile, bias, first_col, softcap and temperature are as in the fold of linear_logprob, which is
+ * called after it with token as the target. The noise of row i is as in latro_cpu_linear_sample,
+ * the number of a column being first_col + its column of the tile + *first, which lies on the
+ * device (null: 0). Where the highest is above score[rows] (start: -inf) it takes its place, and
+ * its column, counted from that of *first, the place of token[rows]; of several the lowest.
+ * Scratch: part_score and part_column, rows for each of (cols + 3) / LATRO_SAMPLE_PART_COLS + 1
+ * parts. rows is at most 65535.
+ */
+LATRO_API int32_t latro_cuda_linear_sample_draw(const float* tile, const float* bias,
+                                                const int64_t* seed, const int64_t* position,
+                                                const int64_t* first, int32_t greedy, float* score,
+                                                int64_t* token, float* part_score,
+                                                int64_t* part_column, int64_t rows, int64_t cols,
+                                                int64_t first_col, float softcap, float temperature,
+                                                void* stream);
 
 /* gather_logprob: log-probabilities of one token a row from logits that exist, and their gradient.
  *

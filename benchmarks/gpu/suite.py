@@ -64,7 +64,7 @@ FOLDERS = ("tests/latro_kernels", "tests/benchmarks/common", "tests/benchmarks/g
 REST = {"cuda": FOLDERS, "cpu": ("tests/latro_kernels/test_group_advantage.py",)}
 """Where the stage of the other tests looks; a rehearsal has collected all in the one before."""
 TUNING = "latro_kernels.linear_logprob.triton.tuning"
-KERNELS = "regex=(forward|backward|fold|grad|group_advantage)_kernel"
+KERNELS = "regex=(forward|backward|fold|grad|draw|choose|group_advantage)_kernel"
 """The kernels that a sanitizer watches, which are ours and not those of cuBLAS."""
 
 

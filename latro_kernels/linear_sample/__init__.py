@@ -141,7 +141,7 @@ def linear_sample(
             temperature 1.
         softcap: c of c·tanh(logits / c), before the temperature; None for none. c and
             c / temperature must also be above 0 and in fp32's normal range.
-        backend: "auto", "reference" (makes all logits and their noise), "cpu" or "triton".
+        backend: "auto", "reference" (makes all logits and their noise), "cpu", "triton" or "cuda".
         group: the ranks that hold the vocabulary between them, `weight` and `bias` being this
             rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
             same hidden, seed and position, and gets the same result: the tokens, numbered over the

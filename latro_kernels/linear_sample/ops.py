@@ -16,8 +16,6 @@ from latro_kernels.head import Head
 from latro_kernels.linear_sample import cpu, tiles
 from latro_kernels.linear_sample.state import Draw, State
 
-# `reference` runs without the op.
-BACKENDS = ("reference", "cpu", "triton")
 torch.library.define(
     "latro_kernels::linear_sample",
     "(Tensor hidden, Tensor weight, Tensor seed, Tensor position, Tensor? bias, float temperature, "
@@ -46,7 +44,7 @@ def _sample(
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        backend=resolve(backend, hidden.device, BACKENDS),
+        backend=resolve(backend, hidden.device),
     )
     draw = Draw(
         seed=seed.contiguous(),

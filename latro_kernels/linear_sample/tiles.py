@@ -15,6 +15,7 @@ import torch
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob import tiles
 from latro_kernels.linear_logprob.state import Wanted
+from latro_kernels.linear_sample import cuda
 from latro_kernels.linear_sample.state import Draw, State
 
 
@@ -35,6 +36,8 @@ def sample(head: Head, draw: Draw) -> State:
 
 def _kernels(backend: str) -> ModuleType:
     """Return the module whose `draw` works on a tile."""
+    if backend == "cuda":
+        return cuda
     from latro_kernels.linear_sample.triton import tiles
 
     return tiles

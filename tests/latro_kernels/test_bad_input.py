@@ -14,7 +14,6 @@ from tests.latro_kernels.ops.table import (
     GATHER_LOGPROB,
     GROUP_ADVANTAGE,
     LINEAR_LOGPROB,
-    LINEAR_SAMPLE,
     OPS,
     each_op,
 )
@@ -37,8 +36,7 @@ CASES = [
     for op in OPS
     for case in (
         *op.bad,
-        # linear_sample has no backend of these but the first.
-        *(OF_EVERY_OP[:1] if op is LINEAR_SAMPLE else OF_EVERY_OP),
+        *OF_EVERY_OP,
         *(OF_LOG_PROBS if op in (LINEAR_LOGPROB, GATHER_LOGPROB) else []),
     )
 ]

@@ -29,6 +29,7 @@ KERNELS = [
         pytest.param("triton", dtype, id=f"triton-{dtype}", marks=pytest.mark.gpu)
         for dtype in (torch.float32, torch.bfloat16)
     ),
+    pytest.param("cuda", torch.float32, id="cuda", marks=pytest.mark.gpu),
 ]
 each_kernel = pytest.mark.parametrize(("backend", "dtype"), KERNELS)
 DRAWS = 1_000_000
