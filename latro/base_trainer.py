@@ -27,6 +27,7 @@ from latro.model.adapters import add_adapter, check_adapter, has_adapter, withou
 from latro.model.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
 from latro.model.dropout import disable_dropout
 from latro.model.packing import Group
+from latro.model.quantized import check_shardable, check_trainable
 from latro.model.scoring import Scorer
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
 from latro.reporting.held_out_samples import SAMPLES_FILE, HeldOutSamples
@@ -122,6 +123,7 @@ class AnswerTrainer(LongRunTrainer):
                 join=self.join,
                 max_completion_length=args.max_completion_length,
             )
+        check_trainable(model)
         if has_adapter(model):
             check_adapter(model)
             if args.gradient_checkpointing:
@@ -137,6 +139,8 @@ class AnswerTrainer(LongRunTrainer):
             processing_class=processing_class,
             callbacks=list(callbacks),
         )
+        if is_sharded(self.accelerator):
+            check_shardable(model)
         disable_dropout(model)
         keep_output_dtype(self.accelerator)
         keep_fp32_weights(model, self.accelerator)

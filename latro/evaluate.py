@@ -20,7 +20,8 @@ from transformers.utils import logging as transformers_logging
 from latro.config.command_line import parse_arguments
 from latro.config.engine import EngineArguments
 from latro.config.fields import setting
-from latro.config.training import DataArguments, ModelArguments
+from latro.config.model import ModelArguments
+from latro.config.training import DataArguments
 from latro.errors import exit_with
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
@@ -34,12 +34,14 @@ from transformers.utils import (
 )
 
 from latro.config.engine import EngineArguments
-from latro.config.training import SMALL_MODEL, DataArguments, ModelArguments
+from latro.config.model import ModelArguments
+from latro.config.training import SMALL_MODEL, DataArguments
 from latro.engines.make import make_engine
 from latro.engines.transformers import TransformersEngine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
+from latro.model.quantized import prepare_layers, quantization_config
 from latro.rollout.prompts import prompt_text
 from latro.rollout.sequences import RolloutEngine
 from latro.tasks import TASKS, Task, get_task, read_own_data
@@ -67,8 +69,8 @@ def load_model(
 
     Raises:
         ValueError: there is no such model, its code is not trusted, its tokenizer has more tokens
-            than the model, or it is an adapter or a GGUF file and the package that reads those is
-            not installed.
+            than the model, or a package is not installed that reads it (an adapter, a GGUF file) or
+            quantises it.
     """
     if args.gguf_file is not None and args.model_name_or_path is None:
         raise ValueError(
@@ -171,31 +173,29 @@ def _load_weights(
 ) -> PreTrainedModel:
     """Return a whole model; `adapter` names the adapter that it is the base model of."""
     told_name = repr(name) if adapter is None else f"{name!r}, the base model of {adapter!r}"
-    with (
-        place_of(name, args.gguf_file, revision) as place,
-        _Reading(told_name, args.trust_remote_code, place),
-        whole_on_load(),
-    ):
-        model, told = AutoModelForCausalLM.from_pretrained(
-            place.name,
-            **place.arguments_of_weights(),
-            revision=revision,
-            dtype=args.dtype,
-            attn_implementation=args.attn_implementation or _attention(args.dtype),
-            use_safetensors=True,
-            trust_remote_code=args.trust_remote_code,
-            # Otherwise transformers raises an error with a table of many lines.
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        # transformers ignores a damaged generation config, and loses further end tokens in it.
-        if has_file(place.name, GENERATION_CONFIG_NAME, revision=revision):
-            GenerationConfig.from_pretrained(place.name, revision=revision)
-        place.name_model(model)
-        # transformers would take weights of an unknown quantisation as they are.
-        quantised = getattr(model.config, "quantization_config", None)
-        if quantised is not None and getattr(model, "hf_quantizer", None) is None:
-            raise ValueError(f"it is quantised in a way that is not known: {quantised}")
+    with place_of(name, args.gguf_file, revision) as place:
+        options = _quantised(args, place)
+        with _Reading(told_name, args.trust_remote_code, place), whole_on_load():
+            model, told = AutoModelForCausalLM.from_pretrained(
+                place.name,
+                **options,
+                revision=revision,
+                dtype=args.dtype,
+                attn_implementation=args.attn_implementation or _attention(args.dtype),
+                use_safetensors=True,
+                trust_remote_code=args.trust_remote_code,
+                # Otherwise transformers raises an error with a table of many lines.
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+            # transformers ignores a damaged generation config, and loses further end tokens in it.
+            if has_file(place.name, GENERATION_CONFIG_NAME, revision=revision):
+                GenerationConfig.from_pretrained(place.name, revision=revision)
+            place.name_model(model)
+            # transformers would take weights of an unknown quantisation as they are.
+            quantised = getattr(model.config, "quantization_config", None)
+            if quantised is not None and getattr(model, "hf_quantizer", None) is None:
+                raise ValueError(f"it is quantised in a way that is not known: {quantised}")
     # Older versions saved buffers that are now computed, and show up as unexpected.
     buffers = {buffer for buffer, _ in model.named_buffers()}
     _check_weights(
@@ -208,7 +208,21 @@ def _load_weights(
             for key, found, expected in told["mismatched_keys"]
         ],
     )
+    prepare_layers(model)
     return model
+
+
+def _quantised(args: ModelArguments, place: Place) -> dict[str, Any]:
+    """Return the arguments by which weights are quantised as they are loaded, or dequantised."""
+    config = quantization_config(args)
+    if config is None:
+        return place.arguments_of_weights()
+    if place.gguf:
+        raise ValueError(
+            "load_in_4bit and load_in_8bit take no GGUF file, which is quantised in its own way; "
+            "load it without them, save it (save_pretrained) and name that folder"
+        )
+    return {"quantization_config": config}
 
 
 def _check_weights(

@@ -19,7 +19,8 @@ from transformers.utils import logging as transformers_logging
 from latro.config.command_line import parse_arguments
 from latro.config.engine import EngineArguments
 from latro.config.fields import setting
-from latro.config.training import DataArguments, ModelArguments
+from latro.config.model import ModelArguments
+from latro.config.training import DataArguments
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.files import check_output, replacing, write_json

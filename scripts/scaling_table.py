@@ -3,8 +3,7 @@
     python -m scripts.scaling_table            # rewrite the page
     python -m scripts.scaling_table --check    # exit 1 where it differs
 
-Nothing here is measured. Sizes of models are those of their published configs; of devices, their
-data sheets'; what share of a peak a program reaches is an assumption, made in `NODE`.
+Nothing here is measured; `scripts/scaling_sizes.py` has the sizes.
 """
 
 from __future__ import annotations
@@ -14,108 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scripts.readme_tables import ROOT, fill, markdown, rewrite
+from scripts.scaling_sizes import (
+    BF16,
+    BUDGET,
+    FP32,
+    LLAMA_1B,
+    LLAMA_8B,
+    LLAMA_70B,
+    NODE,
+    QLORA,
+    QLORA_BUDGET,
+    WORK,
+    Model,
+    Node,
+    Qlora,
+    Work,
+)
 
 PAGE = ROOT / "docs" / "scaling.md"
-BF16, FP32 = 2, 4
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a Llama: grouped queries, a gated MLP, no biases."""
-
-    name: str
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
-    tied: bool = False
-
-    @property
-    def block_weights(self) -> int:
-        """Of the matrices of all blocks, each of which a token goes through once."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
-
-    @property
-    def parameters(self) -> int:
-        norms = (2 * self.layers + 1) * self.hidden
-        return self.block_weights + norms + (1 if self.tied else 2) * self.vocab * self.hidden
-
-    @property
-    def cache_bytes(self) -> int:
-        """Keys and values of one token, in bf16."""
-        return 2 * BF16 * self.layers * self.kv_heads * self.head_dim
-
-    @property
-    def block_activations(self) -> int:
-        """Bytes that one block keeps of a token for its backward, in bf16.
-
-        Two norms keep their input and its size in fp32, and their result before and after the
-        weight; attention its three inputs, its output and, in fp32, a sum per head; the MLP four
-        vectors of its width.
-        """
-        norms = 2 * (FP32 * (self.hidden + 1) + 2 * BF16 * self.hidden)
-        attention = 2 * BF16 * self.head_dim * (self.heads + self.kv_heads) + FP32 * self.heads
-        return norms + attention + 4 * BF16 * self.intermediate
-
-
-@dataclass(frozen=True)
-class Work:
-    """A device's share of an update: G prompts of P tokens, K rationales of R, answers of A.
-
-    R is the mean length of a rationale, and L the limit, which one of so many reaches.
-    """
-
-    G: int
-    K: int
-    P: int
-    R: int
-    L: int
-    A: int
-
-    @property
-    def packed_tokens(self) -> int:
-        """Through the trunk, of one prompt; nothing is predicted from an answer's last token."""
-        return self.P + self.K * (self.R + self.A - 1)
-
-    @property
-    def rows(self) -> int:
-        """At the head, of one prompt."""
-        return self.K * (self.R + self.A)
-
-    @property
-    def pairs(self) -> float:
-        """Queries times keys that they see, of one prompt, packed."""
-        branch = self.R + self.A - 1
-        return self.P**2 / 2 + self.K * (branch * self.P + branch**2 / 2)
-
-
-@dataclass(frozen=True)
-class Node:
-    """GPUs of a node; bandwidths are in bytes per second and direction."""
-
-    gpus: int
-    flops: float
-    memory: float
-    link: float
-    network: float
-    utilisation: float
-    bandwidth_share: float
-
-    def bus(self, nodes: int) -> float:
-        """Return a ring's bandwidth: over nodes at most that of one node's network cards."""
-        return self.link if nodes == 1 else min(self.link, self.gpus * self.network)
-
-
-LLAMA_1B = Model("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128256, tied=True)
-LLAMA_8B = Model("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128, 128256)
-LLAMA_70B = Model("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128, 128256)
-WORK = Work(G=3, K=16, P=150, R=275, L=500, A=8)
-NODE = Node(8, 990e12, 3.35e12, 450e9, 50e9, utilisation=0.4, bandwidth_share=0.6)
-BUDGET = 16384
 
 
 def attention_flops(model: Model, pairs: float) -> float:
@@ -288,11 +203,57 @@ def activations_table() -> str:
     rows = []
     for budget in (2048, 4096, 16384, 65536):
         kept = budget * LLAMA_8B.layers * LLAMA_8B.block_activations
-        inputs = budget * LLAMA_8B.layers * BF16 * LLAMA_8B.hidden
-        checkpointed = inputs + budget * LLAMA_8B.block_activations
+        checkpointed = activation_bytes(LLAMA_8B, budget)
         rows.append([f"{budget:,}", f"{1e-9 * kept:.1f}", f"{1e-9 * checkpointed:.1f}"])
     header = ["`--token_budget`", "all kept, GB", "activation checkpointing, GB"]
     return markdown(header, rows)
+
+
+def activation_bytes(model: Model, tokens: int) -> int:
+    """Return what a micro-batch keeps with activation checkpointing: blocks' inputs, one block."""
+    return tokens * (model.layers * BF16 * model.hidden + model.block_activations)
+
+
+def qlora_parts(
+    model: Model, work: Work, qlora: Qlora, budget: int
+) -> dict[str, tuple[str, float]]:
+    """Return how each part of an update is reckoned on one device, and its bytes."""
+    trained = qlora.parameters(model)
+    largest = BF16 * model.hidden * model.intermediate
+    tokens = work.P + work.L
+    return {
+        "blocks' matrices, 4 bits and nested scales": (
+            f"{model.block_weights:,} weights · {qlora.bits:.3f} bits",
+            model.block_weights * qlora.bits / 8,
+        ),
+        "embedding and head, bf16": (
+            f"2 · {model.vocab:,} · {model.hidden:,} · 2 bytes",
+            2 * BF16 * model.vocab * model.hidden,
+        ),
+        "adapter, its gradients and Adam's states of 8 bits": (
+            f"{trained:,} weights · (4 + 4 + 2) bytes",
+            trained * (2 * FP32 + 2),
+        ),
+        "the largest matrix, taken back to bf16": ("one at a time", largest),
+        "head's kept products": ("a fixed 512 MiB", 2**29),
+        "in a rollout: keys and values": (
+            f"{work.G} · {work.K} sequences · {tokens} tokens · {model.cache_bytes:,} bytes",
+            work.G * work.K * tokens * model.cache_bytes,
+        ),
+        "in scoring and backward: activations": (
+            f"{budget:,} tokens, with activation checkpointing",
+            activation_bytes(model, budget),
+        ),
+    }
+
+
+def qlora_table() -> str:
+    parts = qlora_parts(LLAMA_8B, WORK, QLORA, QLORA_BUDGET)
+    rows = [[name, how, f"{size / 2**30:.1f}"] for name, (how, size) in parts.items()]
+    *held, rollout, activations = (size for _, size in parts.values())
+    most = sum(held) + max(rollout, activations)
+    rows.append(["at most at a time", "the last two are not there together", f"{most / 2**30:.1f}"])
+    return markdown([f"{LLAMA_8B.name}, r = {QLORA.rank}", "reckoned as", "GiB"], rows)
 
 
 def communication_table() -> str:
@@ -359,6 +320,7 @@ TABLES = {
     "vocabulary": vocabulary_table,
     "memory": memory_table,
     "activations": activations_table,
+    "qlora": qlora_table,
     "communication": communication_table,
     "example": example_table,
 }

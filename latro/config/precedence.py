@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latro.config.training import PeftArguments
+from latro.config.model import PeftArguments
 
 # For each setting, those that would overrule it or mean the same.
 _OVERRULED_BY: Mapping[str, tuple[str, ...]] = {
@@ -25,13 +25,15 @@ _OVERRULED_BY: Mapping[str, tuple[str, ...]] = {
     "gradient_checkpointing_kwargs": ("activation_checkpointing_kwargs",),
 }
 # At most one of each pair may be on.
-_EXCLUSIVE = (("bf16", "fp16"), ("fsdp", "deepspeed"))
+_EXCLUSIVE = (("bf16", "fp16"), ("fsdp", "deepspeed"), ("load_in_4bit", "load_in_8bit"))
 # For each setting, those that have no meaning or are an error with another value of it.
 _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "optim": ("optim_args", "optim_target_modules"),
     "fsdp": ("fsdp_config",),
     "rollout_engine": ("importance_cap", "async_rollouts", "rollout_dtype"),
+    "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "load_in_8bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "use_peft": tuple(f.name for f in dataclasses.fields(PeftArguments) if f.name != "use_peft"),
 }
 # An interval has an effect only where the strategy is "steps".

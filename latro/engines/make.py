@@ -12,6 +12,7 @@ from latro.engines.cast import CastEngine, rollout_dtype
 from latro.engines.transformers import TransformersEngine
 from latro.engines.vllm import VllmEngine
 from latro.model.adapters import check_ties
+from latro.model.quantized import check_servable
 from latro.rollout.sequences import RolloutEngine, eos_token_ids
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def make_engine(
             f"dtype of its own (vllm serve --dtype); got {args.rollout_engine!r}"
         )
     check_ties(model)
+    check_servable(model)
     return VllmEngine(
         args.vllm_url,
         tokenizer,

@@ -17,7 +17,7 @@ from transformers.utils import is_peft_available
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
-    from latro.config.training import PeftArguments
+    from latro.config.model import PeftArguments
 
 
 def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
@@ -43,6 +43,7 @@ def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
         lora_dropout=args.lora_dropout,
         # PEFT takes a list for names, and a string for a pattern or for this word.
         target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_parameters=args.lora_target_parameters,
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
         use_dora=args.use_dora,
@@ -78,8 +79,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
     Raises:
         TypeError: `peft_config` is none of PEFT's.
-        ValueError: PEFT is not installed, the model has an adapter already, or dropout is asked
-            for: a rationale is scored by the policy that sampled it.
+        ValueError: PEFT is not installed, the model has an adapter already, it lacks a weight that
+            is named, or dropout is asked for: a rationale is scored by the policy that sampled it.
     """
     require_peft("peft_config")
     from peft import PeftConfig, get_peft_model
@@ -100,6 +101,13 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"{dropout}"
         )
     _check_kind(peft_config)
+    # PEFT would only warn.
+    for target in getattr(peft_config, "target_parameters", None) or ():
+        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_parameters()):
+            raise ValueError(
+                "lora_target_parameters: expected names of the model's weights, or their ends, got "
+                f"{target!r}, which is none"
+            )
     return get_peft_model(model, peft_config)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, TrainerState, TrainingArguments
 from latro.config.training import SMALL_MODEL, AnswerConfig, DataArguments, LatroConfig
 from latro.evaluation.accuracy import EvaluationSettings
 from latro.model.adapters import has_adapter
+from latro.model.quantized import loading_options
 from latro.reporting.callbacks import PLOT_FILE
 from latro.reporting.held_out_samples import SAMPLES_FILE, read_samples
 from latro.reporting.model_card import Evaluation, HeldOut, Run, Setting
@@ -131,7 +132,13 @@ def _adapter(model: PreTrainedModel | PeftModel) -> str | None:
     config = model.active_peft_config
     # Only LoRA and similar adapters have a rank.
     rank = config.to_dict().get("r")
-    return f"a {config.peft_type.value} adapter{f' of rank {rank}' if rank else ''}"
+    told = f"a {config.peft_type.value} adapter{f' of rank {rank}' if rank else ''}"
+    options = loading_options(model)
+    if "load_in_8bit" in options:
+        return f"{told} for weights in 8 bits"
+    if options:
+        return f"{told} for weights in 4 bits ({options['bnb_4bit_quant_type']})"
+    return told
 
 
 def _settings(args: AnswerConfig) -> Iterator[Setting]:
@@ -175,6 +182,7 @@ def _command(
     pushed = trainer.hub_model_id if args.push_to_hub else None
     options: dict[str, Any] = {
         "model_name_or_path": pushed or args.output_dir,
+        **loading_options(trainer.model),
         "dataset_name": data.dataset_name,
         **_changed(data),
         "eval_split": args.eval_split,

@@ -81,6 +81,10 @@ def template(source: str) -> Callable[[Place], object]:
     return text("chat_template.jinja", source)
 
 
+def given(**arguments: str) -> Callable[[Place], None]:
+    return lambda place: place.arguments.update(arguments)
+
+
 def asked(source: str, **arguments: str) -> Callable[[Place], None]:
     """Return a case with a chat template and what the command gives to it."""
 
@@ -426,7 +430,40 @@ GGUF = {
         "gguf_file: expected model_name_or_path with it.*got 'a.gguf' alone",
     ),
 }
+QUANTISED = {
+    "without an adapter": Case(given(load_in_8bit="true"), "model: expected an adapter on weights"),
+    "too narrow": Case(
+        given(load_in_4bit="true"),
+        "load_in_4bit: expected layers of a width that 64 divides.*has 32",
+        "latro.evaluate",
+    ),
+    "in two ways": Case(
+        given(load_in_4bit="true", load_in_8bit="true"),
+        "load_in_8bit: expected one of",
+        "latro.sft",
+    ),
+    "by halves": Case(
+        given(bnb_4bit_quant_type="fp4"), "bnb_4bit_quant_type: expected --load_in_4bit true"
+    ),
+    "in scales alone": Case(
+        given(load_in_8bit="true", use_bnb_nested_quant="true"),
+        "use_bnb_nested_quant: expected --load_in_4bit true with it",
+        "latro.probe",
+    ),
+    "from GGUF": Case(
+        gguf(lambda f: {"load_in_8bit": "true"}), "load_in_4bit and load_in_8bit take no GGUF file"
+    ),
+    "with an adapter on nothing": Case(
+        given(load_in_8bit="true", use_peft="true", lora_target_parameters="no.such"),
+        "no.such",
+    ),
+    "with an adapter that is not asked for": Case(
+        given(lora_target_parameters="mlp.experts.gate_up_proj"),
+        "lora_target_parameters: expected --use_peft true with it",
+    ),
+}
 FAMILIES = {
+    "quantised": QUANTISED,
     "gguf": GGUF,
     "folder": FOLDERS,
     "config": CONFIGS,

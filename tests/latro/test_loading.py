@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from latro.config.training import DataArguments, ModelArguments
+from latro.config.model import ModelArguments
+from latro.config.training import DataArguments
 from latro.evaluate import evaluate
 from latro.loading import load_held_out, load_model, load_splits, load_task
 from latro.probe import probe

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from latro import LatroConfig, LatroTrainer
-from latro.config.training import ModelArguments
+from latro.config.model import ModelArguments
 from latro.engines.transformers import TransformersEngine
 from latro.evaluate import evaluate
 from latro.loading import load_model

@@ -6,19 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
+from bitsandbytes.nn import Linear4bit
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from latro import LatroConfig, LatroTrainer
+from latro.config.model import ModelArguments
 from latro.config.training import SMALL_MODEL
 from latro.engines.transformers import caches_in
+from latro.loading import load_model
 from latro.model.packing import Size, plan
 from latro.rollout.sequences import Rollout
 from latro.tasks import get_task
 from scripts import scaling_table
-from scripts.scaling_table import LLAMA_1B, LLAMA_8B, LLAMA_70B, Model, Work, main, render
+from scripts.readme_tables import ROOT
+from scripts.scaling_sizes import LLAMA_1B, LLAMA_8B, LLAMA_70B, Model, Qlora, Work
+from scripts.scaling_table import main, render
 
 TINY = Model("tiny", 32, 80, 2, heads=4, kv_heads=2, head_dim=8, vocab=120)
 WORK = Work(G=3, K=4, P=11, R=7, L=7, A=5)
@@ -64,6 +71,38 @@ def test_a_number_changed_by_hand_is_found():
     assert render(page.replace("| published code |", "| published code! |")) == page
     with pytest.raises(ValueError, match=r"scaling\.md: expected one pair of markers of update"):
         render("no markers")
+
+
+def test_the_bytes_of_a_quantised_model_and_the_weights_of_its_adapter(tmp_path):
+    model = Model("tiny", 256, 512, 2, heads=8, kv_heads=4, head_dim=32, vocab=1024)
+    build(model).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(SMALL_MODEL).save_pretrained(tmp_path)
+    arguments = ModelArguments(str(tmp_path), load_in_4bit=True, use_bnb_nested_quant=True)
+    loaded, _ = load_model(arguments)
+    layers = [m for m in loaded.modules() if isinstance(m, Linear4bit)]
+    held = sum(layer.weight.nbytes for layer in layers)
+    for state in (layer.weight.quant_state for layer in layers):
+        held += state.absmax.nbytes + state.state2.absmax.nbytes
+    qlora = Qlora(rank=4)
+    assert held == pytest.approx(model.block_weights * qlora.bits / 8, rel=1e-3)
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trained = get_peft_model(loaded, lora).num_parameters(only_trainable=True)
+    assert trained == qlora.parameters(model)
+
+
+def test_the_recipe_for_one_card_is_the_one_that_is_reckoned():
+    given = yaml.safe_load((ROOT / "recipes" / "gsm8k-llama-3.1-8b-24gb.yaml").read_text())
+    work = scaling_table.WORK
+    assert given["token_budget"] == scaling_table.QLORA_BUDGET >= work.packed_tokens
+    assert given["lora_r"] == scaling_table.QLORA.rank
+    assert given["per_device_train_batch_size"] == work.G
+    assert (given["num_generations"], given["max_completion_length"]) == (work.K, work.L)
+    assert given["use_bnb_nested_quant"] is given["activation_checkpointing"] is True
+    parts = scaling_table.qlora_parts(
+        LLAMA_8B, work, scaling_table.QLORA, scaling_table.QLORA_BUDGET
+    )
+    # More than a third of the card is left.
+    assert sum(size for _, size in parts.values()) < 24 * 2**30 * 2 / 3
 
 
 @pytest.mark.parametrize("model", [TINY, replace(TINY, tied=True), LLAMA_1B, LLAMA_8B, LLAMA_70B])

@@ -9,7 +9,8 @@ from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.config.command_line import parse_arguments
-from latro.config.training import DataArguments, ModelArguments, PeftArguments, SftConfig
+from latro.config.model import ModelArguments, PeftArguments
+from latro.config.training import DataArguments, SftConfig
 from latro.config.unsupported import _REFUSED
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
@@ -56,6 +57,17 @@ def test_command_line_over_yaml_over_defaults(tmp_path):
     path.write_text("model_name_or_path: m\nnum_generations: 8\nbeta: 0.25\nlearning_rate: 1e-6\n")
     _, _, args = parse("--config", str(path), "--beta", "0.5")
     assert (args.num_generations, args.beta, args.learning_rate) == (8, 0.5, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["use_bnb_nested_quant", "bnb_4bit_use_double_quant"])
+def test_one_quantisation_takes_the_place_of_another(tmp_path, name):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model_name_or_path: m\nload_in_4bit: true\n{name}: true\n")
+    model, _, _ = parse("--config", str(path))
+    assert (model.load_in_4bit, model.use_bnb_nested_quant) == (True, True)
+    model, _, _ = parse("--config", str(path), "--load_in_8bit", "true")
+    assert (model.load_in_4bit, model.load_in_8bit) == (False, True)
+    assert not model.use_bnb_nested_quant
 
 
 def parse_yaml(tmp_path, text):

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro.config.engine import EngineArguments
-from latro.config.training import ModelArguments
+from latro.config.model import ModelArguments
 from latro.engines.make import make_engine
 from latro.evaluate import evaluate
 from latro.loading import load_model
