@@ -8,8 +8,8 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <vector>
 
+#include "few_rows.h"
 #include "latro.h"
 #include "philox.h"
 #include "sweep.h"
@@ -81,15 +81,44 @@ struct Best {
   }
 };
 
+// The fold of products into the state of a row.
+template <typename T>
+struct RowFold {
+  const Head<T>& head;
+  const Draw draw;
+  const RowState state;
+
+  // Adds n products, of the weight's columns from `column`.
+  void operator()(int64_t row, const float* products, int64_t column, int64_t n) const {
+    float z[kGroupCols];
+    head.transform.logits(products, head.bias_at(column), n, z);
+    State folded{state.peak[row], state.total[row], state.weighted[row]};
+    folded.add(z, n, true);
+    state.peak[row] = folded.peak;
+    state.total[row] = folded.total;
+    state.weighted[row] = folded.weighted;
+    Best best{state.score[row], state.picked[row], state.token[row]};
+    const int64_t first = draw.first_col + column;
+    if (draw.greedy) {
+      best.meet_logits(z, first, n);
+    } else {
+      best.meet_noisy(z, first, n, Philox(draw.seed[row], draw.position[row]));
+    }
+    state.score[row] = best.score;
+    state.picked[row] = best.logit;
+    state.token[row] = best.column;
+  }
+};
+
+// The sweep for many rows.
 template <typename Gemm, typename T>
 struct Sampling : Sweep<Gemm, T> {
   using Base = Sweep<Gemm, T>;
   using Base::head, Base::kRows, Base::width;
-  const Draw draw;
-  const RowState state;
+  const RowFold<T>& fold;
 
-  Sampling(const Head<T>& head, const Draw& draw, const RowState& state, int64_t threads)
-      : Base(head, false, false, threads), draw(draw), state(state) {}
+  Sampling(const RowFold<T>& fold, int64_t threads)
+      : Base(fold.head, false, false, threads), fold(fold) {}
 
   void run(int64_t N) {
     const int64_t rows = chunk_rows(N);
@@ -116,27 +145,6 @@ struct Sampling : Sweep<Gemm, T> {
       }
     }
   }
-
-  // Adds n products, of the weight's columns from `column`, to a row's state.
-  void fold(int64_t row, const float* products, int64_t column, int64_t n) const {
-    float z[kGroupCols];
-    head.transform.logits(products, head.bias_at(column), n, z);
-    State folded{state.peak[row], state.total[row], state.weighted[row]};
-    folded.add(z, n, true);
-    state.peak[row] = folded.peak;
-    state.total[row] = folded.total;
-    state.weighted[row] = folded.weighted;
-    Best best{state.score[row], state.picked[row], state.token[row]};
-    const int64_t first = draw.first_col + column;
-    if (draw.greedy) {
-      best.meet_logits(z, first, n);
-    } else {
-      best.meet_noisy(z, first, n, Philox(draw.seed[row], draw.position[row]));
-    }
-    state.score[row] = best.score;
-    state.picked[row] = best.logit;
-    state.token[row] = best.column;
-  }
 };
 
 }  // namespace
@@ -160,8 +168,12 @@ int32_t latro_cpu_linear_sample(const void* hidden, int64_t hidden_row_step,
                        Transform{softcap, temperature}};
     const RowState state{token, score, picked, peak, total, weighted};
     state.clear(N, first_col);
-    Sampling<decltype(gemm), T> sampling(head, Draw{seed, position, first_col, greedy != 0}, state,
-                                         threads);
+    const RowFold<T> fold{head, Draw{seed, position, first_col, greedy != 0}, state};
+    if (N <= kFewRows) {
+      const bool ok = few_rows_sweep<decltype(gemm)>(head, N, threads, fold);
+      return ok ? LATRO_OK : LATRO_OUT_OF_MEMORY;
+    }
+    Sampling<decltype(gemm), T> sampling(fold, threads);
     if (!sampling.ok()) return LATRO_OUT_OF_MEMORY;
     sampling.run(N);
     return LATRO_OK;

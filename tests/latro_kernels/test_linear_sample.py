@@ -185,6 +185,17 @@ def test_log_probs_are_those_of_linear_logprob(
     assert torch.equal(drawn.entropy, scored[1])
 
 
+@each_dtype
+def test_few_rows_draw_as_many_do(dtype: torch.dtype) -> None:
+    """On the CPU few rows pass the weight as it lies, and many pass it packed."""
+    many = problem((200, 140, 1203), dtype, bias=True)
+    whole = many.solve("cpu")
+    for count in (1, 7, 8, 9, 16, 33, 64, 65):
+        rows = slice(100, 100 + count)
+        part = many.of_rows(rows).solve("cpu")
+        assert_same(part, {name: value[rows] for name, value in whole.items()})
+
+
 @each_backend
 def test_temperature_zero_takes_the_first_of_equal_logits(backend: str) -> None:
     given = problem((9, 8, 700), temperature=0).on(backend)
