@@ -28,6 +28,7 @@ from transformers.utils import ModelOutput
 from latro.engines.decoding import Decoding, Progress, seed_of
 from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
+from latro.model.few_rows import few_rows
 from latro.model.sampling_form import SamplingForm, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Sample, eos_token_ids
@@ -135,7 +136,8 @@ class TransformersEngine:
                     temperature=temperature,
                     progress=progress,
                 )
-                return decoding(prompts, num_samples=num_samples, seeds=seeds)
+                with few_rows(self.model):
+                    return decoding(prompts, num_samples=num_samples, seeds=seeds)
             return self._by_transformers(
                 prompts,
                 num_samples=num_samples,
