@@ -36,9 +36,10 @@ def few_rows(model: nn.Module) -> Iterator[None]:
         for module in () if torch.is_autocast_enabled("cpu") else modules:
             if type(module) is not nn.Linear or "forward" in module.__dict__:
                 continue
-            if module.weight.is_cpu and module.weight.dtype in _DTYPES:
-                module.forward = _forward(module.weight, module.bias)
-                changed.append(module)
+            layer: Any = module
+            if layer.weight.is_cpu and layer.weight.dtype in _DTYPES:
+                layer.forward = _forward(layer.weight, layer.bias)
+                changed.append(layer)
         yield
     finally:
         for module in changed:
