@@ -252,12 +252,13 @@ def test_masked_columns_are_never_drawn(
     torch.testing.assert_close(results["entropy"], entropy, rtol=1e-5, atol=1e-6)
 
 
+@each_fused_backend
 @pytest.mark.parametrize("scale", [1e-30, 1e4, 1e30])
-def test_logits_of_any_size(scale: float) -> None:
+def test_logits_of_any_size(scale: float, backend: str) -> None:
     """Where logits are far larger than noise the arg max wins, and where they vanish noise does."""
     given = problem((50, 8, 300))
     given = given.but(hidden=given["hidden"] * scale)
-    token = given.solve("cpu")["token"]
+    token = given.on(backend).solve(backend)["token"].cpu()
     of_noise = noise.gumbel(noise.words(given["seed"], given["position"], 300), torch.float64)
     z = given["hidden"].double() @ given["weight"].double().T
     assert torch.equal(token, (of_noise if scale < 1 else z).argmax(1))

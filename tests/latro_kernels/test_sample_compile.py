@@ -95,6 +95,15 @@ def test_drawing_fits(capability: int, flags: tuple[str, ...], drawn_rows: int) 
             assert 128 < found.epilogue <= MAX_EPILOGUE[drawn_rows]
 
 
+@pytest.mark.parametrize("ones", [("N", "row_blocks"), ("N", "row_blocks", "splits", "end", "H")])
+def test_a_row_alone_can_be_drawn(ones: tuple[str, ...]) -> None:
+    """A launch makes constants of lengths that are 1."""
+    types, constants, options = launch(sample_kernel, 90, NONE, 16)
+    constants |= dict.fromkeys(ones, 1)
+    found = compile_kernel(sample_kernel, types, constants, 90, **options)
+    assert violations(found, 90, shared_limit=SHARED_OPT_IN[90]) == []
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_logits_are_folded_as_linear_logprob_folds_them(capability: int) -> None:
     """A thread has the same columns of a row in both kernels: their sums have the same bits."""
@@ -118,12 +127,11 @@ def test_drawing_from_a_tile_fits(capability: int) -> None:
     names = (p.name for p in parameters(tiles.draw_kernel) if not p.is_constexpr)
     types = {name: TYPES.get(name, "*fp32" if name.endswith("_ptr") else "i32") for name in names}
     types = aligned(types | {"softcap": "fp32", "temperature": "fp32"})
-    for flags in (NONE, ALL):
-        constants = {
-            p.name: p.name in flags for p in parameters(tiles.draw_kernel) if p.is_constexpr
-        }
-        constants |= {"PART": tiles.PART, "BLOCK_V": tiles.BLOCK_V}
-        found = compile_kernel(tiles.draw_kernel, types, constants, capability)
+    kernel = tiles.draw_kernel
+    for flags, ones in (NONE, NONE), (ALL, NONE), (NONE, ("rows", "columns")):
+        constants = {p.name: p.name in flags for p in parameters(kernel) if p.is_constexpr}
+        constants |= {"PART": tiles.PART, "BLOCK_V": tiles.BLOCK_V} | dict.fromkeys(ones, 1)
+        found = compile_kernel(kernel, types, constants, capability)
         assert violations(found, capability, resident=MEMORY_BOUND) == []
 
 
@@ -131,6 +139,7 @@ def test_drawing_from_a_tile_fits(capability: int) -> None:
 def test_choosing_fits(capability: int) -> None:
     types = signature(draw.choose_kernel, "fp32", None)
     types |= {"token_ptr": "*i64:16", "columns_ptr": "*i32:16"}
-    constants = {"BLOCK_N": draw.CHOSEN_ROWS, "SPLITS": draw.SPLITS}
-    found = compile_kernel(draw.choose_kernel, types, constants, capability)
-    assert violations(found, capability, resident=MEMORY_BOUND) == []
+    for ones in NONE, ("N", "splits"):
+        constants = {"BLOCK_N": draw.CHOSEN_ROWS, "SPLITS": draw.SPLITS} | dict.fromkeys(ones, 1)
+        found = compile_kernel(draw.choose_kernel, types, constants, capability)
+        assert violations(found, capability, resident=MEMORY_BOUND) == []

@@ -16,24 +16,23 @@ from latro_kernels.linear_logprob.triton.products import LN_2, LOG2_E
 
 # Of what is compared at once where a token is chosen.
 CHOSEN_ROWS, SPLITS = 16, 64
-# What a float's bits are with exponent 0 and mantissa 2/3, and the bits of the exponent.
+# The bits of 2/3 as a float, and those that hold a float's sign and exponent.
 _TWO_THIRDS: tl.constexpr = tl.constexpr(0x3F2AAAAB)
 _EXPONENT: tl.constexpr = tl.constexpr(-0x800000)
 
 
 @triton.jit
-def noise_words(seed, position, fours, first_ptr, HAS_FIRST: tl.constexpr):
+def noise_words(seed, position, fours, first, HAS_FIRST: tl.constexpr):
     """Return the words of columns 4f, 4f + 1, 4f + 2 and 4f + 3 for each f of `fours`.
 
-    seed, position: int64 [R, 1]; fours: int32 [1, C], of which int64 first_ptr, if any, is the
-    number of column 0.
+    seed, position: int64 [R, 1]; fours: int32 [1, C]; first: int64, with HAS_FIRST the number of
+    column 0, which is 0 without.
     """
     low = (position & 0xFFFFFFFF).to(tl.uint32)
     high = (position >> 32).to(tl.uint32)
     if not HAS_FIRST:
         return tl.philox(seed, fours.to(tl.uint32), low, high, 0)
     # The first column need not be the first of its four: words of two counters are its neighbours'.
-    first = tl.load(first_ptr)
     counter = (first // 4 + fours).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, counter, low, high, 0)
     w4, w5, w6, _ = tl.philox(seed, counter + 1, low, high, 0)
@@ -87,10 +86,10 @@ def _log(exponent, m):
 @triton.jit
 def draw_of_fours(
     z,
-    first_column,
+    begin,
     seed,
     position,
-    first_ptr,
+    first,
     temperature,
     HAS_FIRST: tl.constexpr,
     GREEDY: tl.constexpr,
@@ -100,11 +99,11 @@ def draw_of_fours(
     """Return of each four columns the highest score, the first column that has it, and z there.
 
     z: [ROWS, COLUMNS], logits before they are divided by the temperature, -inf in columns that are
-    none. first_column: the number of the first, a multiple of 4. seed, position: int64 [ROWS].
-    Results are [ROWS, COLUMNS / 4].
+    none. begin: the column of the weight that z begins with, a multiple of 4. seed, position: int64
+    [ROWS]. first: as in `noise_words`. Results are [ROWS, COLUMNS / 4].
     """
     FOURS: tl.constexpr = COLUMNS // 4
-    column = first_column + 4 * tl.arange(0, FOURS)[None, :]
+    column = begin + 4 * tl.arange(0, FOURS)[None, :]
     # Column 4f + 2a + b of z is z_ab[:, f].
     even, odd = tl.split(tl.reshape(z, (ROWS, FOURS, 2, 2)))
     z0, z2 = tl.split(even)
@@ -116,18 +115,18 @@ def draw_of_fours(
     if not GREEDY:
         scale = LOG2_E / temperature
         w0, w1, w2, w3 = noise_words(
-            seed[:, None], position[:, None], column // 4, first_ptr, HAS_FIRST
+            seed[:, None], position[:, None], column // 4, first, HAS_FIRST
         )
         t0 = exponential(w0) * tl.exp2(t0 * scale)
         t1 = exponential(w1) * tl.exp2(t1 * scale)
         t2 = exponential(w2) * tl.exp2(t2 * scale)
         t3 = exponential(w3) * tl.exp2(t3 * scale)
-    first = tl.minimum(tl.minimum(t0, t1), tl.minimum(t2, t3))
-    is0, is1, is2 = t0 == first, t1 == first, t2 == first
+    earliest = tl.minimum(tl.minimum(t0, t1), tl.minimum(t2, t3))
+    is0, is1, is2 = t0 == earliest, t1 == earliest, t2 == earliest
     column += tl.where(is0, 0, tl.where(is1, 1, tl.where(is2, 2, 3)))
     score = top * (1.0 / temperature)
     if not GREEDY:
-        score -= log(first)
+        score -= log(earliest)
     return score, column, tl.where(is0, z0, tl.where(is1, z1, tl.where(is2, z2, z3)))
 
 

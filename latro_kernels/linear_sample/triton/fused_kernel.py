@@ -75,6 +75,9 @@ def sample_kernel(
     row_max = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
+    of_rank = 0
+    if HAS_FIRST:
+        of_rank = tl.load(first_ptr)
     drawn = tl.arange(0, DRAWN_ROWS)
     is_drawn = first_row + drawn < N
     seed = tl.load(seed_ptr + first_row + drawn, mask=is_drawn, other=0)
@@ -120,7 +123,7 @@ def sample_kernel(
                     begin + left + k * PIECE,
                     seed,
                     position,
-                    first_ptr,
+                    of_rank,
                     temperature,
                     HAS_FIRST,
                     GREEDY,

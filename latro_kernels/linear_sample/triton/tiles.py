@@ -47,6 +47,9 @@ def draw_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     seed = tl.load(seed_ptr + row + tl.arange(0, 1))
     position = tl.load(position_ptr + row + tl.arange(0, 1))
+    of_rank = 0
+    if HAS_FIRST:
+        of_rank = tl.load(first_ptr)
     FOURS: tl.constexpr = BLOCK_V // 4
     best_score = tl.full((1, FOURS), float("-inf"), tl.float32)
     best_column = tl.zeros((1, FOURS), tl.int32)
@@ -68,7 +71,7 @@ def draw_kernel(
             first_column + left,
             seed,
             position,
-            first_ptr,
+            of_rank,
             1.0,
             HAS_FIRST,
             GREEDY,

@@ -27,7 +27,10 @@ def words_kernel(
     seed = tl.load(seed_ptr + tl.arange(0, 4))[:, None]
     position = tl.load(position_ptr + tl.arange(0, 4))[:, None]
     fours = tl.arange(0, FOURS)[None, :]
-    w0, w1, w2, w3 = draw.noise_words(seed, position, fours, first_ptr, HAS_FIRST)
+    first = 0
+    if HAS_FIRST:
+        first = tl.load(first_ptr)
+    w0, w1, w2, w3 = draw.noise_words(seed, position, fours, first, HAS_FIRST)
     to = words_ptr + 4 * (tl.arange(0, 4)[:, None] * FOURS + fours)
     tl.store(to, w0)
     tl.store(to + 1, w1)
