@@ -10,14 +10,15 @@ where the second term, weighted with λ, is that of the loss −λ/S Σ_s r_s ov
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from latro.integrations.trl.images import image_inputs_of, image_rows
 from latro.integrations.trl.reward import AnswerLikelihood, answer_rows, answer_value
 from latro.integrations.trl.seam import check_seam
-from latro.rollout.sequences import Rollout
 
 
 class AnswerGradient:
@@ -76,17 +77,21 @@ class AnswerGradient:
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         trainer: Any = super()
         loss = trainer._compute_loss(model, inputs)
-        answer_loss = self._answer_loss(model, inputs["rollouts"])
+        answer_loss = self._answer_loss(model, inputs)
         if self.loss_is_scaled_for_ga and self.model.training:
             answer_loss = answer_loss / self.current_gradient_accumulation_steps
         return loss + self.answer_weight * answer_loss
 
-    def _answer_loss(self, model: nn.Module, rollouts: list[Rollout]) -> Tensor:
+    def _answer_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """Return −1/S Σ_s r_s; a completion that is excluded has no part in the sum."""
-        # Those of one prompt side by side.
-        rollouts = sorted(rollouts, key=lambda rollout: rollout.prompt_ids)
-        reward = self.likelihood
-        rows = reward.score(list(map(answer_rows, rollouts)), self.accelerator, model)
+        reward, rollouts = self.likelihood, inputs["rollouts"]
+        images = image_inputs_of(inputs)
+        if images is None:
+            # Those of one prompt side by side.
+            rollouts = sorted(rollouts, key=lambda rollout: rollout.prompt_ids)
+            rows = reward.score(list(map(answer_rows, rollouts)), self.accelerator, model)
+        else:
+            rows = image_rows(self, model, list(map(answer_rows, rollouts)), images)
         value = answer_value(rows, reward.objective)
         counts = [rollout.finished or reward.unfinished == "floor" for rollout in rollouts]
         return -torch.where(torch.tensor(counts, device=value.device), value, 0).mean().float()

@@ -14,7 +14,7 @@ answer stands in the place of what the completion says after its first answer te
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -25,7 +25,8 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.integrations.trl.seam import check_seam, trainer_of
+from latro.integrations.trl.images import image_inputs, image_rows
+from latro.integrations.trl.seam import SCORES, check_seam, trainer_of
 from latro.model.adapters import without_wrapper
 from latro.model.packing import plan
 from latro.model.scoring import Scorer
@@ -45,7 +46,7 @@ class AnswerLikelihood:
     The dataset has a column `answer`. The policy that is being trained scores, in evaluation mode
     and at the temperature that it samples with; completions of one prompt share it, where the
     model's attention can do that. Prompts are tokenized by the trainer, so that chat templates and
-    tools are read as the policy read them.
+    tools are read as the policy read them. After images the trainer's own forward scores.
 
     Args:
         model: the model that the trainer is given; make the reward before the trainer.
@@ -105,26 +106,39 @@ class AnswerLikelihood:
 
         Raises:
             ValueError: there is no column `answer`, or the trainer trains another model.
-            NotImplementedError: the prompts hold images, or TRL did not tokenize them.
+            NotImplementedError: images come in tiles, or TRL did not tokenize the prompts.
             RuntimeError: this version of TRL has other trainers.
         """
         if answer is None:
             raise ValueError("dataset: expected a column answer for AnswerLikelihood, got none")
         trainer = trainer_of(log_metric)
-        check_seam("AnswerLikelihood", trainer, _tokenize_prompts="prompts")
+        check_seam(
+            "AnswerLikelihood",
+            trainer,
+            _tokenize_prompts="prompts",
+            _get_per_token_logps_and_entropies=SCORES,
+        )
         self._check_model(trainer)
         self.scorer.temperature = trainer.temperature
+        if getattr(trainer, "rollout_func", None) is not None:
+            raise NotImplementedError(
+                "rollout_func: expected none with AnswerLikelihood, which has the trainer tokenize "
+                "the prompts; got one, which may do it in another way"
+            )
+        prompt_ids, images, _ = trainer._tokenize_prompts(list(prompts))
+        inputs = None if images is None else image_inputs(trainer, prompts, images, prompt_ids)
         self.rollouts = [
             self._join(list(ids), completion, known)
-            for ids, completion, known in zip(
-                _prompt_ids(trainer, prompts), completion_ids, answer, strict=True
-            )
+            for ids, completion, known in zip(prompt_ids, completion_ids, answer, strict=True)
         ]
         training = trainer.model.training
         # Without dropout, and without recomputing what no backward will ask for.
         trainer.model.eval()
         try:
-            reward = self._rewards(answer, trainer)
+            if inputs is None:
+                reward = self._rewards(answer, trainer)
+            else:
+                reward = self._rewards_after_images(answer, trainer, inputs)
         finally:
             trainer.model.train(training)
         finished = [rollout.finished for rollout in self.rollouts]
@@ -207,9 +221,26 @@ class AnswerLikelihood:
         rows = self.score(scored, trainer.accelerator, trainer.model)
         if not own:
             return answer_value(rows, self.objective)
-        means = torch.stack([r.double().exp().sum() / max(1, len(r)) for r in rows])
+        means = _mean_probabilities(rows)
         gains = [part[:-1] - part[-1] for part in means.split([count + 1 for count in counts])]
         return torch.cat(gains).clamp(0, 1)
+
+    @torch.no_grad()
+    def _rewards_after_images(
+        self, answer: Sequence[str], trainer: Any, inputs: Mapping[str, Any]
+    ) -> Tensor:
+        """Return what `_rewards` does, by TRL's own forward."""
+        own = self.objective == "rlpr"
+        scored = [answer_rows(rollout, own=own) for rollout in self.rollouts]
+        rows = image_rows(trainer, trainer.model, scored, inputs)
+        if not own:
+            return answer_value(rows, self.objective)
+        plain = [
+            replace(self.join(rollout.prompt_ids, Sample([]), known), plain=True)
+            for rollout, known in zip(self.rollouts, answer, strict=True)
+        ]
+        without = image_rows(trainer, trainer.model, plain, inputs)
+        return (_mean_probabilities(rows) - _mean_probabilities(without)).clamp(0, 1)
 
 
 def answer_rows(rollout: Rollout, *, own: bool = False) -> Rollout:
@@ -225,17 +256,5 @@ def answer_value(rows: Sequence[Tensor], objective: str) -> Tensor:
     return logp.exp() if objective == "verifree" else logp
 
 
-def _prompt_ids(trainer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """Return the tokens that the trainer made of `prompts`."""
-    if getattr(trainer, "rollout_func", None) is not None:
-        raise NotImplementedError(
-            "rollout_func: expected none with AnswerLikelihood, which has the trainer tokenize the "
-            "prompts; got one, which may tokenize them in another way"
-        )
-    prompt_ids, _, fields = trainer._tokenize_prompts(list(prompts))
-    if fields:
-        raise NotImplementedError(
-            "prompts: expected text for AnswerLikelihood, got prompts with "
-            f"{', '.join(sorted(fields))}; answers after images are not scored"
-        )
-    return prompt_ids
+def _mean_probabilities(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack([r.double().exp().sum() / max(1, len(r)) for r in rows])

@@ -381,22 +381,6 @@ def test_a_dataset_without_answers_is_refused(
         make_trl(RLOOTrainer, small_model, reward, rows=rows).train()
 
 
-def test_images_are_refused(
-    small_model: Any,
-    padding_tokenizer: Any,
-    make_trl: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def with_images(self: Any, prompts: list[Any]) -> Any:
-        return [[1, 2, 3]] * len(prompts), [["an image"]] * len(prompts), {"pixel_values": [0]}
-
-    reward = AnswerLikelihood(small_model, padding_tokenizer)
-    trainer = make_trl(RLOOTrainer, small_model, reward)
-    monkeypatch.setattr(RLOOTrainer, "_tokenize_prompts", with_images)
-    with pytest.raises(NotImplementedError, match="got prompts with pixel_values; answers after"):
-        rewards_of(reward, trainer, [[1]] * 8)
-
-
 @pytest.mark.parametrize(
     ("objective", "count", "got"),
     [("rlpr", 1, r"\['rlpr'\]"), ("latro", 2, r"\['latro', 'latro'\]"), ("latro", 0, "len")],
