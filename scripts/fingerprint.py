@@ -24,7 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latro_kernels import GroupLayout, gather_logprob, group_advantage, linear_kl, linear_logprob
+from latro_kernels import (
+    GroupLayout,
+    gather_logprob,
+    group_advantage,
+    linear_kl,
+    linear_logprob,
+    linear_sample,
+)
 
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,6 +59,7 @@ def ops() -> Iterator[tuple[str, str]]:
             yield f"linear_logprob {name}", checksum(_linear_logprob(backend, dtype))
             yield f"gather_logprob {name}", checksum(_gather_logprob(backend, dtype))
             yield f"linear_kl {name}", checksum(_linear_kl(backend, dtype))
+            yield f"linear_sample {name}", checksum(_linear_sample(backend, dtype))
         yield f"group_advantage {backend}", checksum(_group_advantage(backend))
 
 
@@ -91,6 +99,17 @@ def _linear_kl(backend: str, dtype: torch.dtype) -> list[Tensor]:
     kl = linear_kl(hidden_p, weight_p, hidden_q.detach(), weight_q.detach(), backend=backend)
     kl.sin().sum().backward()
     return [kl, hidden_p.grad, weight_p.grad]
+
+
+def _linear_sample(backend: str, dtype: torch.dtype) -> list[Tensor]:
+    hidden, weight, bias = _inputs(dtype, (137, 33), (1003, 33), (1003,))
+    seed, position = torch.arange(137) * 2**40, torch.arange(137)
+    results: list[Tensor] = []
+    for temperature in (0.0, 0.7):
+        results += linear_sample(
+            hidden, weight, seed, position, bias=bias, temperature=temperature, backend=backend
+        )
+    return results
 
 
 def _group_advantage(backend: str) -> list[Tensor | None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.latro_kernels.ops import linear_sample
 from tests.latro_kernels.ops.linear_logprob import problem
-from tests.latro_kernels.ops.op import Problem, gate
+from tests.latro_kernels.ops.op import Problem, Results, gate
 
 SHAPE = (30, 130, 403)
 CASES: dict[str, dict[str, Any]] = {
@@ -49,6 +49,22 @@ def borders(world: int) -> list[int]:
     return [0, 1, *(SHAPE[2] * r // world + 1 for r in range(2, world)), SHAPE[2]]
 
 
+def no_distribution() -> Problem:
+    """Make a problem with a row of NaN, one of +∞, and a last slice of two or four of −∞ alone."""
+    given = linear_sample.problem(SHAPE, bias=True)
+    given["hidden"][3, 2] = torch.nan
+    given["hidden"][5, 2] = torch.inf
+    given["bias"][202:] = -torch.inf
+    return given
+
+
+def on_slices(given: Problem, columns: slice) -> Results:
+    """Return a rank's results, its weight and bias being these columns."""
+    names = [n for n in ("weight", "bias") if given[n] is not None]
+    own = given.but(**{name: given[name][columns].clone() for name in names})
+    return own.solve("auto", group=dist.group.WORLD)
+
+
 def run_rank(rank: int, world: int, folder: str) -> None:
     """Every case on this rank's slice; the results go to a file of its own."""
     torch.set_num_threads(1)
@@ -57,12 +73,10 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     columns = slice(*borders(world)[rank : rank + 2])
     results = {}
     for case in (*SAMPLES, *CASES):
-        given = of_case(case)
-        names = [n for n in ("weight", "bias") if given[n] is not None]
-        own = given.but(**{name: given[name][columns].clone() for name in names})
-        results[case] = own.solve("auto", group=dist.group.WORLD)
+        results[case] = on_slices(of_case(case), columns)
+    results["no distribution"] = on_slices(no_distribution(), columns)
     with pytest.raises(ValueError, match=r"0\.\.402, got 403 in row 0"):
-        own.but(target=torch.full((30,), 403)).solve("auto", group=dist.group.WORLD)
+        on_slices(of_case("plain").but(target=torch.full((30,), 403)), columns)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -93,6 +107,15 @@ def test_ranks_draw_the_tokens_of_one_process(case: str, ranks: list[Any]) -> No
     alone = of_case(case).solve("auto")["token"]
     for results in ranks:
         assert torch.equal(results[case]["token"], alone)
+
+
+def test_ranks_agree_on_rows_without_a_distribution(ranks: list[Any]) -> None:
+    alone = no_distribution().solve("auto")
+    for results in ranks:
+        found = results["no distribution"]
+        assert torch.equal(found["token"], alone["token"])
+        assert found["logp"].isnan().nonzero().flatten().tolist() == [3, 5]
+        assert found["token"][[3, 5]].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("make", [problem, linear_sample.problem])
