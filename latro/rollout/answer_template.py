@@ -48,7 +48,8 @@ def ending_pattern(text: str) -> re.Pattern[str]:
     may go on to "isn't". Half of a character does not count; it decodes to U+FFFD.
 
     Args:
-        text: an answer template; or white space, which is matched literally.
+        text: an answer template, or the end of a block of thoughts; or white space, which is
+            matched literally.
     """
     if text.isspace():
         return re.compile(re.escape(text))

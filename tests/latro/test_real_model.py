@@ -91,9 +91,10 @@ def test_scores_are_those_of_its_own_logits(loaded):
         assert (scores.logp.double() - truth).abs().max() <= gate
 
 
-def updated(folder, output, learning_rate, **options):
+def updated(folder, output, learning_rate, *, load_in_4bit=False, **options):
     """Return a trainer after two updates of the model that was saved."""
-    model, tokenizer = load_model(ModelArguments(model_name_or_path=str(folder)))
+    args = ModelArguments(model_name_or_path=str(folder), load_in_4bit=load_in_4bit)
+    model, tokenizer = load_model(args)
     task = get_task("arithmetic")
     args = LatroConfig(
         output_dir=str(output),
@@ -136,6 +137,22 @@ def test_two_updates_of_an_adapter(folder, tmp_path):
     assert -200 < evaluated["metrics"]["answer_logp"] < 0
     probed = probe([*told, "--output", str(tmp_path / "p.json")])
     assert all(-200 < kind["sequence"]["mean"] < 0 for kind in probed["summary"].values())
+
+
+def test_two_updates_of_an_adapter_on_4_bits(folder, tmp_path):
+    """It answers in 4 bits too, and begins at π_0."""
+    args = ModelArguments(model_name_or_path=str(folder), load_in_4bit=True)
+    model, tokenizer = load_model(args)
+    prompt = encode_prompt(tokenizer, "What is the capital of France?")
+    [[sample]] = TransformersEngine(model, tokenizer).generate(
+        [prompt], num_samples=1, max_new_tokens=12, temperature=0, seeds=[0]
+    )
+    assert "Paris" in decode(tokenizer, sample.ids)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer = updated(folder, tmp_path / "qlora", 1e-3, load_in_4bit=True, peft_config=lora)
+    kl = [step["kl"] for step in trainer.state.log_history if "kl" in step]
+    assert kl[0] == 0 < abs(kl[1])
+    assert trainer.scorer.packed
 
 
 def test_two_updates_of_all_weights(folder, loaded, tmp_path):
