@@ -84,7 +84,7 @@ def test_variates_have_the_digits_of_fp32() -> None:
 def test_log_probs_are_those_of_linear_logprob_in_many_tiles(
     dtype: torch.dtype, temperature: float
 ) -> None:
-    given = problem((11, 9, 301), dtype, bias=True, softcap=5.0, temperature=temperature)
+    given = problem((7, 9, 150), dtype, bias=True, softcap=5.0, temperature=temperature)
     drawn = given.solve("triton")
     of_rows = {name: given[name] for name in ("hidden", "weight", "bias", "softcap")}
     scored = linear_logprob(
@@ -99,14 +99,15 @@ def test_log_probs_are_those_of_linear_logprob_in_many_tiles(
     assert torch.equal(drawn["token"], given.truth()["token"])
 
 
-@pytest.mark.parametrize("N", [1, 3, 20, 40, 100])
-def test_few_rows_are_drawn_as_many_are(N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rows_are_drawn_as_many_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise is made for 16, 32, 64 or all rows of a block."""
     block = blocks.Config(rows=128, columns=64, depth=32, warps=4, stages=1)
     monkeypatch.setattr(blocks, "_INTERPRETED", block)
     given = problem((130, 9, 140), torch.float16, bias=True)
-    whole = {name: of[:N] for name, of in given.solve("triton").items()}
-    assert_same(given.of_rows(slice(0, N)).solve("triton"), whole)
+    whole = given.solve("triton")
+    for N in (1, 20, 40, 100):
+        few = given.of_rows(slice(0, N)).solve("triton")
+        assert_same(few, {name: rows[:N] for name, rows in whole.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
