@@ -141,6 +141,9 @@ def exit_with(prog: str, run: Callable[[], object]) -> None:
 
 
 def _leave_group() -> None:
-    """Leave the process group before the exit, where a lost connection would abort the process."""
-    if distributed.is_initialized():
+    """Leave the process group before the exit, where a lost connection would abort the process.
+
+    A group of one has no connection to lose; a colocated vLLM makes one, and leaves it by itself.
+    """
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
         distributed.destroy_process_group()

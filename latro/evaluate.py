@@ -60,6 +60,7 @@ class EvaluateArguments(EngineArguments):
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
+        self.check_engine()
         if self.majority is None:
             self.majority = [self.num_samples] if self.num_samples else []
         if self.num_shots < 0:
@@ -115,7 +116,8 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     # Settings that do not change the lines, so that an evaluation may resume with other ones.
-    apart = ("output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir")
+    apart = {"output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir"}
+    apart |= {"vllm_sync", "vllm_gpu_memory_utilization", "vllm_max_model_length"}
     # The weights tell which file they came from.
     named = {k: v for k, v in result["model"].items() if k != "gguf_file"}
     identity = {

@@ -37,7 +37,7 @@ from latro.config.engine import EngineArguments
 from latro.config.model import ModelArguments
 from latro.config.training import SMALL_MODEL, DataArguments
 from latro.engines.make import make_engine
-from latro.engines.transformers import TransformersEngine
+from latro.engines.vllm import VllmEngine
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
@@ -333,7 +333,7 @@ def load_engine(
         ConnectionError: the server could not load the weights.
     """
     engine = make_engine(args, model=model, tokenizer=tokenizer, folder=folder)
-    if processes.is_main_process or isinstance(engine, TransformersEngine):
+    if processes.is_main_process or not isinstance(engine, VllmEngine):
         engine.update_weights(model, 0)
     processes.wait_for_everyone()
     return engine

@@ -50,6 +50,9 @@ class ProbeArguments(EngineArguments):
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
+    def __post_init__(self) -> None:
+        self.check_engine()
+
 
 def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the command, and return the content of the JSON file.

@@ -373,11 +373,11 @@ class LatroTrainer(AnswerTrainer):
             self._ahead.drain()
             self.accelerator.wait_for_everyone()
         weights = None
-        if is_sharded(self.accelerator) and not isinstance(self.engine, TransformersEngine):
+        if is_sharded(self.accelerator) and isinstance(self.engine, VllmEngine):
             # All processes give their shards; the main one has the whole.
             weights = self.accelerator.get_state_dict(self.model_wrapped)
         # A server is every process's; what samples in this process has weights of its own.
-        if self.accelerator.is_main_process or isinstance(self.engine, TransformersEngine):
+        if self.accelerator.is_main_process or not isinstance(self.engine, VllmEngine):
             self.engine.update_weights(self.model, self.state.global_step, weights)
         self.accelerator.wait_for_everyone()
         self._engine_is_stale = False

@@ -26,14 +26,22 @@ _OVERRULED_BY: Mapping[str, tuple[str, ...]] = {
 }
 # At most one of each pair may be on.
 _EXCLUSIVE = (("bf16", "fp16"), ("fsdp", "deepspeed"), ("load_in_4bit", "load_in_8bit"))
+_OF_VLLM_MODE = ("vllm_gpu_memory_utilization", "vllm_max_model_length")
 # For each setting, those that have no meaning or are an error with another value of it.
 _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "optim": ("optim_args", "optim_target_modules"),
     "fsdp": ("fsdp_config",),
-    "rollout_engine": ("importance_cap", "async_rollouts", "rollout_dtype"),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "load_in_8bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
+    "rollout_engine": (
+        *("importance_cap", "async_rollouts", "rollout_dtype"),
+        *("vllm_mode", "vllm_sync", *_OF_VLLM_MODE),
+    ),
+    "vllm_mode": (
+        *("vllm_sync", "async_rollouts", "vllm_url", "vllm_weights_dir"),
+        *_OF_VLLM_MODE,
+    ),
     "use_peft": tuple(f.name for f in dataclasses.fields(PeftArguments) if f.name != "use_peft"),
 }
 # An interval has an effect only where the strategy is "steps".

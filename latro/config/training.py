@@ -239,7 +239,7 @@ class LatroConfig(EngineArguments, AnswerConfig):
         one_of("objective", self.objective, tuple(OBJECTIVES))
         one_of("kl", self.kl, ("reward", "k3", "exact"))
         one_of("unfinished", self.unfinished, ("floor", "exclude"))
-        one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
+        self.check_engine()
         if self.rollout_dtype is not None:
             one_of("rollout_dtype", self.rollout_dtype, ("auto", *WEIGHT_DTYPES))
         if self.importance_cap is not None:
@@ -257,10 +257,11 @@ class LatroConfig(EngineArguments, AnswerConfig):
             raise ValueError(f"async_rollouts: expected 0 or 1, got {self.async_rollouts}")
         if not self.async_rollouts:
             return
-        if self.rollout_engine != "vllm":
+        if self.rollout_engine != "vllm" or self.vllm_mode != "server":
             raise ValueError(
-                "async_rollouts: expected rollout_engine='vllm' with 1, since transformers samples "
-                f"on the device that computes the update; got {self.rollout_engine!r}"
+                "async_rollouts: expected rollout_engine='vllm' and vllm_mode='server' with 1, "
+                "since others sample on the device that computes the update; got "
+                f"{self.rollout_engine!r} and {self.vllm_mode!r}"
             )
         if self.importance_cap is None:
             raise ValueError(

@@ -44,17 +44,36 @@ def make_engine(
         if dtype is None:
             return TransformersEngine(model, tokenizer)
         return CastEngine(model, tokenizer, dtype)
-    if args.rollout_dtype is not None:
-        raise ValueError(
-            "rollout_dtype: expected rollout_engine='transformers' with it, since a server has a "
-            f"dtype of its own (vllm serve --dtype); got {args.rollout_engine!r}"
-        )
     check_ties(model)
     check_servable(model)
+    if args.vllm_mode == "colocate":
+        if sharded:
+            raise ValueError(
+                "vllm_mode: expected server where the model's weights are in shards, since every "
+                "process's vLLM takes whole weights; got colocate"
+            )
+        # Needs the package vllm.
+        from latro.engines.vllm_colocated import ColocatedVllm
+
+        return ColocatedVllm(
+            model,
+            tokenizer,
+            eos_token_ids=eos_token_ids(model, tokenizer),
+            dtype=rollout_dtype(args.rollout_dtype, model, sharded) or model.dtype,
+            gpu_memory_utilization=args.vllm_gpu_memory_utilization,
+            max_model_length=args.vllm_max_model_length,
+        )
+    if args.rollout_dtype is not None:
+        raise ValueError(
+            "rollout_dtype: expected rollout_engine='transformers' or vllm_mode='colocate' with "
+            "it, since a server has a dtype of its own (vllm serve --dtype); got "
+            f"{args.rollout_engine!r} and {args.vllm_mode!r}"
+        )
+    written = args.vllm_weights_dir or Path(folder) / "vllm_weights"
     return VllmEngine(
         args.vllm_url,
         tokenizer,
         eos_token_ids=eos_token_ids(model, tokenizer),
         vocab_size=model.config.get_text_config().vocab_size,
-        weights_dir=args.vllm_weights_dir or Path(folder) / "vllm_weights",
+        weights_dir=written if args.vllm_sync == "files" else None,
     )

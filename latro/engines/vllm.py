@@ -20,40 +20,23 @@ restarted, or that another run has taken over, is an error and never a stale rol
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import fcntl
-import os
-import re
-import shutil
 import sys
-import tempfile
 import uuid
-import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from latro.engines.vllm_client import LARGEST_ANSWER, SERVE, Answer, Client, Hangup
-from latro.model.adapters import check_ties, has_adapter
-from latro.rollout.answer_template import stop_strings
+from latro.engines.vllm_client import ATTEMPTS, LARGEST_ANSWER, SERVE, Answer, Client, Hangup
+from latro.engines.vllm_sampling import sampling
+from latro.engines.vllm_weights import WeightFiles
+from latro.model.adapters import check_ties
 from latro.rollout.sequences import Sample
 
-# All are given, since the server takes missing ones from the model's own generation config.
-_WHOLE_DISTRIBUTION = {
-    "top_k": 0,
-    "top_p": 1.0,
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-}
 _PROBE = "The answer is 42."
 _CHECK_SECONDS = 60.0
 _MAX_CONNECTIONS = 256
@@ -61,7 +44,10 @@ _BYTES_PER_TOKEN = 1024  # at most, in a reply: id and log-prob take 30, the tok
 # How far rounding may raise the log-prob of a sure token above 0, in a server's coarsest dtype.
 _LOGP_ROUNDING = torch.finfo(torch.bfloat16).eps
 _SHOWN_CHARACTERS = 200
-_WEIGHTS = re.compile(r"step-\d+-\w+")  # folders of weights, as `update_weights` names them
+
+HandOver = Callable[[PreTrainedModel, int, Mapping[str, Tensor] | None, Callable[..., Any]], None]
+"""What takes weights to a server: the arguments of `RolloutEngine.update_weights`, and what sends a
+request. It does not hold the engine, which holds it."""
 
 
 class VllmEngine:
@@ -74,10 +60,8 @@ class VllmEngine:
         url: the server's address, "http://127.0.0.1:8000".
         tokenizer: the policy's tokenizer; the server must have the same.
         eos_token_ids: all tokens that end a completion.
-        weights_dir: a folder that this process writes and the server reads, under the same path and
-            as the same user; it is made if missing. It holds one set of weights while the server
-            loads them, and none between updates; leftovers of a killed run are deleted when the
-            next one starts.
+        weights_dir: the folder through which weights reach the server (`WeightFiles`); None: they
+            go over NCCL (`latro.engines.vllm_nccl`).
         vocab_size: number of token ids that the policy knows; None: the tokenizer's.
         timeout: seconds that one request may take, including its wait in the server's queue.
 
@@ -92,13 +76,13 @@ class VllmEngine:
         tokenizer: PreTrainedTokenizerBase,
         *,
         eos_token_ids: Sequence[int],
-        weights_dir: str | Path,
+        weights_dir: str | Path | None,
         vocab_size: int | None = None,
         timeout: float = 1800.0,
     ) -> None:
         self.eos_token_ids = list(eos_token_ids)
-        self.weights_dir = Path(weights_dir).absolute()
-        if self.weights_dir.exists() and not self.weights_dir.is_dir():
+        self.weights_dir = None if weights_dir is None else Path(weights_dir).absolute()
+        if self.weights_dir and self.weights_dir.exists() and not self.weights_dir.is_dir():
             raise ValueError(f"vllm_weights_dir: expected a folder, got {self.weights_dir}")
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self.timeout = timeout
@@ -106,7 +90,6 @@ class VllmEngine:
         self.url = self._client.url
         self._run = uuid.uuid4().hex[:8]
         self._version: str | None = None
-        self._holds_weights_dir = False
         try:
             served = self._request("/v1/models", timeout=_CHECK_SECONDS).at("data", 0)
             self._model = served.at("id").of(str)
@@ -115,7 +98,7 @@ class VllmEngine:
             self._check_tokenizer(tokenizer)
         except ConnectionError as error:
             raise ValueError(f"vllm_url: {error}; start the server with `{SERVE}`") from error
-        _remove_leftovers(self.weights_dir)
+        self._hand_over = self._way_of_weights()
 
     def generate(
         self,
@@ -158,19 +141,16 @@ class VllmEngine:
                 {
                     "model": self._model,
                     "prompt": list(prompt),
-                    "n": num_samples,
-                    "max_tokens": max_new_tokens,
-                    "temperature": temperature,
-                    # The server seeds sample j with seed + j, so neighbouring seeds would share
-                    # their draws: hash the seed.
-                    "seed": Random(seed).getrandbits(62),
-                    "stop": [] if template is None else stop_strings(template),
-                    "stop_token_ids": self.eos_token_ids,
-                    "skip_special_tokens": False,
                     "return_token_ids": True,
-                    "logprobs": 0,
                 }
-                | _WHOLE_DISTRIBUTION,
+                | sampling(
+                    num_samples=num_samples,
+                    max_new_tokens=max_new_tokens,
+                    temperature=temperature,
+                    seed=seed,
+                    template=template,
+                    eos_token_ids=self.eos_token_ids,
+                ),
                 # Each choice in the reply repeats its prompt's ids.
                 largest=LARGEST_ANSWER
                 + _BYTES_PER_TOKEN * num_samples * (len(prompt) + max_new_tokens),
@@ -212,32 +192,26 @@ class VllmEngine:
                 "whose embeddings are tied; serve on a GPU, or take rollout_engine=transformers"
             )
         version = f"{self._run}-{step}"
-        self.weights_dir.mkdir(parents=True, exist_ok=True)
-        if not self._holds_weights_dir:
-            self._holds_weights_dir = True
-            weakref.finalize(self, os.close, _lock(self.weights_dir))
-        with tempfile.TemporaryDirectory(prefix=f"step-{step}-", dir=self.weights_dir) as folder:
-            if weights is None:
-                _merged(model).save_pretrained(folder)
-            else:
-                model.save_pretrained(folder, state_dict=weights)
-            try:
-                self._request(
-                    "/collective_rpc",
-                    {"method": "reload_weights", "kwargs": {"weights_path": folder}},
-                )
-            except ConnectionError as error:
-                raise ConnectionError(
-                    f"{error}; the server could not load {folder}: it must serve the same "
-                    "architecture and read that folder. Start it anew, its weights may be in pieces"
-                ) from error
+        if self.weights_dir is None:
+            self._request("/pause?mode=wait", {})
+        self._hand_over(model, step, weights, self._request)
         if self._request("/reset_prefix_cache", {}).at("success").value is not True:
             raise ConnectionError(
                 f"{self.url} kept its prefix cache, which is of the old weights: requests that are "
                 "not this run's hold it"
             )
         self._request("/update_weight_version", {"new_version": version})
+        if self.weights_dir is None:
+            self._request("/resume", {})
         self._version = version
+
+    def _way_of_weights(self) -> HandOver:
+        if self.weights_dir is not None:
+            return WeightFiles(self.weights_dir)
+        # Needs the package vllm.
+        from latro.engines.vllm_nccl import WeightBroadcast
+
+        return WeightBroadcast(self._client.own_address(_CHECK_SECONDS))
 
     def _check_settings(self) -> bool:
         """Check the server's settings, and return whether it runs on a CPU."""
@@ -249,7 +223,18 @@ class VllmEngine:
                 f"vllm_url: {self.url} reports {mode}, which leave the temperature out; serve with "
                 "--logprobs-mode processed_logprobs"
             )
+        if self.weights_dir is None:
+            transfer = config.at("weight_transfer_config").value
+            if not isinstance(transfer, dict) or transfer.get("backend") != "nccl":
+                raise ValueError(
+                    f"vllm_sync: {self.url} takes no weights over NCCL; serve with "
+                    """--weight-transfer-config '{"backend": "nccl"}'"""
+                )
         on_cpu: bool = config.at("device_config", "device").value == "cpu"
+        if on_cpu and self.weights_dir is None:
+            raise ValueError(
+                f"vllm_sync: expected files with a server on a CPU, got nccl with {self.url}"
+            )
         if on_cpu and config.at("scheduler_config", "enable_chunked_prefill").of(bool):
             raise ValueError(
                 f"vllm_url: {self.url} runs on a CPU, where vLLM ends at a seeded prompt that it "
@@ -320,9 +305,15 @@ class VllmEngine:
         timeout: float | None = None,
         largest: int = LARGEST_ANSWER,
         hangup: Hangup | None = None,
+        attempts: int = ATTEMPTS,
     ) -> Answer:
         return self._client.request(
-            path, body, timeout=timeout or self.timeout, largest=largest, hangup=hangup
+            path,
+            body,
+            timeout=timeout or self.timeout,
+            largest=largest,
+            hangup=hangup,
+            attempts=attempts,
         )
 
 
@@ -336,37 +327,3 @@ def _logp(logp: Answer) -> float:
             f"{str(value)[:_SHOWN_CHARACTERS]}"
         )
     return float(value)
-
-
-def _lock(folder: Path) -> int:
-    """Take a shared lock on the folder: while it is held, nobody removes weights there."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    # Some network file systems cannot lock folders; then nobody removes leftovers there.
-    with contextlib.suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-    return descriptor
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove weights that a killed run left, unless another run uses the folder."""
-    if not folder.is_dir():
-        return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return
-    else:
-        for place in folder.iterdir():
-            if _WEIGHTS.fullmatch(place.name) and place.is_dir() and not place.is_symlink():
-                shutil.rmtree(place)
-    finally:
-        os.close(descriptor)
-
-
-def _merged(model: PreTrainedModel) -> PreTrainedModel:
-    if not has_adapter(model):
-        return model
-    # Merging in place and unmerging again would round the frozen weights at every update.
-    peft_model: Any = copy.deepcopy(model)
-    return peft_model.merge_and_unload()

@@ -28,7 +28,8 @@ SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logpr
 LARGEST_ANSWER = 1 << 24
 """Size limit in bytes for an answer without samples."""
 
-_ATTEMPTS = 3
+ATTEMPTS = 3
+"""Times that a request is sent where the connection breaks."""
 _LONGEST_REASON = 200
 
 T = TypeVar("T")
@@ -158,11 +159,12 @@ class Client:
         timeout: float,
         largest: int = LARGEST_ANSWER,
         hangup: Hangup | None = None,
+        attempts: int = ATTEMPTS,
     ) -> Answer:
         """Return the server's answer to a POST of `body`, or to a GET if there is no body.
 
-        A broken connection is tried again, since repeating a request does no harm. A refused one is
-        not, since a server that restarts has lost its weights.
+        A broken connection is tried again, since repeating most requests does no harm. A refused
+        one is not, since a server that restarts has lost its weights.
 
         Args:
             path: the path after the server's URL.
@@ -170,6 +172,7 @@ class Client:
             timeout: seconds for the whole request, including further attempts.
             largest: size limit of the answer, in bytes.
             hangup: can cancel the request.
+            attempts: how often it is sent where the connection breaks.
 
         Raises:
             ConnectionError: there is no answer in time; or the answer is too large, not JSON, a
@@ -179,7 +182,7 @@ class Client:
         where = f"{self.url}{path}"
         hangup = hangup or Hangup()
         deadline = time.monotonic() + timeout
-        for attempt in range(1, _ATTEMPTS + 1):
+        for attempt in range(1, attempts + 1):
             try:
                 status, content = self._send(
                     path, body=body, deadline=deadline, largest=largest, hangup=hangup
@@ -193,7 +196,7 @@ class Client:
                 if late or time.monotonic() >= deadline:
                     raise ConnectionError(f"{where}: no answer in {timeout:g} seconds") from error
                 final = isinstance(error, ConnectionRefusedError | UnicodeError)
-                if final or attempt == _ATTEMPTS:
+                if final or attempt == attempts:
                     raise ConnectionError(f"{where}: {_fault(error)}") from error
                 hangup.wait(min(float(attempt), deadline - time.monotonic()))
         if len(content) > largest:
@@ -216,6 +219,22 @@ class Client:
                 f"{where}: expected JSON, got {len(content):,} bytes of something else"
             ) from error
 
+    def own_address(self, timeout: float) -> str:
+        """Return the address of this machine by which it reaches the server.
+
+        Raises:
+            ConnectionError: there is no connection in so many seconds.
+        """
+        try:
+            with socket.create_connection(self._host_and_port(), timeout) as open_socket:
+                address: str = open_socket.getsockname()[0]
+                return address
+        except (OSError, UnicodeError) as error:
+            raise ConnectionError(f"{self.url}: {error}") from error
+
+    def _host_and_port(self) -> tuple[str, int]:
+        return str(self._parts.hostname), self._parts.port or (443 if self._tls else 80)
+
     def _send(
         self,
         path: str,
@@ -225,8 +244,7 @@ class Client:
         hangup: Hangup,
     ) -> tuple[int, bytes]:
         """Return the status and the content, cut one byte after `largest`."""
-        host, secure = self._parts.hostname, self._tls is not None
-        port = self._parts.port or (443 if secure else 80)
+        host, port = self._host_and_port()
         left = max(deadline - time.monotonic(), 1e-3)
         open_socket = socket.create_connection((host, port), left)
         if self._tls is not None:
@@ -237,7 +255,7 @@ class Client:
         timer = threading.Timer(max(deadline - time.monotonic(), 0), _shut, [open_socket])
         timer.daemon = True
         timer.start()
-        connection = http.client.HTTPConnection(str(host), port)
+        connection = http.client.HTTPConnection(host, port)
         connection.sock = open_socket
         try:
             with hangup.reaches(open_socket):

@@ -38,7 +38,8 @@ _TRAINERS = (
 # Our own settings that do not decide it, or that stand elsewhere in the card.
 _LEFT_OUT = {
     *("eval_split", "num_eval_examples", "token_budget", "max_skipped_updates", "backend"),
-    *("rollout_engine", "vllm_url", "vllm_weights_dir"),
+    *("rollout_engine", "vllm_mode", "vllm_url", "vllm_weights_dir", "vllm_sync"),
+    *("vllm_gpu_memory_utilization", "vllm_max_model_length"),
     *("log_completions", "num_completions_to_print", "overwrite_output_dir"),
 }
 

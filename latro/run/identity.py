@@ -42,7 +42,8 @@ _FREE = {
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
     *("eval_on_start", "per_device_eval_batch_size", "use_cache", "remove_unused_columns"),
     *("log_completions", "num_completions_to_print", "max_skipped_updates"),
-    *("vllm_url", "vllm_weights_dir", "restore_callback_states_from_checkpoint"),
+    *("vllm_url", "vllm_weights_dir", "vllm_sync", "vllm_gpu_memory_utilization"),
+    *("vllm_max_model_length", "restore_callback_states_from_checkpoint"),
     # Other names of the settings for activation checkpointing.
     *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
 }
@@ -51,6 +52,7 @@ _FREE_PREFIXES = ("logging_", "log_", "save_", "hub_", "ddp_", "trackio_")
 _TOLD = {
     *("max_steps", "num_train_epochs", "ignore_data_skip"),
     *("per_device_train_batch_size", "gradient_accumulation_steps", "token_budget", "backend"),
+    "vllm_mode",
     *("activation_checkpointing", "activation_checkpointing_kwargs", "tf32", "use_cpu"),
     *("fsdp", "fsdp_config", "deepspeed"),
 }

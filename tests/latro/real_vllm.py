@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.warm_process import free_port
 
+ROOT = Path(__file__).parents[2]
 START_SECONDS = 240
 
 SETTINGS = {
@@ -28,8 +29,15 @@ SETTINGS = {
 
 
 @contextmanager
-def serve(python: str, model: Path, log: Path) -> Iterator[str]:
+def serve(
+    python: str,
+    model: Path,
+    log: Path,
+    *more: str,
+) -> Iterator[str]:
     """Start a server of a folder's model, by a Python that has vLLM, and yield its url.
+
+    `more`: further arguments of the server.
 
     Raises:
         RuntimeError: it did not start; the end of its log says why.
@@ -44,7 +52,9 @@ def serve(python: str, model: Path, log: Path) -> Iterator[str]:
                 *("--host", "127.0.0.1", "--port", str(port), "--model", model),
                 *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
                 *("--logprobs-mode", "processed_logprobs", "--no-enable-chunked-prefill"),
+                *more,
             ],
+            cwd=ROOT,
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,38 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
             {"rollout_engine": "vllm", "importance_cap": 0.0},
             "importance_cap: expected more than 0, got 0.0",
         ),
+        ({"vllm_mode": "local"}, "vllm_mode: expected one of server, colocate, got 'local'"),
+        ({"vllm_sync": "tcp"}, "vllm_sync: expected one of files, nccl, got 'tcp'"),
+        (
+            {"vllm_mode": "colocate"},
+            "vllm_mode: expected rollout_engine='vllm' with colocate, got 'transformers'",
+        ),
+        (
+            {"vllm_sync": "nccl"},
+            "vllm_sync: expected rollout_engine='vllm' with nccl, got 'transformers'",
+        ),
+        (
+            {"vllm_gpu_memory_utilization": 1.5},
+            "vllm_gpu_memory_utilization: expected at most 1, got 1.5",
+        ),
+        ({"vllm_gpu_memory_utilization": 0.0}, "vllm_gpu_memory_utilization: expected more than"),
+        ({"vllm_max_model_length": 0}, "vllm_max_model_length: expected at least 1, got 0"),
+        (
+            {"rollout_engine": "vllm", "vllm_max_model_length": 9},
+            "vllm_max_model_length: expected vllm_mode='colocate' with it, got 'server' and 9",
+        ),
+        (
+            {"rollout_engine": "vllm", "vllm_mode": "colocate", "vllm_sync": "nccl"},
+            "vllm_sync: expected vllm_mode='server' with it, got 'colocate' and 'nccl'",
+        ),
+        (
+            {"rollout_engine": "vllm", "vllm_mode": "colocate", "vllm_url": "http://h:1"},
+            "vllm_url: expected vllm_mode='server' with it, got 'colocate' and 'http://h:1'",
+        ),
+        (
+            {"rollout_engine": "vllm", "vllm_sync": "nccl", "vllm_weights_dir": "w"},
+            "vllm_weights_dir: expected vllm_sync='files' with it, .*; got 'w'",
+        ),
         ({"importance_cap": 2.0}, "importance_cap: expected rollout_engine='vllm'"),
         ({"rollout_dtype": "fp8"}, "rollout_dtype: expected one of auto, float32, bfloat16"),
     ],
@@ -215,3 +248,25 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
 def test_bad_settings(make_trainer: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"vllm_mode": "colocate"}, "vllm_mode: colocate needs the package vllm in the trainer's"),
+        ({"vllm_sync": "nccl"}, "vllm_sync: nccl needs the package vllm in the trainer's"),
+    ],
+)
+def test_what_needs_vllm_in_the_process_says_so(
+    make_trainer: Any, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(rollout_engine="vllm", **settings)
+
+
+def test_nccl_needs_a_gpu(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="vllm_sync: expected files on a machine without a CUDA"):
+        make_trainer(rollout_engine="vllm", vllm_sync="nccl")

@@ -479,3 +479,45 @@ def test_no_connection_is_left_open(fake: FakeVllm, engine_of: Any) -> None:
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_request_that_moves_the_server_on_is_sent_once(fake: FakeVllm) -> None:
+    fake.drop = 1
+    with pytest.raises(ConnectionError):
+        Client(fake.url).request("/start_weight_update", {}, timeout=10, attempts=1)
+    assert fake.of("/start_weight_update") == [{}]
+
+
+def test_nccl_needs_a_server_that_was_started_for_it(fake: FakeVllm, engine_of: Any) -> None:
+    def info(device: str, transfer: Any) -> Callable[[Any], tuple[int, Any]]:
+        config = {
+            "model_config": {"logprobs_mode": "processed_logprobs"},
+            "device_config": {"device": device},
+            "weight_transfer_config": transfer,
+        }
+        return lambda body: (200, {"vllm_config": config})
+
+    path = "/server_info?config_format=json"
+    for transfer in (None, {"backend": "ipc"}):
+        fake.answers[path] = info("cuda", transfer)
+        with pytest.raises(ValueError, match=r"vllm_sync: .* takes no weights over NCCL"):
+            engine_of(fake.url, weights_dir=None)
+    fake.answers[path] = info("cpu", {"backend": "nccl"})
+    with pytest.raises(ValueError, match="vllm_sync: expected files with a server on a CPU, got"):
+        engine_of(fake.url, weights_dir=None)
+
+
+def test_the_server_pauses_while_weights_come_over_nccl(
+    fake: FakeVllm, engine_of: Any, tiny: Any
+) -> None:
+    fake.answers |= {path: lambda body: (200, {}) for path in ("/pause?mode=wait", "/resume")}
+    engine = engine_of(fake.url)
+    engine.weights_dir = None
+    engine._hand_over = lambda model, step, weights, request: request("/weight_info")
+    fake.asked.clear()
+    engine.update_weights(tiny(), 3)
+    assert [path for path, _ in fake.asked] == [
+        *("/pause?mode=wait", "/weight_info", "/reset_prefix_cache"),
+        *("/update_weight_version", "/resume"),
+    ]
+    assert fake.version.endswith("-3")

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import LoraConfig
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from latro import LatroConfig, LatroTrainer
 from latro.engines.vllm import VllmEngine
@@ -25,6 +24,7 @@ from latro.model.scoring import Scorer
 from latro.rollout.sequences import Sample, decode
 from scripts.make_tiny_model import make_model
 from tests.latro.real_vllm import serve
+from tests.latro.vllm_errors import errors
 
 # Attention on a CPU needs a head size of at least 32.
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
@@ -56,31 +56,6 @@ def draw(engine: VllmEngine, prompts: list[list[int]], num_samples: int) -> list
         seeds=list(range(len(prompts))),
         template=".",
     )
-
-
-def log_probs(
-    model: PreTrainedModel, prompt: list[int], ids: list[int], temperature: float
-) -> torch.Tensor:
-    """Return the log-probs of `ids` after `prompt`, from all logits, in the model's dtype."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-    logp = torch.log_softmax(logits / temperature, dim=-1)
-    return logp.gather(1, torch.tensor(ids)[:, None])[:, 0].double()
-
-
-def errors(
-    model: PreTrainedModel, prompts: list[list[int]], groups: list[list[Sample]], temperature: float
-) -> tuple[float, float]:
-    """Return the engine's largest error against fp64, and the largest that is allowed."""
-    exact = copy.deepcopy(model).double()
-    engine = unfused = 0.0
-    for prompt, group in zip(prompts, groups, strict=True):
-        for sample in group:
-            truth = log_probs(exact, prompt, sample.ids, temperature)
-            plain = log_probs(model, prompt, sample.ids, temperature)
-            engine = max(engine, (torch.tensor(sample.logp) - truth).abs().max().item())
-            unfused = max(unfused, (plain - truth).abs().max().item())
-    return engine, 2 * unfused + 1e-5
 
 
 def test_vllm_samples_the_whole_distribution_of_the_weights_it_got(
