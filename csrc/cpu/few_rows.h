@@ -1,12 +1,13 @@
 // Products of few rows with a large weight, at the speed at which the weight can be read.
 //
 // The weight is read once and as it lies. A vector holds one depth k of 8 or 16 rows of `hidden`,
-// which are packed so, and each word of the weight multiplies it: nothing of the weight is packed or
-// transposed. A thread takes a group of columns, which are neighbouring rows of the weight, and eight
-// of them at a time, and fetches the next eight while it multiplies.
+// which are packed so, and each word of the weight multiplies it: nothing of the weight is packed
+// or transposed. A thread takes a group of columns, which are neighbouring rows of the weight, and
+// goes through eight parts of the group at once: eight long streams, which a processor fetches by
+// itself, where eight neighbouring columns would be eight short ones.
 //
-// Each entry is summed in the order in which `multiply` of gemm.h sums it, so that a row has the same
-// bits here as among many rows there.
+// Each entry is summed in the order in which `multiply` of gemm.h sums it, so that a row has the
+// same bits here as among many rows there.
 #ifndef LATRO_CPU_FEW_ROWS_H_
 #define LATRO_CPU_FEW_ROWS_H_
 
@@ -29,24 +30,17 @@ namespace latro {
 constexpr int64_t kFewRows = 64;
 // Rows in a panel of hidden; the last panel of few rows is a narrow one.
 constexpr int64_t kWidePanel = 16, kNarrowPanel = 8;
-// Columns that are multiplied at once: so many cache lines of a weight whose rows lie a power of two
-// apart share one set of the first-level cache.
+// Columns that are multiplied at once: so many lines of the cache where the weight's rows lie a
+// power of two apart share one set of the first-level cache.
 constexpr int64_t kFewColumns = 8;
-constexpr int64_t kLineBytes = 64;
+// Words from where a row of the weight is multiplied to where it is fetched.
+constexpr int64_t kFetchAhead = 4 * kLineWords;
 
-// Fetches `columns` lines into the second-level cache and returns where the next ones begin.
-template <int64_t columns>
-const char* fetch_lines(const char* ahead) {
-#pragma GCC unroll 8
-  for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(ahead + j * kLineBytes, 0, 2);
-  return ahead + columns * kLineBytes;
-}
-
-// c[columns][width] = row . x over `words` of depth, or += with `add`; x is a panel of `width` rows
-// of hidden. `ahead` is what to fetch meanwhile: as many bytes as are read of `row`.
+// c[columns][width] = row . x over `words` of depth, or += with `add`, column j of c at j * c_step;
+// x is a panel of `width` rows of hidden. It is not inlined, as its loop takes all registers.
 template <int64_t columns, int64_t width>
-void multiply_few(Fp32Gemm, const float* const* row, const float* x, int64_t words, float* c,
-                  bool add, const char* ahead) {
+__attribute__((noinline)) void multiply_few(Fp32Gemm, const float* const* row, const float* x,
+                                            int64_t words, float* c, int64_t c_step, bool add) {
   constexpr int64_t lanes = std::min(width, Fp32Gemm::kLanes), parts = width / lanes;
   typedef float Vector __attribute__((vector_size(lanes * sizeof(float))));
   Vector sum[columns][parts] = {};
@@ -63,7 +57,8 @@ void multiply_few(Fp32Gemm, const float* const* row, const float* x, int64_t wor
   };
   int64_t k = 0;
   for (; k + kLineWords <= words; k += kLineWords) {
-    ahead = fetch_lines<columns>(ahead);
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(row[j] + k + kFetchAhead);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLineWords; ++i) step(k + i);
   }
@@ -72,7 +67,7 @@ void multiply_few(Fp32Gemm, const float* const* row, const float* x, int64_t wor
   for (int64_t j = 0; j < columns; ++j) {
 #pragma GCC unroll 4
     for (int64_t part = 0; part < parts; ++part) {
-      float* to = c + j * width + part * lanes;
+      float* to = c + j * c_step + part * lanes;
       Vector before = {};
       if (add) std::memcpy(&before, to, sizeof before);
       before += sum[j][part];
@@ -82,38 +77,52 @@ void multiply_few(Fp32Gemm, const float* const* row, const float* x, int64_t wor
 }
 
 #ifdef LATRO_HAS_AVX512_BF16
+#define LATRO_BF16_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+// sum + a . b, where a word of a is two neighbouring k and b holds such words of as many rows.
+template <typename Vector>
+LATRO_BF16_TARGET inline void add_pairs(const bfloat16* a, const uint32_t* b, Vector& sum) {
+  int32_t pair;
+  std::memcpy(&pair, a, sizeof pair);
+  if constexpr (sizeof(Vector) == sizeof(__m512)) {
+    sum = reinterpret_cast<Vector>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+        reinterpret_cast<__m512bh>(_mm512_loadu_si512(b))));
+  } else {
+    sum = reinterpret_cast<Vector>(_mm256_dpbf16_ps(
+        reinterpret_cast<__m256>(sum), reinterpret_cast<__m256bh>(_mm256_set1_epi32(pair)),
+        reinterpret_cast<__m256bh>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)))));
+  }
+}
+
 template <int64_t columns, int64_t width>
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) void multiply_few(
-    Bf16Gemm, const bfloat16* const* row, const uint32_t* x, int64_t words, float* c, bool add,
-    const char* ahead) {
+__attribute__((noinline)) LATRO_BF16_TARGET void multiply_few(Bf16Gemm, const bfloat16* const* row,
+                                                              const uint32_t* x, int64_t words,
+                                                              float* c, int64_t c_step, bool add) {
   typedef float Vector __attribute__((vector_size(width * sizeof(float))));
   Vector sum[columns] = {};
-  for (int64_t k = 0; k < words; ++k) {
-    if (k % kLineWords == 0) ahead = fetch_lines<columns>(ahead);
+  int64_t k = 0;
+  for (; k + kLineWords <= words; k += kLineWords) {
 #pragma GCC unroll 8
-    for (int64_t j = 0; j < columns; ++j) {
-      int32_t pair;
-      std::memcpy(&pair, row[j] + 2 * k, sizeof pair);
-      if constexpr (width == kWidePanel) {
-        const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-        const auto b = reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + k * width));
-        sum[j] = reinterpret_cast<Vector>(
-            _mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[j]), a, b));
-      } else {
-        const auto a = reinterpret_cast<__m256bh>(_mm256_set1_epi32(pair));
-        const auto b = reinterpret_cast<__m256bh>(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + k * width)));
-        sum[j] = reinterpret_cast<Vector>(
-            _mm256_dpbf16_ps(reinterpret_cast<__m256>(sum[j]), a, b));
+    for (int64_t j = 0; j < columns; ++j) __builtin_prefetch(row[j] + 2 * (k + kFetchAhead));
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLineWords; ++i) {
+#pragma GCC unroll 8
+      for (int64_t j = 0; j < columns; ++j) {
+        add_pairs(row[j] + 2 * (k + i), x + (k + i) * width, sum[j]);
       }
     }
+  }
+  for (; k < words; ++k) {
+#pragma GCC unroll 8
+    for (int64_t j = 0; j < columns; ++j) add_pairs(row[j] + 2 * k, x + k * width, sum[j]);
   }
 #pragma GCC unroll 8
   for (int64_t j = 0; j < columns; ++j) {
     Vector before = {};
-    if (add) std::memcpy(&before, c + j * width, sizeof before);
+    if (add) std::memcpy(&before, c + j * c_step, sizeof before);
     before += sum[j];
-    std::memcpy(c + j * width, &before, sizeof before);
+    std::memcpy(c + j * c_step, &before, sizeof before);
   }
 }
 #endif
@@ -145,7 +154,11 @@ struct FewRows {
 
   FewRows(const Matrix<T>& hidden, const Matrix<T>& weight, int64_t N, int64_t H,
           int64_t num_threads)
-      : weight(weight), N(N), H(H), depth(words_of<Gemm>(H)), panels(room<Word>(padded(N) * depth)) {
+      : weight(weight),
+        N(N),
+        H(H),
+        depth(words_of<Gemm>(H)),
+        panels(room<Word>(padded(N) * depth)) {
     for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(padded(N));
     if (!ok()) return;
     for (int64_t first = 0; first < N; first += kWidePanel) {
@@ -166,18 +179,12 @@ struct FewRows {
   }
 
   // Calls use(row, products) for every row, where products has those of the `cols` columns from
-  // `begin`, at most kGroupCols; `next` is the first column of what this thread does after these.
+  // `begin`, at most kGroupCols.
   template <typename Use>
-  void group(int64_t begin, int64_t cols, int64_t next, FewScratch<Gemm>& own, Use use) {
-    for (int64_t j = 0; j < cols; j += kFewColumns) {
-      const bool is_last = j + kFewColumns >= cols;
-      const T* ahead = weight.row(is_last ? next : begin + j + kFewColumns);
-      if (j + kFewColumns <= cols) {
-        block<kFewColumns>(begin + j, j, ahead, own);
-      } else {
-        for (int64_t i = j; i < cols; ++i) block<1>(begin + i, i, weight.row(next), own);
-      }
-    }
+  void group(int64_t begin, int64_t cols, FewScratch<Gemm>& own, Use use) {
+    const int64_t part = cols / kFewColumns;
+    for (int64_t j = 0; j < part; ++j) block<kFewColumns>(begin, j, part, own);
+    for (int64_t j = part * kFewColumns; j < cols; ++j) block<1>(begin, j, 0, own);
     for (int64_t first = 0; first < N; first += kWidePanel) {
       const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
       const float* from = own.by_column.get() + first * kGroupCols;
@@ -194,31 +201,26 @@ struct FewRows {
     }
   }
 
-  // The products of all rows with some columns, which are the group's from `place` on.
+  // The products of all rows with the columns `place`, place + part, ... of the group at `begin`.
   template <int64_t columns>
-  void block(int64_t column, int64_t place, const T* ahead, FewScratch<Gemm>& own) {
-    const char* fetched = reinterpret_cast<const char*>(ahead);
+  void block(int64_t begin, int64_t place, int64_t part, FewScratch<Gemm>& own) {
     for (int64_t k = 0; k < depth; k += kMaxDepth) {
-      const int64_t words = std::min(kMaxDepth, depth - k), length = words * Gemm::kPerWord;
-      const int64_t begin = k * Gemm::kPerWord;
+      const int64_t words = std::min(kMaxDepth, depth - k);
       const Element* row[columns];
       for (int64_t j = 0; j < columns; ++j) {
-        Element* room = own.words.get() + j * kMaxDepth * Gemm::kPerWord;
-        row[j] = words_at(weight.row(column + j), begin, length, room);
+        row[j] = words_at(weight.row(begin + place + j * part), k * Gemm::kPerWord,
+                          words * Gemm::kPerWord, own.words.get() + j * kMaxDepth * Gemm::kPerWord);
       }
       for (int64_t first = 0; first < N; first += kWidePanel) {
         const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
         const Word* x = panels.get() + first * depth + k * width;
         float* c = own.by_column.get() + first * kGroupCols + place * width;
-        // Of all panels the first has the weight to wait for.
-        const char* next = first == 0 ? fetched : reinterpret_cast<const char*>(x);
         if (width == kNarrowPanel) {
-          multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, k > 0, next);
+          multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         } else {
-          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, k > 0, next);
+          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         }
       }
-      fetched += columns * length * sizeof(T);
     }
   }
 
@@ -250,20 +252,17 @@ void for_each_group(FewRows<Gemm, T>& few, int64_t V, int64_t cols, Use use) {
 #pragma omp parallel num_threads(static_cast<int>(few.threads.size()))
   {
     FewScratch<Gemm>& own = few.threads[omp_get_thread_num()];
-    // The next group is taken early, so that it can be fetched.
-    int64_t group = free_group++, next = 0;
-    for (; group < groups; group = next) {
-      next = free_group++;
+    for (int64_t group = free_group++; group < groups; group = free_group++) {
       const int64_t begin = group * cols, n = std::min(cols, V - begin);
-      few.group(begin, n, std::min(next, groups - 1) * cols, own,
+      few.group(begin, n, own,
                 [&](int64_t row, const float* products) { use(row, products, begin, n); });
     }
   }
 }
 
 // Calls fold(row, products, column, n) for every row and each group of n <= kGroupCols columns from
-// `column`. Of one row the calls follow one another in the order of the columns, on any thread; calls
-// for different rows run at the same time. Returns false where there is no memory.
+// `column`. Of one row the calls follow one another in the order of the columns, on any thread;
+// calls for different rows run at the same time. Returns false where there is no memory.
 template <typename Gemm, typename T, typename Fold>
 bool few_rows_sweep(const Head<T>& head, int64_t N, int64_t num_threads, Fold fold) {
   FewRows<Gemm, T> few(head.hidden, head.weight, N, head.H, num_threads);

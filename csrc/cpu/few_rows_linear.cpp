@@ -1,4 +1,5 @@
-// A linear layer for few rows on the CPU: the products of few_rows.h, with a bias, in the dtype of x.
+// A linear layer for few rows on the CPU: the products of few_rows.h, with a bias, in the dtype of
+// x.
 #include "few_rows.h"
 #include "latro.h"
 

@@ -44,19 +44,19 @@ template <typename Vector>
 Vector add_product(Vector sum, float a, Vector b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Vector) == 64) {
-    return reinterpret_cast<Vector>(_mm512_fmadd_ps(
-        _mm512_set1_ps(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(sum)));
+    return reinterpret_cast<Vector>(_mm512_fmadd_ps(_mm512_set1_ps(a), reinterpret_cast<__m512>(b),
+                                                    reinterpret_cast<__m512>(sum)));
   }
 #endif
 #if defined(__FMA__)
   if constexpr (sizeof(Vector) == 32) {
-    return reinterpret_cast<Vector>(_mm256_fmadd_ps(
-        _mm256_set1_ps(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(sum)));
+    return reinterpret_cast<Vector>(_mm256_fmadd_ps(_mm256_set1_ps(a), reinterpret_cast<__m256>(b),
+                                                    reinterpret_cast<__m256>(sum)));
   }
 #elif defined(__aarch64__)
   if constexpr (sizeof(Vector) == 16) {
-    return reinterpret_cast<Vector>(vfmaq_n_f32(reinterpret_cast<float32x4_t>(sum),
-                                                reinterpret_cast<float32x4_t>(b), a));
+    return reinterpret_cast<Vector>(
+        vfmaq_n_f32(reinterpret_cast<float32x4_t>(sum), reinterpret_cast<float32x4_t>(b), a));
   }
 #endif
   return sum + a * b;
@@ -129,7 +129,8 @@ struct Fp64Gemm {
 #pragma omp simd
         for (int64_t j = 0; j < kCols; ++j) sum[j] += a[k * kRows + i] * b[k * kCols + j];
       }
-      for (int64_t j = 0; j < kCols; ++j) c[i * c_step + j] = sum[j] + (add ? c[i * c_step + j] : 0.0);
+      for (int64_t j = 0; j < kCols; ++j)
+        c[i * c_step + j] = sum[j] + (add ? c[i * c_step + j] : 0.0);
     }
   }
 };
