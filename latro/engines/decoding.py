@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,11 +22,8 @@ from latro.engines.ends import EndRule
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, SampledRows
 from latro.model.sampling_form import SamplingForm, prompts_reading
-from latro.rollout.sequences import Sample
+from latro.rollout.sequences import Progress, Sample
 from latro_kernels import LinearSample
-
-Progress = Callable[[int, int], None]
-"""Told after each step the tokens that were sampled in it, and how many rows go on."""
 
 MOST_ROWS = {"cpu": 64}
 """Rows that are decoded at once, by kind of device."""

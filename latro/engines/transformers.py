@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,13 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from latro.engines.decoding import Decoding, Progress, seed_of
+from latro.engines.decoding import MOST_ROWS, MOST_ROWS_ELSEWHERE, Decoding, seed_of
 from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
 from latro.model.few_rows import few_rows
 from latro.model.sampling_form import SamplingForm, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
-from latro.rollout.sequences import Sample, eos_token_ids
+from latro.rollout.sequences import Progress, Sample, eos_token_ids
 
 __all__ = ["TransformersEngine", "seed_of"]
 
@@ -98,18 +99,29 @@ class TransformersEngine:
         limits = [_limit(len(prompt), max_new_tokens, self.boundary) for prompt in prompts]
         samples: dict[int, list[Sample]] = {}
         for kind in dict.fromkeys(limits):
-            together = [i for i, limit in enumerate(limits) if limit == kind]
-            batch = self._generate_batch(
-                [prompts[i] for i in together],
-                num_samples=num_samples,
-                max_new_tokens=kind.new_tokens,
-                temperature=temperature,
-                seeds=[seeds[i] for i in together],
-                template=template,
-                progress=progress,
-            )
-            samples.update(zip(together, batch, strict=True))
+            of_kind = [i for i, limit in enumerate(limits) if limit == kind]
+            size = self._batch_size(len(of_kind), num_samples)
+            for start in range(0, len(of_kind), size):
+                together = of_kind[start : start + size]
+                batch = self._generate_batch(
+                    [prompts[i] for i in together],
+                    num_samples=num_samples,
+                    max_new_tokens=kind.new_tokens,
+                    temperature=temperature,
+                    seeds=[seeds[i] for i in together],
+                    template=template,
+                    progress=progress,
+                )
+                samples.update(zip(together, batch, strict=True))
         return [samples[i] for i in range(len(prompts))]
+
+    def _batch_size(self, count: int, num_samples: int) -> int:
+        """Return how many of `count` prompts may go into one batch."""
+        if isinstance(self.form, SamplingForm):
+            # Rows begin as others end, so that memory does not depend on the number of prompts.
+            return count
+        most = MOST_ROWS.get(self.model.device.type, MOST_ROWS_ELSEWHERE)
+        return max(1, most // num_samples)
 
     def _generate_batch(
         self,
@@ -220,6 +232,12 @@ class TransformersEngine:
 
         rows = output[:, start:].tolist()
         samples = [Sample(r[:n]) for r, n in zip(rows, stop.lengths, strict=True)]
+        for sampler in sampling:
+            logps = torch.stack(sampler.logp, dim=1).tolist()
+            samples = [
+                replace(sample, logp=logp[: len(sample.ids)])
+                for sample, logp in zip(samples, logps, strict=True)
+            ]
         return [samples[i : i + num_samples] for i in range(0, len(samples), num_samples)]
 
     def update_weights(
@@ -261,6 +279,9 @@ class SeededSampling(LogitsProcessor):
         num_samples: number of consecutive rows that belong to one prompt.
         temperature: T, more than 0.
         device: the device of the logits.
+
+    Attributes:
+        logp: of each step, fp32 [rows], the log-probs in nats of the tokens that were drawn.
     """
 
     def __init__(
@@ -269,14 +290,17 @@ class SeededSampling(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.num_samples = num_samples
         self.temperature = temperature
+        self.logp: list[Tensor] = []
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Tensor:
         # fp64, so that the sum keeps the digits of tokens with little probability.
-        cumulative = (scores.float() / self.temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        probability = (scores.float() / self.temperature).softmax(-1)
+        cumulative = probability.cumsum(-1, dtype=torch.float64)
         u = torch.cat([self._numbers(g, scores.device) for g in self.generators])[:, None]
         # `right=True` means exceeds, not reaches, so a token of probability 0 is never taken.
         chosen = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)
         chosen.clamp_(max=scores.shape[1] - 1)
+        self.logp.append(probability.gather(1, chosen)[:, 0].log())
         return torch.full_like(scores, -math.inf).scatter_(1, chosen, 0.0)
 
     def _numbers(self, generator: torch.Generator, device: torch.device) -> Tensor:

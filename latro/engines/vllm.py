@@ -35,7 +35,7 @@ from latro.engines.vllm_client import ATTEMPTS, LARGEST_ANSWER, SERVE, Answer, C
 from latro.engines.vllm_sampling import sampling
 from latro.engines.vllm_weights import WeightFiles
 from latro.model.adapters import check_ties
-from latro.rollout.sequences import Sample
+from latro.rollout.sequences import Progress, Sample
 
 _PROBE = "The answer is 42."
 _CHECK_SECONDS = 60.0
@@ -109,13 +109,15 @@ class VllmEngine:
         temperature: float,
         seeds: Sequence[int],
         template: str | None = None,
+        progress: Progress | None = None,
         hangup: Hangup | None = None,
     ) -> list[list[Sample]]:
         """Sample `num_samples` completions of each prompt from the model's whole distribution.
 
         All prompts are sent at once, so the server batches them. `Sample.logp` is the server's
         log-prob of each token under softmax(logits / temperature), and None at temperature 0.
-        `hangup` cancels the requests from another thread.
+        `progress` is told of a prompt's samples when all of them have ended. `hangup` cancels the
+        requests from another thread.
 
         Raises:
             ValueError: a prompt is too long for the server, or the server has other weights than
@@ -162,9 +164,13 @@ class VllmEngine:
         with ThreadPoolExecutor(min(len(prompts), _MAX_CONNECTIONS) or 1) as pool:
             pairs = zip(prompts, seeds, strict=True)
             futures = [pool.submit(sample, prompt, seed) for prompt, seed in pairs]
+            rows_alive = len(prompts) * num_samples
             try:
                 for future in as_completed(futures):
-                    future.result()
+                    ended = future.result()
+                    rows_alive -= len(ended)
+                    if progress is not None:
+                        progress(sum(len(s.ids) for s in ended), rows_alive)
             finally:
                 # After a failure nothing is left to wait for. The queue is emptied before the
                 # requests are cancelled, since their threads would take from it.

@@ -28,7 +28,7 @@ letter follows the template.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -52,6 +52,10 @@ class Sample:
     None where the engine reports none."""
 
 
+Progress = Callable[[int, int], None]
+"""Told, as an engine samples, the tokens since the last time, and how many rows go on."""
+
+
 class RolloutEngine(Protocol):
     """Samples completions of prompts."""
 
@@ -64,6 +68,7 @@ class RolloutEngine(Protocol):
         temperature: float,
         seeds: Sequence[int],
         template: str | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """Return `num_samples` completions of each prompt, drawn from the whole distribution.
 
@@ -74,6 +79,7 @@ class RolloutEngine(Protocol):
             temperature: of sampling; 0 takes the likeliest token.
             seeds: one per prompt, from 0 to 2⁶³ − 1.
             template: if given, a completion also ends with the token that completes this text.
+            progress: told how the call goes.
         """
         ...
 

@@ -166,12 +166,14 @@ def test_transformers_engine_draws_from_the_policy(make_trainer: Any) -> None:
     assert logged["importance_ratio_max"] == pytest.approx(1, abs=1e-4)
 
 
-def test_a_model_that_transformers_samples_from_logs_no_ratio(
+def test_a_model_that_transformers_samples_from_logs_a_ratio_too(
     make_trainer: Any, tokenizer: Any
 ) -> None:
     trainer = make_trainer(other_model("lfm2", tokenizer), max_steps=1)
     trainer.train()
-    assert not any("importance_ratio" in entry for entry in trainer.state.log_history)
+    [logged] = [entry for entry in trainer.state.log_history if "importance_ratio" in entry]
+    assert logged["importance_ratio"] == pytest.approx(1, abs=1e-3)
+    assert logged["importance_ratio_max"] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("objective", ["verifree", "jepo", "rlpr", "sft"])

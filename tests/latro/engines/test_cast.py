@@ -204,3 +204,15 @@ def test_the_best_model_is_evaluated_with_its_own_weights(make_trainer: Any) -> 
         trainer.engine.model.parameters(), trainer.model.parameters(), strict=True
     ):
         assert torch.equal(own, policys.to(HALF))
+
+
+def test_the_ratio_of_the_policy_to_its_copy_is_logged(make_trainer: Any) -> None:
+    for dtype, exact in (("bfloat16", False), ("float32", True)):
+        trainer = make_trainer(max_steps=3, rollout_dtype=dtype)
+        trainer.train()
+        logged = [entry for entry in trainer.state.log_history if "importance_ratio" in entry]
+        assert len(logged) == 3
+        for entry in logged:
+            # Rounding of bf16, and no more than rounding after the weights have changed.
+            assert entry["importance_ratio"] == pytest.approx(1, abs=1e-5 if exact else 0.02)
+            assert (entry["importance_ratio_max"] > 1 + 1e-4) != exact

@@ -222,7 +222,10 @@ def test_models_that_keep_more_than_keys_are_left_to_transformers(tokenizer, cap
         progress=lambda *step: told.append(step),
     )
     assert sum(tokens for tokens, _ in told) == sum(len(s.ids) for group in samples for s in group)
-    assert all(sample.logp is None for group in samples for sample in group)
+    for sample in (sample for group in samples for sample in group):
+        assert sample.logp is not None
+        assert len(sample.logp) == len(sample.ids)
+        assert all(logp <= 0 for logp in sample.logp)
 
 
 def test_attention_that_looks_elsewhere_is_found_out(tiny, tokenizer, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from latro.engines.decoding import MOST_ROWS
 from latro.engines.transformers import TemplateStop, TransformersEngine, seed_of
 from latro.model.sampling_form import SamplingForm
 from latro.rollout.sequences import Sample
@@ -34,6 +35,23 @@ def test_shared_prefill_gives_what_the_model_alone_would_generate(tiny, tokenize
 @pytest.mark.parametrize("architecture", STATEFUL)
 def test_layers_that_keep_a_state_give_what_the_model_alone_would_generate(tokenizer, architecture):
     assert_greedy_is_that_of_the_model_alone(other_model(architecture, tokenizer), tokenizer)
+
+
+def test_layers_that_keep_a_state_read_few_rows_at_once(tokenizer, monkeypatch):
+    model = other_model("mamba2", tokenizer)
+    engine = TransformersEngine(model, tokenizer)
+    prompts = [tokenizer.encode(p) for p in PROMPTS]
+    options = {"num_samples": 2, "max_new_tokens": 6, "temperature": 1.0, "seeds": [0, 1, 2]}
+    together = engine.generate(prompts, **options)
+    monkeypatch.setitem(MOST_ROWS, "cpu", 4)
+    rows = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: rows.append(len(args[0]))
+    )
+    apart = engine.generate(prompts, **options)
+    hook.remove()
+    assert max(rows) == 4
+    assert [[s.ids for s in group] for group in apart] == [[s.ids for s in g] for g in together]
 
 
 @contextmanager
