@@ -55,7 +55,11 @@ class EvaluateArguments(EngineArguments):
     )
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Temperature of the sampled completions.")
-    batch_size: int = setting(64, "Problems per batch; results do not depend on it.")
+    batch_size: int = setting(
+        512,
+        "Problems that are sampled and written together; more keep the engine full, and results do "
+        "not depend on it.",
+    )
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 

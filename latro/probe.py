@@ -46,7 +46,7 @@ class ProbeArguments(EngineArguments):
     num_samples: int = setting(4, "Sampled rationales per problem; 0: only the greedy one.")
     max_completion_length: int = setting(500, "The longest rationale, in tokens.")
     temperature: float = setting(1.0, "Temperature of the policy, in sampling and in scoring.")
-    batch_size: int = setting(64, "Problems per batch.")
+    batch_size: int = setting(512, "Problems that are sampled together.")
     seed: int = setting(42, "Decides the samples.")
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 

@@ -44,7 +44,9 @@ class AnswerConfig(TrainingArguments):
     title: ClassVar[str]
 
     # Inherited fields with defaults of our own.
-    per_device_eval_batch_size: int = setting(64, "Prompts per device and evaluation batch.")
+    per_device_eval_batch_size: int = setting(
+        512, "Held-out problems that are sampled together, per device."
+    )
     logging_steps: float = setting(1, "Number of updates between logs.")
     remove_unused_columns: bool | None = setting(
         False, "Not used: the prompt and answer columns are no arguments of the model."

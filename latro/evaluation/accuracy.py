@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,19 +11,20 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from latro.config.ranges import above_zero, at_least, check_number
 from latro.engines.transformers import TransformersEngine, seed_of
 from latro.evaluation.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.evaluation.metrics import metrics_of
+from latro.evaluation.progress import EvaluationBar
 from latro.evaluation.resume import Journal
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import check_dataset, encode_prompt
 from latro.rollout.sequences import (
     AnswerJoin,
+    Progress,
     Rollout,
     RolloutEngine,
     Sample,
@@ -49,8 +49,8 @@ class EvaluationSettings:
         majority: the k of maj@k, each at most `num_samples`.
         max_completion_length: the longest rationale, in tokens; the answer may take 32 more, or as
             many as the longest answer in the data.
-        batch_size: problems per batch and process; results do not depend on it, up to rounding in
-            the model.
+        batch_size: problems per call of the engine and process; results do not depend on it, up
+            to rounding in the model.
         temperature: the sampling temperature.
         seed: decides the samples.
         token_budget: padded tokens of one scoring batch.
@@ -60,7 +60,7 @@ class EvaluationSettings:
     num_samples: int = 1
     majority: tuple[int, ...] = ()
     max_completion_length: int = 500
-    batch_size: int = 64
+    batch_size: int = 512
     temperature: float = 1.0
     seed: int = 0
     token_budget: int = 16384
@@ -171,26 +171,21 @@ def evaluate_model(
     records = journal.open(prompts, batch_size) if journal and rank == 0 else []
     if journal and world > 1:
         (records,) = broadcast_object_list([records])
-    with tqdm(
+    with EvaluationBar(
+        "evaluating",
         total=len(dataset),
-        initial=len(records),
-        desc="evaluating",
-        unit="problem",
-        dynamic_ncols=True,
-        disable=not settings.progress or rank > 0,
-        # In a file, one line every ten seconds is enough.
-        mininterval=0.1 if sys.stderr.isatty() else 10,
+        done=len(records),
+        shown=settings.progress and rank == 0,
     ) as bar:
         for start in range(len(records), len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))[rank::world]
-            batch = evaluator([_Problem(i, dataset[i], prompts[i]) for i in indices])
+            batch = evaluator([_Problem(i, dataset[i], prompts[i]) for i in indices], bar)
             if world > 1:
                 batch = sorted(gather_object(batch), key=lambda record: record["index"])
             if journal and rank == 0:
                 journal.append(batch)
             records += batch
-            bar.set_postfix(_accuracies(records), refresh=False)
-            bar.update(len(batch))
+            bar.add(len(batch), _accuracies(records))
     return metrics_of(records, settings.majority), records
 
 
@@ -257,7 +252,7 @@ class _Evaluator:
     max_new_tokens: int
     """The longest completion (rationale and answer), in tokens."""
 
-    def __call__(self, problems: Sequence[_Problem]) -> list[dict[str, Any]]:
+    def __call__(self, problems: Sequence[_Problem], bar: EvaluationBar) -> list[dict[str, Any]]:
         shown = [name for name in _SHOWN if problems and name in problems[0].row]
         records = [{"index": p.index} | {name: p.row[name] for name in shown} for p in problems]
         # Some processes may have no problem of the last batch.
@@ -267,7 +262,9 @@ class _Evaluator:
         if self.settings.num_samples:
             modes.append(("sampled", self.settings.temperature, self.settings.num_samples))
         for name, temperature, num_samples in modes:
-            groups = self._generate(problems, temperature, num_samples)
+            groups = self._generate(
+                problems, temperature, num_samples=num_samples, progress=bar.sampling()
+            )
             rollouts = [completion.rollout for group in groups for completion in group]
             logps = iter(answer_logp(self.scorer, rollouts, self.settings.token_budget))
             for problem, record, group in zip(problems, records, groups, strict=True):
@@ -277,7 +274,12 @@ class _Evaluator:
         return records
 
     def _generate(
-        self, problems: Sequence[_Problem], temperature: float, num_samples: int
+        self,
+        problems: Sequence[_Problem],
+        temperature: float,
+        *,
+        num_samples: int,
+        progress: Progress,
     ) -> list[list[_Completion]]:
         """Return the completions of each problem."""
         samples = self.engine.generate(
@@ -287,6 +289,7 @@ class _Evaluator:
             temperature=temperature,
             seeds=[seed_of(self.settings.seed, problem.index) for problem in problems],
             template=self.separator,
+            progress=progress,
         )
         return [
             [self._ended(problem, sample) for sample in group]

@@ -13,7 +13,6 @@ this measures it for a model before anything is trained.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -24,13 +23,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from latro.config.ranges import at_least
 from latro.engines.transformers import TransformersEngine, seed_of
 from latro.evaluation.accuracy import answer_logp, check_temperature
 from latro.evaluation.metrics import standard_error
+from latro.evaluation.progress import EvaluationBar
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
 from latro.rollout.sequences import (
@@ -59,7 +58,7 @@ class ProbeSettings:
     Attributes:
         num_samples: sampled rationales per problem; 0: only the greedy one.
         max_completion_length: the longest rationale of the model's own, in tokens.
-        batch_size: problems per batch.
+        batch_size: problems per call of the engine and process.
         temperature: the sampling temperature.
         seed: decides the samples.
         token_budget: tokens of one scoring batch.
@@ -67,7 +66,7 @@ class ProbeSettings:
 
     num_samples: int = 4
     max_completion_length: int = 500
-    batch_size: int = 64
+    batch_size: int = 512
     temperature: float = 1.0
     seed: int = 0
     token_budget: int = 16384
@@ -125,15 +124,7 @@ def probe_model(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
     records: list[dict[str, Any]] = []
-    with tqdm(
-        total=len(dataset),
-        desc="probing",
-        unit="problem",
-        dynamic_ncols=True,
-        disable=rank > 0,
-        # In a file, one line every ten seconds is enough.
-        mininterval=0.1 if sys.stderr.isatty() else 10,
-    ) as bar:
+    with EvaluationBar("probing", total=len(dataset), done=0, shown=rank == 0) as bar:
         for start in range(0, len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))
             # Some processes may have no problem of the last batch.
@@ -143,6 +134,7 @@ def probe_model(
                 engine=engine,
                 join=join,
                 settings=settings,
+                bar=bar,
             )
             flat = [r for group in groups for rollouts in group.values() for r in rollouts]
             logps = iter(answer_logp(scorer, flat, settings.token_budget))
@@ -163,7 +155,7 @@ def probe_model(
             if world > 1:
                 batch = sorted(gather_object(batch), key=lambda record: record["index"])
             records += batch
-            bar.update(len(indices))
+            bar.add(len(indices), {})
     return records
 
 
@@ -173,6 +165,7 @@ def _rollouts(
     engine: RolloutEngine,
     join: AnswerJoin,
     settings: ProbeSettings,
+    bar: EvaluationBar,
 ) -> list[dict[str, list[Rollout]]]:
     """Return the answer of each problem (index and row) after each kind of rationale."""
     if not problems:
@@ -192,6 +185,7 @@ def _rollouts(
                 temperature=temperature,
                 seeds=seeds,
                 template=join.ending,
+                progress=bar.sampling(),
             )
     groups = []
     for place, (prompt, (_, row)) in enumerate(zip(prompts, problems, strict=True)):
