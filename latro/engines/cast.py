@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.engines.transformers import TransformersEngine
 from latro.model.adapters import without_wrapper
+from latro.model.quantized import is_quantized
 from latro.rollout.sequences import Sample
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def rollout_dtype(
     """Return the dtype of the copy to sample from; None: no copy, the policy itself samples.
 
     Args:
-        asked: the name of a dtype; None; or "auto", which is bf16 where the weights are fp32 and
-            whole, and their device multiplies bf16 numbers itself.
+        asked: the name of a dtype; None; or "auto", which is bf16 where the weights are fp32,
+            whole and not quantised, and their device multiplies bf16 numbers itself.
         model: the policy.
         sharded: whether this process holds a part of each weight only.
 
@@ -107,7 +108,8 @@ def rollout_dtype(
         dtype: torch.dtype = getattr(torch, asked)
         return dtype
     weight = model.get_input_embeddings().weight
-    fits = weight.dtype == torch.float32 and not sharded and multiplies_bf16(weight.device)
+    plain = weight.dtype == torch.float32 and not sharded and not is_quantized(model)
+    fits = plain and multiplies_bf16(weight.device)
     return torch.bfloat16 if fits else None
 
 
@@ -129,7 +131,7 @@ def cast_copy(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrai
         ValueError: the weights are quantised.
     """
     base = without_wrapper(model)
-    if getattr(base, "hf_quantizer", None) is not None:
+    if is_quantized(model):
         raise ValueError(
             "rollout_dtype: expected it left out for a model whose weights are quantised, got "
             f"{str(dtype).removeprefix('torch.')} with {type(base).__name__}"

@@ -155,6 +155,7 @@ def test_what_cannot_be_copied_is_refused(tiny: Any, tokenizer: Any) -> None:
     model.hf_quantizer = object()
     with pytest.raises(ValueError, match=r"^rollout_dtype: .*quantised, got bfloat16 with Llama"):
         CastEngine(model, tokenizer, HALF)
+    assert rollout_dtype("auto", model, sharded=False) is None
 
 
 def test_training_samples_from_the_weights_of_each_update(make_trainer: Any) -> None:
