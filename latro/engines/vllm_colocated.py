@@ -28,7 +28,7 @@ from vllm.utils.network_utils import get_open_port
 from latro.engines.vllm_sampling import sampling
 from latro.engines.vllm_weights import named_weights
 from latro.model.adapters import without_wrapper
-from latro.rollout.sequences import Sample
+from latro.rollout.sequences import Progress, Sample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -103,8 +103,9 @@ class ColocatedVllm:
         temperature: float,
         seeds: Sequence[int],
         template: str | None = None,
+        progress: Progress | None = None,
     ) -> list[list[Sample]]:
-        """Sample as `VllmEngine.generate` does.
+        """Sample as `VllmEngine.generate` does; `progress` is told once, when all have ended.
 
         Raises:
             ValueError: a prompt is too long.
@@ -135,7 +136,10 @@ class ColocatedVllm:
                 [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
             )
         self._sleep()
-        return [_samples(output, scored=temperature > 0) for output in outputs]
+        samples = [_samples(output, scored=temperature > 0) for output in outputs]
+        if progress is not None:
+            progress(sum(len(sample.ids) for of_prompt in samples for sample in of_prompt), 0)
+        return samples
 
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None
