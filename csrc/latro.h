@@ -139,6 +139,21 @@ LATRO_API int32_t latro_cpu_few_rows_linear(const void* x, const void* weight,
                                             int32_t bf16_products, int64_t N, int64_t H, int64_t V,
                                             int64_t threads);
 
+/* decode_attention on the CPU: R rows read a token each, and attend to their prompt and their own.
+ *
+ * query[R, heads, size], key[R, key_heads, size], value[R, key_heads, value_size] and
+ * out[R, heads, value_size] are contiguous, and so are the kept keys [places, key_heads, size, room]
+ * and values [places, key_heads, room, value_size], all of `dtype`. Row i attends to prompt_length[i]
+ * keys of place prompt[i], and in its own place i to length[i] keys and to the new one, which is
+ * written behind them; of all these to the last `window` (0: to all). softcap 0 is none.
+ */
+LATRO_API int32_t latro_cpu_decode_attention(
+    const void* query, const void* key, const void* value, int32_t dtype, const void* prompt_keys,
+    const void* prompt_values, int64_t prompt_room, void* own_keys, void* own_values,
+    int64_t own_room, const int64_t* prompt, const int64_t* prompt_length, const int64_t* length,
+    void* out, int64_t R, int64_t heads, int64_t key_heads, int64_t size, int64_t value_size,
+    int64_t window, float scaling, float softcap, int64_t threads);
+
 /* linear_logprob on CUDA: what happens to one tile of logits between the products.
  *
  * The tile holds rows x cols products, fp32, contiguous, for the vocabulary columns first_col ..

@@ -1,5 +1,6 @@
 """Fused log-probabilities, KL and samples at the LM head, and group advantages made of them."""
 
+from latro_kernels.decode_attention import DecodedRows, KeptKeys, decode_attention
 from latro_kernels.environment import environment
 from latro_kernels.few_rows_linear import few_rows_linear
 from latro_kernels.gather_logprob import gather_logprob
@@ -17,9 +18,12 @@ from latro_kernels.native import BackendUnavailableError
 
 __all__ = [
     "BackendUnavailableError",
+    "DecodedRows",
     "GroupAdvantage",
     "GroupLayout",
+    "KeptKeys",
     "LinearSample",
+    "decode_attention",
     "environment",
     "few_rows_linear",
     "floored",

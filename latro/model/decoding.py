@@ -9,7 +9,8 @@ handed to a model as the keyword `decoding` it is what the layers attend to:
 
 A row attends to its prompt, to its own tokens so far and to the token that it reads. New keys are
 written into room that is there already; where it is too small, it doubles. A prompt's keys are read
-where they lie, for all of its rows by one product.
+where they lie: on a CPU by `decode_attention`, where a row's result has the same bits whatever rows
+there are, and else for all of its rows by one product.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latro_kernels import DecodedRows, KeptKeys, decode_attention
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FIRST_ROOM = 64
 """Tokens of each row for which there is room at first."""
 
@@ -45,9 +49,12 @@ class DecodingKeys:
     def bytes_per_token(self) -> int:
         """The bytes that a token takes in all layers together."""
         return sum(
-            t[0, :, 0].numel() * t.element_size()
+            t[0].numel() // tokens * t.element_size()
             for layer in self._layers.values()
-            for t in (layer.prompt_keys, layer.prompt_values)
+            for t, tokens in (
+                (layer.prompt_keys, layer.prompt_keys.shape[3]),
+                (layer.prompt_values, layer.prompt_values.shape[2]),
+            )
         )
 
     def place_prompts(self, places: Sequence[int], lengths: Sequence[int]) -> None:
@@ -61,12 +68,12 @@ class DecodingKeys:
         room = self._layers[layer]
         places = 1 + max(place for place, _ in self._prompts)
         longest = max(length for _, length in self._prompts)
-        room.prompt_keys = _with_room(room.prompt_keys, places, longest)
-        room.prompt_values = _with_room(room.prompt_values, places, longest)
+        room.prompt_keys = _with_room(room.prompt_keys, places, longest, dim=3)
+        room.prompt_values = _with_room(room.prompt_values, places, longest, dim=2)
         start = 0
         for place, length in self._prompts:
             end = start + length
-            room.prompt_keys[place, :, :length] = key[0, :, start:end]
+            room.prompt_keys[place, :, :, :length] = key[0, :, start:end].transpose(1, 2)
             room.prompt_values[place, :, :length] = value[0, :, start:end]
             start = end
 
@@ -102,8 +109,8 @@ class DecodingKeys:
     def move_row(self, place: int, to: int, length: int) -> None:
         """Copy the `length` tokens of one row to another place."""
         for layer in self._layers.values():
-            for t in (layer.own_keys, layer.own_values):
-                t[to, :, :length] = t[place, :, :length]
+            layer.own_keys[to, :, :, :length] = layer.own_keys[place, :, :, :length]
+            layer.own_values[to, :, :length] = layer.own_values[place, :, :length]
 
     def attend(
         self,
@@ -133,16 +140,30 @@ class DecodingKeys:
         rows = self._rows
         assert rows is not None
         room = self._layers[layer]
-        room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1)
-        room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1)
-        room.own_keys[rows.index, :, rows.length] = key[0].transpose(0, 1)
-        room.own_values[rows.index, :, rows.length] = value[0].transpose(0, 1)
+        room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1, dim=3)
+        room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
+        # [1, heads, R, size] to [R, heads, size].
+        query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        if query.is_cpu and query.dtype in _KERNEL_DTYPES:
+            out = decode_attention(
+                query,
+                key,
+                value,
+                KeptKeys(room.prompt_keys, room.prompt_values, room.own_keys, room.own_values),
+                rows.decoded,
+                scaling=scaling,
+                window=None if math.isinf(window) else int(window),
+                softcap=softcap,
+            )
+            return out[None]
+        room.own_keys[rows.index, :, :, rows.length] = key
+        room.own_values[rows.index, :, rows.length] = value
         return _attend(query, room, rows, scaling, window, softcap)[None]
 
 
 @dataclass
 class _Layer:
-    """A layer's keys and values, [places, heads of keys, tokens, size] each."""
+    """A layer's keys [places, heads of keys, size, tokens] and values [·, ·, tokens, size]."""
 
     prompt_keys: Tensor
     prompt_values: Tensor
@@ -151,22 +172,25 @@ class _Layer:
 
     @classmethod
     def like(cls, key: Tensor, value: Tensor) -> _Layer:
-        k, v = (t.new_zeros(0, t.shape[1], 0, t.shape[3]) for t in (key, value))
+        k = key.new_zeros(0, key.shape[1], key.shape[3], 0)
+        v = value.new_zeros(0, value.shape[1], 0, value.shape[3])
         return cls(k, v, k, v)
 
 
-def _with_room(kept: Tensor, places: int, tokens: int) -> Tensor:
-    """Return `kept`, or a copy with room for as many places and tokens, and for more to come."""
-    if places <= kept.shape[0] and tokens <= kept.shape[2]:
+def _with_room(kept: Tensor, places: int, tokens: int, dim: int) -> Tensor:
+    """Return `kept`, or a copy with room for as many places and tokens, and for more to come.
+
+    `dim` is where the tokens are.
+    """
+    had = kept.shape[0], kept.shape[dim]
+    if places <= had[0] and tokens <= had[1]:
         return kept
-    if places > kept.shape[0]:
-        places = max(places, 2 * kept.shape[0])
-    if tokens > kept.shape[2]:
-        tokens = max(tokens, 2 * kept.shape[2], _FIRST_ROOM)
-    shape = (max(places, kept.shape[0]), kept.shape[1], max(tokens, kept.shape[2]), kept.shape[3])
+    shape = list(kept.shape)
+    shape[0] = had[0] if places <= had[0] else max(places, 2 * had[0])
+    shape[dim] = had[1] if tokens <= had[1] else max(tokens, 2 * had[1], _FIRST_ROOM)
     # Zeros, since what no row sees is multiplied by a probability of 0.
     wider = kept.new_zeros(shape)
-    wider[: kept.shape[0], :, : kept.shape[2]] = kept
+    wider[: had[0]].narrow(dim, 0, had[1]).copy_(kept)
     return wider
 
 
@@ -182,6 +206,7 @@ class _Rows:
     ) -> None:
         self.count = len(prompts)
         self.longest_prompt, self.longest = max(prompt_lengths), max(lengths)
+        self.prompt = torch.tensor(prompts, device=device)
         self.prompt_length = torch.tensor(prompt_lengths, device=device)
         self.length = torch.tensor(lengths, device=device)
         self.index = torch.arange(self.count, device=device)
@@ -202,6 +227,7 @@ class _Rows:
         )
         """int64 [R]: where each row stands in the flattened grid."""
         self._biases: dict[float, Tensor] = {}
+        self.decoded = DecodedRows(self.prompt, self.prompt_length, self.length)
 
     def advanced(self) -> _Rows:
         """Return the same rows, each with one more token."""
@@ -210,6 +236,7 @@ class _Rows:
         following.length = self.length + 1
         following.longest = self.longest + 1
         following._biases = {}
+        following.decoded = DecodedRows(self.prompt, self.prompt_length, following.length)
         return following
 
     def bias(self, window: float, dtype: torch.dtype) -> Tensor:
@@ -234,9 +261,9 @@ def _attend(
     """Return [R, heads, size of values]: one softmax over a row's prompt and its own tokens."""
     R, heads, kv = rows.count, query.shape[1], room.own_keys.shape[1]
     P, T = rows.longest_prompt, rows.longest + 1
-    q = query[0].transpose(0, 1).reshape(R, kv, heads // kv, -1)
-    of_prompt = _of_prompts(q, room.prompt_keys[:, :, :P].transpose(2, 3), rows)
-    own = q @ room.own_keys[:R, :, :T].transpose(2, 3)
+    q = query.reshape(R, kv, heads // kv, -1)
+    of_prompt = _of_prompts(q, room.prompt_keys[..., :P], rows)
+    own = q @ room.own_keys[:R, :, :, :T]
     working = torch.promote_types(query.dtype, torch.float32)
     scores = torch.cat([of_prompt, own], dim=3).to(working) * scaling
     if softcap is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from latro.engines.transformers import TransformersEngine
 from latro.model.sampling_form import SamplingForm
 from latro.model.scoring import Scorer
 from latro.rollout.sequences import AnswerJoin
+from latro_kernels import decode_attention
 from scripts.make_tiny_model import ARCHITECTURES
 from tests.latro.other_models import other_model
 
@@ -47,10 +49,6 @@ def sharp(tiny):
     return make
 
 
-def ids_of(samples):
-    return [[sample.ids for sample in group] for group in samples]
-
-
 def scored(model, prompt, sample, temperature):
     """Return the log-prob of each sampled token, from the logits of the whole sequence."""
     logits = model(torch.tensor([prompt + sample.ids]), use_cache=False).logits[0].double()
@@ -79,11 +77,11 @@ def test_samples_tell_the_log_probs_of_the_whole_sequence(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("architecture", ["llama", "cohere", *WINDOWS])
 def test_log_probs_err_no_more_than_a_whole_forwards(
     sharp, tokenizer, prompts, architecture, dtype
 ):
-    model = sharp(architecture).to(dtype)
+    model = sharp(architecture, **WINDOWS.get(architecture, {})).to(dtype)
     samples = TransformersEngine(model, tokenizer).generate(
         prompts, seeds=[1, 2, 3, 4, 5], **SETTINGS
     )
@@ -157,7 +155,8 @@ def test_prompts_that_wait_get_the_same_samples(
     together = engine.generate(
         prompts, seeds=seeds, progress=lambda tokens, rows: alive.append((tokens, rows)), **settings
     )
-    assert ids_of(together) == ids_of(alone)
+    # To the bit, log-probs included.
+    assert together == alone
     # The prefills' tokens aside, no step has more rows than may be.
     steps = [tokens for tokens, _ in alive]
     assert sum(steps) == sum(len(sample.ids) for group in alone for sample in group)
@@ -172,7 +171,7 @@ def test_keys_grow_and_rows_move_without_a_trace(sharp, tokenizer, prompts, monk
     settings = SETTINGS | {"max_new_tokens": 90}
     expected = engine.generate(prompts, seeds=[1, 2, 3, 4, 5], **settings)
     monkeypatch.setattr("latro.model.decoding._FIRST_ROOM", 1)
-    assert ids_of(engine.generate(prompts, seeds=[1, 2, 3, 4, 5], **settings)) == ids_of(expected)
+    assert engine.generate(prompts, seeds=[1, 2, 3, 4, 5], **settings) == expected
     assert max(len(sample.ids) for group in expected for sample in group) > 16
 
 
@@ -229,10 +228,12 @@ def test_models_that_keep_more_than_keys_are_left_to_transformers(tokenizer, cap
 
 
 def test_attention_that_looks_elsewhere_is_found_out(tiny, tokenizer, monkeypatch):
-    monkeypatch.setattr(
-        "latro.model.decoding._Rows.bias",
-        lambda rows, window, dtype: torch.zeros(rows.count, 1, 1, 1, dtype=dtype),
-    )
+    def careless(query, key, value, kept, rows, **options):
+        # Every row reads the first prompt.
+        rows = replace(rows, prompt=torch.zeros_like(rows.prompt))
+        return decode_attention(query, key, value, kept, rows, **options)
+
+    monkeypatch.setattr("latro.model.decoding.decode_attention", careless)
     assert "its hidden states differ by" in TransformersEngine(tiny(), tokenizer).form
 
 
