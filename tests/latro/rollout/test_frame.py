@@ -51,6 +51,17 @@ def test_a_prompt_ends_where_thoughts_begin(thinker, family):
     assert spelt[-len(ending) :] == ending
 
 
+def test_earlier_turns_change_nothing_at_the_end_of_a_prompt(thinker, family):
+    """As worked examples are shown in an evaluation."""
+    frame = Frame(thinker, Chat("Be brief.", family.kwargs))
+    turns = [("user", "One?"), ("assistant", "So. The answer is 1"), ("user", "Two?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    text = decode(thinker, encode_prompt(thinker, prompt, frame))
+    assert text.endswith(family.prompt_end)
+    assert "So. The answer is 1" in text
+    assert frame.thinking.closing not in text.partition("Two?")[2].replace("<|end|>", "", 1)
+
+
 @pytest.mark.parametrize(
     ("template", "chat", "ending"),
     [
