@@ -223,6 +223,40 @@ def ops(result: dict[str, Any]) -> str:
     )
 
 
+_SAMPLERS = {
+    "latro": "`linear_sample`",
+    "multinomial": "softmax, multinomial",
+    "generate": "transformers' `generate`",
+    "cumulative": "cumulative sum, search",
+}
+
+
+def sample(result: dict[str, Any]) -> str:
+    """Tabulate what a token costs at the head: ms, and multiples of the time to read the weight."""
+    cases: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        case = tuple(row[name] for name in ("dtype", "H", "V", "N"))
+        cases.setdefault(case, {})[row["provider"]] = row
+    rows = []
+    for (dtype, H, V, N), of in cases.items():
+        times = [
+            f"{1e3 * of[name]['median']:.1f} ({of[name]['multiple']:.1f} ×)" for name in _SAMPLERS
+        ]
+        memory = (_mib(of[name]["extra_bytes"]) for name in ("latro", "generate"))
+        read = f"{1e3 * of['read']['median']:.1f}"
+        rows.append([f"{V} × {H}, {dtype}, N = {N}", read, *times, " / ".join(memory)])
+    header = ["V × H", "read the weight, ms", *(f"{name}, ms" for name in _SAMPLERS.values())]
+    header.append("extra MiB, ours / `generate`")
+    low, high = (choose(row["reps"] for row in result["rows"]) for choose in (min, max))
+    return (
+        markdown(header, rows)
+        + f"\n\nMedians of {low if low == high else f'{low} to {high}'} interleaved repetitions on "
+        f"{_where(result)}, and multiples of the time to read the weight; `linear_sample` gives "
+        "log-probs and entropies too. Ranges in "
+        "[the results](benchmarks/results/linear_sample/linear_sample.json)."
+    )
+
+
 def step(result: dict[str, Any]) -> str:
     """Tabulate an update and a whole step, one row per contender."""
     rows = [
@@ -284,6 +318,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "step-short": (RESULTS / "step" / "step.json", step_short),
     "peers": (RESULTS / "head" / "study_head.json", peers),
     "ops": (RESULTS / "ops" / "ops.json", ops),
+    "sample": (RESULTS / "linear_sample" / "linear_sample.json", sample),
     "step": (RESULTS / "step" / "step.json", step),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
     "replicate": (RESULTS / "replicate" / CELLS_FILE, replicate),

@@ -162,7 +162,7 @@ def held(path: Path, result: Mapping[str, Mapping[str, object]]) -> list[dict[st
     if not path.exists():
         return []
     old = json.loads(path.read_text())
-    for part in ("sizes", "environment"):
+    for part in result:
         if old[part] | {"date": None} != result[part] | {"date": None}:
             print(f"{path}: what it held is of another {part.removesuffix('s')}, and is not kept")
             return []
