@@ -7,7 +7,8 @@ is told where to join.
 
 Untested beyond a CPU: the tests run vLLM 0.32's trainer engine, routes and worker engine with a
 broadcast of their own for NCCL's. NCCL itself, and packing into its buffers, have not run. A server
-that ends while it receives leaves the trainer waiting, since vLLM's group has no time limit.
+that ends while it receives leaves the trainer waiting, since vLLM's group has no time limit; one
+that cannot join shows after the 300 seconds that vLLM waits for it.
 """
 
 from __future__ import annotations

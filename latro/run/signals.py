@@ -20,10 +20,10 @@ class Interruption(TrainerCallback):
     Schedulers send SIGTERM some time before they kill; Ctrl-C sends SIGINT. At the first of either,
     the run finishes its update, saves a checkpoint, and stops without a further evaluation, which
     is made when the run resumes (`latro.run.due`). So the scheduler's grace period must cover one
-    update, an evaluation under way, and the saving. After the last update the trainer has to save
-    (`after_training`). A second Ctrl-C raises KeyboardInterrupt at once; a second SIGTERM changes
-    nothing, since schedulers send several. A signal that the process was started to ignore stays
-    ignored. With several processes, a signal to any one stops all at the same update.
+    update, an evaluation or a rollout under way, and the saving. After the last update the trainer
+    has to save (`after_training`). A second Ctrl-C raises KeyboardInterrupt at once; a second
+    SIGTERM changes nothing, since schedulers send several. A signal that the process was started to
+    ignore stays ignored. With several processes, a signal to any one stops all at the same update.
 
     Python handles signals in the main thread only, so a run in another thread has no handlers.
     """

@@ -152,3 +152,29 @@ def test_training_samples_from_the_updated_policy(
             assert abs(math.log(logged[name])) <= 2 * allowed
     initial, (_, prompts, groups) = drawn[0][0], drawn[1]
     assert errors(initial, prompts, groups, temperature=1.0)[0] > 100 * allowed
+
+
+def test_rollouts_ahead_are_of_the_policy_before_the_update(
+    vllm_url: str, tiny: Any, tokenizer: Any, task: Any, dataset: Any, tmp_path: Path
+) -> None:
+    settings = LatroConfig(
+        output_dir=str(tmp_path / "run"),
+        rollout_engine="vllm",
+        vllm_url=vllm_url,
+        async_rollouts=1,
+        importance_cap=2.0,
+        num_generations=4,
+        max_completion_length=20,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        max_steps=3,
+        disable_tqdm=True,
+        save_strategy="no",
+    )
+    trainer = LatroTrainer(tiny(**SIZES), settings, dataset, tokenizer, task)
+    trainer.train()
+    ratios = [e["importance_ratio_max"] for e in trainer.state.log_history if "loss" in e]
+    assert len(ratios) == 3
+    # The first update samples with its own weights, and the others with those before.
+    assert ratios[0] == pytest.approx(1, rel=1e-4)
+    assert min(ratios[1:]) > 1.01
