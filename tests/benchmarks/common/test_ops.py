@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import gather_logprob, group_advantage, linear_kl
+from benchmarks import decode_attention, gather_logprob, group_advantage, linear_kl
 from benchmarks.common import ops
 from benchmarks.common.problem import relative_error
 
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "gather_logprob": (gather_logprob, ["fp32", "bf16"]),
     "linear_kl": (linear_kl, ["fp32", "bf16"]),
     "group_advantage": (group_advantage, ["fp32"]),
+    "decode_attention": (decode_attention, ["fp32", "bf16"]),
 }
 
 
