@@ -19,7 +19,7 @@ from benchmarks.updates.problem import (
     StepProblem,
     stops_by_chance,
 )
-from latro.config.training import ModelArguments
+from latro.config.model import ModelArguments
 from latro.loading import load_model
 
 SMOLLM2 = ModelSize(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3)
