@@ -16,6 +16,7 @@ import ctypes
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 # Brings torch's libgomp into the process first. A library of ours that loaded its own would keep a
 # second pool of threads beside torch's.
@@ -131,13 +132,21 @@ def call(symbol: str, *arguments: torch.Tensor | int | float | None) -> None:
         BackendUnavailableError: the symbol's library is not there.
         RuntimeError: the function returned a status other than LATRO_OK.
     """
-    backend = symbol.split("_")[1]
-    function = getattr(library(backend), symbol)
+    function = _function(symbol)
     if len(arguments) != len(function.argtypes):
         raise TypeError(f"{symbol} takes {len(function.argtypes)} arguments, got {len(arguments)}")
-    status = function(*(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments))
+    status = function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments])
     if status != 0:
-        raise RuntimeError(f"{symbol}: {_describe(backend, status)}")
+        raise RuntimeError(f"{symbol}: {_describe(_backend(symbol), status)}")
+
+
+@functools.cache
+def _function(symbol: str) -> Any:
+    return getattr(library(_backend(symbol)), symbol)
+
+
+def _backend(symbol: str) -> str:
+    return symbol.split("_")[1]
 
 
 def _describe(backend: str, status: int) -> str:
