@@ -189,7 +189,7 @@ class Decoding:
         sampled = self._sample(
             reading, seed, torch.zeros_like(seed), torch.tensor(last, device=self.device)
         )
-        going_on = self._take(rows, sampled)
+        going_on = self._take(rows, sampled, others=len(self._rows) + len(self._ready))
         self._ready.extend(row for row, goes_on in zip(rows, going_on, strict=True) if goes_on)
 
     def _step(self) -> None:
@@ -207,7 +207,7 @@ class Decoding:
             self._keys.advance()
         reading = Reading(self._tokens[None], self._keys.position_ids, self._keys)
         sampled = self._sample(reading, self._seeds, self._keys.own_lengths + 1)
-        going_on = self._take(rows, sampled)
+        going_on = self._take(rows, sampled, others=len(self._ready))
         self._tokens = sampled.token
         for place in reversed(range(len(rows))):
             if not going_on[place]:
@@ -230,8 +230,11 @@ class Decoding:
         # The whole model, not only its trunk: sharding engines expect calls at the root.
         return self.model(input_ids=reading.input_ids, head_rows=rows)
 
-    def _take(self, rows: Sequence[_Row], sampled: LinearSample) -> list[bool]:
-        """Add the sampled tokens to their rows, and return which rows go on."""
+    def _take(self, rows: Sequence[_Row], sampled: LinearSample, others: int) -> list[bool]:
+        """Add the sampled tokens to their rows, and return which rows go on.
+
+        `others` is how many rows have begun beside them.
+        """
         # One transfer; fp64 holds token ids and fp32 numbers as they are.
         tokens, logps = torch.stack([sampled.token.double(), sampled.logp.double()]).tolist()
         for row, token, logp in zip(rows, tokens, logps, strict=True):
@@ -249,7 +252,7 @@ class Decoding:
                 if row.prompt.open == 0:
                     heapq.heappush(self._free, row.prompt.place)
         if self.progress is not None:
-            self.progress(len(rows), sum(going_on))
+            self.progress(len(rows), others + sum(going_on))
         return going_on
 
     def _close(self, place: int) -> None:

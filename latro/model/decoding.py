@@ -63,6 +63,7 @@ class DecodingKeys:
 
     def keep_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep a layer's keys and values [1, heads of keys, T, size] of a prefill."""
+        key, value = _as_products_take(key, value)
         if layer not in self._layers:
             self._layers[layer] = _Layer.like(key, value)
         room = self._layers[layer]
@@ -139,6 +140,7 @@ class DecodingKeys:
         """
         rows = self._rows
         assert rows is not None
+        query, key, value = _as_products_take(query, key, value)
         room = self._layers[layer]
         room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1, dim=3)
         room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
@@ -175,6 +177,14 @@ class _Layer:
         k = key.new_zeros(0, key.shape[1], key.shape[3], 0)
         v = value.new_zeros(0, value.shape[1], 0, value.shape[3])
         return cls(k, v, k, v)
+
+
+def _as_products_take(*states: Tensor) -> list[Tensor]:
+    """Return queries, keys and values in one dtype: under autocast rotary positions make fp32."""
+    kind = states[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(states)
+    return [t.to(torch.get_autocast_dtype(kind)) for t in states]
 
 
 def _with_room(kept: Tensor, places: int, tokens: int, dim: int) -> Tensor:
