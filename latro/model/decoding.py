@@ -15,6 +15,7 @@ there are, and else for all of its rows by one product.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -220,24 +221,25 @@ class _Rows:
         self.prompt_length = torch.tensor(prompt_lengths, device=device)
         self.length = torch.tensor(lengths, device=device)
         self.index = torch.arange(self.count, device=device)
-        rows_of: list[list[int]] = [[] for _ in range(1 + max(prompts))]
-        place: list[int] = []
-        for row, prompt in enumerate(prompts):
-            place.append(len(rows_of[prompt]))
-            rows_of[prompt].append(row)
-        self.most = max(map(len, rows_of))
-        # Prompts with fewer rows than others are filled up with row 0, and what comes of it is
-        # left out.
-        grid = [rows + [0] * (self.most - len(rows)) for rows in rows_of]
-        self.grid = torch.tensor(grid, device=device)
-        """int64 [prompts, most]: the rows of each prompt."""
-        self.cell = torch.tensor(
-            [prompt * self.most + at for prompt, at in zip(prompts, place, strict=True)],
-            device=device,
-        )
-        """int64 [R]: where each row stands in the flattened grid."""
+        self._prompts = prompts
         self._biases: dict[float, Tensor] = {}
         self.decoded = DecodedRows(self.prompt, self.prompt_length, self.length)
+
+    @functools.cached_property
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """int64 [prompts, most], the rows of each prompt; int64 [R], where each stands in it."""
+        rows_of: list[list[int]] = [[] for _ in range(1 + max(self._prompts))]
+        place: list[int] = []
+        for row, prompt in enumerate(self._prompts):
+            place.append(len(rows_of[prompt]))
+            rows_of[prompt].append(row)
+        most = max(map(len, rows_of))
+        # Prompts with fewer rows than others are filled up with row 0, and what comes of it is
+        # left out.
+        grid = [rows + [0] * (most - len(rows)) for rows in rows_of]
+        cell = [prompt * most + at for prompt, at in zip(self._prompts, place, strict=True)]
+        device = self.length.device
+        return torch.tensor(grid, device=device), torch.tensor(cell, device=device)
 
     def advanced(self) -> _Rows:
         """Return the same rows, each with one more token."""
@@ -290,8 +292,9 @@ def _of_prompts(x: Tensor, of_prompts: Tensor, rows: _Rows) -> Tensor:
     The rows of a prompt go through one product with it.
     """
     kv, g, m = x.shape[1:]
-    prompts, most = rows.grid.shape
+    grid, cell = rows.grid
+    prompts, most = grid.shape
     # [prompts, most, kv, g, m] to [prompts, kv, most·g, m].
-    gathered = x[rows.grid].transpose(1, 2).reshape(prompts, kv, most * g, m)
+    gathered = x[grid].transpose(1, 2).reshape(prompts, kv, most * g, m)
     product = gathered @ of_prompts[:prompts]
-    return product.view(prompts, kv, most, g, -1).transpose(1, 2).flatten(0, 1)[rows.cell]
+    return product.view(prompts, kv, most, g, -1).transpose(1, 2).flatten(0, 1)[cell]
