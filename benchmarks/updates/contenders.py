@@ -179,7 +179,7 @@ class Trl(Contender):
     name = "trl (x⊕z only)"
 
     def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
-        from trl import RLOOConfig, RLOOTrainer
+        from trl import RLOOConfig
 
         super().__init__(problem)
         # It loads its reference from where the policy says that it came from.
@@ -198,7 +198,7 @@ class Trl(Contender):
             activation_checkpointing=False,
             save_strategy="no",
         )
-        self._trainer = RLOOTrainer(
+        self._trainer = self.trainer_class(
             self.model,
             reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
             args=config,
@@ -208,6 +208,12 @@ class Trl(Contender):
         self.ref_model = self._trainer.ref_model
         self._micro_steps = self._trainer.current_gradient_accumulation_steps = sequences // batch
         self._inputs = [row for row in rows for _ in range(setting.K)]
+
+    @property
+    def trainer_class(self) -> type:
+        from trl import RLOOTrainer
+
+        return RLOOTrainer
 
     def update(self, groups: Groups) -> Tensor:
         sampled = [rollout.sampled_ids for group in groups for rollout in group]
@@ -242,3 +248,18 @@ class Trl(Contender):
         )
         with super().counted() as passes, watched:
             yield passes
+
+
+class TrlSharedPrefix(Trl):
+    """TRL's `RLOOTrainer` with every prompt once through the trunk."""
+
+    name = "trl, SharedPrefix (x⊕z only)"
+
+    @property
+    def trainer_class(self) -> type:
+        from latro.integrations.trl import SharedPrefix
+
+        class PackedRLOO(SharedPrefix, super().trainer_class):  # type: ignore[misc]
+            pass
+
+        return PackedRLOO

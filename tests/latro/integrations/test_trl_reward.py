@@ -381,6 +381,16 @@ def test_a_dataset_without_answers_is_refused(
         make_trl(RLOOTrainer, small_model, reward, rows=rows).train()
 
 
+def test_a_rollout_function_is_refused(
+    small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any]
+) -> None:
+    reward = AnswerLikelihood(small_model, padding_tokenizer)
+    trainer = make_trl(GRPOTrainer, small_model, reward)
+    trainer.rollout_func = lambda prompts, trainer: None
+    with pytest.raises(NotImplementedError, match="rollout_func: expected none with"):
+        rewards_of(reward, trainer, [[1]] * 8)
+
+
 @pytest.mark.parametrize(
     ("objective", "count", "got"),
     [("rlpr", 1, r"\['rlpr'\]"), ("latro", 2, r"\['latro', 'latro'\]"), ("latro", 0, "len")],
