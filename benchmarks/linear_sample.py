@@ -6,8 +6,7 @@
 
 Providers take turns, repetition by repetition (see `common.timing`):
 
-- read: the weight's bytes as fp32 go once through a sum, a maximum or a norm of torch's, whichever
-  is fastest: the least time that a provider can take;
+- read: the weight's bytes, taken for fp32, are summed up once: the least that a provider can take;
 - latro: `linear_sample`, which also gives log-probs and entropies (on a GPU, each backend);
 - multinomial: logits and their softmax in the model's dtype, then `torch.multinomial`;
 - generate: what transformers' `generate` does: logits copied to fp32, then the same;
@@ -39,7 +38,6 @@ from benchmarks.common.ops import BACKENDS, held
 from benchmarks.common.problem import DTYPES
 from benchmarks.common.providers import CANNOT_RUN
 from benchmarks.common.report import some_of
-from benchmarks.common.timing import Laps
 from latro_kernels import environment, linear_sample
 
 ROWS = (1, 8, 32, 64)
@@ -76,10 +74,8 @@ class Inputs:
         self.generators = [torch.Generator(device).manual_seed(n) for n in range(case.N)]
 
 
-def reads(given: Inputs) -> Laps:
-    """Return ways to read the weight."""
-    numbers = given.weight.view(torch.float32)
-    return {"sum": numbers.sum, "maximum": numbers.amax, "norm": numbers.norm}
+def read(given: Inputs) -> Tensor:
+    return given.weight.view(torch.float32).sum()
 
 
 def latro(given: Inputs, backend: str) -> Tensor:
@@ -131,13 +127,10 @@ def bench(
 ) -> list[dict[str, object]]:
     """Return a row for the read and for each provider: seconds, multiples of the read, memory."""
     given, found = Inputs(case, device), providers(device)
-    candidates = {"read": reads(given)}
+    candidates = {"read": {"call": partial(read, given)}}
     candidates |= {name: {"call": partial(sampler, given)} for name, sampler in found.items()}
     samples = timing.interleave(candidates, timing.clock_for(device, cold=True), reps=reps)
-    times = {
-        name: min(map(timing.summarize, laps.values()), key=lambda summary: summary.median)
-        for name, laps in samples.items()
-    }
+    times = {name: timing.summarize(laps["call"]) for name, laps in samples.items()}
     peaks: dict[str, int | None] = {}
     del given, candidates  # there may be no room for another process beside them
     for name, sampler in found.items() if with_memory else ():
