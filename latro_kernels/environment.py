@@ -15,7 +15,8 @@ def environment(device: torch.device, packages: Sequence[str] = ()) -> dict[str,
     """Return date, device, threads and versions, ready for JSON.
 
     Args:
-        device: a CUDA GPU is named as the driver names it, a CPU by its model.
+        device: a CUDA GPU is named as the driver names it, a CPU by its model and the vectors that
+            torch uses on it, since clouds give unlike processors one name.
         packages: distributions whose versions are wanted beside Python's and torch's; `None` for
             one that is not installed.
 
@@ -46,9 +47,11 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"

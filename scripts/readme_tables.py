@@ -322,6 +322,32 @@ def shared_prefix(result: dict[str, Any]) -> str:
     )
 
 
+def rollout(result: dict[str, Any]) -> str:
+    """Tabulate tokens a second of a workload's rollouts, one row per contender."""
+    rows = [
+        [
+            f"{row['contender']}, {row['dtype']}",
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['times']['median']:.1f} ({row['times']['low']:.1f}–{row['times']['high']:.1f})",
+        ]
+        for row in result["rows"]
+    ]
+    header = [result["workload"], "tokens a second", "× transformers, same dtype", "s (range)"]
+    setting = result["setting"]
+    low, high = setting["rationale"]
+    lengths = f"of {high} tokens" if low == high else f"that end between {low} and {high} tokens"
+    reps = min(row["times"]["reps"] for row in result["rows"])
+    where = result["environment"]
+    versions = [f"{name} {where[name]}" for name in ("transformers", "vllm") if name in where]
+    return (
+        markdown(header, rows)
+        + f"\n\n{setting['G']} × {setting['K']} completions {lengths} after prompts of "
+        f"{setting['P']}, V = {setting['V']}; {result['weights']} weights; medians of {reps} "
+        f"interleaved repetitions on {_where(result)}, {', '.join(versions)}."
+    )
+
+
 def replicate(result: dict[str, Any]) -> str:
     """Tabulate greedy accuracy of the study's methods by model and task, and LaTRO's majority."""
     study = Study.of(result)
@@ -356,6 +382,8 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "sample": (RESULTS / "linear_sample" / "linear_sample.json", sample),
     "step": (RESULTS / "step" / "step.json", step),
     "shared-prefix": (RESULTS / "trl" / "shared_prefix.json", shared_prefix),
+    "rollout-smollm2": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),
+    "rollout-step": (RESULTS / "rollout" / "rollout_step.json", rollout),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
     "replicate": (RESULTS / "replicate" / CELLS_FILE, replicate),
 }

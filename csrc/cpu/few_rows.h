@@ -33,6 +33,9 @@ constexpr int64_t kWidePanel = 16, kNarrowPanel = 8;
 // Columns that are multiplied at once: so many lines of the cache where the weight's rows lie a
 // power of two apart share one set of the first-level cache.
 constexpr int64_t kFewColumns = 8;
+// Columns that are multiplied at once with a wide panel: their sums and what goes into them have to
+// fit the registers, 32 with vectors of 512 bits and else 16.
+constexpr int64_t kWideColumns = Fp32Gemm::kLanes == kWidePanel ? kFewColumns : kFewColumns / 2;
 // Words from where a row of the weight is multiplied to where it is fetched.
 constexpr int64_t kFetchAhead = 4 * kLineWords;
 
@@ -218,7 +221,11 @@ struct FewRows {
         if (width == kNarrowPanel) {
           multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         } else {
-          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, part * width, k > 0);
+          constexpr int64_t at_once = std::min(columns, kWideColumns);
+          for (int64_t j = 0; j < columns; j += at_once) {
+            multiply_few<at_once, kWidePanel>(Gemm{}, row + j, x, words, c + j * part * width,
+                                              part * width, k > 0);
+          }
         }
       }
     }
