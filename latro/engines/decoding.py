@@ -19,17 +19,23 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latro.engines.ends import EndRule
+from latro.model import few_rows
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, SampledRows
 from latro.model.sampling_form import SamplingForm, prompts_reading
 from latro.rollout.sequences import Progress, Sample
 from latro_kernels import LinearSample
 
-MOST_ROWS = {"cpu": 64}
+MOST_ROWS = {"cpu": 256}
 """Rows that are decoded at once, by kind of device."""
 MOST_ROWS_ELSEWHERE = 512
-PREFILL_TOKENS = 16384
-"""Tokens of prompts that go through a GPU at once."""
+PREFILL_TOKENS = {"cpu": few_rows.MOST_ROWS}
+"""Tokens of several prompts that go through at once, by kind of device.
+
+On a CPU those whose products are of few rows, so that what comes of a prompt has the same bits
+whatever others go with it. A longer prompt goes alone.
+"""
+PREFILL_TOKENS_ELSEWHERE = 16384
 CPU_KEY_BYTES = 4 * 2**30
 """Bytes of keys and values on a CPU."""
 GPU_KEY_SHARE = 4
@@ -158,9 +164,7 @@ class Decoding:
     def _next_prompts(self, rows: int) -> list[_Prompt]:
         """Take prompts for one prefill, until they have so many rows."""
         taken = [self._waiting.popleft()]
-        # On a CPU each goes alone, which costs nothing, and makes what comes of it independent of
-        # the others to the bit.
-        tokens = 0 if self.device.type == "cpu" else PREFILL_TOKENS
+        tokens = PREFILL_TOKENS.get(self.device.type, PREFILL_TOKENS_ELSEWHERE)
         tokens -= len(taken[0].ids)
         rows -= len(taken[0].seeds)
         while self._waiting and rows > 0 and tokens >= len(self._waiting[0].ids):

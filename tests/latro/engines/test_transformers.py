@@ -72,7 +72,7 @@ def assert_prompts_are_read_once(model, tokenizer):
     with counted_tokens(model) as counts:
         engine.generate(prompts, num_samples=K, max_new_tokens=1, temperature=1, seeds=[0, 1, 2])
     if isinstance(engine.form, SamplingForm):
-        assert counts == [len(prompt) for prompt in prompts]
+        assert counts == [sum(len(prompt) for prompt in prompts)]
     else:
         # The prompt without its last token once, and the last token once per sample.
         assert counts == [G * (P - 1), G * K]
