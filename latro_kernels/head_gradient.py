@@ -12,6 +12,7 @@ carried in fp32 from slice to slice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,8 @@ from latro_kernels.head import Head
 
 # More rows make fewer sums of dw, and narrower slices of the vocabulary, which make more of dx.
 MAX_TILE_ROWS = 4096
+# Blocks of rows begin at multiples of it: a program's rows, at most, and all addresses are aligned.
+_ROW_GROUP = 128
 # Where there is no GPU to ask: Triton's interpreter, whose kernels meet CPU tensors.
 _INTERPRETED_TILE_BYTES = 2**20
 
@@ -94,10 +97,8 @@ def sweep(
             if not in_place:
                 slice_dw = torch.empty(weight.shape, dtype=torch.float32, device=device)
         slice_db = torch.zeros(len(weight), dtype=torch.float32, device=device)
-        for begin in range(0, M, shape[0]):
-            block: slice | Tensor = slice(begin, min(begin + shape[0], M))
-            if rows is not None:
-                block = rows[block]
+        for number in row_blocks(M, shape[0]):
+            block: slice | Tensor = number if rows is None else rows[number]
             x = head.hidden[block].to(operand_dtype(head))
             gradient = make(Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias))
             if dx is not None:
@@ -107,7 +108,7 @@ def sweep(
                 if rows is not None:
                     dx[block] = part
             if slice_dw is not None:
-                gradient.t().add_product(slice_dw, x, first=begin == 0)
+                gradient.t().add_product(slice_dw, x, first=number.start == 0)
             if db is not None:
                 slice_db += gradient.dz.sum(0, dtype=torch.float32)
         if M and dw is not None and slice_dw is not None and not in_place:
@@ -131,6 +132,18 @@ def tile_shape(head: Head, *, tiles: int = 1) -> tuple[int, int]:
     columns = tile_bytes // (tiles * rows * torch.float32.itemsize)
     # Whole groups of 64 columns keep a tile's rows, and the kernels' loads, aligned.
     return rows, min(head.weight.shape[0], max(64, columns // 64 * 64))
+
+
+def row_blocks(N: int, most: int) -> Iterator[slice]:
+    """Yield as few blocks of rows as there can be of at most `most`, of even sizes.
+
+    Sizes differ by a group of rows at most: a block of a few rows would leave most of a GPU idle.
+    """
+    group = math.gcd(most, _ROW_GROUP)
+    groups, blocks = -(-N // group), -(-N // most)
+    for block in range(blocks):
+        begin, end = (group * (groups * of // blocks) for of in (block, block + 1))
+        yield slice(begin, min(end, N))
 
 
 def slices(head: Head, width: int) -> Iterator[tuple[slice, Tensor, Tensor | None]]:

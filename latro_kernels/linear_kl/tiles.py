@@ -20,6 +20,7 @@ from latro_kernels.head_gradient import (
     Tile,
     add_product,
     operand_dtype,
+    row_blocks,
     slices,
     sweep,
     tile_shape,
@@ -34,8 +35,7 @@ def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     height, width = tile_shape(p, tiles=2)
     for columns, weight, bias in slices(p, width):
         weight_q, bias_q = _slice_of_q(p, q, columns, weight)
-        for begin in range(0, N, height):
-            rows = slice(begin, min(begin + height, N))
+        for rows in row_blocks(N, height):
             tiles = _products(p, rows, weight), _products(q, rows, weight_q)
             kernels.fold(p, tiles, (bias, bias_q), state=state.rows(rows))
     return state.finish()

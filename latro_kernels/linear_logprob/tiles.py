@@ -21,6 +21,7 @@ from latro_kernels.head_gradient import (
     Tile,
     add_product,
     operand_dtype,
+    row_blocks,
     slices,
     sweep,
     tile_shape,
@@ -53,8 +54,7 @@ def product_tiles(head: Head, cached: Tensor) -> Iterator[tuple[slice, Tile, Ten
     buffer = _buffer(head)
     height, width = tile_shape(head)
     for columns, weight, bias in slices(head, width):
-        for begin in range(0, len(head.hidden), height):
-            block = slice(begin, min(begin + height, len(head.hidden)))
+        for block in row_blocks(len(head.hidden), height):
             x = head.hidden[block].to(operand_dtype(head))
             tile = Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias)
             products = _room(head, tile, cached, buffer)

@@ -17,7 +17,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Gradient, Tile, add_product, operand_dtype, slices, sweep
+from latro_kernels.head_gradient import (
+    Gradient,
+    Tile,
+    add_product,
+    operand_dtype,
+    row_blocks,
+    slices,
+    sweep,
+)
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.blocks import Config
@@ -44,8 +52,7 @@ def forward(head: Head, target: Tensor, wanted: Wanted, config: Config | None = 
     if N == 0:
         return state
     if state.dx_sum is not None:
-        for begin in range(0, N, FROZEN_TILE_ROWS):
-            rows = slice(begin, min(begin + FROZEN_TILE_ROWS, N))
+        for rows in row_blocks(N, FROZEN_TILE_ROWS):
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return state
     cached = state.cached.view(N, -1) if state.cached.numel() else None
