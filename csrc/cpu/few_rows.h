@@ -28,14 +28,13 @@ namespace latro {
 
 // The most rows for which this is at least as fast as packing the weight.
 constexpr int64_t kFewRows = 64;
-// Rows in a panel of hidden; the last panel of few rows is a narrow one.
-constexpr int64_t kWidePanel = 16, kNarrowPanel = 8;
+// Rows in a panel of hidden; the last panel of few rows is a narrow one. A wide one is a vector of
+// 512 bits. Where vectors are shorter all are narrow: eight columns of sixteen rows would take more
+// registers than there are, and fewer columns read the panel more often.
+constexpr int64_t kNarrowPanel = 8, kWidePanel = Fp32Gemm::kLanes == 16 ? 16 : kNarrowPanel;
 // Columns that are multiplied at once: so many lines of the cache where the weight's rows lie a
 // power of two apart share one set of the first-level cache.
 constexpr int64_t kFewColumns = 8;
-// Columns that are multiplied at once with a wide panel: their sums and what goes into them have to
-// fit the registers, 32 with vectors of 512 bits and else 16.
-constexpr int64_t kWideColumns = Fp32Gemm::kLanes == kWidePanel ? kFewColumns : kFewColumns / 2;
 // Words from where a row of the weight is multiplied to where it is fetched.
 constexpr int64_t kFetchAhead = 4 * kLineWords;
 
@@ -221,11 +220,7 @@ struct FewRows {
         if (width == kNarrowPanel) {
           multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         } else {
-          constexpr int64_t at_once = std::min(columns, kWideColumns);
-          for (int64_t j = 0; j < columns; j += at_once) {
-            multiply_few<at_once, kWidePanel>(Gemm{}, row + j, x, words, c + j * part * width,
-                                              part * width, k > 0);
-          }
+          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         }
       }
     }
