@@ -109,7 +109,7 @@ def step_short(result: dict[str, Any]) -> str:
         markdown(header, [_contender(row, result) for row in result["rows"]])
         + f"\n\nK = {setting['K']} rationales of {low}–{high} tokens, V = {setting['V']}, a Llama "
         f"of {setting['model']['layers']} layers with H = {setting['model']['hidden']} on "
-        f"{_where(result)}. Ranges, token counts and scaling: "
+        f"{_where(result)}. Ranges and token counts: "
         "[the results](docs/results.md#an-update-and-a-whole-step)."
     )
 
@@ -287,7 +287,7 @@ def step(result: dict[str, Any]) -> str:
         f"{setting['model']['layers']} layers and H = {setting['model']['hidden']} in "
         f"{setting['model']['dtype']}; medians of {reps} interleaved repetitions on "
         f"{_where(result)}; memory beyond the weights; the published gradient is ours to within "
-        f"{worst:.0e} of each tensor's largest entry. Ranges and scaling in "
+        f"{worst:.0e} of each tensor's largest entry. Ranges in "
         "[the results](benchmarks/results/step/step.json)."
     )
 
