@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from latro.model.attention_form import AttentionForm, attention_form
 from latro.model.decoding import DecodingKeys
 
 _PREFIX = "latro_"
@@ -140,26 +141,19 @@ def attention(
     """
     if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
-    _check_kind(module, kwargs)
-    scaling = kwargs.get("scaling")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window") or math.inf
-    softcap = kwargs.get("softcap")
+    form = attention_form(module, query, kwargs)
     if decoding is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise NotImplementedError("decoding in a layer that does not tell its index")
         if shared_prefix is None:
-            out = decoding.attend(
-                layer, query, key, value, scaling=scaling, window=window, softcap=softcap
-            )
-            return out, None
+            return decoding.attend(layer, query, key, value, form), None
         decoding.keep_prompts(layer, key, value)
     assert shared_prefix is not None
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
     key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
-    way = _fused if _has_fused(query, value, softcap) else _by_segment
-    return way(query, key, value, shared_prefix, scaling, window, softcap), None
+    way = _fused if _has_fused(query, value, form) else _by_segment
+    return way(query, key, value, shared_prefix, form), None
 
 
 class _Gather(torch.autograd.Function):
@@ -180,13 +174,7 @@ class _Gather(torch.autograd.Function):
 
 
 def _by_segment(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared_prefix: SharedPrefix,
-    scaling: float,
-    window: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, shared_prefix: SharedPrefix, form: AttentionForm
 ) -> Tensor:
     """Attend segment after segment, on any device and in any dtype."""
     groups = query.shape[1] // key.shape[1]
@@ -195,63 +183,50 @@ def _by_segment(
     # Split, and not sliced: the backward of a slice writes zeros for the whole row.
     queries = query.split(list(shared_prefix.lengths), dim=2)
     keys, values = (t.split(shared_prefix.key_lengths, dim=2) for t in (key, value))
-    outputs = [
-        _one_segment(q, key=k, value=v, scaling=scaling, window=window, softcap=softcap)
-        for q, k, v in zip(queries, keys, values, strict=True)
-    ]
+    outputs = [_one_segment(q, k, v, form) for q, k, v in zip(queries, keys, values, strict=True)]
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
-def _one_segment(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, window: float, softcap: float | None
-) -> Tensor:
+def _one_segment(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
     """Attend from a sequence's last queries, [1, heads, Q, size], to its keys, [1, heads, T, size].
 
-    Query i stands at position T − Q + i and sees the `window` positions that end there.
+    Query i stands at position T − Q + i, key j at position j.
     """
     Q, T = query.shape[2], key.shape[2]
-    if softcap is None and Q == T <= window:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
-    seen = torch.ones(Q, T, dtype=torch.bool, device=query.device).tril_(T - Q)
-    if window < T:
-        seen = seen.triu_(T - Q - int(window) + 1)
+    of_torch = form.softcap is None and form.sink is None
+    if of_torch and Q == T <= form.window:
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=form.scaling)
+    position = torch.arange(T, device=query.device)
+    seen = form.sees(position[T - Q :, None], position)
     bias = torch.zeros(Q, T, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
-    if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + bias
-    working = torch.promote_types(query.dtype, torch.float32)
-    return scores.softmax(dim=-1, dtype=working).to(query.dtype) @ value
+    if of_torch:
+        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=form.scaling)
+    return form.weights(query @ key.transpose(2, 3), bias).to(query.dtype) @ value
 
 
-def _has_fused(query: Tensor, value: Tensor, softcap: float | None) -> bool:
+def _has_fused(query: Tensor, value: Tensor, form: AttentionForm) -> bool:
     """Return whether a fused kernel for segments of many lengths runs here."""
     if query.device.type != "cuda" or query.dtype not in (torch.float16, torch.bfloat16):
         return False
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or not form.is_plain:
         return False
-    return _flash_attention() is not None or softcap is None
+    return _flash_attention() is not None or form.softcap is None
 
 
 def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    shared_prefix: SharedPrefix,
-    scaling: float,
-    window: float,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, shared_prefix: SharedPrefix, form: AttentionForm
 ) -> Tensor:
     """Attend in all segments by one call of flash-attn's or torch's kernel."""
     if flash := _flash_attention():
         # Causal from the lower right since flash-attn 2.1: the last query sees the last key.
         kernel = functools.partial(
-            flash, softmax_scale=scaling, causal=True, softcap=softcap or 0.0
+            flash, softmax_scale=form.scaling, causal=True, softcap=form.softcap or 0.0
         )
     else:
         from torch.nn.attention.varlen import varlen_attn
 
         kernel = functools.partial(
-            varlen_attn, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            varlen_attn, scale=form.scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
     # [1, heads, T, size] to [T, heads, size].
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
@@ -264,7 +239,7 @@ def _fused(
         max(shared_prefix.lengths),
         max(shared_prefix.key_lengths),
         # Positions to the left of a query's own, and to the right.
-        window_size=(-1 if math.isinf(window) else int(window) - 1, 0),
+        window_size=(-1 if math.isinf(form.window) else int(form.window) - 1, 0),
     )
     return out[None]
 
@@ -304,23 +279,6 @@ def _own(name: str, module: nn.Module) -> Callable:
             config._attn_implementation = given
 
     return with_own_name
-
-
-def _check_kind(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    kind = _layer_type(module)
-    if kind not in (None, "full_attention", "sliding_attention"):
-        raise NotImplementedError(f"a packed row in a layer of type {kind}")
-    if kind == "sliding_attention" and not kwargs.get("sliding_window"):
-        raise NotImplementedError("a packed row in a layer that does not tell its window")
-    for name in ("s_aux", "position_bias", "cache"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"a packed row with {name}")
-
-
-def _layer_type(module: nn.Module) -> str | None:
-    types = getattr(module.config, "layer_types", None)
-    index = getattr(module, "layer_idx", None)
-    return types[index] if types and index is not None else None
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latro.model.attention_form import AttentionForm
 from latro_kernels import DecodedRows, KeptKeys, decode_attention
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -115,15 +116,7 @@ class DecodingKeys:
             layer.own_values[to, :, :length] = layer.own_values[place, :, :length]
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float,
-        window: float,
-        softcap: float | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
     ) -> Tensor:
         """Keep a step's keys and values in a layer, and return what its R queries attend to.
 
@@ -132,9 +125,7 @@ class DecodingKeys:
             query: [1, heads, R, size].
             key: [1, heads of keys, R, size].
             value: like key.
-            scaling: the scores are multiplied by it.
-            window: positions that a query sees, its own included.
-            softcap: c of c·tanh(scores / c); None for none.
+            form: what the layer makes of their products.
 
         Returns:
             [1, R, heads, size of values]
@@ -147,21 +138,21 @@ class DecodingKeys:
         room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
         # [1, heads, R, size] to [R, heads, size].
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
-        if query.is_cpu and query.dtype in _KERNEL_DTYPES:
+        if query.is_cpu and query.dtype in _KERNEL_DTYPES and form.is_plain:
             out = decode_attention(
                 query,
                 key,
                 value,
                 KeptKeys(room.prompt_keys, room.prompt_values, room.own_keys, room.own_values),
                 rows.decoded,
-                scaling=scaling,
-                window=None if math.isinf(window) else int(window),
-                softcap=softcap,
+                scaling=form.scaling,
+                window=None if math.isinf(form.window) else int(form.window),
+                softcap=form.softcap,
             )
             return out[None]
         room.own_keys[rows.index, :, :, rows.length] = key
         room.own_values[rows.index, :, rows.length] = value
-        return _attend(query, room, rows, scaling, window, softcap)[None]
+        return _attend(query, room, rows, form)[None]
 
 
 @dataclass
@@ -251,25 +242,23 @@ class _Rows:
         following.decoded = DecodedRows(self.prompt, self.prompt_length, following.length)
         return following
 
-    def bias(self, window: float, dtype: torch.dtype) -> Tensor:
+    def bias(self, form: AttentionForm, dtype: torch.dtype) -> Tensor:
         """Return [R, 1, 1, keys], 0 where a row sees a key and −∞ elsewhere."""
-        if window not in self._biases:
+        if form.window not in self._biases:
             prompt_length, length = self.prompt_length[:, None], self.length[:, None]
             device = self.length.device
-            of_prompt = torch.arange(self.longest_prompt, device=device)
-            own = torch.arange(self.longest + 1, device=device)
-            seen = torch.cat([of_prompt < prompt_length, own <= length], dim=1)
-            if not math.isinf(window):
-                position = torch.cat([of_prompt.expand(self.count, -1), prompt_length + own], dim=1)
-                seen &= position > prompt_length + length - int(window)
+            of_prompt = torch.arange(self.longest_prompt, device=device).expand(self.count, -1)
+            own = prompt_length + torch.arange(self.longest + 1, device=device)
+            position = torch.cat([of_prompt, own], dim=1)
+            seen = form.sees(prompt_length + length, position)
+            # What lies behind a shorter prompt is no token.
+            seen[:, : self.longest_prompt] &= of_prompt < prompt_length
             bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-            self._biases[window] = bias.masked_fill_(~seen, -math.inf)[:, None, None]
-        return self._biases[window]
+            self._biases[form.window] = bias.masked_fill_(~seen, -math.inf)[:, None, None]
+        return self._biases[form.window]
 
 
-def _attend(
-    query: Tensor, room: _Layer, rows: _Rows, scaling: float, window: float, softcap: float | None
-) -> Tensor:
+def _attend(query: Tensor, room: _Layer, rows: _Rows, form: AttentionForm) -> Tensor:
     """Return [R, heads, size of values]: one softmax over a row's prompt and its own tokens."""
     R, heads, kv = rows.count, query.shape[1], room.own_keys.shape[1]
     P, T = rows.longest_prompt, rows.longest + 1
@@ -277,10 +266,9 @@ def _attend(
     of_prompt = _of_prompts(q, room.prompt_keys[..., :P], rows)
     own = q @ room.own_keys[:R, :, :, :T]
     working = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.cat([of_prompt, own], dim=3).to(working) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = (scores + rows.bias(window, working)).softmax(dim=3).to(query.dtype)
+    products = torch.cat([of_prompt, own], dim=3).to(working)
+    weights = form.weights(products.view(R, heads, 1, P + T), rows.bias(form, working))
+    weights = weights.to(query.dtype).view(R, kv, heads // kv, P + T)
     seen_prompt, seen_own = weights.split([P, T], dim=3)
     out = _of_prompts(seen_prompt, room.prompt_values[:, :, :P], rows)
     return (out + seen_own @ room.own_values[:R, :, :T]).reshape(R, heads, -1)

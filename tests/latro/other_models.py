@@ -32,6 +32,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
     "llama4_text": {"num_local_experts": 2, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
     "stablelm": {},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "hyperclovax": {},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "minicpm3": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
@@ -52,8 +53,14 @@ def other_model(
     """Return two layers in fp32, with weights so large that every token counts."""
     options = {"head_dim": 8} | _OPTIONS[architecture] | options
     model = two_layers(architecture, tokenizer, **options).eval()
+    if model._can_set_experts_implementation():
+        # The grouped product of experts takes no fp64.
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)
+        for name, sinks in model.named_parameters():
+            if name.endswith(".sinks"):
+                sinks.normal_(std=2)
     return model

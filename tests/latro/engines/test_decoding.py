@@ -26,6 +26,7 @@ WINDOWS = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "gemma2": {"sliding_window": 7},
 }
+OTHERS = [("gpt_oss", {"sliding_window": 7})]
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How", "gets 4 pens", "5"]
 SETTINGS = {"num_samples": 3, "max_new_tokens": 12, "temperature": 0.8}
 
@@ -65,6 +66,10 @@ def test_samples_tell_the_log_probs_of_the_whole_sequence(
     sharp, tokenizer, prompts, architecture, windowed
 ):
     model = sharp(architecture, **(WINDOWS[architecture] if windowed else {})).double()
+    check_log_probs(model, tokenizer, prompts)
+
+
+def check_log_probs(model, tokenizer, prompts):
     engine = TransformersEngine(model, tokenizer)
     assert isinstance(engine.form, SamplingForm)
     samples = engine.generate(prompts, seeds=[1, 2, 3, 4, 5], **SETTINGS)
@@ -75,6 +80,14 @@ def test_samples_tell_the_log_probs_of_the_whole_sequence(
             torch.testing.assert_close(
                 torch.tensor(sample.logp, dtype=torch.float64), expected, rtol=1e-5, atol=1e-5
             )
+
+
+@pytest.mark.parametrize(("architecture", "options"), OTHERS)
+def test_samples_of_other_models_tell_the_log_probs_of_the_whole_sequence(
+    tokenizer, prompts, architecture, options
+):
+    model = other_model(architecture, tokenizer, **options).double()
+    check_log_probs(model, tokenizer, prompts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import GenerationConfig
 
 from latro.model import attention as module
+from latro.model import attention_form
 from latro.model.attention import SharedPrefix, allow_shared_prefix
+from latro.model.attention_form import AttentionForm
 from latro.model.packing import collate, plan
 from latro.model.scoring import Scorer
+from tests.latro.other_models import other_model
 
 CPU = torch.device("cpu")
 WINDOWS = {
@@ -22,6 +26,13 @@ WINDOWS = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "gemma2": {"sliding_window": 7},
 }
+
+
+OTHERS = [
+    # Each layer's kind by turns: sinks with a window, and without.
+    ("gpt_oss", {"sliding_window": 7}),
+    ("gpt_oss", {"sliding_window": 7, "num_key_value_heads": 4}),
+]
 
 
 @pytest.fixture
@@ -44,8 +55,18 @@ def test_log_probs_and_gradients_equal_the_padded_forwards(
     tiny, rollouts, sharper, architecture, windowed
 ):
     options = WINDOWS[architecture] if windowed else {}
-    model = sharper(tiny(architecture, **options)).double()
-    groups = rollouts(3, 4)
+    check_against_padded(sharper(tiny(architecture, **options)).double(), rollouts(3, 4))
+
+
+@pytest.mark.parametrize(("architecture", "options"), OTHERS)
+def test_other_models_log_probs_and_gradients_equal_the_padded_forwards(
+    tokenizer, rollouts, architecture, options
+):
+    model = other_model(architecture, tokenizer, **options).double()
+    check_against_padded(model, rollouts(3, 4))
+
+
+def check_against_padded(model, groups):
     upstream = torch.randn(collate(groups, CPU, packed=True).num_rows, dtype=torch.float64)
     results = []
     for packed in (True, False):
@@ -99,7 +120,8 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
     q, k, v = (torch.randn(1, heads, sum(lengths), 8, generator=generator) for heads in (4, 2, 2))
     layout = SharedPrefix(lengths, prefixes, CPU)
     k, v = (t[:, :, layout.key_index] for t in (k, v))
-    expected = module._by_segment(q, k, v, layout, 0.3, window or float("inf"), softcap)
+    form = AttentionForm(0.3, window=window or float("inf"), softcap=softcap)
+    expected = module._by_segment(q, k, v, layout, form)
 
     def stand_in(
         q,
@@ -133,7 +155,7 @@ def test_the_kernel_for_many_lengths_is_handed_the_right_keys(monkeypatch, windo
         return torch.stack(out)
 
     monkeypatch.setattr(module, "_flash_attention", lambda: stand_in)
-    ours = module._fused(q, k, v, layout, 0.3, window or float("inf"), softcap)
+    ours = module._fused(q, k, v, layout, form)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -163,14 +185,17 @@ def test_the_fused_kernel_is_as_right_as_torchs_on_a_gpu(window):
     layout = SharedPrefix((50, 33, 8, 71), (-1, 0, 0, -1), device)
     exact = [torch.randn(1, h, 162, 64, device=device, dtype=torch.float64) for h in (4, 2, 2)]
     upstream = torch.randn(1, 162, 4, 64, device=device, dtype=torch.float64)
+    form = AttentionForm(0.125, window=window)
 
     def run(way, dtype):
         q, k, v = (t.to(dtype).requires_grad_() for t in exact)
         keys = [module._Gather.apply(t, layout.key_index) for t in (k, v)]
-        out = way(q, *keys, layout, 0.125, window, None)
+        out = way(q, *keys, layout, form)
         return [out, *torch.autograd.grad(out, (q, k, v), upstream.to(dtype))]
 
-    assert module._has_fused(exact[0].bfloat16(), exact[2], None)
+    assert module._has_fused(exact[0].bfloat16(), exact[2], form)
+    with_sinks = replace(form, sink=torch.zeros(4, device=device))
+    assert not module._has_fused(exact[0].bfloat16(), exact[2], with_sinks)
     truth = run(module._by_segment, torch.float64)
     fused, plain = (run(way, torch.bfloat16) for way in (module._fused, module._by_segment))
     for ours, theirs, true in zip(fused, plain, truth, strict=True):
@@ -189,7 +214,7 @@ def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
 
 def test_the_last_queries_see_the_window_that_ends_with_them():
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9, 9))
-    out = module._one_segment(q, k, v, 0.5, 4, None)
+    out = module._one_segment(q, k, v, AttentionForm(0.5, window=4))
     for i in range(3):
         seen = slice(6 + i - 3, 6 + i + 1)
         alone = scaled_dot_product_attention(
@@ -198,12 +223,39 @@ def test_the_last_queries_see_the_window_that_ends_with_them():
         torch.testing.assert_close(out[:, :, i : i + 1], alone)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_sink_takes_its_part_of_every_softmax(softcap):
+    """By the formula, query after query; at −∞ it takes nothing, and far above all scores all."""
+    q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9, 9))
+    sink = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
+    form = AttentionForm(0.5, window=6, softcap=softcap, sink=sink)
+    out = module._one_segment(q, k, v, form)
+    expected = torch.empty_like(out)
+    for i in range(3):
+        seen = slice(6 + i - 5, 6 + i + 1)
+        scores = 0.5 * torch.einsum("hd,hkd->hk", q[0, :, i], k[0, :, seen])
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        e = scores.exp()
+        weights = e / (e.sum(1) + sink.exp())[:, None]
+        expected[0, :, i] = torch.einsum("hk,hkd->hd", weights, v[0, :, seen])
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    ours, theirs = (torch.autograd.grad((upstream * t).sum(), sink)[0] for t in (out, expected))
+    torch.testing.assert_close(ours, theirs)
+
+    none, whole = (replace(form, sink=torch.full((2,), s)) for s in (-float("inf"), 1e4))
+    without = module._one_segment(q, k, v, replace(form, sink=None))
+    torch.testing.assert_close(module._one_segment(q, k, v, none), without)
+    assert (module._one_segment(q, k, v, whole) == 0).all()
+
+
 def test_a_model_that_cannot_is_run_padded_and_says_so(tiny, rollouts, caplog, monkeypatch):
-    monkeypatch.setattr(module, "_layer_type", lambda layer: "chunked_attention")
+    monkeypatch.setattr(attention_form, "layer_type", lambda layer: "compressed_attention")
     scorer = Scorer(tiny())
     assert not scorer.packed
     (told,) = [r.message for r in caplog.records if "own copy of the prompt, padded" in r.message]
-    assert "(a packed row in a layer of type chunked_attention)" in told
+    assert "(a packed row in a layer of type compressed_attention)" in told
     groups = rollouts(2, 4)
     assert scorer.collate(groups).shared_prefix is None
     assert torch.isfinite(scorer(scorer.collate(groups)).logp).all()

@@ -1,0 +1,100 @@
+"""What a layer makes of the products of its queries and keys: which it sees, and their weights.
+
+With the scores s_j = q·k_j · scaling, softcapped to c·tanh(s_j / c) where there is a cap, and the
+keys j that a query sees,
+
+    weight_j = exp(s_j) / (exp(sink) + Σ_i exp(s_i))
+
+The sink is a logit that each head has learnt: attention that goes to no key. Without one its term
+is 0, and this is a softmax. A query at position p sees the keys at positions up to p, with a window
+w only the last w of these.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_KINDS = (None, "full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionForm:
+    """One layer's attention, beside its queries, keys and values."""
+
+    scaling: float
+    """The products of queries and keys are multiplied by it."""
+    window: float = math.inf
+    """Positions that a query sees, its own included."""
+    softcap: float | None = None
+    """c of c·tanh(scores / c); None for none."""
+    sink: Tensor | None = None
+    """[heads], a logit that joins each softmax; differentiable. None for none."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether fused kernels know it: windows and caps they do, sinks they do not."""
+        return self.sink is None
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """Return whether queries see keys, by their positions: int64, broadcast to one another."""
+        seen = key <= query
+        if not math.isinf(self.window):
+            seen &= key > query - int(self.window)
+        return seen
+
+    def weights(self, products: Tensor, bias: Tensor) -> Tensor:
+        """Return the weights [·, heads, Q, T] of products q·k, in fp32 at least.
+
+        `bias` is added to the scores: 0 where a key is seen, and −∞ elsewhere.
+        """
+        working = torch.promote_types(products.dtype, torch.float32)
+        if self.softcap is None:
+            scores = products * self.scaling
+        else:
+            scores = self.softcap * torch.tanh(products * (self.scaling / self.softcap))
+        scores = scores + bias
+        if self.sink is None:
+            return scores.softmax(dim=-1, dtype=working)
+        sink = self.sink.to(working)[:, None, None].expand(*scores.shape[:-1], 1)
+        joined = torch.cat([scores.to(working), sink], dim=-1)
+        return joined.softmax(dim=-1)[..., :-1]
+
+
+def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> AttentionForm:
+    """Return the form of a layer that calls its attention with the keywords `given`.
+
+    Args:
+        module: the layer.
+        query: [B, heads, T, head size].
+        given: scaling, sliding_window, softcap, s_aux and the like; others say nothing here.
+
+    Raises:
+        NotImplementedError: the layer attends in a way that is not known here.
+    """
+    kind = layer_type(module)
+    if kind not in _KINDS:
+        raise NotImplementedError(f"a packed row in a layer of type {kind}")
+    if kind == "sliding_attention" and not given.get("sliding_window"):
+        raise NotImplementedError("a packed row in a layer that does not tell its window")
+    for name in ("position_bias", "cache"):
+        if given.get(name) is not None:
+            raise NotImplementedError(f"a packed row with {name}")
+    scaling = given.get("scaling")
+    return AttentionForm(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=given.get("sliding_window") or math.inf,
+        softcap=given.get("softcap"),
+        sink=given.get("s_aux"),
+    )
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """Return what the config calls the attention of a layer; None where it does not say."""
+    types = getattr(module.config, "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return types[index] if types and index is not None else None
