@@ -99,12 +99,22 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
     return config._attn_implementation == name
 
 
-def placeholder_mask(device: torch.device) -> Tensor:
-    """Return a mask that keeps a model with a `shared_prefix` from making a [T, T] mask itself.
+def row_arguments(
+    device: torch.device,
+    shared_prefix: SharedPrefix | None = None,
+    decoding: DecodingKeys | None = None,
+) -> dict[str, Any]:
+    """Return the keywords with which a trunk attends by `shared_prefix`, `decoding` or both.
 
-    transformers takes a mask of four dimensions as it is, and `attention` does not read it.
+    Among them is a mask without elements, which keeps the trunk from making one of [T, T]:
+    transformers takes a mask of four dimensions as it is. Some models' layers, such as StableLM's
+    and Nemotron's, hand their attention the mask but no further keywords. So the mask has them too.
     """
-    return torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    row = {"shared_prefix": shared_prefix, "decoding": decoding}
+    mask: Any = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
+    mask.latro_row = row
+    given = {name: value for name, value in row.items() if value is not None}
+    return {"attention_mask": mask, **given}
 
 
 def attention(
@@ -126,12 +136,12 @@ def attention(
         query: [B, heads, T, head size]; B is 1 with a shared prefix and in decoding.
         key: [B, heads of keys, T, head size].
         value: like key.
-        attention_mask: for the model's own attention; not read with a shared prefix or in decoding.
+        attention_mask: for the model's own attention, or that of `row_arguments`.
         own: name of the attention that the model was loaded with.
         shared_prefix: the packed row's segments.
         decoding: keeps keys and values: with a shared prefix those of its prompts, which attend to
             nothing else; without one those of a decoding step's tokens, which attend to it.
-        kwargs: as for any attention function: scaling, sliding_window, softcap and the like.
+        kwargs: as for any attention function: scaling, sliding_window, softcap, s_aux and the like.
 
     Raises:
         NotImplementedError: a packed row for a layer whose kind of attention is not known here.
@@ -139,6 +149,9 @@ def attention(
     Returns:
         [B, T, heads, head size], and the attention's weights where its own attention gives them.
     """
+    if shared_prefix is None and decoding is None:
+        row = getattr(attention_mask, "latro_row", {})
+        shared_prefix, decoding = row.get("shared_prefix"), row.get("decoding")
     if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
     form = attention_form(module, query, kwargs)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latro.model.adapters import head_parameters
-from latro.model.attention import SharedPrefix, placeholder_mask
+from latro.model.attention import SharedPrefix, row_arguments
 from latro.model.decoding import DecodingKeys
 from latro.model.packing import Batch
 from latro_kernels import LinearSample, linear_kl, linear_logprob, linear_sample
@@ -236,11 +236,8 @@ def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
     """
     packing: dict[str, Any] = {}
     if batch.shared_prefix is not None:
-        packing = {
-            "position_ids": batch.position_ids,
-            "attention_mask": placeholder_mask(batch.input_ids.device),
-            "shared_prefix": batch.shared_prefix,
-        }
+        packing = row_arguments(batch.input_ids.device, batch.shared_prefix)
+        packing["position_ids"] = batch.position_ids
     trunk = trunk_of(causal)
     hidden = trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
     return hidden.flatten(0, 1)[batch.positions]
@@ -249,13 +246,9 @@ def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
 def read(causal: PreTrainedModel, reading: Reading) -> Tensor:
     """Return the hidden states [T, H] of tokens in decoding, after the trunk's final norm."""
     trunk = trunk_of(causal)
-    options: dict[str, Any] = {"decoding": reading.keys}
-    if reading.prompts is not None:
-        options["shared_prefix"] = reading.prompts
     return trunk(
         input_ids=reading.input_ids,
         position_ids=reading.position_ids,
-        attention_mask=placeholder_mask(reading.input_ids.device),
         use_cache=False,
-        **options,
+        **row_arguments(reading.input_ids.device, reading.prompts, reading.keys),
     ).last_hidden_state[0]

@@ -26,7 +26,11 @@ WINDOWS = {
     "qwen3": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "gemma2": {"sliding_window": 7},
 }
-OTHERS = [("gpt_oss", {"sliding_window": 7})]
+OTHERS = [
+    ("gpt_oss", {"sliding_window": 7}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("nemotron", {}),
+]
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How", "gets 4 pens", "5"]
 SETTINGS = {"num_samples": 3, "max_new_tokens": 12, "temperature": 0.8}
 

@@ -32,6 +32,9 @@ OTHERS = [
     # Each layer's kind by turns: sinks with a window, and without.
     ("gpt_oss", {"sliding_window": 7}),
     ("gpt_oss", {"sliding_window": 7, "num_key_value_heads": 4}),
+    ("stablelm", {}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("nemotron", {}),
 ]
 
 
@@ -84,14 +87,18 @@ def check_against_padded(model, groups):
         torch.testing.assert_close(packed_grads[name], theirs, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-def test_activation_checkpointing_attends_in_the_same_way(tiny, rollouts, sharper):
-    model = sharper(tiny())
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "stablelm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_attends_in_the_same_way(
+    tokenizer, rollouts, architecture, reentrant
+):
+    model = other_model(architecture, tokenizer)
     groups = rollouts(2, 4)
     grads = []
     for checkpointing in (False, True):
         own = copy.deepcopy(model).train()
         if checkpointing:
-            own.activation_checkpointing_enable({"use_reentrant": False})
+            own.activation_checkpointing_enable({"use_reentrant": reentrant})
         scorer = Scorer(own)
         scorer(scorer.collate(groups)).logp.sum().backward()
         grads.append([p.grad for p in own.parameters()])
