@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from latro.model.attention_form import AttentionForm, attention_form
+from latro.model.attention_form import AttentionForm, at_positions, attention_form
 from latro.model.decoding import DecodingKeys
 
 _PREFIX = "latro_"
@@ -57,6 +57,13 @@ class SharedPrefix:
             length + (self.lengths[prefix] if prefix >= 0 else 0)
             for length, prefix in zip(self.lengths, self.prefixes, strict=True)
         ]
+
+    @functools.cached_property
+    def position_ids(self) -> Tensor:
+        """int64 [1, T], the position of each token in its own sequence."""
+        ends = zip(self.lengths, self.key_lengths, strict=True)
+        spans = [range(keys - length, keys) for length, keys in ends]
+        return torch.tensor([[i for span in spans for i in span]], device=self.device)
 
     @functools.cached_property
     def key_index(self) -> Tensor:
@@ -155,6 +162,9 @@ def attention(
     if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
     form = attention_form(module, query, kwargs)
+    row = decoding if shared_prefix is None else shared_prefix
+    assert row is not None
+    query = at_positions(module, query, row.position_ids)
     if decoding is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:
@@ -165,6 +175,7 @@ def attention(
     assert shared_prefix is not None
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
     key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
+    form = form.at_most(max(shared_prefix.key_lengths))
     way = _fused if _has_fused(query, value, form) else _by_segment
     return way(query, key, value, shared_prefix, form), None
 
@@ -207,7 +218,7 @@ def _one_segment(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm)
     """
     Q, T = query.shape[2], key.shape[2]
     of_torch = form.softcap is None and form.sink is None
-    if of_torch and Q == T <= form.window:
+    if of_torch and Q == T <= min(form.window, form.chunk):
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=form.scaling)
     position = torch.arange(T, device=query.device)
     seen = form.sees(position[T - Q :, None], position)

@@ -6,20 +6,20 @@ keys j that a query sees,
     weight_j = exp(s_j) / (exp(sink) + Σ_i exp(s_i))
 
 The sink is a logit that each head has learnt: attention that goes to no key. Without one its term
-is 0, and this is a softmax. A query at position p sees the keys at positions up to p, with a window
-w only the last w of these.
+is 0, and this is a softmax. A query at position p sees the keys at positions up to p; with a window
+w only the last w of these; in chunks of c positions only those of its own chunk, from c·⌊p / c⌋ on.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_KINDS = (None, "full_attention", "sliding_attention")
+_KINDS = (None, "full_attention", "sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,17 +34,25 @@ class AttentionForm:
     """c of c·tanh(scores / c); None for none."""
     sink: Tensor | None = None
     """[heads], a logit that joins each softmax; differentiable. None for none."""
+    chunk: float = math.inf
+    """Positions of a chunk, within which attention stays."""
+
+    def at_most(self, positions: int) -> AttentionForm:
+        """Return the form for sequences of so many positions: a longer chunk cuts none of them."""
+        return self if self.chunk < positions else replace(self, chunk=math.inf)
 
     @property
     def is_plain(self) -> bool:
-        """Whether fused kernels know it: windows and caps they do, sinks they do not."""
-        return self.sink is None
+        """Whether a fused kernel knows it: windows and caps it does, sinks and chunks not."""
+        return self.sink is None and math.isinf(self.chunk)
 
     def sees(self, query: Tensor, key: Tensor) -> Tensor:
         """Return whether queries see keys, by their positions: int64, broadcast to one another."""
         seen = key <= query
         if not math.isinf(self.window):
             seen &= key > query - int(self.window)
+        if not math.isinf(self.chunk):
+            seen &= key >= query - query % int(self.chunk)
         return seen
 
     def weights(self, products: Tensor, bias: Tensor) -> Tensor:
@@ -81,6 +89,11 @@ def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> A
         raise NotImplementedError(f"a packed row in a layer of type {kind}")
     if kind == "sliding_attention" and not given.get("sliding_window"):
         raise NotImplementedError("a packed row in a layer that does not tell its window")
+    chunk: Any = math.inf
+    if kind == "chunked_attention":
+        chunk = getattr(module.config, "attention_chunk_size", None)
+        if not chunk:
+            raise NotImplementedError("a packed row in a layer that does not tell its chunk")
     for name in ("position_bias", "cache"):
         if given.get(name) is not None:
             raise NotImplementedError(f"a packed row with {name}")
@@ -90,7 +103,31 @@ def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> A
         window=given.get("sliding_window") or math.inf,
         softcap=given.get("softcap"),
         sink=given.get("s_aux"),
+        chunk=chunk,
     )
+
+
+def at_positions(module: nn.Module, query: Tensor, position_ids: Tensor) -> Tensor:
+    """Return a layer's queries as at `position_ids`, whatever it took their positions to be.
+
+    Llama 4 multiplies the queries of layers without rotary positions by a temperature that grows
+    with the position (https://arxiv.org/abs/2501.19399), and counts positions along the row.
+
+    Args:
+        module: the layer.
+        query: [1, heads, T, head size], as the layer hands them to its attention.
+        position_ids: int64 [1, T], each in its own sequence.
+    """
+    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
+        return query
+    along_row = torch.arange(query.shape[2], device=query.device)
+    factor = _temperature(module, position_ids[0]) / _temperature(module, along_row)
+    return (query * factor[:, None]).to(query.dtype)
+
+
+def _temperature(module: Any, position: Tensor) -> Tensor:
+    """Return fp32 [T], by which Llama 4 multiplies queries."""
+    return 1 + module.attn_scale * torch.log1p(torch.floor((position + 1.0) / module.floor_scale))
 
 
 def layer_type(module: nn.Module) -> str | None:

@@ -138,6 +138,7 @@ class DecodingKeys:
         room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
         # [1, heads, R, size] to [R, heads, size].
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
+        form = form.at_most(rows.longest_prompt + rows.longest + 1)
         if query.is_cpu and query.dtype in _KERNEL_DTYPES and form.is_plain:
             out = decode_attention(
                 query,
@@ -213,7 +214,7 @@ class _Rows:
         self.length = torch.tensor(lengths, device=device)
         self.index = torch.arange(self.count, device=device)
         self._prompts = prompts
-        self._biases: dict[float, Tensor] = {}
+        self._biases: dict[tuple[float, float], Tensor] = {}
         self.decoded = DecodedRows(self.prompt, self.prompt_length, self.length)
 
     @functools.cached_property
@@ -244,7 +245,8 @@ class _Rows:
 
     def bias(self, form: AttentionForm, dtype: torch.dtype) -> Tensor:
         """Return [R, 1, 1, keys], 0 where a row sees a key and −∞ elsewhere."""
-        if form.window not in self._biases:
+        kind = form.window, form.chunk
+        if kind not in self._biases:
             prompt_length, length = self.prompt_length[:, None], self.length[:, None]
             device = self.length.device
             of_prompt = torch.arange(self.longest_prompt, device=device).expand(self.count, -1)
@@ -254,8 +256,8 @@ class _Rows:
             # What lies behind a shorter prompt is no token.
             seen[:, : self.longest_prompt] &= of_prompt < prompt_length
             bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-            self._biases[form.window] = bias.masked_fill_(~seen, -math.inf)[:, None, None]
-        return self._biases[form.window]
+            self._biases[kind] = bias.masked_fill_(~seen, -math.inf)[:, None, None]
+        return self._biases[kind]
 
 
 def _attend(query: Tensor, room: _Layer, rows: _Rows, form: AttentionForm) -> Tensor:

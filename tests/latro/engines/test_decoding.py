@@ -30,6 +30,8 @@ OTHERS = [
     ("gpt_oss", {"sliding_window": 7}),
     ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     ("nemotron", {}),
+    ("llama4_text", {"attention_chunk_size": 9}),
+    ("llama4_text", {"no_rope_layers": [1, 0], "attention_chunk_size": 5, "floor_scale": 3}),
 ]
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How", "gets 4 pens", "5"]
 SETTINGS = {"num_samples": 3, "max_new_tokens": 12, "temperature": 0.8}
@@ -226,7 +228,7 @@ def test_a_model_is_as_it_was_after_an_error(tiny, tokenizer, prompts):
     assert [module.__dict__.get("forward") for module in model.modules()] == forwards
 
 
-@pytest.mark.parametrize("architecture", ["lfm2", "mamba", "qwen3_next", "llama4_text"])
+@pytest.mark.parametrize("architecture", ["lfm2", "mamba", "qwen3_next", "bloom"])
 def test_models_that_keep_more_than_keys_are_left_to_transformers(tokenizer, caplog, architecture):
     model = other_model(architecture, tokenizer)
     with caplog.at_level("INFO"):

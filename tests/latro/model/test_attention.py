@@ -35,6 +35,10 @@ OTHERS = [
     ("stablelm", {}),
     ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
     ("nemotron", {}),
+    # Branches begin within a chunk, and end in later ones.
+    ("llama4_text", {"attention_chunk_size": 9}),
+    # Without rotary positions, and with queries whose temperature changes within every segment.
+    ("llama4_text", {"no_rope_layers": [1, 0], "attention_chunk_size": 5, "floor_scale": 3}),
 ]
 
 
@@ -228,6 +232,20 @@ def test_the_last_queries_see_the_window_that_ends_with_them():
             q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen], scale=0.5
         )
         torch.testing.assert_close(out[:, :, i : i + 1], alone)
+
+
+def test_queries_see_the_chunk_that_they_stand_in():
+    position = torch.arange(9)
+    for chunk, window, positions in (
+        (4, float("inf"), {3: [0, 1, 2, 3], 4: [4], 6: [4, 5, 6], 8: [8]}),
+        (4, 2, {3: [2, 3], 4: [4], 6: [5, 6]}),
+    ):
+        form = AttentionForm(1.0, window=window, chunk=chunk)
+        seen = form.sees(position[:, None], position)
+        for query, keys in positions.items():
+            assert seen[query].nonzero()[:, 0].tolist() == keys
+    assert form.at_most(4).is_plain
+    assert not form.at_most(5).is_plain
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
