@@ -106,6 +106,22 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
     return config._attn_implementation == name
 
 
+def shares_prefix(model: PreTrainedModel) -> bool:
+    """Return whether `allow_shared_prefix` has replaced the attention of `model`."""
+    return (model.config.get_text_config()._attn_implementation or "").startswith(_PREFIX)
+
+
+def give_attention_back(model: PreTrainedModel) -> None:
+    """Undo `allow_shared_prefix` where a model turns out to make nothing of it.
+
+    Some layers ask what their attention is called: those of DeepSeek-V3.2 put the keys that they
+    choose into the mask for "eager" and "sdpa" alone.
+    """
+    if shares_prefix(model):
+        name = model.config.get_text_config()._attn_implementation
+        model.set_attn_implementation(name.removeprefix(_PREFIX))
+
+
 def row_arguments(
     device: torch.device,
     shared_prefix: SharedPrefix | None = None,

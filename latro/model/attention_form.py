@@ -94,7 +94,8 @@ def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> A
         chunk = getattr(module.config, "attention_chunk_size", None)
         if not chunk:
             raise NotImplementedError("a packed row in a layer that does not tell its chunk")
-    for name in ("position_bias", "cache"):
+    # Of these the last two are the keys that a sparse layer has chosen.
+    for name in ("position_bias", "cache", "indices", "block_indices"):
         if given.get(name) is not None:
             raise NotImplementedError(f"a packed row with {name}")
     scaling = given.get("scaling")

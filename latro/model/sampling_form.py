@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latro.model.attention import SharedPrefix, allow_shared_prefix
+from latro.model.attention import (
+    SharedPrefix,
+    allow_shared_prefix,
+    give_attention_back,
+    shares_prefix,
+)
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, install_head_rows, read
 from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of
@@ -39,13 +44,15 @@ def sampling_form(causal: PreTrainedModel) -> SamplingForm | str:
     not let parts of it be called alone. So ask before.
     """
     if "_sampling_form" not in causal.__dict__:
-        was_training = causal.training
+        was_training, shared_before = causal.training, shares_prefix(causal)
         causal.eval()
         try:
             with without_tf32():
                 causal._sampling_form = _try(causal)
         finally:
             causal.train(was_training)
+        if isinstance(causal._sampling_form, str) and not shared_before:
+            give_attention_back(causal)
     return causal._sampling_form
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from latro.model.adapters import without_wrapper
-from latro.model.attention import allow_shared_prefix
+from latro.model.attention import allow_shared_prefix, give_attention_back, shares_prefix
 from latro.model.head_rows import (
     HeadRows,
     Reference,
@@ -85,7 +85,10 @@ class Scorer:
         with without_tf32():
             self.logit_form = self._logit_form()
             self._verify_logits()
+            shared_before = shares_prefix(self.causal)
             self.why_not_packed = self._why_not_packed()
+        if self.why_not_packed is not None and not shared_before:
+            give_attention_back(self.causal)
         # For whoever samples with the model once an engine has taken it over.
         sampling_form(self.causal)
         self.packed = self.why_not_packed is None

@@ -39,6 +39,10 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32},
     "minicpm3": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
     | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "deepseek_v32": {"q_lora_rank": 16, "kv_lora_rank": 16, "num_key_value_heads": 4}
+    | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    | {"index_topk": 4, "index_n_heads": 2, "index_head_dim": 16, "first_k_dense_replace": 2}
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "inkling_text": {},
     "nanochat": {},
     "dory": {},

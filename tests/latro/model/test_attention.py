@@ -286,6 +286,13 @@ def test_a_model_that_cannot_is_run_padded_and_says_so(tiny, rollouts, caplog, m
     assert torch.isfinite(scorer(scorer.collate(groups)).logp).all()
 
 
+@pytest.mark.parametrize("name", ["position_bias", "indices", "block_indices"])
+def test_a_layer_that_attends_by_something_unknown_is_refused(tiny, name):
+    layer = tiny().model.layers[0].self_attn
+    with pytest.raises(NotImplementedError, match=f"a packed row with {name}"):
+        attention_form.attention_form(layer, torch.zeros(1, 4, 3, 8), {name: torch.zeros(1)})
+
+
 def test_attention_that_looks_elsewhere_is_found_out(tiny, monkeypatch, caplog):
     """A model whose attention ignores the segments is not trusted with a packed row."""
     own = module._by_segment

@@ -52,13 +52,24 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "qwen3_next"])
 def test_what_cannot_be_packed_is_scored_padded(tokenizer, rollouts, caplog, architecture):
     model = other_model(architecture, tokenizer)
+    attention = model.config._attn_implementation
     groups = rollouts(2, 4)
     expected = full_logits_logp(model, [r for group in groups for r in group], 1.0)
     scorer = Scorer(model)
     assert not scorer.packed
+    assert model.config._attn_implementation == attention
     assert "own copy of the prompt, padded" in caplog.text
     logp = scorer(scorer.collate(groups)).logp
     torch.testing.assert_close(logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_model_that_cannot_share_prefixes_is_as_it_was(tokenizer):
+    """This one's layers ask for the name of their attention, and else leave their choice out."""
+    model = other_model("deepseek_v32", tokenizer)
+    ids = torch.arange(5, 45)[None]
+    before = model(input_ids=ids, use_cache=False).logits
+    assert not Scorer(model).packed
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
 def test_running_out_of_memory_does_not_count_as_being_unable_to_pack(tiny, monkeypatch):
