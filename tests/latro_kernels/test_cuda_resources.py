@@ -8,17 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.compiled import CAPABILITIES, KIB, SHARED_OPT_IN, Resources
 from latro_kernels import native
-from tests.latro_kernels.gpu_resources import (
-    CAPABILITIES,
-    KIB,
-    MEMORY_BOUND,
-    SHARED_OPT_IN,
-    Resources,
-    dump,
-    read,
-    violations,
-)
+from tests.latro_kernels.gpu_resources import MEMORY_BOUND, dump, read, violations
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = ROOT / "latro_kernels/_cuda.so"

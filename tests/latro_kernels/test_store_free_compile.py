@@ -11,16 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.latro_kernels.gpu_resources import (
-    CAPABILITIES,
-    SHARED_OPT_IN,
-    aligned,
-    compile_kernel,
-    violations,
-)
+from benchmarks.gpu.compiled import CAPABILITIES, SHARED_OPT_IN
+from tests.latro_kernels.gpu_resources import compile_kernel, violations
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu.launches import FEATURES, launch, parameters, signature
 from latro_kernels.linear_logprob.triton import blocks, sparse_product
 from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
@@ -31,43 +27,6 @@ MAX_STACK = 320
 # Instructions of a warp of an H100 for 128 x 256 logits, in a block that is neither the last of the
 # vocabulary nor holds a target, without bias, softcap and entropy.
 MAX_EPILOGUE = {forward_kernel: 900, grad_kernel: 950}
-FEATURES: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "entropy": ("WITH_ENTROPY", "WITH_CACHED"),
-    "all": (
-        *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_CACHED", "WITH_BLOCK_MAX"),
-        *("HAS_ROWS", "WITH_FILTER"),
-    ),
-    "kept": ("WITH_CACHED", "IS_CACHED"),
-}
-POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
-FLOATS = ("softcap", "temperature", "grad_filter")
-
-
-def parameters(kernel: Any) -> list[Any]:
-    """Return the parameters of a kernel, which may be one with heuristics."""
-    return kernel.params if hasattr(kernel, "params") else kernel.fn.params
-
-
-def signature(kernel: Any, dtype: str, blocks: dict[str, tuple[int, int]] | None) -> dict[str, str]:
-    """Types of a launch whose lengths are multiples of 16; `blocks`: operands by descriptor."""
-    types = {}
-    for parameter in parameters(kernel):
-        name = parameter.name
-        if parameter.is_constexpr or name in ("stride_xh", "stride_wh"):
-            continue
-        if name in ("hidden", "weight"):
-            of_block = "*{0}" if blocks is None else "tensordesc<{0}[{1}, {2}]>"
-            types[name] = of_block.format(dtype, *(blocks or {}).get(name, ()))
-        elif name in ("a_ptr", "b_ptr", "dz_ptr"):
-            types[name] = f"*{dtype}"
-        elif name.endswith("_ptr"):
-            types[name] = POINTERS.get(name, "*fp32")
-        else:
-            types[name] = "fp32" if name in FLOATS else "i32"
-    return aligned(types)
-
-
 # From sm_90 on, pointers are for operands that no descriptor takes.
 LAUNCHES = [
     *((80, False, features) for features in FEATURES),
@@ -80,24 +39,9 @@ LAUNCHES = [
 @pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
 def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, features: str) -> None:
     config = blocks.start(capability // 10, torch.bfloat16)
-    flags = {p.name: p.name in FEATURES[features] for p in parameters(kernel) if p.is_constexpr}
-    described = {
-        "hidden": (config.rows, config.depth),
-        "weight": (config.columns, config.depth),
-    }
-    constants = flags | {
-        "DESCRIPTORS": by_descriptor,
-        "BLOCK_N": config.rows,
-        "BLOCK_V": config.columns,
-        "BLOCK_H": config.depth,
-        "GROUP": GROUP,
-        "stride_xh": 1,
-        "stride_wh": 1,
-    }
-    if kernel is forward_kernel:
-        constants["TILES"] = TILES
-    types = signature(kernel, "bf16", described if by_descriptor else None)
-    options = {"num_warps": config.warps, "num_stages": config.stages}
+    types, constants, options = launch(
+        kernel, FEATURES[features], capability, by_descriptor=by_descriptor
+    )
     found = compile_kernel(kernel, types, constants, capability, **options)
     limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
     if config.columns == 128 or features == "plain":
@@ -141,6 +85,7 @@ def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
         (config.columns, config.rows, "stride_am"),
     ):
         constants = {"ADD": True, "BLOCK_M": rows, "BLOCK_K": depth}
+        constants["TRANSPOSED"] = unit_step == "stride_am"
         constants |= {unit_step: 1, "stride_bh": 1}
         constants["BLOCK_H"] = sparse_product.BLOCK_COLS
         constants["BLOCK_DEPTH"] = min(sparse_product.BLOCK_DEPTH, depth)

@@ -10,13 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.latro_kernels.gpu_resources import (
-    CAPABILITIES,
-    MEMORY_BOUND,
-    aligned,
-    compile_kernel,
-    violations,
-)
+from benchmarks.gpu.compiled import CAPABILITIES, aligned
+from tests.latro_kernels.gpu_resources import MEMORY_BOUND, compile_kernel, violations
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")

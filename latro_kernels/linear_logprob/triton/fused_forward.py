@@ -29,7 +29,9 @@ from latro_kernels.triton.softmax import flags
     flags(HAS_BIAS="bias_ptr", WITH_CACHED="cached_ptr", WITH_BLOCK_MAX="block_max_ptr")
     | descriptors
 )
-@triton.jit
+# Triton compiles anew for an integer that is 1 or a multiple of 16. These change no load and no
+# store by it; with ragged batches each would come upon such cases in the first updates.
+@triton.jit(do_not_specialize=["N", "V", "cached_end", "stride_part", "row_blocks", "splits"])
 def forward_kernel(
     hidden,
     weight,
@@ -145,7 +147,7 @@ def forward_kernel(
 
 
 @triton.heuristics({"WITH_ENTROPY": lambda args: args["weighted_sum_ptr"] is not None})
-@triton.jit
+@triton.jit(do_not_specialize=["N", "begin", "end", "splits", "split_columns", "stride_part"])
 def merge_kernel(
     parts_ptr,
     target_ptr,

@@ -17,14 +17,16 @@ from latro_kernels.linear_logprob.triton.products import block_ptr
 BLOCK_COLS, BLOCK_DEPTH = 64, 32
 
 
-@triton.jit
+# Whether these are 1 or multiples of 16 changes no load and no store; that of `columns`, which lie
+# side by side in memory, does.
+@triton.jit(do_not_specialize=["rows", "stride_active_m", "stride_active_k"])
 def sparse_product_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
     active_ptr,
-    M,
-    K,
+    rows,
+    columns,
     H,
     stride_am,
     stride_ak,
@@ -33,13 +35,20 @@ def sparse_product_kernel(
     stride_cm,
     stride_active_m,
     stride_active_k,
+    TRANSPOSED: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """c[M, H] = a[M, K] . b[K, H], or +=, over the blocks of BLOCK_M x BLOCK_K that are active."""
+    """c[M, H] = a[M, K] . b[K, H], or +=, over the blocks of BLOCK_M x BLOCK_K that are active.
+
+    a is a gradient of M = rows and K = columns, or the transposed of one of K rows and M columns.
+    """
+    M, K = rows, columns
+    if TRANSPOSED:
+        M, K = columns, rows
     block_m, block_h = tl.program_id(0), tl.program_id(1)
     i = (block_m * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     h = (block_h * BLOCK_H + tl.arange(0, BLOCK_H)).to(tl.int64)
@@ -80,14 +89,21 @@ class SparseGradient(Gradient):
     Args:
         active: int8, one flag per block, 0 for a block that is 0.
         block: rows and columns of a block.
+        transposed: whether dz is the transposed of what was made.
     """
 
     active: Tensor
     block: tuple[int, int]
+    transposed: bool = False
 
     def t(self) -> SparseGradient:
         """Return the transposed gradient."""
-        return SparseGradient(self.dz.t(), self.active.t(), self.block[::-1])
+        return SparseGradient(
+            dz=self.dz.t(),
+            active=self.active.t(),
+            block=self.block[::-1],
+            transposed=not self.transposed,
+        )
 
     def add_product(self, out: Tensor, other: Tensor, *, first: bool) -> None:
         """Add dz · other to `out`, fp32 with rows of stride 1, or write it there if it is first.
@@ -95,15 +111,16 @@ class SparseGradient(Gradient):
         The first product of a sum may be of any dtype.
         """
         (M, K), H = self.dz.shape, other.shape[1]
-        rows, columns = self.block
+        block_m, block_k = self.block
+        rows, columns = (K, M) if self.transposed else (M, K)
         with torch.cuda.device_of(out):
-            sparse_product_kernel[(triton.cdiv(M, rows), triton.cdiv(H, BLOCK_COLS))](
+            sparse_product_kernel[(triton.cdiv(M, block_m), triton.cdiv(H, BLOCK_COLS))](
                 a_ptr=self.dz,
                 b_ptr=other,
                 c_ptr=out,
                 active_ptr=self.active,
-                M=M,
-                K=K,
+                rows=rows,
+                columns=columns,
                 H=H,
                 stride_am=self.dz.stride(0),
                 stride_ak=self.dz.stride(1),
@@ -112,10 +129,11 @@ class SparseGradient(Gradient):
                 stride_cm=out.stride(0),
                 stride_active_m=self.active.stride(0),
                 stride_active_k=self.active.stride(1),
+                TRANSPOSED=self.transposed,
                 ADD=not first,
-                BLOCK_M=rows,
-                BLOCK_K=columns,
+                BLOCK_M=block_m,
+                BLOCK_K=block_k,
                 BLOCK_H=BLOCK_COLS,
-                BLOCK_DEPTH=min(BLOCK_DEPTH, columns),
+                BLOCK_DEPTH=min(BLOCK_DEPTH, block_k),
                 num_warps=8,
             )

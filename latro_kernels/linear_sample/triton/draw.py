@@ -138,7 +138,9 @@ def winner(score, column, z):
     return highest, lowest, tl.max(tl.where(column == lowest[:, None], z, float("-inf")), 1)
 
 
-@triton.jit
+# A multiple of 16 rows would have wider loads, and a kernel of its own, for a thousandth of the
+# time: the rows of a batch that is sampled change from token to token.
+@triton.jit(do_not_specialize=["N", "splits"])
 def choose_kernel(
     scores_ptr,
     columns_ptr,

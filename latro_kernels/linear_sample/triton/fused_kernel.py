@@ -25,7 +25,8 @@ from latro_kernels.triton.softmax import flags
 
 
 @triton.heuristics(flags(HAS_BIAS="bias_ptr", HAS_FIRST="first_ptr") | descriptors)
-@triton.jit
+# Whether these are 1 or multiples of 16 changes no load and no store.
+@triton.jit(do_not_specialize=["N", "stride_part", "row_blocks", "splits"])
 def sample_kernel(
     hidden,
     weight,

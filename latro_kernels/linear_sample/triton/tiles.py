@@ -22,7 +22,7 @@ BLOCK_V, PART = 1024, 4096
 
 
 @triton.heuristics(flags(HAS_BIAS="bias_ptr", HAS_FIRST="first_ptr"))
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def draw_kernel(
     tile_ptr,
     bias_ptr,

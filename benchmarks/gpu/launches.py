@@ -1,0 +1,84 @@
+"""What the kernels of fused `linear_logprob` are launched with, to compile them without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.compiled import aligned
+from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
+
+FEATURES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "entropy": ("WITH_ENTROPY", "WITH_CACHED"),
+    "all": (
+        *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_CACHED", "WITH_BLOCK_MAX"),
+        *("HAS_ROWS", "WITH_FILTER"),
+    ),
+    "kept": ("WITH_CACHED", "IS_CACHED"),
+}
+POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
+FLOATS = ("softcap", "temperature", "grad_filter")
+
+
+def parameters(kernel: Any) -> list[Any]:
+    """Return the parameters of a kernel, which may be one with heuristics."""
+    return kernel.params if hasattr(kernel, "params") else kernel.fn.params
+
+
+def signature(
+    kernel: Any, dtype: str, described: dict[str, tuple[int, int]] | None
+) -> dict[str, str]:
+    """Return the types of a launch whose lengths are multiples of 16.
+
+    `described` has the blocks of operands that are given by descriptor.
+    """
+    types = {}
+    for parameter in parameters(kernel):
+        name = parameter.name
+        if parameter.is_constexpr or name in ("stride_xh", "stride_wh"):
+            continue
+        if name in ("hidden", "weight"):
+            of_block = "*{0}" if described is None else "tensordesc<{0}[{1}, {2}]>"
+            types[name] = of_block.format(dtype, *(described or {}).get(name, ()))
+        elif name in ("a_ptr", "b_ptr", "dz_ptr"):
+            types[name] = f"*{dtype}"
+        elif name.endswith("_ptr"):
+            types[name] = POINTERS.get(name, "*fp32")
+        else:
+            types[name] = "fp32" if name in FLOATS else "i32"
+    return aligned(types)
+
+
+def launch(
+    kernel: Any, flags: tuple[str, ...], capability: int, *, by_descriptor: bool
+) -> tuple[dict[str, str], dict[str, Any], dict[str, int]]:
+    """Return types, constants and options of a launch in bf16, all lengths multiples of 16.
+
+    Args:
+        kernel: `forward_kernel` or `grad_kernel`.
+        flags: the constexprs that are true.
+        capability: 80, 90 or 100.
+        by_descriptor: whether hidden and weight are given by descriptor.
+    """
+    config = blocks.start(capability // 10, torch.bfloat16)
+    described = {
+        "hidden": (config.rows, config.depth),
+        "weight": (config.columns, config.depth),
+    }
+    named = {
+        "DESCRIPTORS": by_descriptor,
+        "BLOCK_N": config.rows,
+        "BLOCK_V": config.columns,
+        "BLOCK_H": config.depth,
+        "GROUP": GROUP,
+        "TILES": TILES,
+    }
+    constants = {
+        p.name: named.get(p.name, p.name in flags) for p in parameters(kernel) if p.is_constexpr
+    }
+    constants |= {"stride_xh": 1, "stride_wh": 1}
+    types = signature(kernel, "bf16", described if by_descriptor else None)
+    return types, constants, {"num_warps": config.warps, "num_stages": config.stages}

@@ -1,0 +1,190 @@
+"""A batch of any number of rows is launched with the kernels of every other, and compiles none.
+
+Triton compiles a kernel anew for each key of a launch: the types of its arguments, and of integers
+whether they are 1 or a multiple of 16. Launches are recorded here instead of made, as on an H100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime import Heuristics
+from triton.runtime.jit import create_function_from_signature
+
+from latro_kernels.head import Head
+from latro_kernels.linear_logprob.state import RowGrad, Wanted
+from latro_kernels.linear_logprob.triton import blocks, fused, sparse_product
+from latro_kernels.linear_sample.state import Draw
+from latro_kernels.linear_sample.triton import draw
+from latro_kernels.linear_sample.triton import fused as sample_fused
+
+H, V = 16, 1008
+RAGGED = (1, *range(8_191, 8_209))
+
+Key = tuple[Any, ...]
+
+
+class Recorder:
+    """Stands in the place of a kernel, and takes down what it would be compiled for."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.heuristics = {}
+        while isinstance(kernel, Heuristics):
+            self.heuristics |= kernel.values
+            kernel = kernel.fn
+        self.params = kernel.params
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.keys: dict[Key, set[Key]] = {}
+        self.launched: list[dict[str, Any]] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, **given: Any) -> None:
+        given |= {name: value(given) for name, value in self.heuristics.items()}
+        _, key, options = self.bind(**given)
+        form = [
+            given[p.name] if p.is_constexpr else given[p.name] is None
+            for p in self.params
+            if p.is_constexpr or p.name.endswith("_ptr")
+        ]
+        self.keys.setdefault(tuple(form), set()).add((*map(tuple, key), str(options)))
+        self.launched.append(given)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    """Put a recorder in the place of each kernel of a fused driver; return them by name."""
+    monkeypatch.setattr(blocks, "_INTERPRETED", blocks.start(9, torch.bfloat16))
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
+    monkeypatch.setattr(fused, "TILE_COLUMNS", 512)
+    recorders = {}
+    for module, name in (
+        (fused, "forward_kernel"),
+        (fused, "merge_kernel"),
+        (fused, "grad_kernel"),
+        (fused, "rescale_kernel"),
+        (sparse_product, "sparse_product_kernel"),
+        (sample_fused, "sample_kernel"),
+        (draw, "choose_kernel"),
+    ):
+        recorders[name] = Recorder(getattr(module, name))
+        monkeypatch.setattr(module, name, recorders[name])
+    return recorders
+
+
+def head_of(N: int, V: int = V, H: int = H) -> Head:
+    return Head(
+        hidden=torch.zeros(N, H),
+        weight=torch.zeros(V, H),
+        bias=None,
+        temperature=1.0,
+        softcap=0.0,
+        backend="triton",
+    )
+
+
+def solve(
+    head: Head,
+    *,
+    entropy: bool = False,
+    frozen: bool = False,
+    budget: int = 0,
+    grad_filter: float = 0.0,
+    unasked: int = 0,
+) -> None:
+    """Launch a forward and a backward; `unasked` rows have no upstream gradient."""
+    N = len(head.hidden)
+    wanted = Wanted(
+        weighted_sum=entropy,
+        dx_sum=frozen,
+        block_max=grad_filter > 0,
+        memory_budget=budget,
+    )
+    state = fused.forward(head, torch.zeros(N, dtype=torch.int64), wanted)
+    if frozen:
+        return
+    rows = torch.ones(N)
+    rows[:unasked] = 0
+    grad = RowGrad(
+        target=state.target,
+        logp=rows,
+        entropy=rows if entropy else None,
+        row_max=rows,
+        log_sum=rows,
+        grad_logp=rows,
+        grad_entropy=rows if entropy else None,
+    )
+    fused.backward(head, grad, state.cached, state.block_max, grad_filter, (True, True, False))
+
+
+FORMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ("forward", "merge", "grad")),
+    "entropy": ({"entropy": True}, ("forward", "merge", "grad")),
+    "some kept": ({"budget": 4 * 8_300 * 512}, ("forward", "merge", "grad")),
+    "all kept": ({"budget": 2**30}, ("forward", "merge", "grad")),
+    "frozen": ({"frozen": True}, ("forward", "merge", "grad", "rescale")),
+    "some asked": ({"unasked": 100}, ("forward", "merge", "grad")),
+    "filtered": ({"grad_filter": 1e-4}, ("forward", "merge", "grad", "sparse_product")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ragged_batches_share_their_kernels(form: str, recorded: dict[str, Recorder]) -> None:
+    options, kernels = FORMS[form]
+    for N in RAGGED:
+        solve(head_of(N), **options)
+    launched = {name for name, recorder in recorded.items() if recorder.launched}
+    assert launched == {f"{name}_kernel" for name in kernels}
+    for name in launched:
+        for keys in recorded[name].keys.values():
+            assert len(keys) == 1, f"{name} is compiled for {keys}"
+
+
+def test_ragged_batches_are_sampled_by_the_same_kernels(recorded: dict[str, Recorder]) -> None:
+    for N in RAGGED:
+        numbers = torch.zeros(N, dtype=torch.int64)
+        draw_ = Draw(seed=numbers, position=numbers, greedy=False, first_column=None)
+        sample_fused.sample(head_of(N), draw_)
+    for name in ("sample_kernel", "choose_kernel", "merge_kernel"):
+        assert recorded[name].launched
+        for keys in recorded[name].keys.values():
+            assert len(keys) == 1, f"{name} is compiled for {keys}"
+
+
+def test_a_vocabulary_of_any_size_has_one_kernel_more(recorded: dict[str, Recorder]) -> None:
+    """Its last slice, where stores of dz are narrow; the forward alone stores nothing of it."""
+    for N in RAGGED:
+        solve(head_of(N, V=1001))
+    (keys,) = recorded["grad_kernel"].keys.values()
+    assert len(keys) == 2
+    (keys,) = recorded["forward_kernel"].keys.values()
+    assert len(keys) == 1
+
+
+def test_strides_that_loads_depend_on_have_kernels_of_their_own(
+    recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: False)
+    for width in (16, 24):
+        solve(head_of(64, H=width))
+    for name in ("forward_kernel", "grad_kernel"):
+        (keys,) = recorded[name].keys.values()
+        assert len(keys) == 2
+
+
+def test_a_few_rows_more_make_no_small_tile(recorded: dict[str, Recorder]) -> None:
+    solve(head_of(8_200))
+    assert {given["M"] for given in recorded["grad_kernel"].launched} == {4_096, 4_104}
+    solve(head_of(2_100), frozen=True)
+    (first, second) = {given["N"] for given in recorded["forward_kernel"].launched} - {8_200}
+    assert {first, second} == {1_024, 1_076}
