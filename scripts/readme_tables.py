@@ -262,6 +262,26 @@ def sample(result: dict[str, Any]) -> str:
     )
 
 
+def predicted(result: dict[str, Any]) -> str:
+    """Tabulate what the model of GPUs predicts, one row per form, one column per chip."""
+    from benchmarks.gpu import model  # of all tables the only one that needs Triton
+
+    shape = model.GPU_SHAPES[0]
+    chips = model.CHIPS.values()
+    columns = [
+        dict(model.predict(chip, shape, model.counts(chip, result)))
+        | {f"`{op}` {lap}": time for (op, lap), time in model.predict_ops(chip).items()}
+        for chip in chips
+    ]
+    rows = [[name, *(f"{1e3 * of[name].whole:.3g}" for of in columns)] for name in columns[0]]
+    return (
+        markdown(["predicted, not measured: ms", *(chip.name for chip in chips)], rows)
+        + f"\n\nbf16, N = {shape.n}, H = {shape.h}, V = {shape.v}, 2²⁰ rows of group_advantage. "
+        f"Instructions of kernels that Triton {result['triton']} compiled are in "
+        "[the counts](benchmarks/results/gpu/compiled.json)."
+    )
+
+
 def step(result: dict[str, Any]) -> str:
     """Tabulate an update and a whole step, one row per contender."""
     rows = [
@@ -380,6 +400,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "peers": (RESULTS / "head" / "study_head.json", peers),
     "ops": (RESULTS / "ops" / "ops.json", ops),
     "sample": (RESULTS / "linear_sample" / "linear_sample.json", sample),
+    "predicted": (RESULTS / "gpu" / "compiled.json", predicted),
     "step": (RESULTS / "step" / "step.json", step),
     "shared-prefix": (RESULTS / "trl" / "shared_prefix.json", shared_prefix),
     "rollout-smollm2": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),

@@ -93,10 +93,10 @@ def _head_goals(shape: Shape, results: Mapping[str, Any]) -> Iterator[Goal]:
     head, peers, full, frozen = (
         [row for row in rows if row["shape"]["name"] == shape.name]
         for rows in (
-            _rows(results, "head"),
-            _rows(results, "peers"),
-            _section(results, "full"),
-            _section(results, "frozen"),
+            rows_of(results, "head"),
+            rows_of(results, "peers"),
+            section_of(results, "full"),
+            section_of(results, "frozen"),
         )
     )
     rate = results["chip"]["gemm"]["per_second"]["median"] if "chip" in results else None
@@ -128,7 +128,7 @@ def _head_goals(shape: Shape, results: Mapping[str, Any]) -> Iterator[Goal]:
 
 def _filter_goal(results: Mapping[str, Any]) -> Goal:
     """Compare the head study's filter on trained hidden states with the three dense products."""
-    rows = [r for r in _section(results, "filter") if r["provider"].endswith("eps 2^-12")]
+    rows = [r for r in section_of(results, "filter") if r["provider"].endswith("eps 2^-12")]
     best = min(rows, key=lambda row: row["multiples"]["full"], default=None)
     return Goal(
         best["shape"]["name"] if best else "trained hidden states",
@@ -145,7 +145,7 @@ def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
 
     The gate allows twice the error of the unfused loss plus 1e-5, errors being relative here.
     """
-    rows = _rows(results, "head")
+    rows = rows_of(results, "head")
     unfused = {row["shape"]["name"]: row["error"] for row in rows if row["provider"] == "unfused"}
     errors = [
         (row["error"][name] / (2 * allowed[name] + 1e-5), f"{row['provider']}, {name}")
@@ -156,7 +156,7 @@ def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
     ]
     worst, by = max(errors, default=(None, ""))
     yield Goal("all shapes", "error / gate", "×", measured=worst, goal=1.0, by=by)
-    forms = [*rows, *_section(results, "full"), *_section(results, "frozen")]
+    forms = [*rows, *section_of(results, "full"), *section_of(results, "frozen")]
     ours = (row["more"] for row in forms if row["provider"].startswith(OURS))
     same = [more["same bits"] for more in ours if "same bits" in more]
     share = sum(same) / len(same) if same else None
@@ -166,7 +166,7 @@ def _exactness_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
 
 def _op_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
     for op, dtype, lap in OP_LAPS:
-        row = _best_op(_rows(results, "ops"), op, dtype, lap)
+        row = best_op(rows_of(results, "ops"), op, dtype, lap)
         by = row["way"] if row else ""
         if op == "gather_logprob":
             share = _share_of_copy(row) if row else None
@@ -177,11 +177,12 @@ def _op_goals(results: Mapping[str, Any]) -> Iterator[Goal]:
             yield Goal(op, "2^20 rows", "µs", measured=micros, goal=GROUP_ADVANTAGE_US, by=by)
 
 
-def _rows(results: Mapping[str, Any], stage: str) -> list[Row]:
+def rows_of(results: Mapping[str, Any], stage: str) -> list[Row]:
+    """Return the rows of a stage, none where it has no results."""
     return results.get(stage, {"rows": []})["rows"]
 
 
-def _section(results: Mapping[str, Any], section: str) -> list[Row]:
+def section_of(results: Mapping[str, Any], section: str) -> list[Row]:
     """Return the rows of one section of the head study."""
     groups = results.get("forms", {"groups": []})["groups"]
     return [row for group in groups if group["section"] == section for row in group["rows"]]
@@ -200,7 +201,8 @@ def _fastest(rows: Iterable[Row], phase: str, *, ours: bool) -> tuple[str, float
     return best, medians.get(best)
 
 
-def _best_op(rows: Iterable[Row], op: str, dtype: str, lap: str) -> Row | None:
+def best_op(rows: Iterable[Row], op: str, dtype: str, lap: str) -> Row | None:
+    """Return the row of the fastest of our backends, or None."""
     mine = (
         row
         for row in rows
@@ -230,7 +232,7 @@ def published_table(results: Mapping[str, Any]) -> Table:
     """Tabulate milliseconds that others have published beside ours at the nearest shape."""
     rows = []
     for who, shape, theirs in PUBLISHED:
-        mine = [row for row in _rows(results, "head") if row["shape"]["name"] == shape]
+        mine = [row for row in rows_of(results, "head") if row["shape"]["name"] == shape]
         bare = next((row for row in mine if row["provider"] == BARE_GEMMS), None)
         for what, milliseconds in theirs.items():
             if what == BARE_GEMMS:
@@ -266,7 +268,7 @@ def logprob_figure(result: Mapping[str, Any]) -> str:
 
 def forms_figure(result: Mapping[str, Any]) -> str:
     """Name the fastest with 3 GiB and with a frozen head, and count the study's aims met."""
-    full, frozen = (_section({"forms": result}, section) for section in ("full", "frozen"))
+    full, frozen = (section_of({"forms": result}, section) for section in ("full", "frozen"))
     budget = [row for row in full if row["provider"].endswith(THREE_GIB)]
     met = sum(check["met"] for check in result["checks"])
     return (
@@ -286,7 +288,7 @@ def ops_figure(result: Mapping[str, Any]) -> str:
     """Name the fastest of ours of each op."""
     parts = []
     for op, dtype, lap in OP_LAPS:
-        if row := _best_op(result["rows"], op, dtype, lap):
+        if row := best_op(result["rows"], op, dtype, lap):
             micros, share = 1e6 * row["median"], 100 * _share_of_copy(row)
             parts.append(f"{op} {lap} {micros:.0f} µs, {share:.0f} % of a copy's rate")
     return "; ".join(parts) or "none could run"

@@ -20,10 +20,12 @@ It takes the checkout as it is, without network and without installing it. Stage
 
 Each runs in a process of its own, within a limit of its own, and none stops another. One that
 cannot run is skipped and says why, as is one for which --minutes leaves no time. Two files stand in
---out, each written anew after every stage: gpu_suite.json has environment, stages, results by stage
-and `gpu.goals`; gpu_suite.tar.gz has what every stage printed and wrote, `tuned.json` among it.
+--out, each written anew after every stage: gpu_suite.json has environment, stages, results by
+stage, `gpu.goals` and `gpu.predicted`; gpu_suite.tar.gz has what every stage printed and wrote,
+`tuned.json` among it.
 
-The tables of stages, of goals and of published times are printed last. The exit status is 1 where a
+The tables of stages, of goals, of published times and of what `gpu.model` predicts for this GPU are
+printed last. The exit status is 1 where a
 stage failed, else 0: a skipped stage or a goal that is not met is no failure.
 """
 
@@ -52,6 +54,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a sc
 
 from benchmarks.common import report
 from benchmarks.gpu import goals as gpu_goals
+from benchmarks.gpu import predicted
 from benchmarks.gpu.stages import ROOT, Outcome, Stage, run_all
 from latro_kernels import environment
 
@@ -275,6 +278,7 @@ def write(
     record = {
         "environment": where,
         "goals": [asdict(goal) | {"met": goal.met} for goal in goals],
+        "predicted": [asdict(of) for of in predicted.compared(results, str(where["device"]))],
         "stages": [asdict(outcome) for outcome in outcomes],
         "results": results,
     }
@@ -288,8 +292,8 @@ def write(
     report.write_bytes(out / "gpu_suite.tar.gz", packed.getvalue())
 
 
-def show(outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:
-    """Print the tables of stages, of goals and of what others have published."""
+def show(outcomes: Sequence[Outcome], results: Mapping[str, Any], device: str) -> None:
+    """Print the tables of stages, of goals, of what others have published and of predictions."""
     console = report.console()
     rows = [(of.stage, of.status, f"{of.seconds:.0f}", of.said) for of in outcomes]
     headings = ("stage", "status", "seconds", "figure, or why not")
@@ -298,6 +302,8 @@ def show(outcomes: Sequence[Outcome], results: Mapping[str, Any]) -> None:
     console.print(table)
     console.print(gpu_goals.table(gpu_goals.goals(results)))
     console.print(gpu_goals.published_table(results))
+    if found := predicted.compared(results, device):
+        console.print(predicted.table(found))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -354,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(", ".join(f"{key} {value}" for key, value in where.items()))
     print(f"written: {args.out}/gpu_suite.json, gpu_suite.tar.gz")
-    show(outcomes, results)
+    show(outcomes, results, device=str(where["device"]))
     return int(any(outcome.status == "failed" for outcome in outcomes))
 
 

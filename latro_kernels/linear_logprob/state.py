@@ -90,7 +90,7 @@ class State:
             target_logit=room(N),
             weighted_sum=room(N) if wanted.weighted_sum else None,
             dx_sum=room(N, H) if wanted.dx_sum else None,
-            cached=room(N * _cached_columns(N, V, wanted.memory_budget, cached_step)),
+            cached=room(N * cached_columns(N, V, wanted.memory_budget, cached_step)),
             block_max=room(N, -(-V // block_columns))
             if wanted.block_max and block_columns
             else None,
@@ -190,7 +190,7 @@ class RowGrad:
         return rows[count[rows].argsort(stable=True)]
 
 
-def _cached_columns(N: int, V: int, memory_budget: int, step: int) -> int:
+def cached_columns(N: int, V: int, memory_budget: int, step: int) -> int:
     """Return of how many columns the products fit the budget: a multiple of `step`, or all V."""
     if memory_budget >= 4 * N * V:
         return V
