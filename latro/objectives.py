@@ -25,13 +25,17 @@ rows' own KL stands in the loss beside it; with "k3" all of the KL does.
 Unfinished rationales: with "floor" A is made as if their reward were the lowest of the group, and
 their KL the highest; w stays their own. (In latro it is the sum of the two that is floored.) With
 "exclude" they count nowhere and have coefficient 0.
+
+latro's reward may leave out rows of the answer, the template's or the end token's, by
+`Rows.unrewarded`: ℓ_k in A_k is then the sum over the other rows, and λ's gradient is still that of
+the whole ℓ_k.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -66,6 +70,9 @@ class Rows:
             one answer a group. Needed by rlpr.
         plain_offsets: int64 [G + 1], ascending from 0 to P: rows plain_offsets[g]:plain_offsets[g +
             1] are group g's.
+        unrewarded: bool [N], False at rationale rows: the answer rows that are no part of the
+            reward, though they have their likelihood gradient; None: there are none. Read by latro,
+            refused by the others, whose rewards are defined otherwise.
 
     Raises:
         ValueError: a tensor of the wrong shape.
@@ -78,6 +85,7 @@ class Rows:
     own_answer: Tensor | None = None
     plain_logp: Tensor | None = None
     plain_offsets: Tensor | None = None
+    unrewarded: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.logp.dim() != 1:
@@ -87,6 +95,7 @@ class Rows:
             ("ref_logp", self.ref_logp, self.logp.shape),
             ("row_kl", self.row_kl, self.logp.shape),
             ("own_answer", self.own_answer, self.logp.shape),
+            ("unrewarded", self.unrewarded, self.logp.shape),
             ("plain_offsets", self.plain_offsets, (groups + 1,)),
         ):
             if value is not None and value.shape != shape:
@@ -123,6 +132,8 @@ class _Groups:
     """The sequences of a batch in their groups; all is fp64 [G, K] where nothing else is said."""
 
     def __init__(self, rows: Rows, settings: ObjectiveSettings) -> None:
+        if rows.unrewarded is not None:
+            raise ValueError("unrewarded: expected None for objectives but latro, got a tensor")
         wanted, unwanted = "ref_logp", "row_kl"
         if settings.kl == "exact":
             wanted, unwanted = unwanted, wanted
@@ -226,9 +237,17 @@ def latro(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
         ∇J = 1/(NK) Σ_{n,k} [ (ℓ_k − mean_{j≠k} ℓ_j) ∇log π(z_k|x) + λ·∇ℓ_k ]
 
     "Language Models are Hidden Reasoners", arXiv 2411.04282, with λ = 1.
+
+    Where rows are `unrewarded`, ℓ_k in the advantage is without them; in `answer_logp` and ∇ℓ_k
+    they are. With ℓ'_k for the part that counts, the update then follows ∇E_z[ℓ'] through the
+    rationales and λ·E_z[∇ℓ] through the answers.
     """
-    return group_advantage(
-        rows.logp,
+    logp = rows.logp.detach()
+    if rows.unrewarded is not None:
+        # The coefficients of answer rows do not depend on their log-probs; only the reward does.
+        logp = torch.where(rows.unrewarded, 0, logp)
+    out = group_advantage(
+        logp,
         rows.ref_logp,
         rows.layout,
         beta=settings.beta,
@@ -238,6 +257,10 @@ def latro(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:
         row_kl=rows.row_kl,
         backend=settings.backend,
     )
+    if rows.unrewarded is None:
+        return out
+    whole = segment_sums(rows.logp.detach().double(), rows.layout.offsets)[1::2]
+    return replace(out, answer_logp=whole.to(out.answer_logp.dtype))
 
 
 def verifree(rows: Rows, settings: ObjectiveSettings) -> GroupAdvantage:

@@ -26,6 +26,14 @@ ASSETS = Path(__file__).parents[1] / "assets"
 SMALL_MODEL = ASSETS / "small"
 # Evaluation metrics by which the best model can be chosen; for each, more is better.
 BEST_MODEL_METRICS = ("eval_accuracy_greedy", "eval_accuracy_sampled", "eval_answer_logp")
+REWARD_TOKENS = ("all", "template+answer", "answer")
+# Why objectives other than latro leave no choice of the tokens that count.
+_OTHER_REWARDS = {
+    "verifree": "whose reward is the probability of all of y",
+    "jepo": "whose bound is on the likelihood of all of y",
+    "rlpr": "whose reward is the mean over the answer's own tokens already",
+    "sft": "which has no reward",
+}
 # Schedulers that step by an evaluation metric, and take it for a loss unless told otherwise.
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
@@ -210,6 +218,12 @@ class LatroConfig(EngineArguments, AnswerConfig):
     answer_weight: float = setting(
         1.0, "λ, the weight of the answer's likelihood gradient; rlpr has none."
     )
+    reward_tokens: str = setting(
+        "all",
+        "For latro: the tokens of y whose log-probs are the reward: all; all but the one that ends "
+        "y; or the answer's own, without the template's. λ's gradient is that of all of y.",
+        choices=list(REWARD_TOKENS),
+    )
     unfinished: str = setting(
         "floor",
         "A rationale cut by the length limit gets the lowest reward of its group, or is left out.",
@@ -241,6 +255,12 @@ class LatroConfig(EngineArguments, AnswerConfig):
         one_of("objective", self.objective, tuple(OBJECTIVES))
         one_of("kl", self.kl, ("reward", "k3", "exact"))
         one_of("unfinished", self.unfinished, ("floor", "exclude"))
+        one_of("reward_tokens", self.reward_tokens, REWARD_TOKENS)
+        if self.reward_tokens != "all" and self.objective in _OTHER_REWARDS:
+            raise ValueError(
+                f"reward_tokens: expected all with objective={self.objective!r}, "
+                f"{_OTHER_REWARDS[self.objective]}; got {self.reward_tokens!r}"
+            )
         self.check_engine()
         if self.rollout_dtype is not None:
             one_of("rollout_dtype", self.rollout_dtype, ("auto", *WEIGHT_DTYPES))

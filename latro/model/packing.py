@@ -56,6 +56,8 @@ class Batch:
     """int64 [2·S + 1], as in `GroupLayout`."""
     own_answer: Tensor
     """bool [N], the rows of the answers' own tokens: without those of template and end."""
+    answer_end: Tensor
+    """bool [N], the rows of what stands behind the answers' own tokens: the token that ends y."""
     finished: Tensor
     """bool [S]."""
     engine_logp: Tensor | None
@@ -89,6 +91,9 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
         own_answer=torch.tensor(
             [own for r in sequences for own in _own_answer(r)], dtype=torch.bool, device=device
         ),
+        answer_end=torch.tensor(
+            [end for r in sequences for end in _answer_end(r)], dtype=torch.bool, device=device
+        ),
         finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
         plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
         num_rows=sum(counts),
@@ -108,6 +113,12 @@ def _own_answer(rollout: Rollout) -> list[bool]:
     """Return for each head row of a sequence whether it is one of the answer's own tokens."""
     rows = [False] * len(rollout.sampled_ids)
     return rows + [j in rollout.own_rows for j in range(len(rollout.answer_ids))]
+
+
+def _answer_end(rollout: Rollout) -> list[bool]:
+    """Return for each head row of a sequence whether it stands behind the answer's own tokens."""
+    rows = [False] * len(rollout.sampled_ids)
+    return rows + [j >= rollout.own_rows.stop for j in range(len(rollout.answer_ids))]
 
 
 def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor | None:

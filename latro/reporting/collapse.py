@@ -74,7 +74,7 @@ def shorter(lines: Sequence[Mapping[str, float]], args: LatroConfig) -> str | No
     own = last["reward_own_tokens"] - first["reward_own_tokens"]
     return (
         f"rationales have {last['rationale_length']:.0f} tokens, and had {length:.0f} at the "
-        f"start. The reward changed by {risen:+.1f} nats, of which {own:+.1f} on the answer's own "
-        "tokens and the rest on the template and the end. To keep the rationales, lower "
+        f"start. log π(y|x⊕z) changed by {risen:+.1f} nats, of which {own:+.1f} on the answer's "
+        "own tokens and the rest on the template and the end. To keep the rationales, lower "
         "--learning_rate, raise --beta, or first teach the form of answers with latro.sft"
     )

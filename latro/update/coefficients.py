@@ -49,6 +49,7 @@ class ObjectiveCoefficients:
         self.exact_kl = args.kl == "exact"
         self.num_generations = args.num_generations
         self.importance_cap = args.importance_cap
+        self.reward_tokens = args.reward_tokens
         self.settings = ObjectiveSettings(
             beta=args.beta,
             answer_weight=args.answer_weight,
@@ -84,6 +85,7 @@ class ObjectiveCoefficients:
             layout,
             ref_logp=_of_sequences(ref_logps, batches),
             row_kl=_of_sequences([s.row_kl for s in scores], batches),
+            unrewarded=_unrewarded(batches, layout.offsets, self.reward_tokens),
         )
         own_answer = torch.cat([b.own_answer for b in batches])
         if self.reads_plain:
@@ -163,6 +165,19 @@ def rows_loss(score: Scores, coefficients: RowCoefficients) -> Tensor:
     if score.row_kl is not None and kl_coefficient is not None:
         loss = loss + (kl_coefficient * score.row_kl[rows]).sum()
     return loss
+
+
+def _unrewarded(batches: Sequence[Batch], offsets: Tensor, reward_tokens: str) -> Tensor | None:
+    """Return which rows of answers the reward leaves out, bool [N]; None: it takes all."""
+    if reward_tokens == "all":
+        return None
+    if reward_tokens == "template+answer":
+        return torch.cat([batch.answer_end for batch in batches])
+    own_answer = torch.cat([batch.own_answer for batch in batches])
+    row = torch.arange(len(own_answer), device=own_answer.device)
+    # A row is an answer's where it stands in an odd segment.
+    is_answer = torch.searchsorted(offsets, row, right=True) % 2 == 0
+    return is_answer & ~own_answer
 
 
 def _of_sequences(rows: Sequence[Tensor | None], batches: Sequence[Batch]) -> Tensor | None:

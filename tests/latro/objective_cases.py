@@ -18,12 +18,15 @@ def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
     lam, beta, kl = settings.answer_weight, settings.beta, settings.kl
     loss = rows.logp.new_zeros(())
     for first in range(0, len(finished), K):
-        z, y, p, divergence = [], [], [], []
+        z, y, rewarded, p, divergence = [], [], [], [], []
         for s in range(first, first + K):
             rationale = slice(offsets[2 * s], offsets[2 * s + 1])
             answer = slice(offsets[2 * s + 1], offsets[2 * s + 2])
             z.append(rows.logp[rationale].sum())
             y.append(rows.logp[answer].sum())
+            rewarded.append(y[-1])
+            if rows.unrewarded is not None:
+                rewarded[-1] = rows.logp[answer][~rows.unrewarded[answer]].sum()
             own = rows.logp[answer][rows.own_answer[answer]]
             p.append(own.detach().exp().mean().item())
             if kl == "exact":
@@ -36,7 +39,7 @@ def surrogate(name: str, rows: Rows, settings: ObjectiveSettings) -> Tensor:
 
         penalty = [0.0 if kl == "k3" else -beta * d.item() for d in divergence]
         reward = {
-            "latro": [ell.item() + less for ell, less in zip(y, penalty, strict=True)],
+            "latro": [ell.item() + less for ell, less in zip(rewarded, penalty, strict=True)],
             "verifree": [ell.exp().item() for ell in y],
             "jepo": [ell.item() for ell in y],
             "rlpr": [min(1.0, max(0.0, p_k - p_0)) for p_k in p],

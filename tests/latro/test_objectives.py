@@ -51,6 +51,18 @@ def make_rows(G: int, K: int, kl: str = "reward", seed: int = 0, scale: float = 
     )
 
 
+def rewarding(rows: Rows, tokens: str) -> Rows:
+    """Return the rows with the reward of `tokens` alone: "answer" or "template+answer"."""
+    offsets = rows.layout.offsets.tolist()
+    unrewarded = torch.zeros_like(rows.own_answer)
+    for start, end in zip(offsets[1::2], offsets[2::2], strict=True):
+        own = rows.own_answer[start:end].nonzero()[:, 0] + start
+        unrewarded[own[-1] + 1 : end] = True
+        if tokens == "answer":
+            unrewarded[start : own[0]] = True
+    return replace(rows, unrewarded=unrewarded)
+
+
 def rows_of(answer_logps: list[float], K: int, rationale_logp: float = -1.0) -> Rows:
     """Sequences of one rationale and one answer row."""
     logp = torch.tensor([value for ell in answer_logps for value in (rationale_logp, ell)])
@@ -107,6 +119,79 @@ def test_coefficients_are_the_gradients_of_the_formula(name, setting, seed):
         assert error <= 2 * allowed + 1e-5
     if "kl_coefficient" not in truth:
         assert out.kl_coefficient is None
+
+
+@each_setting
+@pytest.mark.parametrize("tokens", ["answer", "template+answer"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("seed", range(4))
+def test_latros_reward_may_be_of_some_tokens_of_y_alone(setting, tokens, backend, seed):
+    """The coefficients are those of the formula, and the likelihood that is told is of all of y."""
+    rows = rewarding(make_rows(1 + seed, 4 + seed, setting["kl"], seed), tokens)
+    settings = ObjectiveSettings(beta=0.3, answer_weight=0.7, backend=backend, **setting)
+    truth = gradients("latro", cast(rows, torch.float64), settings)
+    out = OBJECTIVES["latro"](rows, settings)
+    unfused = gradients("latro", rows, settings)
+    for field, expected in truth.items():
+        error, allowed = (
+            (x - expected).abs().max().item() for x in (getattr(out, field), unfused[field])
+        )
+        assert error <= 2 * allowed + 1e-5
+    whole = OBJECTIVES["latro"](replace(rows, unrewarded=None), settings)
+    torch.testing.assert_close(out.answer_logp, whole.answer_logp)
+    assert out.answer_logp.dtype == torch.float32
+    assert not torch.equal(out.advantage, whole.advantage)
+
+
+def test_the_reward_of_some_tokens_by_hand():
+    """Two rationales of one row; template, own token and end have log-probs of their own."""
+    logp = torch.tensor([-1.0, -8.0, -2.0, -16.0, -1.0, -1.0, -3.0, -0.5])
+    layout = GroupLayout(torch.tensor([0, 1, 4, 5, 8]), 2)
+    own = torch.tensor([False, False, True, False] * 2)
+    rows = Rows(logp, layout, own_answer=own)
+    settings = ObjectiveSettings(beta=0.0, answer_weight=0.5)
+    for tokens, reward in {
+        "answer": [-2.0, -3.0],
+        "template+answer": [-10.0, -4.0],
+        "all": [-26.0, -4.5],
+    }.items():
+        out = OBJECTIVES["latro"](rows if tokens == "all" else rewarding(rows, tokens), settings)
+        gap = reward[0] - reward[1]
+        assert out.reward.tolist() == reward
+        assert out.answer_logp.tolist() == [-26.0, -4.5]
+        assert out.advantage.tolist() == [gap, -gap]
+        # −A/2 on the rationale, −λ/2 on all of y.
+        assert out.coefficient.tolist() == [-gap / 2, *[-0.25] * 3, gap / 2, *[-0.25] * 3]
+
+
+@pytest.mark.parametrize("tokens", ["answer", "template+answer"])
+def test_the_mean_update_follows_the_rewarded_tokens_and_teaches_all_of_y(tokens):
+    """Over all pairs of three possible rationales, weighted by their chance.
+
+    Each is followed by a template, an answer and an end, one token of four each. The chance of
+    rationales follows E[ℓ'] of the rewarded tokens, and the answers' log-probs follow E[ℓ] of all.
+    """
+    draw = torch.Generator().manual_seed(1)
+    theta = torch.randn(3, generator=draw, dtype=torch.float64).requires_grad_()
+    phi = torch.randn(3, 3, 4, generator=draw, dtype=torch.float64).requires_grad_()
+    log_z, log_y = theta.log_softmax(0), phi.log_softmax(-1)[..., 0]
+    rewarded = log_y[:, 1] if tokens == "answer" else log_y[:, :2].sum(1)
+    (of_rationales,) = torch.autograd.grad((log_z.exp() * rewarded.detach()).sum(), theta)
+    expected_answers = (log_z.exp().detach() * log_y.sum(1)).sum()
+    (of_answers,) = torch.autograd.grad(expected_answers, phi, retain_graph=True)
+
+    settings = ObjectiveSettings(beta=0.0, backend="reference")
+    layout = GroupLayout(torch.tensor([0, 1, 4, 5, 8]), 2)
+    own = torch.tensor([False, False, True, False] * 2)
+    log_z = theta.log_softmax(0)
+    loss = torch.zeros((), dtype=torch.float64)
+    for drawn in torch.cartesian_prod(torch.arange(3), torch.arange(3)):
+        logp = torch.cat([log_z[drawn][:, None], log_y[drawn]], 1).view(-1)
+        rows = rewarding(Rows(logp, layout, own_answer=own), tokens)
+        chance = log_z[drawn].sum().exp().detach()
+        loss = loss + chance * (OBJECTIVES["latro"](rows, settings).coefficient * logp).sum()
+    got = torch.autograd.grad(-loss, [theta, phi])
+    torch.testing.assert_close(got, (of_rationales, of_answers))
 
 
 @pytest.mark.parametrize("name", ["latro", "verifree", "jepo"])
@@ -325,6 +410,10 @@ def test_bad_input():
             OBJECTIVES[name](replace(rows, ref_logp=None), ObjectiveSettings())
         with pytest.raises(ValueError, match="ref_logp: expected None with kl='exact'"):
             OBJECTIVES[name](rows, ObjectiveSettings(kl="exact"))
+        with pytest.raises(ValueError, match="unrewarded: expected None for objectives but latro"):
+            OBJECTIVES[name](rewarding(rows, "answer"), ObjectiveSettings())
+    with pytest.raises(ValueError, match="unrewarded: expected shape"):
+        replace(rows, unrewarded=rows.own_answer[1:])
     with pytest.raises(ValueError, match="own_answer: expected a tensor for rlpr, got None"):
         OBJECTIVES["rlpr"](replace(rows, own_answer=None), ObjectiveSettings())
     with pytest.raises(ValueError, match="own_answer: expected shape"):

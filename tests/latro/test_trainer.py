@@ -25,7 +25,15 @@ def sequence_logps(model, rollout):
     return torch.stack(z), torch.stack(y), logp[first : first + len(rollout.sampled_ids)]
 
 
-def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
+def rewarded(rollout, tokens):
+    """Return the indices of the answer tokens whose log-probs are the reward."""
+    own = rollout.own_rows
+    return list({"all": range(len(rollout.answer_ids)), "answer": own}.get(tokens, range(own.stop)))
+
+
+def formula_loss(
+    model, ref_model, groups, beta, answer_weight, kl, unfinished, reward_tokens="all"
+):
     """Return the method's loss as the paper writes it, by autograd through whole logits.
 
     −1/(NK) Σ [A_k log π(z_k|x) + λ log π(y|x⊕z_k)], with the KL in the reward, added as k3, or both
@@ -34,18 +42,19 @@ def formula_loss(model, ref_model, groups, beta, answer_weight, kl, unfinished):
     loss = 0.0
     count = sum(map(len, groups))
     for group in groups:
-        z_logp, y_logp, divergence = [], [], []
+        z_logp, y_logp, divergence, earned = [], [], [], []
         for rollout in group:
             z, y, log_p = sequence_logps(model, rollout)
             with torch.no_grad():
                 ref, _, log_q = sequence_logps(ref_model, rollout)
             z_logp.append(z.sum())
             y_logp.append(y.sum())
+            earned.append(y[rewarded(rollout, reward_tokens)].sum())
             k3 = torch.exp(ref - z) - (ref - z) - 1
             rows = {"reward": z - ref, "k3": k3, "exact": (log_p.exp() * (log_p - log_q)).sum(-1)}
             divergence.append(rows[kl].sum())
         weight = 0 if kl == "k3" else beta
-        rewards = [(y - weight * d).item() for y, d in zip(y_logp, divergence, strict=True)]
+        rewards = [(y - weight * d).item() for y, d in zip(earned, divergence, strict=True)]
         members = list(range(len(group)))
         if unfinished == "floor":
             floor = min(rewards)
@@ -87,6 +96,36 @@ def test_gradients_equal_autograd_through_the_formula(
         scale = theirs.grad.abs().max()
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("tokens", ["answer", "template+answer"])
+@pytest.mark.parametrize("token_budget", [10**6, 1])
+def test_the_gradient_of_a_reward_of_some_tokens(
+    make_trainer, tiny, rollouts, tokens, token_budget
+):
+    model, ref_model = tiny(seed=1).double(), tiny(seed=2).double()
+    with torch.no_grad():
+        for m in (model, ref_model):
+            m.get_output_embeddings().weight.mul_(10)
+    settings = {"beta": 0.3, "answer_weight": 0.7, "kl": "reward", "unfinished": "floor"}
+    settings["reward_tokens"] = tokens
+    groups = rollouts(3, 4)
+    losses = [copy.deepcopy(model) for _ in range(2)]
+    formula_loss(losses[0], ref_model, groups, **settings).backward()
+    formula_loss(losses[1], ref_model, groups, **settings | {"reward_tokens": "all"}).backward()
+    trainer = make_trainer(
+        model, ref_model, backend="reference", token_budget=token_budget, **settings
+    )
+    trainer.rollout = lambda examples: groups
+    trainer.training_step(model, {"examples": []})
+    differs = False
+    for (name, ours), theirs, of_all in zip(
+        model.named_parameters(), *(other.parameters() for other in losses), strict=True
+    ):
+        scale = theirs.grad.abs().max()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-6 * scale, msg=name)
+        differs |= bool((ours.grad - of_all.grad).abs().max() > 0.01 * scale)
+    assert differs
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +345,9 @@ def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny
     assert [json.loads(line)["step"] for line in lines if "reward" in line] == [1, 2, 3, 4]
 
 
-def test_the_reward_on_the_answers_own_tokens_is_told(make_trainer, tiny):
-    trainer = make_trainer(tiny(), max_steps=1, beta=0)
+@pytest.mark.parametrize("tokens", ["all", "template+answer", "answer"])
+def test_the_likelihood_of_y_and_its_part_on_own_tokens_are_told(make_trainer, tiny, tokens):
+    trainer = make_trainer(tiny(), max_steps=1, beta=0, reward_tokens=tokens)
     trainer.train()
     (entry,) = [e for e in trainer.state.log_history if "reward" in e]
     groups = trainer._groups

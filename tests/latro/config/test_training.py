@@ -26,6 +26,7 @@ def test_defaults_are_the_papers():
     assert (args.learning_rate, args.beta, args.temperature) == (5e-7, 0.05, 1.0)
     assert (args.answer_weight, args.kl, args.unfinished) == (1.0, "reward", "floor")
     assert args.objective == "latro"
+    assert args.reward_tokens == "all"
     assert args.lr_scheduler_type == "linear"
     assert args.warmup_steps == 0
 
@@ -164,6 +165,26 @@ def test_a_number_is_no_text(name, value, tmp_path):
         ({"rlpr_min_std": -0.1}, "rlpr_min_std: expected at least 0, got -0.1"),
         ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),
         ({"unfinished": "drop"}, "unfinished: expected one of floor, exclude"),
+        (
+            {"reward_tokens": "template"},
+            r"reward_tokens: expected one of all, template\+answer, answer, got 'template'",
+        ),
+        (
+            {"reward_tokens": "answer", "objective": "rlpr"},
+            "reward_tokens: expected all with objective='rlpr', whose reward .* already; got 'ans",
+        ),
+        (
+            {"reward_tokens": "template+answer", "objective": "verifree"},
+            "reward_tokens: expected all with objective='verifree', .* all of y; got 'template.ans",
+        ),
+        (
+            {"reward_tokens": "answer", "objective": "jepo"},
+            "reward_tokens: expected all with objective='jepo', whose bound",
+        ),
+        (
+            {"reward_tokens": "answer", "objective": "sft"},
+            "reward_tokens: expected all with objective='sft', which has no reward",
+        ),
         ({"backend": "tpu"}, "backend: expected one of auto"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"torch_compile": True}, "torch_compile: expected it left out .packed rows have segments"),

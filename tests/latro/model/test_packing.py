@@ -106,6 +106,9 @@ def test_the_rows_of_the_answers_own_tokens(rollouts, tokenizer, packed):
     statements = decode(tokenizer, [t for group in groups for r in group for t in r.answer_ids])
     statements = statements.replace("The answer is", "").replace(tokenizer.eos_token, "")
     assert text.split() == statements.split()
+    ends = batch.target[batch.answer_end].tolist()
+    assert ends == [tokenizer.eos_token_id] * 16
+    assert not (batch.answer_end & batch.own_answer).any()
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -56,6 +56,7 @@ OF_ANOTHER_RUN = [
     ({"answer_weight": 0.5}, "answer_weight was 1.0, now 0.5"),
     ({"temperature": 0.5}, "temperature was 1.0, now 0.5"),
     ({"max_completion_length": 5}, "max_completion_length was 4, now 5"),
+    ({"reward_tokens": "answer"}, "reward_tokens was 'all', now 'answer'"),
     ({"unfinished": "exclude"}, "unfinished was 'floor', now 'exclude'"),
     ({"bf16": True}, "bf16 was False, now True"),
     ({"dataloader_drop_last": True}, "dataloader_drop_last was False, now True"),
