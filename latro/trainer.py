@@ -247,6 +247,21 @@ class LatroTrainer(AnswerTrainer):
             if self._ahead is not None:
                 self._ahead.cancel()
 
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None = None
+    ) -> Tensor:
+        """Backpropagate one batch of rows with the update's λ; return the detached loss."""
+        if isinstance(self.update.coefficients, ObjectiveCoefficients):
+            self.update.coefficients.at_step(self.state.global_step)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as `AnswerTrainer` does; with the λ of the last update, where it has a warm-up."""
+        if "loss" in logs and self.args.answer_weight_warmup_steps:
+            last = max(0, self.state.global_step - 1)
+            logs = {**logs, "answer_weight": self.args.answer_weight_at(last)}
+        super().log(logs, start_time)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], int]:

@@ -218,6 +218,9 @@ class LatroConfig(EngineArguments, AnswerConfig):
     answer_weight: float = setting(
         1.0, "λ, the weight of the answer's likelihood gradient; rlpr has none."
     )
+    answer_weight_warmup_steps: int = setting(
+        0, "Updates over which λ rises linearly from 0 to --answer_weight; 0: it is there at once."
+    )
     reward_tokens: str = setting(
         "all",
         "For latro: the tokens of y whose log-probs are the reward: all; all but the one that ends "
@@ -249,6 +252,7 @@ class LatroConfig(EngineArguments, AnswerConfig):
         at_least("num_generations", self.num_generations, 2, "leave-one-out needs two samples")
         at_least("beta", self.beta, 0)
         at_least("answer_weight", self.answer_weight, 0)
+        self._check_answer_weight_warmup()
         at_least("rlpr_min_std", self.rlpr_min_std, 0)
         above_zero("temperature", self.temperature)
         at_least("num_completions_to_print", self.num_completions_to_print, 0)
@@ -273,6 +277,24 @@ class LatroConfig(EngineArguments, AnswerConfig):
                     f"rollout_engine={self.rollout_engine!r}"
                 )
         self._check_async_rollouts()
+
+    def _check_answer_weight_warmup(self) -> None:
+        name, steps = "answer_weight_warmup_steps", self.answer_weight_warmup_steps
+        at_least(name, steps, 0)
+        if steps != int(steps):
+            raise ValueError(f"{name}: expected a whole number of updates, got {steps}")
+        if steps and self.objective == "rlpr":
+            raise ValueError(
+                f"{name}: expected 0 with objective='rlpr', which has no λ, got {steps}"
+            )
+
+    def answer_weight_at(self, step: int) -> float:
+        """Return λ of the update after `step` updates: λ·min(1, step / warm-up).
+
+        A function of the step alone, so that a resumed run goes on where it was.
+        """
+        warmup = self.answer_weight_warmup_steps
+        return self.answer_weight * min(1.0, step / warmup) if warmup else self.answer_weight
 
     def _check_async_rollouts(self) -> None:
         if self.async_rollouts not in (0, 1):

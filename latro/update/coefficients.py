@@ -50,6 +50,7 @@ class ObjectiveCoefficients:
         self.num_generations = args.num_generations
         self.importance_cap = args.importance_cap
         self.reward_tokens = args.reward_tokens
+        self.answer_weight_at = args.answer_weight_at if args.answer_weight_warmup_steps else None
         self.settings = ObjectiveSettings(
             beta=args.beta,
             answer_weight=args.answer_weight,
@@ -58,6 +59,11 @@ class ObjectiveCoefficients:
             rlpr_min_std=args.rlpr_min_std,
             backend=args.backend,
         )
+
+    def at_step(self, step: int) -> None:
+        """Take the λ of the update that follows `step` updates, where it has a warm-up."""
+        if self.answer_weight_at is not None:
+            self.settings = replace(self.settings, answer_weight=self.answer_weight_at(step))
 
     def __call__(
         self,

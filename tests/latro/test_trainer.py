@@ -332,17 +332,39 @@ def test_micro_steps_of_one_update_draw_different_samples(make_trainer, task):
     assert len(set(draws)) == 4
 
 
-def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny, tmp_path):
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny, tmp_path, warmup):
     straight, interrupted = tiny(), tiny()
-    make_trainer(straight, save_strategy="steps", save_steps=2).train()
+    settings = {"answer_weight_warmup_steps": warmup}
+    make_trainer(straight, save_strategy="steps", save_steps=2, **settings).train()
     checkpoint = str(tmp_path / "run" / "checkpoint-2")
     # The Trainer saves in the middle of the schedule, so a fresh one can go on from there.
-    trainer = make_trainer(interrupted, output_dir=str(tmp_path / "again"))
+    trainer = make_trainer(interrupted, output_dir=str(tmp_path / "again"), **settings)
     trainer.train(resume_from_checkpoint=checkpoint)
     for a, b in zip(straight.parameters(), interrupted.parameters(), strict=True):
         assert torch.equal(a, b)
-    lines = (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines if "reward" in line] == [1, 2, 3, 4]
+    lines = map(json.loads, (tmp_path / "again" / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if "reward" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    weights = [line["answer_weight"] for line in logged if "answer_weight" in line]
+    assert weights == ([0, 1 / 3, 2 / 3, 1.0] if warmup else [])
+
+
+def test_an_update_in_the_warm_up_is_that_of_its_answer_weight(make_trainer, tiny, rollouts):
+    """At first λ is 0; after 1 of 4 updates it is a quarter of 0.8, and after 9 it is 0.8."""
+    groups = rollouts(3, 4)
+
+    def gradient(step, **settings):
+        model = tiny(seed=1)
+        trainer = make_trainer(model, tiny(seed=2), **settings)
+        trainer.rollout = lambda examples: groups
+        trainer.state.global_step = step
+        trainer.training_step(model, {"examples": []})
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    for step, weight in ((0, 0.0), (1, 0.2), (9, 0.8)):
+        warm = gradient(step, answer_weight=0.8, answer_weight_warmup_steps=4)
+        assert torch.equal(warm, gradient(step, answer_weight=weight))
 
 
 @pytest.mark.parametrize("tokens", ["all", "template+answer", "answer"])

@@ -27,6 +27,7 @@ def test_defaults_are_the_papers():
     assert (args.answer_weight, args.kl, args.unfinished) == (1.0, "reward", "floor")
     assert args.objective == "latro"
     assert args.reward_tokens == "all"
+    assert args.answer_weight_warmup_steps == 0
     assert args.lr_scheduler_type == "linear"
     assert args.warmup_steps == 0
 
@@ -138,6 +139,12 @@ def test_unknown_argument():
         parse("--model_name_or_path", "m", "--num_generatoins", "4")
 
 
+def test_the_answers_weight_rises_linearly(tmp_path):
+    args = LatroConfig(str(tmp_path), answer_weight=0.5, answer_weight_warmup_steps=4)
+    assert [args.answer_weight_at(step) for step in range(6)] == [0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    assert LatroConfig(str(tmp_path), answer_weight=0.5).answer_weight_at(0) == 0.5
+
+
 @pytest.mark.parametrize("name", ["temperature", "beta", "answer_weight", "rlpr_min_std"])
 @pytest.mark.parametrize("value", [True, "1.0", None])
 def test_a_number_is_no_text(name, value, tmp_path):
@@ -161,6 +168,18 @@ def test_a_number_is_no_text(name, value, tmp_path):
         ({"beta": float("inf")}, "beta: expected at most 3.4e.38, got inf"),
         ({"beta": 1e39}, "beta: expected at most 3.4e.38, got 1e.39"),
         ({"answer_weight": 1e39}, "answer_weight: expected at most"),
+        (
+            {"answer_weight_warmup_steps": -1},
+            "answer_weight_warmup_steps: expected at least 0, got -1",
+        ),
+        (
+            {"answer_weight_warmup_steps": 0.1},
+            "answer_weight_warmup_steps: expected a whole number of updates, got 0.1",
+        ),
+        (
+            {"answer_weight_warmup_steps": 5, "objective": "rlpr"},
+            "answer_weight_warmup_steps: expected 0 with objective='rlpr', which has no λ, got 5",
+        ),
         ({"objective": "grpo"}, "objective: expected one of latro, verifree, jepo, rlpr, sft, got"),
         ({"rlpr_min_std": -0.1}, "rlpr_min_std: expected at least 0, got -0.1"),
         ({"kl": "k2"}, "kl: expected one of reward, k3, exact, got 'k2'"),

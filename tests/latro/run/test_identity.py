@@ -54,6 +54,7 @@ OF_ANOTHER_RUN = [
     ({"beta": 0.5}, "beta was 0.05, now 0.5"),
     ({"kl": "k3"}, "kl was 'reward', now 'k3'"),
     ({"answer_weight": 0.5}, "answer_weight was 1.0, now 0.5"),
+    ({"answer_weight_warmup_steps": 3}, "answer_weight_warmup_steps was 0, now 3"),
     ({"temperature": 0.5}, "temperature was 1.0, now 0.5"),
     ({"max_completion_length": 5}, "max_completion_length was 4, now 5"),
     ({"reward_tokens": "answer"}, "reward_tokens was 'all', now 'answer'"),
