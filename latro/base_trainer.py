@@ -311,6 +311,7 @@ class AnswerTrainer(LongRunTrainer):
             temperature=self.scorer.temperature,
             seed=self.args.seed,
             token_budget=self.update.token_budget,
+            rationale_gain=True,
         )
 
     def _evaluation_engine(self) -> RolloutEngine:
@@ -323,7 +324,9 @@ class AnswerTrainer(LongRunTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Return greedy and sampled accuracy on held-out rows; see `latro.evaluation.accuracy`.
+        """Return accuracies on held-out rows, and what rationales add to the answers' likelihood.
+
+        The metrics are those of `latro.evaluation.accuracy.evaluate_model`.
 
         Raises:
             ValueError: neither the call nor the trainer has an evaluation dataset.

@@ -30,6 +30,7 @@ _SHOWN = (
     ("sampled accuracy", "eval_accuracy_sampled", "{:.1%}"),
     ("rationale length, tokens", "eval_rationale_length", "{:.1f}"),
     ("mean log π(y|x⊕z), nats", "eval_answer_logp", "{:.2f}"),
+    ("its gain over log π(y|x), nats", "eval_rationale_gain", "{:+.2f}"),
 )
 
 
@@ -191,5 +192,7 @@ def _table(results: dict[str, dict[str, float]], problems: int) -> Table:
     for column in ("", *results):
         table.add_column(column, justify="right" if column else "left")
     for title, key, form in _SHOWN:
-        table.add_row(title, *(form.format(metrics[key]) for metrics in results.values()))
+        # An evaluation that an earlier version logged may lack one.
+        if all(key in metrics for metrics in results.values()):
+            table.add_row(title, *(form.format(metrics[key]) for metrics in results.values()))
     return table

@@ -54,6 +54,8 @@ class EvaluationSettings:
         temperature: the sampling temperature.
         seed: decides the samples.
         token_budget: padded tokens of one scoring batch.
+        rationale_gain: whether to score the answers without a rationale too, which is one more
+            forward of each prompt and answer, and tells what the rationales add.
         progress: whether to show a progress bar.
     """
 
@@ -64,6 +66,7 @@ class EvaluationSettings:
     temperature: float = 1.0
     seed: int = 0
     token_budget: int = 16384
+    rationale_gain: bool = False
     progress: bool = False
 
     def __post_init__(self) -> None:
@@ -115,12 +118,14 @@ def evaluate_model(
         A record has `index`, the row's `prompt`, `answer` and (if it has one) `ground_truth`, and
         the lists of completions `greedy` and, with samples, `sampled`. Each completion has `text`,
         `predicted` (the answer it states, or None), `correct`, `finished`, `rationale_tokens` and
-        `answer_logp` (log π(y|x⊕z), nats).
+        `answer_logp` (log π(y|x⊕z), nats). With `rationale_gain` a record also has
+        `plain_answer_logp` (log π(y|x), nats), which every completion is compared with.
 
         The metrics are `accuracy_greedy`; with samples `accuracy_sampled` (mean over all samples),
         its standard error over problems `accuracy_sampled_stderr`, and `maj@k`; and over the
         samples, or else over the greedy completions, `rationale_length` (tokens), `unfinished`
-        (share that states no answer and does not end) and `answer_logp` (mean).
+        (share that states no answer and does not end), `answer_logp` (mean) and, where it is asked
+        for, `rationale_gain` (mean of log π(y|x⊕z) − log π(y|x), nats).
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer), task.chat)
@@ -271,6 +276,11 @@ class _Evaluator:
                 record[name] = [
                     self._record(problem.row, completion, next(logps)) for completion in group
                 ]
+        if self.settings.rationale_gain:
+            plain = [self.join(p.prompt_ids, Sample([]), p.row["answer"]) for p in problems]
+            scored = answer_logp(self.scorer, plain, self.settings.token_budget)
+            for record, logp in zip(records, scored, strict=True):
+                record["plain_answer_logp"] = logp
         return records
 
     def _generate(

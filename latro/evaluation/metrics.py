@@ -55,6 +55,12 @@ def metrics_of(records: Sequence[Mapping[str, Any]], majority: Sequence[int]) ->
     metrics["rationale_length"] = _mean(c["rationale_tokens"] for c in completions)
     metrics["unfinished"] = _mean(not c["finished"] for c in completions)
     metrics["answer_logp"] = _mean(c["answer_logp"] for c in completions)
+    if "plain_answer_logp" in records[0]:
+        metrics["rationale_gain"] = _mean(
+            c["answer_logp"] - record["plain_answer_logp"]
+            for record in records
+            for c in record[last]
+        )
     return metrics
 
 

@@ -35,6 +35,7 @@ METRICS = (
     ("rationale length, tokens", "eval_rationale_length", "{:.1f}"),
     ("completions without an end", "eval_unfinished", "{:.1%}"),
     ("mean log π(y given x⊕z), nats", "eval_answer_logp", "{:.2f}"),
+    ("its gain over log π(y given x), nats", "eval_rationale_gain", "{:+.2f}"),
 )
 """Title, name and format of each metric that a card shows."""
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from latro.evaluation.accuracy import answer_logp
 from latro.model.head_rows import HeadRows, SampledRows
 from latro.model.packing import collate
 from latro.model.scoring import Scorer
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Sample
 from latro_kernels import GroupLayout
 from tests.latro.objective_cases import surrogate
@@ -526,6 +528,22 @@ def test_bad_rows_are_refused_before_training(make_trainer, rows, message):
 
     with pytest.raises(ValueError, match=message):
         make_trainer(train_dataset=Dataset.from_dict(rows))
+
+
+def test_evaluations_in_training_tell_what_rationales_are_worth(make_trainer):
+    trainer = make_trainer(max_steps=2, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    told = [entry for entry in trainer.state.log_history if "eval_rationale_gain" in entry]
+    assert [entry["step"] for entry in told] == [1, 2]
+    settings = trainer.evaluation_settings
+    problems = [(row["prompt"], row["answer"]) for row in trainer.eval_dataset]
+    plain = [
+        trainer.join(encode_prompt(trainer.processing_class, prompt), Sample([]), answer)
+        for prompt, answer in problems
+    ]
+    without = answer_logp(trainer.scorer, plain, settings.token_budget)
+    gain = told[-1]["eval_answer_logp"] - sum(without) / len(without)
+    assert told[-1]["eval_rationale_gain"] == pytest.approx(gain, abs=1e-4)
 
 
 def test_evaluation_without_a_dataset(make_trainer):

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
+import torch
 from datasets import Dataset
 
 from latro.engines.transformers import TransformersEngine
 from latro.evaluation.accuracy import EvaluationSettings, answer_logp, evaluate_model
+from latro.evaluation.likelihood import ProbeSettings, probe_model
 from latro.evaluation.resume import Journal
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import encode_prompt
@@ -95,6 +98,35 @@ def test_the_likelihood_is_of_each_completions_own_rationale(knowing, tokenizer,
         assert len(set(found)) == 3
     sampled = [c["answer_logp"] for record in records for c in record["sampled"]]
     assert metrics["answer_logp"] == pytest.approx(sum(sampled) / 4)
+
+
+def test_the_gain_of_a_rationale_is_over_the_answer_after_the_prompt_alone(
+    knowing, tokenizer, task
+):
+    scorer, answers = knowing
+    dataset = task.load("test", num_examples=3)
+    answers.update({row["prompt"]: [" so", " so. The answer is 3", " Tom"] for row in dataset})
+    settings = EvaluationSettings(num_samples=2, batch_size=2)
+    metrics, records = evaluate_model(scorer, tokenizer, task, dataset, settings)
+    asked = replace(settings, rationale_gain=True)
+    more, gains = evaluate_model(scorer, tokenizer, task, dataset, asked)
+    worth = more.pop("rationale_gain")
+    assert more == metrics
+    by_hand, told = [], []
+    for row, record in zip(dataset, gains, strict=True):
+        prompt = encode_prompt(tokenizer, row["prompt"])
+        answer = [*tokenizer.encode(f" The answer is {row['answer']}"), tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = scorer.model(input_ids=torch.tensor([prompt + answer])).logits[0]
+        rows = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+        plain = sum(r[token].item() for r, token in zip(rows, answer, strict=True))
+        told.append(record.pop("plain_answer_logp"))
+        assert told[-1] == pytest.approx(plain, rel=1e-5)
+        by_hand += [c["answer_logp"] - plain for c in record["sampled"]]
+    assert gains == records
+    assert worth == pytest.approx(sum(by_hand) / 6, abs=1e-4)
+    probed = probe_model(scorer, tokenizer, task, dataset, ProbeSettings(num_samples=0))
+    assert told == pytest.approx([r["none"][0]["answer_logp"] for r in probed], rel=1e-5)
 
 
 def test_batches_of_any_size_give_the_same_result(tiny, tokenizer, task):

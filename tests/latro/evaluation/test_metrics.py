@@ -75,6 +75,19 @@ def test_lengths_are_of_the_samples_where_there_are_any():
     )
 
 
+def test_what_rationales_are_worth_is_told_where_plain_answers_are_scored():
+    first, second = record("r", "rr"), record("w", "ww")
+    assert "rationale_gain" not in metrics_of([first, second], [])
+    first["sampled"][0]["answer_logp"] = -5.0
+    first["plain_answer_logp"], second["plain_answer_logp"] = -4.0, -2.5
+    # Gains of −1 and 3, and twice of 1.5.
+    assert metrics_of([first, second], [])["rationale_gain"] == 5 / 4
+    for made in (first, second):
+        del made["sampled"]
+        made["greedy"] = [completion("r", logp=-6.0)]
+    assert metrics_of([first, second], [])["rationale_gain"] == (-2 - 3.5) / 2
+
+
 def test_a_majority_that_states_nothing_is_wrong():
     assert not majority_correct([completion("-"), completion("-")])
 
