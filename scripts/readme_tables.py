@@ -403,8 +403,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "predicted": (RESULTS / "gpu" / "compiled.json", predicted),
     "step": (RESULTS / "step" / "step.json", step),
     "shared-prefix": (RESULTS / "trl" / "shared_prefix.json", shared_prefix),
-    "rollout-smollm2": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),
-    "rollout-step": (RESULTS / "rollout" / "rollout_step.json", rollout),
+    "rollout": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
     "replicate": (RESULTS / "replicate" / CELLS_FILE, replicate),
 }
