@@ -209,7 +209,7 @@ class Decoding:
             )
         else:
             self._keys.advance()
-        reading = Reading(self._tokens[None], self._keys.position_ids, self._keys)
+        reading = Reading(self._tokens[None], self._keys)
         sampled = self._sample(reading, self._seeds, self._keys.own_lengths + 1)
         going_on = self._take(rows, sampled, others=len(self._ready))
         self._tokens = sampled.token

@@ -30,7 +30,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from latro.model.attention_form import AttentionForm, at_positions, attention_form
+from latro.model.attention_form import (
+    AttentionForm,
+    at_positions,
+    attention_form,
+    counts_along_row,
+)
 from latro.model.decoding import DecodingKeys
 
 _PREFIX = "latro_"
@@ -123,21 +128,21 @@ def give_attention_back(model: PreTrainedModel) -> None:
 
 
 def row_arguments(
-    device: torch.device,
-    shared_prefix: SharedPrefix | None = None,
-    decoding: DecodingKeys | None = None,
+    shared_prefix: SharedPrefix | None, decoding: DecodingKeys | None = None
 ) -> dict[str, Any]:
     """Return the keywords with which a trunk attends by `shared_prefix`, `decoding` or both.
 
-    Among them is a mask without elements, which keeps the trunk from making one of [T, T]:
-    transformers takes a mask of four dimensions as it is. Some models' layers, such as StableLM's
-    and Nemotron's, hand their attention the mask but no further keywords. So the mask has them too.
+    Among them are the tokens' positions, each in its own sequence, and a mask without elements,
+    which keeps the trunk from making one of [T, T]: transformers takes a mask of four dimensions as
+    it is. Some models' layers, such as StableLM's and Nemotron's, hand their attention the mask but
+    no further keywords. So the mask has them too.
     """
-    row = {"shared_prefix": shared_prefix, "decoding": decoding}
-    mask: Any = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=device)
-    mask.latro_row = row
-    given = {name: value for name, value in row.items() if value is not None}
-    return {"attention_mask": mask, **given}
+    both = {"shared_prefix": shared_prefix, "decoding": decoding}
+    given = {name: row for name, row in both.items() if row is not None}
+    row: Any = decoding if shared_prefix is None else shared_prefix
+    mask: Any = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=row.device)
+    mask.latro_row = given
+    return {"attention_mask": mask, "position_ids": row.position_ids, **given}
 
 
 def attention(
@@ -173,14 +178,14 @@ def attention(
         [B, T, heads, head size], and the attention's weights where its own attention gives them.
     """
     if shared_prefix is None and decoding is None:
-        row = getattr(attention_mask, "latro_row", {})
-        shared_prefix, decoding = row.get("shared_prefix"), row.get("decoding")
+        told = getattr(attention_mask, "latro_row", {})
+        shared_prefix, decoding = told.get("shared_prefix"), told.get("decoding")
     if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
     form = attention_form(module, query, kwargs)
-    row = decoding if shared_prefix is None else shared_prefix
-    assert row is not None
-    query = at_positions(module, query, row.position_ids)
+    if counts_along_row(module):
+        row: Any = decoding if shared_prefix is None else shared_prefix
+        query = at_positions(module, query, row.position_ids)
     if decoding is not None:
         layer = getattr(module, "layer_idx", None)
         if layer is None:

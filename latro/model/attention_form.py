@@ -108,19 +108,23 @@ def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> A
     )
 
 
-def at_positions(module: nn.Module, query: Tensor, position_ids: Tensor) -> Tensor:
-    """Return a layer's queries as at `position_ids`, whatever it took their positions to be.
+def counts_along_row(module: nn.Module) -> bool:
+    """Return whether a layer's queries depend on their place in the row, not on `position_ids`.
 
     Llama 4 multiplies the queries of layers without rotary positions by a temperature that grows
     with the position (https://arxiv.org/abs/2501.19399), and counts positions along the row.
+    """
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not module.use_rope
+
+
+def at_positions(module: nn.Module, query: Tensor, position_ids: Tensor) -> Tensor:
+    """Return the queries of such a layer as at `position_ids`.
 
     Args:
         module: the layer.
         query: [1, heads, T, head size], as the layer hands them to its attention.
         position_ids: int64 [1, T], each in its own sequence.
     """
-    if not getattr(module, "attn_temperature_tuning", False) or module.use_rope:
-        return query
     along_row = torch.arange(query.shape[2], device=query.device)
     factor = _temperature(module, position_ids[0]) / _temperature(module, along_row)
     return (query * factor[:, None]).to(query.dtype)

@@ -82,8 +82,6 @@ class Reading:
 
     input_ids: Tensor
     """int64 [1, T]."""
-    position_ids: Tensor
-    """int64 [1, T], each in its own sequence."""
     keys: DecodingKeys
     """Of the prompts and rows."""
     prompts: SharedPrefix | None = None
@@ -234,10 +232,7 @@ def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
     A padded batch has no attention mask: padding stands at the right, where causal attention never
     looks, and every model then takes its plain causal path.
     """
-    packing: dict[str, Any] = {}
-    if batch.shared_prefix is not None:
-        packing = row_arguments(batch.input_ids.device, batch.shared_prefix)
-        packing["position_ids"] = batch.position_ids
+    packing = {} if batch.shared_prefix is None else row_arguments(batch.shared_prefix)
     trunk = trunk_of(causal)
     hidden = trunk(input_ids=batch.input_ids, use_cache=False, **packing).last_hidden_state
     return hidden.flatten(0, 1)[batch.positions]
@@ -248,7 +243,6 @@ def read(causal: PreTrainedModel, reading: Reading) -> Tensor:
     trunk = trunk_of(causal)
     return trunk(
         input_ids=reading.input_ids,
-        position_ids=reading.position_ids,
         use_cache=False,
-        **row_arguments(reading.input_ids.device, reading.prompts, reading.keys),
+        **row_arguments(reading.prompts, reading.keys),
     ).last_hidden_state[0]

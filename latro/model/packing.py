@@ -44,8 +44,6 @@ class Batch:
     input_ids: Tensor
     """int64 [B, T]: packed, B = 1; padded, a sequence a row, padded at the right, where under a
     causal mask no real position sees the padding."""
-    position_ids: Tensor | None
-    """int64 [1, T], of the unpacked sequences; None where padded: then they are 0 to T − 1."""
     shared_prefix: SharedPrefix | None
     """The packed row's segments; None where padded."""
     positions: Tensor
@@ -74,7 +72,7 @@ class Batch:
 def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> Batch:
     """Return a `Batch` on `device` of the rollouts of `groups`, in their order."""
     make = _pack if packed else _pad
-    input_ids, position_ids, shared_prefix, row_positions = make(groups, device)
+    input_ids, shared_prefix, row_positions = make(groups, device)
     placed = list(zip((r for group in groups for r in group), row_positions, strict=True))
     placed.sort(key=lambda pair: pair[0].plain)
     sequences = [r for r, _ in placed if not r.plain]
@@ -83,7 +81,6 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
     plain_counts = [len(r.own_rows) for r in plain]
     return Batch(
         input_ids=input_ids,
-        position_ids=position_ids,
         shared_prefix=shared_prefix,
         positions=torch.tensor([p for _, rows in placed for p in rows], device=device),
         target=torch.tensor([token for r, _ in placed for token in _targets(r)], device=device),
@@ -130,9 +127,7 @@ def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor |
     return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
 
 
-def _pad(
-    groups: Sequence[Group], device: torch.device
-) -> tuple[Tensor, None, None, list[list[int]]]:
+def _pad(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, None, list[list[int]]]:
     rollouts = [rollout for group in groups for rollout in group]
     inputs = [r.input_ids for r in rollouts]
     width = max(map(len, inputs))
@@ -141,14 +136,13 @@ def _pad(
         first = index * width + len(rollout.prompt_ids) - 1
         positions.append(_row_positions(rollout, first, first + 1))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
-    return ids, None, None, positions
+    return ids, None, positions
 
 
 def _pack(
     groups: Sequence[Group], device: torch.device
-) -> tuple[Tensor, Tensor, SharedPrefix, list[list[int]]]:
+) -> tuple[Tensor, SharedPrefix, list[list[int]]]:
     ids: list[int] = []
-    position_ids: list[int] = []
     positions: list[list[int]] = []
     lengths: list[int] = []
     prefixes: list[int] = []
@@ -156,7 +150,6 @@ def _pack(
         prompt_ids = group[0].prompt_ids
         prompt = len(lengths)
         ids += prompt_ids
-        position_ids += range(len(prompt_ids))
         lengths.append(len(prompt_ids))
         prefixes.append(-1)
         end = len(ids) - 1
@@ -165,15 +158,10 @@ def _pack(
             branch = rollout.branch_ids
             if branch:
                 ids += branch
-                position_ids += range(len(prompt_ids), len(prompt_ids) + len(branch))
                 lengths.append(len(branch))
                 prefixes.append(prompt)
-    return (
-        torch.tensor([ids], device=device),
-        torch.tensor([position_ids], device=device),
-        SharedPrefix(tuple(lengths), tuple(prefixes), device),
-        positions,
-    )
+    shared_prefix = SharedPrefix(tuple(lengths), tuple(prefixes), device)
+    return torch.tensor([ids], device=device), shared_prefix, positions
 
 
 def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:

@@ -65,9 +65,8 @@ def _try(causal: PreTrainedModel) -> SamplingForm | str:
     keys = DecodingKeys(causal.device)
     try:
         with torch.no_grad():
-            difference, allowed = _compare(causal, keys)
-        if not difference <= allowed:
-            return f"its hidden states differ by {difference:.3g}"
+            if (why := _compare(causal, keys)) is not None:
+                return why
         form = SamplingForm(logit_form(causal), keys.bytes_per_token)
     except torch.OutOfMemoryError:
         raise
@@ -79,8 +78,8 @@ def _try(causal: PreTrainedModel) -> SamplingForm | str:
     return form
 
 
-def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> tuple[float, float]:
-    """Return by how much decoded hidden states differ from whole sequences', and may differ."""
+def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> str | None:
+    """Compare decoded hidden states with those of whole sequences, by `hidden_difference`."""
     device = causal.device
     V = causal.get_output_embeddings().weight.shape[0]
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
@@ -96,10 +95,23 @@ def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> tuple[float, float]
     padded = torch.stack(
         [hidden[row, len(prompts[p]) : len(prompts[p]) + 3] for row, (p, _) in enumerate(branches)]
     )
+    return hidden_difference(decoded, padded, causal.dtype)
+
+
+def hidden_difference(found: Tensor, padded: Tensor, dtype: torch.dtype) -> str | None:
+    """Return None where a model's hidden states are those of padded sequences, else a sentence.
+
+    Args:
+        found: of the same tokens, on another way through the model.
+        padded: fp32, like `found`.
+        dtype: the model's.
+    """
     # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms and
     # softmaxes are fp32 even in an fp64 model.
-    eps = max(torch.finfo(dtype).eps for dtype in (causal.dtype, torch.float32))
-    return (decoded - padded).abs().max().item(), eps**0.5 * padded.abs().max().item()
+    eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
+    allowed = eps**0.5 * padded.abs().max()
+    difference = (found - padded).abs().max()
+    return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
 
 
 def _decoded(
@@ -118,7 +130,7 @@ def _decoded(
             [step] * len(branches),
         )
         tokens = torch.tensor([[ids[step] for _, ids in branches]], device=keys.device)
-        yield read(causal, Reading(tokens, keys.position_ids, keys))
+        yield read(causal, Reading(tokens, keys))
 
 
 def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:
@@ -127,7 +139,6 @@ def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:
     lengths = tuple(len(prompt) for prompt in prompts)
     return Reading(
         torch.tensor([[i for prompt in prompts for i in prompt]], device=device),
-        torch.tensor([[i for length in lengths for i in range(length)]], device=device),
         keys,
         SharedPrefix(lengths, (-1,) * len(lengths), device),
     )

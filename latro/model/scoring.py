@@ -23,7 +23,7 @@ from latro.model.head_rows import (
     trunk_rows,
 )
 from latro.model.packing import Batch, Group, collate
-from latro.model.sampling_form import sampling_form, without_tf32
+from latro.model.sampling_form import hidden_difference, sampling_form, without_tf32
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
 from latro_kernels.integrations.logits import LogitForm, logit_form
@@ -231,9 +231,4 @@ class Scorer:
             return str(error).partition("\n")[0]
         finally:
             self.model.train(was_training)
-        # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms
-        # and softmaxes are fp32 even in an fp64 model.
-        eps = max(torch.finfo(dtype).eps for dtype in (self.model.dtype, torch.float32))
-        allowed = eps**0.5 * padded.abs().max()
-        difference = (packed - padded).abs().max()
-        return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
+        return hidden_difference(packed, padded, self.model.dtype)

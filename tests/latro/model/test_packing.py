@@ -137,7 +137,7 @@ groups_of_one_prompt = st.builds(
 @given(st.lists(groups_of_one_prompt, min_size=1, max_size=5))
 def test_a_packed_row_holds_each_prompt_once_and_nothing_else(groups):
     batch = collate(groups, CPU, packed=True)
-    ids, position_ids = batch.input_ids[0].tolist(), batch.position_ids[0].tolist()
+    ids, position_ids = batch.input_ids[0].tolist(), batch.shared_prefix.position_ids[0].tolist()
     # P + Σ (R + A - 1) tokens: nothing follows an answer's last.
     expected = sum(
         len(g[0].prompt_ids) + sum(len(r.sampled_ids) + len(r.answer_ids) - 1 for r in g)
