@@ -37,6 +37,14 @@ def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> No
         )
 
 
+def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise unless `value` has the dtype of `other`."""
+    if value.dtype != other.dtype:
+        raise TypeError(
+            f"{name}: expected the dtype of {other_name}, {other.dtype}, got {value.dtype}"
+        )
+
+
 def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
     """Raise unless `backend` computes with the dtype of the value."""
     allowed = (*KERNEL_DTYPES, torch.float64) if backend == "reference" else KERNEL_DTYPES

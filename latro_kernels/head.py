@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.checks import check_float_dtype
+from latro_kernels.checks import check_float_dtype, check_same_dtype
 
 # The least H for which the time that products in bf16 save is worth the digits that dz loses.
 _MIN_BF16_H = 128
@@ -58,10 +58,8 @@ def cast(
         bias = None if bias is None else bias.to(dtype)
     check_float_dtype("hidden", hidden, backend)
     for name, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of hidden, {hidden.dtype}, got {value.dtype}"
-            )
+        if value is not None:
+            check_same_dtype(name, value, "hidden", hidden)
     return hidden, weight, bias
 
 

@@ -19,6 +19,7 @@ from latro.objectives import OBJECTIVES, PLAIN_OBJECTIVES, ObjectiveSettings, Ro
 from latro.update import metrics
 from latro.update.importance import importance
 from latro.update.metrics import Outcome
+from latro_kernels import segment_of_rows
 
 RowCoefficients = tuple[Tensor | float, Tensor | None]
 """Coefficients of the rows of a batch's sequences: of their log-probs, [N] or the same float for
@@ -180,9 +181,8 @@ def _unrewarded(batches: Sequence[Batch], offsets: Tensor, reward_tokens: str) -
     if reward_tokens == "template+answer":
         return torch.cat([batch.answer_end for batch in batches])
     own_answer = torch.cat([batch.own_answer for batch in batches])
-    row = torch.arange(len(own_answer), device=own_answer.device)
     # A row is an answer's where it stands in an odd segment.
-    is_answer = torch.searchsorted(offsets, row, right=True) % 2 == 0
+    is_answer = segment_of_rows(offsets, len(own_answer)) % 2 == 1
     return is_answer & ~own_answer
 
 

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latro_kernels.checks import check_device, check_float_dtype, check_tensor, check_vector
+from latro_kernels.checks import (
+    check_device,
+    check_float_dtype,
+    check_same_dtype,
+    check_tensor,
+    check_vector,
+)
 from latro_kernels.decode_attention import ops
 
 
@@ -181,10 +187,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: KeptKeys, rows: Deco
     ):
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != query.dtype:
-            raise TypeError(
-                f"{name}: expected the dtype of query, {query.dtype}, got {tensor.dtype}"
-            )
+        check_same_dtype(name, tensor, "query", query)
         check_device(name, tensor, "query", query)
         if name not in ("key", "value") and not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")

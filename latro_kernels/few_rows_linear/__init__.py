@@ -15,6 +15,7 @@ from latro_kernels.checks import (
     check_choice,
     check_device,
     check_float_dtype,
+    check_same_dtype,
     check_tensor,
     check_type,
 )
@@ -69,12 +70,14 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None
     if backend == "cpu" and x.device.type not in ("cpu", "meta"):
         raise ValueError(f"x: expected the device cpu for backend 'cpu', got {x.device}")
     check_float_dtype("x", x, backend)
-    _check_like("weight", weight, x)
+    check_device("weight", weight, "x", x)
+    check_same_dtype("weight", weight, "x", x)
     if bias is not None:
         check_tensor("bias", bias, 1)
         if len(bias) != V:
             raise ValueError(f"bias: expected shape ({V},), got {tuple(bias.shape)}")
-        _check_like("bias", bias, x)
+        check_device("bias", bias, "x", x)
+        check_same_dtype("bias", bias, "x", x)
     if torch.is_grad_enabled():
         for name, value in (("x", x), ("weight", weight), ("bias", bias)):
             if value is not None and value.requires_grad:
@@ -82,9 +85,3 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None
                     f"{name}: expected no gradient, as few_rows_linear has none: call it under "
                     "torch.no_grad(), got a tensor that requires one"
                 )
-
-
-def _check_like(name: str, value: Tensor, x: Tensor) -> None:
-    check_device(name, value, "x", x)
-    if value.dtype != x.dtype:
-        raise TypeError(f"{name}: expected the dtype of x, {x.dtype}, got {value.dtype}")

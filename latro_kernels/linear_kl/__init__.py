@@ -46,6 +46,7 @@ from torch import Tensor
 from latro_kernels.checks import (
     check_device,
     check_float_dtype,
+    check_same_dtype,
     check_scales,
     check_tensor,
     check_type,
@@ -206,9 +207,5 @@ def _check_shapes(given: dict[str, Tensor]) -> None:
 
 def _check_dtypes(given: dict[str, Tensor], backend: str) -> None:
     check_float_dtype("hidden_p", given["hidden_p"], backend)
-    expected = given["hidden_p"].dtype
     for name, tensor in given.items():
-        if tensor.dtype != expected:
-            raise TypeError(
-                f"{name}: expected the dtype of hidden_p, {expected}, got {tensor.dtype}"
-            )
+        check_same_dtype(name, tensor, "hidden_p", given["hidden_p"])

@@ -6,12 +6,15 @@ logits as the forward of `linear_logprob` does, and looks for the highest score 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import State as Fold
+from latro_kernels.linear_logprob.state import Wanted
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,3 +81,19 @@ class State:
             sum_exp=fold.sum_exp,
             weighted_sum=fold.weighted_sum,
         )
+
+
+def first_fold(
+    head: Head, empty_state: Callable[[Head, Tensor, Wanted], Fold]
+) -> tuple[Fold, Tensor]:
+    """Return a fold of `linear_logprob` before its first column, and the rows' highest scores.
+
+    Its target is the token that is drawn, and its room that of the driver's `empty_state`.
+    """
+    N, device = len(head.hidden), head.hidden.device
+    token = torch.zeros(N, dtype=torch.int64, device=device)
+    score = torch.full((N,), -torch.inf, dtype=torch.float32, device=device)
+    wanted = Wanted(weighted_sum=True, dx_sum=False, block_max=False, memory_budget=0)
+    fold = empty_state(head, token, wanted)
+    fold.clear()
+    return fold, score

@@ -10,26 +10,18 @@ from __future__ import annotations
 from dataclasses import replace
 from types import ModuleType
 
-import torch
-
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob import tiles
-from latro_kernels.linear_logprob.state import Wanted
 from latro_kernels.linear_sample import cuda
-from latro_kernels.linear_sample.state import Draw, State
+from latro_kernels.linear_sample.state import Draw, State, first_fold
 
 
 def sample(head: Head, draw: Draw) -> State:
     """Return what one sweep over the vocabulary finds out of each row."""
-    N, device = len(head.hidden), head.hidden.device
-    token = torch.zeros(N, dtype=torch.int64, device=device)
-    score = torch.full((N,), -torch.inf, dtype=torch.float32, device=device)
-    wanted = Wanted(weighted_sum=True, dx_sum=False, block_max=False, memory_budget=0)
-    state = tiles.empty_state(head, token, wanted)
-    state.clear()
+    state, score = first_fold(head, tiles.empty_state)
     for rows, tile, products in tiles.product_tiles(head, state.cached):
         of_rows = replace(draw, seed=draw.seed[rows], position=draw.position[rows])
-        _kernels(head.backend).draw(head, tile, products, of_rows, score[rows], token[rows])
+        _kernels(head.backend).draw(head, tile, products, of_rows, score[rows], state.target[rows])
         tiles.fold_kernels(head.backend).fold(head, tile, products, state.rows(rows))
     return State.of_fold(state, score, draw)
 

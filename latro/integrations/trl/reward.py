@@ -25,6 +25,7 @@ from accelerate.utils import gather
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.config.fields import one_of
 from latro.integrations.trl.images import image_inputs, image_rows
 from latro.integrations.trl.seam import SCORES, check_seam, trainer_of
 from latro.model.adapters import without_wrapper
@@ -75,12 +76,8 @@ class AnswerLikelihood:
         unfinished: str = "floor",
         token_budget: int = 16384,
     ) -> None:
-        for name, value, known in (
-            ("objective", objective, OBJECTIVES),
-            ("unfinished", unfinished, UNFINISHED),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+        one_of("objective", objective, OBJECTIVES)
+        one_of("unfinished", unfinished, UNFINISHED)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(
                 "tokenizer: expected a tokenizer, such as a processor has as its .tokenizer, got "

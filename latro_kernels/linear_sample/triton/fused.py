@@ -12,10 +12,9 @@ from torch import Tensor
 
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import State as FoldState
-from latro_kernels.linear_logprob.state import Wanted
 from latro_kernels.linear_logprob.triton import fused
 from latro_kernels.linear_logprob.triton.blocks import Config
-from latro_kernels.linear_sample.state import Draw, State
+from latro_kernels.linear_sample.state import Draw, State, first_fold
 from latro_kernels.linear_sample.triton.draw import choose
 from latro_kernels.linear_sample.triton.fused_kernel import sample_kernel
 
@@ -25,13 +24,8 @@ MIN_DRAWN_ROWS = 16
 
 def sample(head: Head, draw: Draw) -> State:
     """Return what one sweep over the vocabulary finds out of each row."""
-    N, device = len(head.hidden), head.hidden.device
-    token = torch.zeros(N, dtype=torch.int64, device=device)
-    score = torch.full((N,), -torch.inf, dtype=torch.float32, device=device)
-    wanted = Wanted(weighted_sum=True, dx_sum=False, block_max=False, memory_budget=0)
-    state = fused.empty_state(head, token, wanted)
-    state.clear()
-    if N > 0:
+    state, score = first_fold(head, fused.empty_state)
+    if len(head.hidden) > 0:
         _draw(head, draw, state, score)
     return State.of_fold(state, score, draw)
 
