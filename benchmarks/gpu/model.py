@@ -91,29 +91,20 @@ class Chip:
 # `gemm`: "Maximum Achievable Matmul FLOPS" of stas00/ml-engineering, compute/accelerator, which has
 # the H200 as the H100. `loop`: Triton multiplies without clusters of blocks, with which a block of
 # the weight would be read once for two multiprocessors: an estimate, as is `copy`.
+_H100 = Chip(
+    name="H100 SXM",
+    device="NVIDIA H100 80GB HBM3",
+    capability=90,
+    flops=989.4e12,
+    bandwidth=3.35e12,
+    multiprocessors=132,
+    clock=1.83e9,
+    gemm=794.5 / 989,
+    loop=0.85,
+)
 CHIPS = {
-    "h100": Chip(
-        name="H100 SXM",
-        device="NVIDIA H100 80GB HBM3",
-        capability=90,
-        flops=989.4e12,
-        bandwidth=3.35e12,
-        multiprocessors=132,
-        clock=1.83e9,
-        gemm=794.5 / 989,
-        loop=0.85,
-    ),
-    "h200": Chip(
-        name="H200 SXM",
-        device="NVIDIA H200",
-        capability=90,
-        flops=989.4e12,
-        bandwidth=4.8e12,
-        multiprocessors=132,
-        clock=1.83e9,
-        gemm=794.5 / 989,
-        loop=0.85,
-    ),
+    "h100": _H100,
+    "h200": replace(_H100, name="H200 SXM", device="NVIDIA H200", bandwidth=4.8e12),
     "a100": Chip(
         name="A100 SXM, 80 GB",
         device="NVIDIA A100-SXM4-80GB",

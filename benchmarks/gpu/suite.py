@@ -25,8 +25,8 @@ stage, `gpu.goals` and `gpu.predicted`; gpu_suite.tar.gz has what every stage pr
 `tuned.json` among it.
 
 The tables of stages, of goals, of published times and of what `gpu.model` predicts for this GPU are
-printed last. The exit status is 1 where a
-stage failed, else 0: a skipped stage or a goal that is not met is no failure.
+printed last. The exit status is 1 where a stage failed, else 0: a skipped stage or a goal that is
+not met is no failure.
 """
 
 from __future__ import annotations
