@@ -102,7 +102,9 @@ def update(
     [
         {"beta": 0.1, "gradient_checkpointing": True},
         {"beta": 0.1, "peft_config": LoraConfig(target_modules=["q_proj", "v_proj"])},
+        # A rate at which TRL's own RLOO does not diverge within the four updates.
         {"num_iterations": 2, "max_steps": 4, "gradient_accumulation_steps": 2}
+        | {"learning_rate": 1e-4}
         | {"per_device_train_batch_size": 4, "mask_truncated_completions": True},
     ],
     ids=["reference", "adapter", "iterations"],
