@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -28,6 +30,14 @@ MAX_TILE_ROWS = 4096
 _ROW_GROUP = 128
 # Where there is no GPU to ask: Triton's interpreter, whose kernels meet CPU tensors.
 _INTERPRETED_TILE_BYTES = 2**20
+# Whether cuBLAS may round what it adds up, by the dtype of the sum: attributes of
+# `torch.backends.cuda.matmul`.
+_MAY_ROUND = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
+# Autograd has a thread for each GPU, and the setting is one for all of them.
+_SETTING_LOCK = RLock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,13 +174,15 @@ def operand_dtype(head: Head) -> torch.dtype:
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
     """Add a · b to `out`, or write it there for the first product of a sum.
 
-    A product that is added to an fp32 sum is not rounded before.
+    A product that is added to an fp32 sum is not rounded before; one that is written in bf16 or
+    fp16 is summed in fp32, and rounded once.
     """
     if a.dtype == out.dtype:
-        if first:
-            torch.mm(a, b, out=out)
-        else:
-            out.addmm_(a, b)
+        with _summed_in_fp32(out.dtype):
+            if first:
+                torch.mm(a, b, out=out)
+            else:
+                out.addmm_(a, b)
     elif first and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     elif first:
@@ -179,6 +191,29 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         out += torch.mm(a, b, out_dtype=out.dtype)
+
+
+@contextmanager
+def _summed_in_fp32(dtype: torch.dtype) -> Iterator[None]:
+    """Have cuBLAS sum products of `dtype` in fp32 where it cuts their rows and columns into parts.
+
+    torch lets it round the parts to `dtype` before it adds them (split-K), unless told otherwise;
+    what the caller has told it is restored.
+    """
+    settings, name = torch.backends.cuda.matmul, _MAY_ROUND.get(dtype)
+    if name is None:
+        yield
+        return
+    with _SETTING_LOCK:
+        before = getattr(settings, name)
+        # Where it is off, more may be: setting it again would allow splits that the caller forbade.
+        if before:
+            setattr(settings, name, False)
+        try:
+            yield
+        finally:
+            if before:
+                setattr(settings, name, True)
 
 
 @cache
