@@ -1,7 +1,9 @@
-"""group_advantage in Triton: one launch, one program per group.
+"""group_advantage in Triton: one launch sums, the next makes coefficients; a program per sequence.
 
-The formulas stand in `latro_kernels.group_advantage`. The K rewards of a group stay in registers,
-in fp64: they may be large and close together, and the work is a few reads per row either way.
+The formulas stand in `latro_kernels.group_advantage`. Between the launches the rewards are fp64:
+they may be large and close together. In the second, each program makes the baseline of its group
+anew, which is a few reads, so that no program waits for another. Numbers of a caller are fp64 too:
+without the annotation Triton would pass them as fp32.
 """
 
 from __future__ import annotations
@@ -33,30 +35,80 @@ def _load_rows(ptr, rows, mask):
     {
         "HAS_REF": lambda args: args["ref_logp_ptr"] is not None,
         "HAS_ROW_KL": lambda args: args["row_kl_ptr"] is not None,
+        "HAS_BETA": lambda args: args["beta"] != 0,
+    }
+)
+@triton.jit
+def sums_kernel(
+    logp_ptr,
+    ref_logp_ptr,
+    row_kl_ptr,
+    offsets_ptr,
+    rewards_ptr,
+    answer_logp_ptr,
+    rationale_logp_ptr,
+    kl_ptr,
+    beta: tl.float64,
+    HAS_REF: tl.constexpr,
+    HAS_ROW_KL: tl.constexpr,
+    HAS_BETA: tl.constexpr,
+    K3: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum over the rows of a sequence, and make its reward, fp64."""
+    sequence = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK_N).to(tl.int64)
+    begin, middle, end = _sequence_bounds(offsets_ptr, sequence)
+    rationale = tl.zeros((BLOCK_N,), tl.float64)
+    divergence = tl.zeros((BLOCK_N,), tl.float64)
+    for start in range(begin, middle, BLOCK_N):
+        rows = start + lane
+        mask = rows < middle
+        logp = _load_rows(logp_ptr, rows, mask)
+        rationale += logp
+        if HAS_REF:
+            d = _load_rows(ref_logp_ptr, rows, mask) - logp
+            # In fp64, exp(d) - 1 is as good as a fp32 expm1 at every d that matters.
+            divergence += tl.exp(d) - 1.0 - d if K3 else -d
+        elif HAS_ROW_KL:
+            divergence += _load_rows(row_kl_ptr, rows, mask)
+    answer = tl.zeros((BLOCK_N,), tl.float64)
+    for start in range(middle, end, BLOCK_N):
+        rows = start + lane
+        answer += _load_rows(logp_ptr, rows, rows < end)
+    answer_sum = tl.sum(answer, 0)
+    divergence_sum = tl.sum(divergence, 0)
+    tl.store(rationale_logp_ptr + sequence, tl.sum(rationale, 0).to(tl.float32))
+    tl.store(kl_ptr + sequence, divergence_sum.to(tl.float32))
+    tl.store(answer_logp_ptr + sequence, answer_sum.to(tl.float32))
+    # Without weight an infinite KL counts for nothing, and is no NaN.
+    penalty = beta * divergence_sum if HAS_BETA and not K3 else 0.0
+    tl.store(rewards_ptr + sequence, answer_sum - penalty)
+
+
+@triton.heuristics(
+    {
+        "HAS_REF": lambda args: args["ref_logp_ptr"] is not None,
         "HAS_FINISHED": lambda args: args["finished_ptr"] is not None,
         "HAS_BETA": lambda args: args["beta"] != 0,
         "BLOCK_K": lambda args: triton.next_power_of_2(args["K"]),
     }
 )
 @triton.jit
-def group_advantage_kernel(
+def coefficient_kernel(
     logp_ptr,
     ref_logp_ptr,
-    row_kl_ptr,
     offsets_ptr,
     finished_ptr,
+    rewards_ptr,
     reward_ptr,
-    answer_logp_ptr,
-    rationale_logp_ptr,
-    kl_ptr,
     advantage_ptr,
     coefficient_ptr,
     K,
-    scale,
-    beta,
-    answer_weight,
+    scale: tl.float64,
+    beta: tl.float64,
+    answer_weight: tl.float64,
     HAS_REF: tl.constexpr,
-    HAS_ROW_KL: tl.constexpr,
     HAS_FINISHED: tl.constexpr,
     HAS_BETA: tl.constexpr,
     K3: tl.constexpr,
@@ -64,44 +116,14 @@ def group_advantage_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    first = tl.program_id(0).to(tl.int64) * K
-    lane = tl.arange(0, BLOCK_N).to(tl.int64)
+    """Make the leave-one-out advantage of a sequence, and the coefficient of each of its rows."""
+    sequence = tl.program_id(0).to(tl.int64)
+    first = sequence // K * K
     k_index = tl.arange(0, BLOCK_K)
     in_group = k_index < K
+    own = first + k_index == sequence
 
-    # First the sums over the rows of each sequence, and its reward.
-    rewards = tl.zeros((BLOCK_K,), tl.float64)
-    for k in range(0, K):
-        sequence = first + k
-        begin, middle, end = _sequence_bounds(offsets_ptr, sequence)
-        rationale = tl.zeros((BLOCK_N,), tl.float64)
-        divergence = tl.zeros((BLOCK_N,), tl.float64)
-        for start in range(begin, middle, BLOCK_N):
-            rows = start + lane
-            mask = rows < middle
-            logp = _load_rows(logp_ptr, rows, mask)
-            rationale += logp
-            if HAS_REF:
-                d = _load_rows(ref_logp_ptr, rows, mask) - logp
-                # In fp64, exp(d) - 1 is as good as a fp32 expm1 at every d that matters.
-                divergence += tl.exp(d) - 1.0 - d if K3 else -d
-            elif HAS_ROW_KL:
-                divergence += _load_rows(row_kl_ptr, rows, mask)
-        answer = tl.zeros((BLOCK_N,), tl.float64)
-        for start in range(middle, end, BLOCK_N):
-            rows = start + lane
-            answer += _load_rows(logp_ptr, rows, rows < end)
-        answer_sum = tl.sum(answer, 0)
-        divergence_sum = tl.sum(divergence, 0)
-        tl.store(rationale_logp_ptr + sequence, tl.sum(rationale, 0).to(tl.float32))
-        tl.store(kl_ptr + sequence, divergence_sum.to(tl.float32))
-        tl.store(answer_logp_ptr + sequence, answer_sum.to(tl.float32))
-        # Without weight an infinite KL counts for nothing, and is no NaN.
-        penalty = beta * divergence_sum if HAS_BETA and not K3 else 0.0
-        reward = answer_sum - penalty
-        rewards = tl.where(k_index == k, reward, rewards)
-
-    # Then the leave-one-out advantages of the sequences that count.
+    rewards = tl.load(rewards_ptr + first + k_index, mask=in_group, other=0.0)
     finished = in_group
     if HAS_FINISHED:
         finished = tl.load(finished_ptr + first + k_index, mask=in_group, other=0) != 0
@@ -117,29 +139,27 @@ def group_advantage_kernel(
     m = tl.sum(member.to(tl.float64), 0)
     advantages = (m * excess - tl.sum(excess, 0)) / tl.maximum(m - 1.0, 1.0)
     advantages = tl.where(m > 1.0, tl.where(member, advantages, 0.0), 0.0)
-    tl.store(reward_ptr + first + k_index, rewards.to(tl.float32), mask=in_group)
-    tl.store(advantage_ptr + first + k_index, advantages.to(tl.float32), mask=in_group)
+    advantage = tl.sum(tl.where(own, advantages, 0.0), 0)
+    included = tl.max((own & member).to(tl.int32), 0) > 0
+    tl.store(reward_ptr + sequence, tl.sum(tl.where(own, rewards, 0.0), 0).to(tl.float32))
+    tl.store(advantage_ptr + sequence, advantage.to(tl.float32))
 
-    # Last the coefficient of each row.
-    for k in range(0, K):
-        begin, middle, end = _sequence_bounds(offsets_ptr, first + k)
-        own = k_index == k
-        included = tl.max((own & member).to(tl.int32), 0) > 0
-        advantage = tl.sum(tl.where(own, advantages, 0.0), 0)
-        for start in range(begin, middle, BLOCK_N):
-            rows = start + lane
-            mask = rows < middle
-            weight = tl.zeros((BLOCK_N,), tl.float64) + advantage
-            if HAS_REF and HAS_BETA and K3:
-                d = _load_rows(ref_logp_ptr, rows, mask) - _load_rows(logp_ptr, rows, mask)
-                weight += beta * (tl.exp(d) - 1.0)
-            weight = tl.where(included, -scale * weight, 0.0)
-            tl.store(coefficient_ptr + rows, weight.to(tl.float32), mask=mask)
-        answer_coefficient = tl.where(included, -scale * answer_weight, 0.0)
-        for start in range(middle, end, BLOCK_N):
-            rows = start + lane
-            weight = tl.zeros((BLOCK_N,), tl.float32) + answer_coefficient
-            tl.store(coefficient_ptr + rows, weight, mask=rows < end)
+    lane = tl.arange(0, BLOCK_N).to(tl.int64)
+    begin, middle, end = _sequence_bounds(offsets_ptr, sequence)
+    for start in range(begin, middle, BLOCK_N):
+        rows = start + lane
+        mask = rows < middle
+        weight = tl.zeros((BLOCK_N,), tl.float64) + advantage
+        if HAS_REF and HAS_BETA and K3:
+            d = _load_rows(ref_logp_ptr, rows, mask) - _load_rows(logp_ptr, rows, mask)
+            weight += beta * (tl.exp(d) - 1.0)
+        weight = tl.where(included, -scale * weight, 0.0)
+        tl.store(coefficient_ptr + rows, weight.to(tl.float32), mask=mask)
+    answer_coefficient = tl.where(included, -scale * answer_weight, 0.0).to(tl.float32)
+    for start in range(middle, end, BLOCK_N):
+        rows = start + lane
+        weight = tl.zeros((BLOCK_N,), tl.float32) + answer_coefficient
+        tl.store(coefficient_ptr + rows, weight, mask=rows < end)
 
 
 def forward(
@@ -154,24 +174,34 @@ def forward(
 ) -> None:
     """Fill `outputs`, of the arguments that `compiled.forward` describes."""
     reward, answer_logp, rationale_logp, kl_sum, advantage, coefficient = outputs
-    (logp, ref_logp, row_kl), finished, K = rows, layout.finished, layout.num_generations
-    G = layout.num_sequences // K
-    if G == 0:
+    (logp, ref_logp, row_kl), finished, S = rows, layout.finished, layout.num_sequences
+    if S == 0:
         return
+    rewards = torch.empty(S, dtype=torch.float64, device=logp.device)
     with torch.cuda.device_of(logp):
-        group_advantage_kernel[(G,)](
+        sums_kernel[(S,)](
             logp_ptr=logp,
             ref_logp_ptr=ref_logp,
             row_kl_ptr=row_kl,
             offsets_ptr=layout.offsets,
-            finished_ptr=None if finished is None else finished.view(torch.uint8),
-            reward_ptr=reward,
+            rewards_ptr=rewards,
             answer_logp_ptr=answer_logp,
             rationale_logp_ptr=rationale_logp,
             kl_ptr=kl_sum,
+            beta=beta,
+            K3=kl == "k3",
+            BLOCK_N=BLOCK_N,
+        )
+        coefficient_kernel[(S,)](
+            logp_ptr=logp,
+            ref_logp_ptr=ref_logp,
+            offsets_ptr=layout.offsets,
+            finished_ptr=None if finished is None else finished.view(torch.uint8),
+            rewards_ptr=rewards,
+            reward_ptr=reward,
             advantage_ptr=advantage,
             coefficient_ptr=coefficient,
-            K=K,
+            K=layout.num_generations,
             scale=1 / layout.num_averaged,
             beta=beta,
             answer_weight=answer_weight,

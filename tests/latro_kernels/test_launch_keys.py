@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from latro_kernels import GroupLayout
+
 pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
@@ -19,6 +21,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import Heuristics
 from triton.runtime.jit import create_function_from_signature
 
+from latro_kernels.group_advantage import triton as group_kernels
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import RowGrad, Wanted
 from latro_kernels.linear_logprob.triton import blocks, fused, sparse_product
@@ -41,6 +44,7 @@ class Recorder:
             self.heuristics |= kernel.values
             kernel = kernel.fn
         self.params = kernel.params
+        self.types: dict[str, str] = {}
         backend = make_backend(GPUTarget("cuda", 90, 32))
         self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         self.keys: dict[Key, set[Key]] = {}
@@ -52,6 +56,8 @@ class Recorder:
     def launch(self, **given: Any) -> None:
         given |= {name: value(given) for name, value in self.heuristics.items()}
         _, key, options = self.bind(**given)
+        names = (p.name for p in self.params)
+        self.types |= {name: type_ for name, (type_, *_) in zip(names, key, strict=True)}
         form = [
             given[p.name] if p.is_constexpr else given[p.name] is None
             for p in self.params
@@ -188,3 +194,22 @@ def test_a_few_rows_more_make_no_small_tile(recorded: dict[str, Recorder]) -> No
     solve(head_of(2_100), frozen=True)
     (first, second) = {given["N"] for given in recorded["forward_kernel"].launched} - {8_200}
     assert {first, second} == {1_024, 1_076}
+
+
+@pytest.mark.parametrize("kl", ["reward", "k3", "exact"])
+def test_numbers_reach_kernels_in_fp64_as_fp64(kl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton passes a float as fp32 where nothing says otherwise."""
+    recorders = {}
+    for name in ("sums_kernel", "coefficient_kernel"):
+        recorders[name] = Recorder(getattr(group_kernels, name))
+        monkeypatch.setattr(group_kernels, name, recorders[name])
+    rows = torch.zeros(8)
+    given = (rows, None, rows) if kl == "exact" else (rows, rows, None)
+    outputs = tuple(torch.zeros(n) for n in (4, 4, 4, 4, 4, 8))
+    layout = GroupLayout(torch.arange(9), 2)
+    group_kernels.forward(
+        outputs, given, layout, beta=0.1, answer_weight=0.7, kl=kl, unfinished="floor"
+    )
+    types = [recorder.types for recorder in recorders.values()]
+    assert types[0]["beta"] == "fp64"
+    assert [types[1][name] for name in ("scale", "beta", "answer_weight")] == ["fp64"] * 3

@@ -84,22 +84,30 @@ KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
 KL_STATE = ("max_p", "sum_exp_p", "max_q", "sum_exp_q", "anchor", "moment", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
 KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "anchor", "mean", "max_p", "sum_exp_p")}
-GROUP_ADVANTAGE = {
+GROUP_SUMS = {
     "logp_ptr": ROW,
     "ref_logp_ptr": ROW,
     "row_kl_ptr": ROW,
     "offsets_ptr": "*i64",
-    "finished_ptr": "*u8",
-    "reward_ptr": ROW,
+    "rewards_ptr": "*fp64",
     "answer_logp_ptr": ROW,
     "rationale_logp_ptr": ROW,
     "kl_ptr": ROW,
+    "beta": "fp64",
+}
+GROUP_COEFFICIENTS = {
+    "logp_ptr": ROW,
+    "ref_logp_ptr": ROW,
+    "offsets_ptr": "*i64",
+    "finished_ptr": "*u8",
+    "rewards_ptr": "*fp64",
+    "reward_ptr": ROW,
     "advantage_ptr": ROW,
     "coefficient_ptr": ROW,
     "K": "i32",
-    "scale": "fp32",
-    "beta": "fp32",
-    "answer_weight": "fp32",
+    "scale": "fp64",
+    "beta": "fp64",
+    "answer_weight": "fp64",
 }
 
 each_gpu = pytest.mark.parametrize("capability", CAPABILITIES)
@@ -234,25 +242,41 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
 
 
 @each_gpu
+@pytest.mark.parametrize("form", ["k3", "exact", "nothing"])
+def test_group_advantage_sums_fit(form: str, capability: int) -> None:
+    from latro_kernels.group_advantage import triton as kernels
+
+    constants = {
+        "HAS_REF": form == "k3",
+        "HAS_ROW_KL": form == "exact",
+        "HAS_BETA": form != "nothing",
+        "K3": form == "k3",
+        "BLOCK_N": kernels.BLOCK_N,
+    }
+    absent = {"k3": ["row_kl_ptr"], "exact": ["ref_logp_ptr"]}
+    constants |= dict.fromkeys(absent.get(form, ["ref_logp_ptr", "row_kl_ptr"]))
+    check(kernels.sums_kernel, aligned(GROUP_SUMS), constants, capability)
+
+
+@each_gpu
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("K", [2, 1024])
-def test_group_advantage_fits(K: int, capability: int) -> None:
+def test_group_advantage_coefficients_fit(K: int, full: bool, capability: int) -> None:
     from latro_kernels.group_advantage import triton as kernels
 
     # A group's rewards stand in registers, and leave them for fewer threads.
-    resident = 768 if K < 1024 else 512
-    signature = aligned(GROUP_ADVANTAGE)
+    resident = MEMORY_BOUND if K < 1024 else 512
+    signature = aligned(GROUP_COEFFICIENTS)
     if K % 16 != 0:
         signature["K"] = "i32"
-    for with_ref, k3 in [(True, True), (False, False)]:
-        constants = {
-            "HAS_REF": with_ref,
-            "HAS_ROW_KL": not with_ref,
-            "HAS_FINISHED": with_ref,
-            "HAS_BETA": True,
-            "K3": k3,
-            "EXCLUDE_UNFINISHED": k3,
-            "BLOCK_K": K,
-            "BLOCK_N": kernels.BLOCK_N,
-        }
-        function = kernels.group_advantage_kernel
-        check(function, signature, constants, capability, resident=resident)
+    constants = {
+        "HAS_REF": full,
+        "HAS_FINISHED": full,
+        "HAS_BETA": True,
+        "K3": full,
+        "EXCLUDE_UNFINISHED": full,
+        "BLOCK_K": K,
+        "BLOCK_N": kernels.BLOCK_N,
+    }
+    constants |= {} if full else dict.fromkeys(("ref_logp_ptr", "finished_ptr"))
+    check(kernels.coefficient_kernel, signature, constants, capability, resident=resident)
