@@ -1,6 +1,6 @@
 """Find the implementation that runs for `backend="auto"` or `backend=<name>`, or raise.
 
-auto, tensors on a CUDA device   triton
+auto, tensors on a CUDA device   triton; of some ops cuda, where it is built for that GPU
 auto, tensors on the CPU         cpu, the C++ kernels
 a name                           that backend, or an error: nothing falls back in silence
 """
@@ -17,20 +17,28 @@ from latro_kernels.native import BackendUnavailableError
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
-def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BACKENDS) -> str:
+def resolve(
+    backend: str,
+    device: torch.device,
+    supported: tuple[str, ...] = BACKENDS,
+    *,
+    cuda_first: bool = False,
+) -> str:
     """Return the backend that will run for tensors on `device`.
 
     Args:
         backend: "auto", or one of `supported`.
         device: where the op's tensors live.
         supported: the backends that the op has.
+        cuda_first: whether "auto" is "cuda" where `_cuda.so` has code for the GPU.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot take tensors of this device.
         BackendUnavailableError: the backend's library or package is not installed.
     """
     if backend == "auto":
-        backend = default_backend(device)
+        cuda = cuda_first and device.type == "cuda" and native.runs_on(device)
+        backend = "cuda" if cuda else default_backend(device)
     if backend not in supported:
         raise ValueError(
             f"backend: expected 'auto' or one of {', '.join(map(repr, supported))}, got {backend!r}"
@@ -52,7 +60,7 @@ def resolve(backend: str, device: torch.device, supported: tuple[str, ...] = BAC
 
 
 def default_backend(device: torch.device) -> str:
-    """Return what "auto" stands for."""
+    """Return what "auto" stands for, but for ops that take "cuda" first."""
     return {"cuda": "triton", "cpu": "cpu"}.get(device.type, "reference")
 
 

@@ -119,6 +119,24 @@ def available(name: str) -> bool:
     return True
 
 
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Return whether `_cuda.so` is there, and was built for the architecture of this GPU too."""
+    if not torch.cuda.is_available() or not available("cuda"):
+        return False
+    row = torch.zeros(4, device=device)
+    target = torch.zeros(1, dtype=torch.int64, device=device)
+    # Only a launch tells: the fold of one logit.
+    inputs, state, sizes = (row, None, target), (row[1:], row[2:], row[3:], None), (1, 1, 0)
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream().cuda_stream
+        try:
+            call("latro_cuda_linear_logprob_fold", *inputs, *state, *sizes, 0.0, 1.0, stream)
+        except RuntimeError:
+            return False
+    return True
+
+
 def dtype_code(dtype: torch.dtype) -> int:
     """Return the header's code of an element type."""
     names = {torch.float32: "LATRO_F32", torch.bfloat16: "LATRO_BF16", torch.float16: "LATRO_F16"}

@@ -113,7 +113,7 @@ def _driver(backend: str, device: torch.device) -> ModuleType:
 
     It is looked for inside of the op, as torch.compile cannot trace the search for a library.
     """
-    if resolve(backend, device) != "triton":
+    if resolve(backend, device, cuda_first=True) != "triton":
         return compiled
     from latro_kernels.gather_logprob import triton
 

@@ -43,7 +43,7 @@ def _group_advantage(
     )
     # Resolved here rather than in the public function, for torch.compile cannot trace the search
     # for a library.
-    backend = resolve(backend, logp.device)
+    backend = resolve(backend, logp.device, cuda_first=True)
     settings: dict[str, Any] = {"beta": beta, "answer_weight": answer_weight}
     settings |= {"kl": kl, "unfinished": unfinished}
     if backend == "reference":

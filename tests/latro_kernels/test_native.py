@@ -6,7 +6,11 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +96,67 @@ def test_a_missing_library_names_itself(monkeypatch: pytest.MonkeyPatch, tmp_pat
             native.library("cpu")
     finally:
         native.library.cache_clear()
+
+
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
+    """Have torch speak of a GPU, with tensors of the CPU; return the calls of `_cuda.so`."""
+    calls: list[tuple[Any, ...]] = []
+    zeros, stream = torch.zeros, SimpleNamespace(cuda_stream=17)
+
+    def on_the_cpu(*size: int, device: torch.device, **options: Any) -> torch.Tensor:
+        return zeros(*size, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch, "zeros", on_the_cpu)
+    monkeypatch.setattr(native, "available", lambda name: name == "cuda")
+    monkeypatch.setattr(native, "call", lambda *arguments: calls.append(arguments))
+    native.runs_on.cache_clear()
+    yield calls
+    native.runs_on.cache_clear()
+
+
+def test_a_gpu_is_asked_once_by_a_launch(a_gpu: list[tuple[Any, ...]]) -> None:
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    assert all(native.runs_on(device) for device in (first, first, second))
+    assert len(a_gpu) == 2
+    symbol, *arguments = a_gpu[0]
+    assert len(arguments) == len(native.signatures()[symbol][1])
+    tile, _, target, row_max, sum_exp, target_logit, *_ = arguments
+    for room in (tile, target, row_max, sum_exp, target_logit):
+        assert room.numel() >= 1
+    assert arguments[-6:] == [1, 1, 0, 0.0, 1.0, 17]
+
+
+def test_a_library_for_other_gpus_does_not_run_here(
+    a_gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_kernel(*arguments: Any) -> None:
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(native, "call", no_kernel)
+    assert not native.runs_on(torch.device("cuda", 0))
+
+
+def test_a_library_that_was_not_built_runs_nowhere(
+    a_gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "available", lambda name: False)
+    assert not native.runs_on(torch.device("cuda", 0))
+    assert a_gpu == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_runs_there() -> None:
+    assert not native.runs_on(torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+@needs_cuda_library
+def test_a_gpu_that_the_library_was_built_for() -> None:
+    assert native.runs_on(torch.device("cuda", torch.cuda.current_device()))
 
 
 def test_import_is_light() -> None:
