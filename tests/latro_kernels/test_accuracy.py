@@ -75,11 +75,13 @@ def test_any_groups_on_a_gpu(backend: str, given: Problem) -> None:
 
 @each_op([*DIFFERENTIABLE, LINEAR_SAMPLE])
 def test_the_reference_is_the_formula(op: Op) -> None:
-    given = op.plain(7, torch.float64, temperature=0.7, softcap=3.0)
+    given = op.plain(7, torch.float64, temperature=0.7, softcap=3.1)
     expected = op.formula(**given.arguments)
     results = op.named(op.reference(**given.arguments))
+    # fp32, which has neither number, is 1e-8 off and more.
+    step = 16 * torch.finfo(torch.float64).eps
     for name, value in results.items():
-        torch.testing.assert_close(value, expected[name])
+        torch.testing.assert_close(value, expected[name], rtol=step, atol=step)
     public = op.named(op.function(**given.arguments, **given.options, backend="reference"))
     assert_same(public, results)
 

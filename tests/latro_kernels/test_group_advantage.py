@@ -102,6 +102,20 @@ def test_coefficients_are_rounded_once(backend: str) -> None:
         assert (got[1::2] == expected).all()
 
 
+def test_weights_of_fp64_rows_are_fp64() -> None:
+    """β, λ and the scale, none of which fp32 has, in each coefficient that they make alone."""
+    beta, answer_weight, num_groups = 0.1, 0.7, 7
+    rows = torch.zeros(4, dtype=torch.float64)
+    layout = GroupLayout(torch.arange(5), 2, num_groups=num_groups)
+    settings = {"beta": beta, "answer_weight": answer_weight, "kl": "exact"}
+    out = solve(Batch(rows, rows, rows, layout), "reference", **settings)
+    answer = torch.full((2,), -answer_weight / (2 * num_groups), dtype=torch.float64)
+    rationale = torch.full((2,), beta / (2 * num_groups), dtype=torch.float64)
+    step = torch.finfo(torch.float64).eps
+    torch.testing.assert_close(out["coefficient"][1::2], answer, rtol=step, atol=0)
+    torch.testing.assert_close(out["kl_coefficient"][::2], rationale, rtol=step, atol=0)
+
+
 @each_backend
 @pytest.mark.parametrize(
     ("setting", "row"),
