@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latro_kernels.head import autocast_dtype
 from latro_kernels.integrations.logits import LogitForm
-from latro_kernels.linear_logprob import linear_logprob_and_largest
+from latro_kernels.linear_logprob import linear_logprob, linear_logprob_and_largest
 
 _VERSION = f"TRL {trl.__version__}"
 _KNOWN = "that of TRL 1.16, which this version of latro_kernels knows"
@@ -39,6 +39,8 @@ _PARAMETERS = (
     "outputs"
 )
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Of the last arguments of `apply`: softcap, scale, outputs.
+_DEFAULTS = (None, 1.0, _OUTPUTS)
 
 
 class LinearLogprob:
@@ -51,13 +53,14 @@ class LinearLogprob:
         bias: Tensor | None,
         target: Tensor,
         temperature: float,
+        chunk_size: int,
         *rest: Any,
     ) -> tuple[Tensor | None, ...]:
         """Return log-probs, entropy, log Σ p², mean logits and whether the target is the largest.
 
         Each is [N], and None where it was not asked for.
         """
-        chunk_size, softcap, scale, outputs = rest
+        softcap, scale, outputs = (*rest, *_DEFAULTS[len(rest) :])
         dtype = autocast_dtype(hidden.device) or hidden.dtype
         if not _is_ours(weight, dtype, softcap, outputs):
             return chunked_logprob.ChunkedLogProbFunction.apply(
@@ -65,18 +68,28 @@ class LinearLogprob:
             )
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
+        form = LogitForm(1.0, scale, softcap)
         logp, entropy, is_largest = linear_logprob_and_largest(
             hidden,
             weight,
             target,
             bias=bias,
             return_entropy="entropy" in outputs,
-            **LogitForm(1.0, scale, softcap).kernel_settings(temperature),
+            **form.kernel_settings(temperature),
         )
+        log_sum_squares = None
+        if "log_sum_sq_probs" in outputs:
+            # Of logits twice as large, logp is 2z − log Σ exp(2z); Σ p² is Σ exp(2z) / (Σ exp z)².
+            with torch.no_grad():
+                doubled = linear_logprob(
+                    hidden, weight, target, bias=bias, **form.kernel_settings(temperature / 2)
+                )
+                log_sum_squares = 2 * logp - doubled
         mean = None
         if "mean_logits" in outputs:
             mean = _mean_logits(hidden, weight, bias) * (scale / temperature)
-        return logp, entropy, None, mean, is_largest if "is_top1" in outputs else None
+        top = is_largest if "is_top1" in outputs else None
+        return logp, entropy, log_sum_squares, mean, top
 
 
 def patch_trl() -> ExitStack:
@@ -112,15 +125,13 @@ def _is_ours(
 ) -> bool:
     """Return whether we have what TRL asks for.
 
-    We have no log Σ p² (DPO with `use_weighting`), no mean logit of capped logits, no other devices
-    than CPUs and CUDA's, no fp64; and under ZeRO-3 the backward has to gather the weight again,
-    which TRL's function does.
+    We have no mean logit of capped logits, no other devices than CPUs and CUDA's, no fp64; and
+    under ZeRO-3 the backward has to gather the weight again, which TRL's function does.
     """
     return (
         weight.device.type in ("cpu", "cuda")
         and dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not hasattr(weight, "ds_id")
-        and "log_sum_sq_probs" not in outputs
         and (softcap is None or "mean_logits" not in outputs)
     )
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,14 +87,71 @@ def test_scores_losses_and_gradients_are_as_exact_as_trls(architecture: str) -> 
         assert error(ours[name]) <= 2 * error(theirs[name]) + 1e-5, name
 
 
+def exactly(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    """Return log-probs and entropies [2, N] in fp64, of the head's input and weight as they are."""
+    target, temperature, _, softcap, scale, _ = rest
+    z = hidden.double() @ weight.double().T * scale
+    assert bias is None
+    z = z if softcap is None else softcap * (z / softcap).tanh()
+    log_p = (z / temperature).log_softmax(-1)
+    logp = log_p.gather(1, target[:, None]).squeeze(1)
+    return torch.stack([logp, -(log_p.exp() * log_p).sum(-1)])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
+@pytest.mark.parametrize("architecture", MODELS)
+def test_in_bf16_scores_are_nearer_to_fp64_than_trls(
+    architecture: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trunk's rounding is both's alike: the truth is of the states that the trunk has made."""
+    errors: dict[str, Tensor] = {}
+
+    def compared(*arguments: Any) -> Any:
+        ways = {"ours": LinearLogprob, "theirs": chunked_logprob.ChunkedLogProbFunction}
+        found = {name: way.apply(*arguments) for name, way in ways.items()}
+        hidden, weight, *rest = arguments
+        truth = exactly(hidden.bfloat16(), weight.bfloat16(), *rest)
+        for name, (logp, entropy, *_) in found.items():
+            errors[name] = (torch.stack([logp, entropy]).double() - truth).abs()
+        return found["ours"]
+
+    monkeypatch.setattr(seam, "_ChunkedLogProbFunction", SimpleNamespace(apply=compared))
+    model = model_of(architecture)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        fused(model if autocast else model.bfloat16())
+    assert errors["ours"].shape[1] > 10
+    # Log-probs, then entropies: the worst token, and all of them.
+    assert (errors["ours"].amax(1) < errors["theirs"].amax(1)).all()
+    assert (errors["ours"].mean(1) < errors["theirs"].mean(1)).all()
+
+
+def test_log_sum_of_squares_is_exact_for_peaked_and_flat_rows_and_has_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 16, generator=generator) * torch.logspace(-3, 1, 60)[:, None]
+    weight = torch.randn(230, 16, generator=generator)
+    target = torch.randint(230, (60,), generator=generator)
+    given = (target, 0.7, 8, None, 1.0, ("log_sum_sq_probs",))
+    log_p = (hidden.double() @ weight.double().T / 0.7).log_softmax(-1)
+    assert log_p.amax(1).exp().max() > 0.999
+    truth = (2 * log_p).logsumexp(-1)
+
+    def error(way: Any) -> float:
+        found = way.apply(hidden.requires_grad_(), weight, None, *given)[2]
+        assert not found.requires_grad
+        return (found - truth).abs().max().item()
+
+    assert error(LinearLogprob) <= 2 * error(chunked_logprob.ChunkedLogProbFunction) + 1e-5
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_each_output_is_trls_and_only_what_was_asked_for(softcap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(40, 16, generator=generator)
     weight, bias = torch.randn(23, 16, generator=generator), torch.randn(23, generator=generator)
     target = torch.randint(23, (40,), generator=generator)
-    for outputs in (("entropy",), ("is_top1",), ("mean_logits",), ("log_sum_sq_probs",), ()):
-        arguments = (hidden, weight, bias, target, 0.7, 8, softcap, 0.5, outputs)
+    given = (hidden, weight, bias, target, 0.7, 8)
+    alone = (("entropy",), ("is_top1",), ("mean_logits",), ("log_sum_sq_probs",), ())
+    for arguments in (given, *((*given, softcap, 0.5, outputs) for outputs in alone)):
         ours = LinearLogprob.apply(*arguments)
         theirs = chunked_logprob.ChunkedLogProbFunction.apply(*arguments)
         for x, y in zip(ours, theirs, strict=True):
