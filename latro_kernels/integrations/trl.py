@@ -24,7 +24,7 @@ from torch import Tensor
 
 from latro_kernels.head import autocast_dtype
 from latro_kernels.integrations.logits import LogitForm
-from latro_kernels.linear_logprob import linear_logprob, linear_logprob_and_largest
+from latro_kernels.linear_logprob import linear_logprob_and_largest
 
 _VERSION = f"TRL {trl.__version__}"
 _KNOWN = "that of TRL 1.16, which this version of latro_kernels knows"
@@ -40,7 +40,7 @@ _PARAMETERS = (
 )
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Of the last arguments of `apply`: softcap, scale, outputs.
-_DEFAULTS = (None, 1.0, _OUTPUTS)
+_DEFAULTS: tuple[Any, ...] = (None, 1.0, _OUTPUTS)
 
 
 class LinearLogprob:
@@ -81,8 +81,13 @@ class LinearLogprob:
         if "log_sum_sq_probs" in outputs:
             # Of logits twice as large, logp is 2z − log Σ exp(2z); Σ p² is Σ exp(2z) / (Σ exp z)².
             with torch.no_grad():
-                doubled = linear_logprob(
-                    hidden, weight, target, bias=bias, **form.kernel_settings(temperature / 2)
+                doubled, *_ = linear_logprob_and_largest(
+                    hidden,
+                    weight,
+                    target,
+                    bias=bias,
+                    return_entropy=False,
+                    **form.kernel_settings(temperature / 2),
                 )
                 log_sum_squares = 2 * logp - doubled
         mean = None
