@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a script
 
-from studies.replicate.markdown import percent, table
+from studies.markdown import percent, table
+from studies.records import CELLS_FILE, estimate
 from studies.replicate.study import METHODS
-from studies.replicate.summary import CELLS_FILE, Study, estimate
+from studies.replicate.summary import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,8 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from latro.files import replacing
+from studies.records import Record, estimate
 from studies.replicate.study import ABLATIONS, LATRO, MAJORITY, METHODS
-from studies.replicate.summary import Record, Study, estimate
+from studies.replicate.summary import Study
 
 _HEADLINES = (("greedy", "accuracy_greedy"), (f"maj@{max(MAJORITY)}", f"maj@{max(MAJORITY)}"))
 

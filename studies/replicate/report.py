@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latro.files import replacing
+from studies.command import REPORT_FILE
+from studies.estimates import Difference, Estimate
+from studies.markdown import items, listed, paragraphs, percent, plain, points, table
+from studies.records import Record, estimate
 from studies.replicate.charts import draw_ablations, draw_main, draw_majority
-from studies.replicate.markdown import items, listed, paragraphs, percent, plain, points, table
 from studies.replicate.pretrain import SHIPPED
 from studies.replicate.study import (
     ABLATIONS,
@@ -19,9 +22,8 @@ from studies.replicate.study import (
     METHODS,
     SFT_LEARNING_RATE,
 )
-from studies.replicate.summary import Difference, Estimate, Record, Study, estimate
+from studies.replicate.summary import Study
 
-REPORT_FILE = "README.md"
 DISCUSSION_FILE = "discussion.md"
 _MAJ = f"maj@{max(MAJORITY)}"
 _HEADLINES = (("greedy", "accuracy_greedy"), (_MAJ, _MAJ))

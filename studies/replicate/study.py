@@ -9,11 +9,11 @@ and validation problems.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from studies.cells import Cell
 from studies.replicate.pretrain import SHIPPED
 
 ARCHITECTURES = ("llama", "mistral", "phi3")
@@ -99,48 +99,6 @@ class Scale:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One unit of the study: commands that run one after another, and what they stand for.
-
-    Paths in the commands are relative to the study's folder, so that a record of them says nothing
-    of the machine.
-
-    Args:
-        name: names its files; `--only` matches it.
-        part: "base model", "main", "ablation" or "tuning".
-        architecture, task: of the model, and what it is trained and evaluated on.
-        method: a key of `METHODS`; "" for a base model.
-        seed: of training and of the evaluation's samples; None for a base model.
-        settings: of training, in full, but for the seed.
-        changed: the settings in which it differs from the main cell.
-        commands: each a module and its arguments.
-        base: the cell that makes the model it starts from; None: it ships.
-    """
-
-    name: str
-    part: str
-    architecture: str
-    task: str
-    method: str = ""
-    seed: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    changed: Mapping[str, Any] = field(default_factory=dict)
-    commands: tuple[tuple[str, ...], ...] = ()
-    base: Cell | None = None
-
-    @property
-    def work(self) -> str:
-        """Return the folder of its model and its evaluation while it runs."""
-        return f"work/{self.name}"
-
-    @property
-    def chain(self) -> list[str]:
-        """Return the shell commands that make it from nothing, including its base model's."""
-        own = [" ".join(("python -m", *command)) for command in self.commands]
-        return own if self.base is None else [*self.base.chain, *own]
-
-
 def cells(scale: Scale) -> list[Cell]:
     """Return all cells, in the order in which they should run.
 
@@ -172,26 +130,6 @@ def cells(scale: Scale) -> list[Cell]:
     return everything
 
 
-def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """Return the cells whose names match a shell pattern, and the base models that they need.
-
-    Raises:
-        ValueError: a pattern matches no name.
-    """
-    for pattern in patterns:
-        if not any(fnmatchcase(cell.name, pattern) for cell in everything):
-            raise ValueError(
-                f"only: expected patterns of cell names such as {everything[-1].name}, "
-                f"got {pattern!r}, which matches none"
-            )
-    matched = [c for c in everything if any(fnmatchcase(c.name, p) for p in patterns)]
-    needed = {cell.name for cell in matched}
-    for cell in reversed(everything):
-        if cell.name in needed and cell.base is not None:
-            needed.add(cell.base.name)
-    return [cell for cell in everything if cell.name in needed]
-
-
 def base_folder(architecture: str, task: str) -> str:
     """Return a base model's place in the study's folder."""
     return f"base/{architecture}-{task}"
@@ -209,7 +147,9 @@ def _base_model(architecture: str, task: str, scale: Scale, start: Cell | None) 
         *(() if scale.pretrain_steps is None else ("--steps", str(scale.pretrain_steps))),
     )
     name = f"base-{architecture}-{task}"
-    return Cell(name, "base model", architecture, task, commands=(command,), base=start)
+    return Cell(
+        name, "base model", architecture, task, commands=(command,), base=start, result=folder
+    )
 
 
 def _tuning(scale: Scale) -> Iterator[Cell]:
@@ -250,7 +190,7 @@ def _with_commands(
             *("--num_eval_examples", str(scale.num_eval_examples)),
             *("--num_samples", str(max(MAJORITY)), "--majority", *map(str, MAJORITY)),
             *("--max_completion_length", limit, "--batch_size", "50"),
-            *("--seed", str(cell.seed), "--output", f"{cell.work}/evaluation.json"),
+            *("--seed", str(cell.seed), "--output", cell.evaluation),
         )
     )
     return Cell(

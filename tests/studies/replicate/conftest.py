@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from studies.replicate.study import Cell, Scale, cells
+from studies.cells import Cell
+from studies.replicate.study import Scale, cells
 
 _METRICS = {
     "accuracy_greedy": 0.5,

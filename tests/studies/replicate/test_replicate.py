@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import shlex
 from pathlib import Path
@@ -14,19 +13,6 @@ from latro.terminal import Terminal
 from studies.replicate import __main__ as command
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture
-def forked(warm, tmp_path_factory, monkeypatch):
-    """Start cells' commands as forks; `test_cells.py` tests real starts."""
-    number = itertools.count()
-
-    def start(command, *, cwd, env, stdout, **options):
-        (_, _, module, *arguments) = command
-        printed = tmp_path_factory.getbasetemp() / f"cell {next(number)}"
-        return warm.start(module, arguments, printed, cwd=cwd, stdout=stdout.name, environment=env)
-
-    monkeypatch.setattr("studies.replicate.cells.subprocess.Popen", start)
 
 
 @pytest.mark.usefixtures("forked")

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from latro.config.training import ASSETS
+from studies.cells import Cell, select
 from studies.replicate.study import (
     ABLATIONS,
     ARCHITECTURES,
@@ -16,10 +17,8 @@ from studies.replicate.study import (
     SFT_LEARNING_RATE,
     SFT_LEARNING_RATES,
     TASKS,
-    Cell,
     Scale,
     cells,
-    select,
 )
 
 

@@ -1,4 +1,4 @@
-"""Run cells as processes of one thread each, several at a time.
+"""Cells of a study, and how they are run: as processes, several at a time.
 
 A cell's commands run in the study's folder, one after another, with output in `logs/NAME.log`. At
 the end `cells/NAME.json` is written, and the cell's model and evaluation are deleted; a base model
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
+from statistics import fmean
+from subprocess import DEVNULL, STDOUT, Popen
 from typing import Any
 
 import torch
@@ -26,14 +29,88 @@ from latro.files import write_json
 from latro.reporting.callbacks import METRICS_FILE
 from latro.terminal import Terminal
 from latro_kernels import environment
-from studies.replicate.study import Cell, base_folder
 
 _POLL_SECONDS = 0.1
 _LOG_TAIL = 20
 _LAST_UPDATES = 10
+_EVALUATED = "eval_answer_logp"
 _PACKAGES = ("transformers", "accelerate", "datasets")
 
 Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of the study: commands that run one after another, and what they stand for.
+
+    Paths in the commands are relative to the study's folder, so that a record of them says nothing
+    of the machine.
+
+    Args:
+        name: names its files; `--only` matches it.
+        part: "base model", "main", "ablation" or "tuning".
+        architecture, task: of the model, and what it is trained and evaluated on.
+        method: how it is trained, by the study's own names; "" for a base model.
+        seed: of training and of the evaluation's samples; None for a base model.
+        settings: of training, in full, but for the seed.
+        changed: the settings in which it differs from the main cell.
+        commands: each a module and its arguments.
+        base: the cell that makes the model it starts from; None: it ships.
+        result: what the last command leaves; "" for the evaluation in its folder.
+    """
+
+    name: str
+    part: str
+    architecture: str
+    task: str
+    method: str = ""
+    seed: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    changed: Mapping[str, Any] = field(default_factory=dict)
+    commands: tuple[tuple[str, ...], ...] = ()
+    base: Cell | None = None
+    result: str = ""
+
+    @property
+    def work(self) -> str:
+        """Return the folder of its models and its evaluation while it runs."""
+        return f"work/{self.name}"
+
+    @property
+    def evaluation(self) -> str:
+        """Return the file of its evaluation."""
+        return f"{self.work}/evaluation.json"
+
+    @property
+    def probe(self) -> str:
+        """Return the file of its probe, if it makes one."""
+        return f"{self.work}/probe.json"
+
+    @property
+    def chain(self) -> list[str]:
+        """Return the shell commands that make it from nothing, including its base model's."""
+        own = [shlex.join(("python", "-m", *command)) for command in self.commands]
+        return own if self.base is None else [*self.base.chain, *own]
+
+
+def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
+    """Return the cells whose names match a shell pattern, and the base models that they need.
+
+    Raises:
+        ValueError: a pattern matches no name.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in everything):
+            raise ValueError(
+                f"only: expected patterns of cell names such as {everything[-1].name}, "
+                f"got {pattern!r}, which matches none"
+            )
+    matched = [c for c in everything if any(fnmatchcase(c.name, p) for p in patterns)]
+    needed = {cell.name for cell in matched}
+    for cell in reversed(everything):
+        if cell.name in needed and cell.base is not None:
+            needed.add(cell.base.name)
+    return [cell for cell in everything if cell.name in needed]
 
 
 @dataclass(frozen=True)
@@ -53,7 +130,7 @@ def finished(cell: Cell, folder: Path) -> Record | None:
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["commands"] != cell.chain:
         return None
-    if cell.part == "base model" and not _result_path(cell, folder).exists():
+    if cell.result and not (folder / cell.result).exists():
         return None
     return record
 
@@ -63,6 +140,7 @@ def run_cells(
     folder: Path,
     *,
     jobs: int,
+    threads: int = 1,
     console: Terminal,
     on_finish: Callable[[], object],
 ) -> list[Failure]:
@@ -75,6 +153,7 @@ def run_cells(
         cells: base models before what starts from them.
         folder: the study's.
         jobs: processes at a time.
+        threads: of each process.
         console: shows progress, a line for each finished cell, and failures.
         on_finish: called after each new record.
 
@@ -103,7 +182,7 @@ def run_cells(
                     failures.append(Failure(cell.name, "its base model failed"))
                 for cell in _ready(waiting, done)[: jobs - len(running)]:
                     waiting.remove(cell)
-                    running.append(_Run(cell, folder))
+                    running.append(_Run(cell, folder, threads))
                 progress.update(bar, description=", ".join(run.cell.name for run in running))
                 time.sleep(_POLL_SECONDS)
                 for run in list(running):
@@ -150,6 +229,7 @@ class _Run:
 
     cell: Cell
     folder: Path
+    threads: int
     seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -164,20 +244,20 @@ class _Run:
     def _start(self) -> None:
         command = self.cell.commands[len(self.seconds)]
         # The processes run in another folder than this one, and import the same code.
-        paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
         with self.log.open("a", encoding="utf-8") as log:
             print("$ python -m", *command, file=log, flush=True)
-            self.process = subprocess.Popen(
+            self.process = Popen(
                 [sys.executable, "-m", *command],
                 cwd=self.folder,
                 env={
                     **os.environ,
-                    "OMP_NUM_THREADS": "1",
+                    "OMP_NUM_THREADS": str(self.threads),
                     "PYTHONPATH": os.pathsep.join(filter(None, paths)),
                 },
-                stdin=subprocess.DEVNULL,
+                stdin=DEVNULL,
                 stdout=log,
-                stderr=subprocess.STDOUT,
+                stderr=STDOUT,
                 # Ctrl-C in a terminal goes to a whole process group: it is for the study, which
                 # ends its processes itself.
                 start_new_session=True,
@@ -196,9 +276,10 @@ class _Run:
         if len(self.seconds) < len(self.cell.commands):
             self._start()
             return None
-        if not _result_path(self.cell, self.folder).exists():
-            return self._failure(f"it left no {_result_path(self.cell, Path())}")
-        record = _record(self.cell, self.folder, self.seconds)
+        result = self.cell.result or self.cell.evaluation
+        if not (self.folder / result).exists():
+            return self._failure(f"it left no {result}")
+        record = _record(self.cell, self.folder, self.seconds, self.threads)
         write_json(_record_path(self.cell, self.folder), record)
         shutil.rmtree(self.folder / self.cell.work, ignore_errors=True)
         return record
@@ -217,18 +298,15 @@ def _record_path(cell: Cell, folder: Path) -> Path:
     return folder / "cells" / f"{cell.name}.json"
 
 
-def _result_path(cell: Cell, folder: Path) -> Path:
-    """Return the file that the last command of a cell writes."""
-    if cell.part == "base model":
-        return folder / base_folder(cell.architecture, cell.task)
-    return folder / cell.work / "evaluation.json"
-
-
-def _record(cell: Cell, folder: Path, seconds: Sequence[float]) -> Record:
+def _record(cell: Cell, folder: Path, seconds: Sequence[float], threads: int) -> Record:
     """Return the record of a finished cell."""
     evaluation: dict[str, Any] = {"problems": None, "metrics": {}}
-    if cell.part != "base model":
-        evaluation = json.loads(_result_path(cell, folder).read_text(encoding="utf-8"))
+    if not cell.result:
+        evaluation = _json(folder / cell.evaluation)
+    log = folder / cell.work / "model" / METRICS_FILE
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    logged = [json.loads(line) for line in lines]
+    probe = folder / cell.probe
     return {
         "name": cell.name,
         "part": cell.part,
@@ -242,19 +320,34 @@ def _record(cell: Cell, folder: Path, seconds: Sequence[float]) -> Record:
         "seconds": list(seconds),
         "problems": evaluation["problems"],
         "metrics": evaluation["metrics"],
-        "training": _end_of_training(folder / cell.work / "model" / METRICS_FILE),
-        "environment": environment(torch.device("cpu"), _PACKAGES) | {"threads": 1},
+        **({"intervals": evaluation["intervals"]} if probe.exists() else {}),
+        "training": _end_of_training(logged),
+        **({"likelihood": _likelihood(_json(probe))} if probe.exists() else {}),
+        **({"evaluations": found} if (found := [e for e in logged if _EVALUATED in e]) else {}),
+        "environment": environment(torch.device("cpu"), _PACKAGES) | {"threads": threads},
     }
 
 
-def _end_of_training(path: Path) -> dict[str, float]:
-    """Return means over the last logged updates; empty without a log."""
-    if not path.exists():
-        return {}
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    updates = [line for line in lines if "loss" in line][-_LAST_UPDATES:]
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _end_of_training(logged: Sequence[Record]) -> dict[str, float]:
+    """Return means over the last logged updates; empty without any."""
+    updates = [line for line in logged if "loss" in line][-_LAST_UPDATES:]
     return {
         name: sum(update[name] for update in updates) / len(updates)
         for name in ("reward", "kl", "rationale_length")
         if updates and all(name in update for update in updates)
     }
+
+
+def _likelihood(probe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a probe's summary, and by kind of rationale each problem's mean log π(y|·)."""
+    problems, summary = probe["problems"], probe["summary"]
+    values = {
+        kind: [fmean(entry["answer_logp"] for entry in problem[kind]) for problem in problems]
+        for kind in summary
+        if all(kind in problem for problem in problems)
+    }
+    return {"summary": summary, "problems": values}

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from latro.terminal import Terminal
-from studies.replicate.cells import Failure, finished, run_cells
-from studies.replicate.study import Cell
+from studies.cells import Cell, Failure, finished, run_cells
 
 # `python -m quick DO…` replaces a cell's command: each word does something.
 QUICK = """
@@ -70,7 +69,7 @@ def cell(name: str, *steps: str, base: Cell | None = None) -> Cell:
 
 def base_model() -> Cell:
     command = ("quick", "b", "base/llama-arithmetic")
-    return Cell("b", "base model", "llama", "arithmetic", commands=(command,))
+    return Cell("b", "base model", "llama", "arithmetic", commands=(command,), result=command[2])
 
 
 def order(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from studies.replicate.summary import Difference, Estimate
+from studies.estimates import Difference, Estimate
 
 
 def paragraphs(*texts: str) -> str:

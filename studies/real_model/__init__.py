@@ -1,0 +1,1 @@
+"""A study of a real language model, SmolLM2-135M-Instruct, on real text."""
