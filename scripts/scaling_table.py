@@ -8,6 +8,7 @@ Nothing here is measured; `scripts/scaling_sizes.py` has the sizes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,7 +221,8 @@ def qlora_parts(
     """Return how each part of an update is reckoned on one device, and its bytes."""
     trained = qlora.parameters(model)
     largest = BF16 * model.hidden * model.intermediate
-    tokens = work.P + work.L
+    # Room for a row's own tokens doubles as they come; a prompt's are kept once for all its rows.
+    room = 2 ** math.ceil(math.log2(work.L))
     return {
         "blocks' matrices, 4 bits and nested scales": (
             f"{model.block_weights:,} weights · {qlora.bits:.3f} bits",
@@ -237,8 +239,8 @@ def qlora_parts(
         "the largest matrix, taken back to bf16": ("one at a time", largest),
         "head's kept products": ("a fixed 512 MiB", 2**29),
         "in a rollout: keys and values": (
-            f"{work.G} · {work.K} sequences · {tokens} tokens · {model.cache_bytes:,} bytes",
-            work.G * work.K * tokens * model.cache_bytes,
+            f"{work.G} · ({work.P} + {work.K} · {room}) tokens · {model.cache_bytes:,} bytes",
+            work.G * (work.P + work.K * room) * model.cache_bytes,
         ),
         "in scoring and backward: activations": (
             f"{budget:,} tokens, with activation checkpointing",
