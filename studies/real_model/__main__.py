@@ -9,7 +9,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
 
 from latro.config.fields import setting
 from latro.terminal import Terminal
@@ -25,8 +24,8 @@ from studies.records import Study
 class RealModelArguments(StudyArguments):
     """The cells to run, their size, and the folders."""
 
-    module: ClassVar[str] = "studies.real_model"
-    deciding: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(Scale))
+    module = "studies.real_model"
+    deciding = tuple(f.name for f in fields(Scale))
 
     output_dir: str = setting("runs/real_model", "The study's folder.")
     data_dir: str | None = setting(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
 
 from latro.config.fields import setting
 from latro.terminal import Terminal
@@ -23,8 +22,8 @@ from studies.replicate.summary import Study
 class ReplicateArguments(StudyArguments):
     """The cells to run, their size, and the output folder."""
 
-    module: ClassVar[str] = "studies.replicate"
-    deciding: ClassVar[tuple[str, ...]] = tuple(f.name for f in fields(Scale))
+    module = "studies.replicate"
+    deciding = tuple(f.name for f in fields(Scale))
 
     output_dir: str = setting("runs/replicate", "The study's folder.")
     jobs: int = setting(
