@@ -14,6 +14,8 @@ from tests.latro_kernels.gpu_resources import MEMORY_BOUND, compile_kernel, viol
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks.gpu.launches import parameters, signature
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
@@ -26,6 +28,8 @@ from latro_kernels.linear_sample.triton.fused_kernel import sample_kernel
 MAX_EPILOGUE = {128: 8000, 16: 2600}
 # Bytes of a thread, of the kernel with a softcap, a bias and a rank's first column.
 MAX_STACK = 64
+# And of the others: Triton 3.6 spills two registers, outside of the loop that multiplies.
+MAX_PLAIN_STACK = 8 if triton.__version__.startswith("3.6.") else 0
 NONE: tuple[str, ...] = ()
 ALL = ("HAS_BIAS", "HAS_SOFTCAP", "HAS_FIRST")
 TYPES = {name: "*i64" for name in ("seed_ptr", "position_ptr", "first_ptr", "token_ptr")}
@@ -77,7 +81,7 @@ def test_drawing_fits(capability: int, flags: tuple[str, ...], drawn_rows: int) 
     """The loop that multiplies spills nothing, and what comes after it next to nothing."""
     types, constants, options = launch(sample_kernel, capability, flags, drawn_rows)
     found = compile_kernel(sample_kernel, types, constants, capability, **options)
-    stack = MAX_STACK if flags == ALL else 0
+    stack = MAX_STACK if flags == ALL else MAX_PLAIN_STACK
     limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": stack}
     assert violations(found, capability, **limits) == []
     assert found.spills_in_products == 0
