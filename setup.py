@@ -4,7 +4,9 @@ The libraries export plain C symbols and are loaded through ctypes, so torch is 
 one build serves every Python and torch. Settings, read when the package is built:
 
     CXX                  the C++ compiler (default: c++)
-    LATRO_MARCH          the -march of the CPU library (default: native; x86-64-v3 for a wheel)
+    LATRO_MARCH          the -march of the CPU library (default: native); "portable", for a wheel:
+                         in place of `_cpu.so` one library for each of LEVELS, of which
+                         latro_kernels/native.py loads the best that the processor runs
     LATRO_CUDA_ARCHS     the CUDA architectures, the last also as PTX (default: of 80;90;100 those
                          that nvcc knows)
     CUDACXX              nvcc, where it is not on the PATH; empty: build no _cuda.so
@@ -26,6 +28,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 CSRC = ROOT / "csrc"
 CUDA_ARCHS = ("80", "90", "100")
+# Of x86-64: any, with AVX2, with AVX-512.
+LEVELS = ("x86-64", "x86-64-v3", "x86-64-v4")
 
 
 def find_nvcc() -> str | None:
@@ -46,9 +50,21 @@ def find_ninja() -> str:
     return found
 
 
-def cpu_flags() -> str:
+def cpu_libraries() -> dict[str, str]:
+    """Return the -march of each CPU library, by the library's name."""
     default = "native" if platform.machine() in ("x86_64", "AMD64", "aarch64") else ""
     march = os.environ.get("LATRO_MARCH", default)
+    if march != "portable":
+        return {"_cpu": march}
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise SystemExit(
+            "LATRO_MARCH: expected a value of the compiler's -march on a processor other than "
+            f"x86-64, got 'portable' on {platform.machine()}"
+        )
+    return {f"_cpu_{level}": level for level in LEVELS}
+
+
+def cpu_flags(march: str) -> str:
     return (
         f"-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall {f'-march={march}' * bool(march)}"
     )
@@ -78,7 +94,7 @@ def cuda_flags(nvcc: str) -> str:
 
 
 def ninja_file(cuda: str | None, out: Path) -> str:
-    """Return the build file for ninja: one object per source, one library per folder."""
+    """Return the build file for ninja: one object per source and library."""
 
     def quote(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -87,7 +103,7 @@ def ninja_file(cuda: str | None, out: Path) -> str:
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",
-        f"  command = {cxx} {cpu_flags()} -I{CSRC} -MMD -MF $out.d -c $in -o $out",
+        f"  command = {cxx} $flags -I{CSRC} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule cxxlink",
@@ -98,21 +114,24 @@ def ninja_file(cuda: str | None, out: Path) -> str:
     if cuda:
         lines += [
             "rule nvcc",
-            f"  command = {cuda} {cuda_flags(cuda)} -I{CSRC} -MD -MF $out.d -c $in -o $out",
+            f"  command = {cuda} $flags -I{CSRC} -MD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
             "rule nvlink",
             f"  command = {cuda} -shared -cudart static $in -o $out",
         ]
-    libraries = [("cpu", "*.cpp", "cxx", "cxxlink")]
+    libraries = [
+        (name, "cpu/*.cpp", "cxx", cpu_flags(march)) for name, march in cpu_libraries().items()
+    ]
     if cuda:
-        libraries.append(("cuda", "*.cu", "nvcc", "nvlink"))
-    for name, pattern, compile_rule, link_rule in libraries:
+        libraries.append(("_cuda", "cuda/*.cu", "nvcc", cuda_flags(cuda)))
+    for name, pattern, compiler, flags in libraries:
         objects = []
-        for source in sorted((CSRC / name).glob(pattern)):
-            objects.append(f"{name}_{source.stem}.o")
-            lines.append(f"build {objects[-1]}: {compile_rule} {quote(source)}")
-        lines.append(f"build {quote(out / f'_{name}.so')}: {link_rule} {' '.join(objects)}")
+        for source in sorted(CSRC.glob(pattern)):
+            objects.append(f"{name}/{source.stem}.o")
+            lines += [f"build {objects[-1]}: {compiler} {quote(source)}", f"  flags = {flags}"]
+        link = {"cxx": "cxxlink", "nvcc": "nvlink"}[compiler]
+        lines.append(f"build {quote(out / f'{name}.so')}: {link} {' '.join(objects)}")
     lines.append(f"build {quote(out / 'latro.h')}: copy {quote(CSRC / 'latro.h')}")
     return "\n".join(lines) + "\n"
 
@@ -134,15 +153,16 @@ class NinjaBuild(build_ext):
         # In place whatever the install mode: a wheel collects the files as package data.
         (work / "build.ninja").write_text(ninja_file(cuda, ROOT / "latro_kernels"))
         subprocess.run([find_ninja(), "-v"], cwd=work, check=True)
-        if cuda is None:
+        built = [*(f"{e.name.rpartition('.')[2]}.so" for e in self.extensions), "latro.h"]
+        for library in (ROOT / "latro_kernels").glob("_c*.so"):
             # A library of an earlier build would be taken for this one's.
-            (ROOT / "latro_kernels" / "_cuda.so").unlink(missing_ok=True)
+            if library.name not in built:
+                library.unlink()
         if not (self.inplace or getattr(self, "editable_mode", False)):
             target = Path(self.build_lib) / "latro_kernels"
             target.mkdir(parents=True, exist_ok=True)
-            for name in ("_cpu.so", "_cuda.so", "latro.h"):
-                if (ROOT / "latro_kernels" / name).exists():
-                    shutil.copy2(ROOT / "latro_kernels" / name, target / name)
+            for name in built:
+                shutil.copy2(ROOT / "latro_kernels" / name, target / name)
 
     def get_outputs(self) -> list[str]:
         return [self.get_ext_fullpath(e.name) for e in self.extensions]
@@ -160,8 +180,7 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     ext_modules=[
-        Extension("latro_kernels._cpu", sources=[]),
-        Extension("latro_kernels._cuda", sources=[]),
+        Extension(f"latro_kernels.{name}", sources=[]) for name in (*cpu_libraries(), "_cuda")
     ],
     cmdclass={"build_ext": NinjaBuild, "bdist_wheel": PlatformWheel},
 )

@@ -1,8 +1,10 @@
 """The two native libraries, bound through ctypes.
 
 `setup.py` builds `csrc/` into `_cpu.so` and, where it finds nvcc, `_cuda.so`, and puts `latro.h`
-beside them. A wrong argument type would corrupt memory without a word, so the types are read from
-that header instead of being written a second time here.
+beside them. A wheel has in place of `_cpu.so` one library for each of three levels of x86-64, all
+with the same functions, and the best that this processor runs is loaded. A wrong argument type
+would corrupt memory without a word, so the types are read from that header instead of being written
+a second time here.
 
     call("latro_cpu_<op>_<step>", tensor, 3, 0.5, ...)
 
@@ -23,6 +25,14 @@ from typing import Any
 import torch
 
 _HERE = Path(__file__).parent
+# What a level of x86-64 (System V psABI) takes of a processor, in the words of /proc/cpuinfo;
+# the best level first. setup.py builds a library for each.
+_AVX2 = "avx avx2 bmi1 bmi2 f16c fma abm movbe"
+_LEVELS = {
+    "x86-64-v4": f"{_AVX2} avx512f avx512bw avx512cd avx512dq avx512vl",
+    "x86-64-v3": _AVX2,
+    "x86-64": "",
+}
 _SCALARS = {
     "int64_t": ctypes.c_int64,
     "int32_t": ctypes.c_int32,
@@ -79,14 +89,37 @@ def _ctype(declaration: str) -> type:
     raise RuntimeError(f"latro.h: no ctypes equivalent for {declaration.strip()!r}")
 
 
+def levels(cpuinfo: str) -> list[str]:
+    """Return the levels of x86-64 that a processor runs, the best first.
+
+    Args:
+        cpuinfo: the text of /proc/cpuinfo. The kernel leaves out what it does not let programs use.
+    """
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo, flags=re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return [level for level, needed in _LEVELS.items() if flags.issuperset(needed.split())]
+
+
+def library_file(name: str) -> Path:
+    """Return the file that `library` loads, which need not exist."""
+    path = _HERE / f"_{name}.so"
+    if name == "cpu" and not path.exists():
+        cpuinfo = Path("/proc/cpuinfo")
+        for level in levels(cpuinfo.read_text() if cpuinfo.exists() else ""):
+            of_level = _HERE / f"_cpu_{level}.so"
+            if of_level.exists():
+                return of_level
+    return path
+
+
 @functools.cache
 def library(name: str) -> ctypes.CDLL:
-    """Load `_cpu.so` or `_cuda.so` and give every function its types.
+    """Load the library of "cpu" or "cuda" and give every function its types.
 
     Raises:
         BackendUnavailableError: the library was not built, or cannot be loaded here.
     """
-    path = _HERE / f"_{name}.so"
+    path = library_file(name)
     if not path.exists():
         hint = (
             "build it with `pip install -e .` where nvcc is on the PATH"
@@ -111,7 +144,7 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def available(name: str) -> bool:
-    """Return whether `_cpu.so` or `_cuda.so` can be loaded."""
+    """Return whether the library of "cpu" or "cuda" can be loaded."""
     try:
         library(name)
     except BackendUnavailableError:
