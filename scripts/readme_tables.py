@@ -343,6 +343,43 @@ def shared_prefix(result: dict[str, Any]) -> str:
     )
 
 
+def trl_step(result: dict[str, Any]) -> str:
+    """Tabulate a step of TRL's trainers with `patch_trl()` off and on, one row a setting."""
+    rows = []
+    for row in result["rows"]:
+        trl, patched = (row["times"][way]["median"] for way in ("trl", "patched"))
+        peaks = [row["peak"][way] for way in ("trl", "patched")]
+        less = "" if None in peaks else f" ({peaks[0] / peaks[1]:.1f} × less)"
+        name = f"{row['trainer']}, V = {row['setting']['V']}, {row['setting']['model']['dtype']}"
+        rows.append(
+            [
+                name,
+                f"{trl:.2f}",
+                f"{patched:.2f} ({trl / patched:.1f} × faster)",
+                _mib(peaks[0]),
+                _mib(peaks[1]) + less,
+            ]
+        )
+    models = {row["setting"]["V"]: row["setting"]["model"] for row in result["rows"]}
+    sizes = ", ".join(
+        f"{model['layers']} layers and H = {model['hidden']} at V = {V}"
+        for V, model in models.items()
+    )
+    setting = result["rows"][0]["setting"]
+    low, high = setting["rationale"]
+    reps = min(row["times"][way]["reps"] for row in result["rows"] for way in row["times"])
+    error = max(row["gradient_error"] for row in result["rows"])
+    header = ["", "TRL, s", "patched, s", "TRL, peak MiB", "patched, peak MiB"]
+    return (
+        markdown(header, rows)
+        + f"\n\n{setting['G'] * setting['K']} sequences of {setting['P']} tokens and {low}–{high} "
+        f"more; RLOO with its reference, completions given; Llamas of {sizes}; medians of {reps} "
+        f"interleaved repetitions on {_where(result)}; memory beyond the weights, gradients "
+        f"included. Gradients differ by at most {error:.0e} of their tensor's largest entry. "
+        "Ranges: [the results](benchmarks/results/trl/step.json)."
+    )
+
+
 def rollout(result: dict[str, Any]) -> str:
     """Tabulate tokens a second of a workload's rollouts, one row per contender."""
     rows = [
@@ -404,6 +441,7 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "predicted": (RESULTS / "gpu" / "compiled.json", predicted),
     "step": (RESULTS / "step" / "step.json", step),
     "shared-prefix": (RESULTS / "trl" / "shared_prefix.json", shared_prefix),
+    "trl-step": (RESULTS / "trl" / "step.json", trl_step),
     "rollout": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),
     "head-study": (RESULTS / "head" / "study_head.json", head_study),
     "replicate": (RESULTS / "replicate" / CELLS_FILE, replicate),
