@@ -7,6 +7,7 @@ or dtype, `ValueError` for the rest.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,14 @@ def check_tensor(name: str, value: object, dimensions: int) -> None:
             f"{name}: expected {dimensions} dimension{'s'[: dimensions - 1]}, "
             f"got shape {tuple(value.shape)}"
         )
+
+
+def check_batch(name: str, value: object) -> None:
+    """Raise unless the value is a tensor of rows, with any number of dimensions before the last."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.dim() == 0:
+        raise ValueError(f"{name}: expected 1 dimension or more, got shape ()")
 
 
 def check_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
@@ -54,14 +63,15 @@ def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Raise unless these are hidden [N, H], weight [V, H] and bias [V] of one device."""
-    tensors = [("hidden", hidden, 2), ("weight", weight, 2)]
+    """Raise unless these are hidden [..., H], weight [V, H] and bias [V] of one device."""
+    check_batch("hidden", hidden)
+    tensors = [("weight", weight, 2)]
     if bias is not None:
         tensors.append(("bias", bias, 1))
     for name, value, dimensions in tensors:
         check_tensor(name, value, dimensions)
         check_device(name, value, "hidden", hidden)
-    H, V = hidden.shape[1], weight.shape[0]
+    H, V = hidden.shape[-1], weight.shape[0]
     if V == 0 or H == 0 or weight.shape[1] != H:
         raise ValueError(
             f"weight: expected shape [V, H] with V > 0 and H = {H} > 0, as in hidden, "
@@ -103,34 +113,46 @@ def check_type(name: str, value: object, expected: type) -> None:
         raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}")
 
 
-def check_target(target: Tensor, rows_of: str, N: int) -> None:
-    """Raise unless the target is int64 [N]; `rows_of` names the argument that has N rows.
+def check_target(target: object, rows_of: str, rows: Tensor) -> None:
+    """Raise unless the target is int64 and has an entry for each row of `rows`, on its device.
 
-    Its values are not read.
+    `rows_of` is the name of `rows`. The target's values are not read.
     """
-    if target.shape[0] != N:
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    check_device("target", target, rows_of, rows)
+    if target.shape != rows.shape[:-1]:
         raise ValueError(
-            f"target: expected shape ({N},), as {rows_of} has rows, got {target.shape[0]}"
+            f"target: expected shape {tuple(rows.shape[:-1])}, as {rows_of} has rows, "
+            f"got {tuple(target.shape)}"
         )
     if target.dtype != torch.int64:
         raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
 
 
-def check_target_values(target: Tensor, V: int | Tensor) -> None:
-    """Raise unless all values are in 0..V − 1.
+def check_ignore_index(ignore_index: object) -> None:
+    """Raise unless it is an int or None."""
+    if ignore_index is not None:
+        check_int("ignore_index", ignore_index)
+
+
+def check_target_values(target: Tensor, V: int | Tensor, ignore_index: int | None = None) -> None:
+    """Raise unless all values are in 0..V − 1 or `ignore_index`.
 
     A GPU's values cannot be read without a wait: there the device stops. Fake tensors and those of
     the meta device have no values, and are not checked.
     """
     bad = (target < 0) | (target >= V)
+    if ignore_index is not None:
+        bad &= target != ignore_index
     if target.device.type != "cpu" or isinstance(target, FakeTensor):
         # A V that lies on the device is not read for its message either.
         last = "V - 1" if isinstance(V, Tensor) else V - 1
         torch._assert_async(~bad.any(), f"target: expected values in 0..{last}")
     elif bool(bad.any()):
-        row = int(bad.nonzero()[0])
+        row = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"target: expected values in 0..{V - 1}, got {int(target[row])} in row {row}"
+            f"target: expected values in 0..{V - 1}, got {int(target.flatten()[row])} in row {row}"
         )
 
 
@@ -153,10 +175,15 @@ def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def check_count(name: str, value: object, least: int) -> None:
-    """Raise unless the value is an int of at least `least`."""
+def check_int(name: str, value: object) -> None:
+    """Raise unless the value is an int."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless the value is an int of at least `least`."""
+    check_int(name, value)
     if value < least:
         raise ValueError(f"{name}: expected {least} or more, got {value}")
 

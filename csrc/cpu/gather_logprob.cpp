@@ -32,6 +32,11 @@ void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, floa
                   int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
+    if (target[i] < 0) {  // ignored
+      logp[i] = peak[i] = log_total[i] = 0.0f;
+      if (entropy != nullptr) entropy[i] = 0.0f;
+      continue;
+    }
     const T* row = logits.row(i);
     float z[kBlock], picked = 0.0f;
     State state{-latro::kInfinity, 0.0f, 0.0f};

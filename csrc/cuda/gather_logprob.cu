@@ -27,6 +27,13 @@ __global__ void __launch_bounds__(kThreads)
     forward_kernel(const T* logits, int64_t row_step, const int64_t* target, Outputs out,
                    int64_t rows, int64_t cols, Transform transform) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    if (target[i] < 0) {  // ignored
+      if (threadIdx.x == 0) {
+        out.logp[i] = out.peak[i] = out.log_total[i] = 0.0f;
+        if (kEntropy) out.entropy[i] = 0.0f;
+      }
+      continue;
+    }
     const T* row = logits + i * row_step;
     State state;
     for_each_to_sum(row, cols, [&](int64_t, auto pack) {

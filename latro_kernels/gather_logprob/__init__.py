@@ -30,28 +30,37 @@ import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
-    check_device,
+    check_batch,
     check_float_dtype,
+    check_ignore_index,
     check_scales,
     check_target,
     check_target_values,
-    check_tensor,
     check_type,
 )
 from latro_kernels.gather_logprob import ops
 
 
 def reference(
-    logits: Tensor, target: Tensor, temperature: float = 1.0, softcap: float | None = None
+    logits: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return logp [N] and entropy [N] by plain PyTorch, in fp32, or fp64 for fp64, unchecked."""
+    """Return logp [...] and entropy [...] by plain PyTorch, in fp32 or fp64, unchecked."""
+    if ignore_index is not None:
+        ignored = target == ignore_index
+        rows, columns = logits.masked_fill(ignored[..., None], 0), target.masked_fill(ignored, 0)
+        logp, entropy = reference(rows, columns, temperature, softcap)
+        return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     log_p = torch.log_softmax(z / temperature, dim=-1)
     # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
     terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
-    return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
+    return log_p.gather(-1, target[..., None]).squeeze(-1), -terms.sum(-1)
 
 
 class _GatherLogprob(torch.autograd.Function):
@@ -60,11 +69,12 @@ class _GatherLogprob(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
+        kept: Tensor | None,
         settings: tuple[float, float, bool, str],
         in_place: bool,
     ) -> tuple[Tensor, Tensor]:
-        logp, entropy, row_max, log_sum = ops.forward(logits, target, *settings)
-        ctx.save_for_backward(logits, target, logp, entropy, row_max, log_sum)
+        logp, entropy, row_max, log_sum = ops.forward(logits, target, kept, *settings)
+        ctx.save_for_backward(logits, target, kept, logp, entropy, row_max, log_sum)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
         return logp, entropy
 
@@ -80,13 +90,13 @@ class _GatherLogprob(torch.autograd.Function):
                 "gather_logprob: the first backward has overwritten the logits with their "
                 "gradient; use inplace_backward=False to run it twice"
             )
-        logits, target, *kept = ctx.saved_tensors
-        arguments = (logits, target, *ctx.settings, *kept, grad_logp, grad_entropy)
+        logits, target, kept, *of_rows = ctx.saved_tensors
+        arguments = (logits, target, kept, *ctx.settings, *of_rows, grad_logp, grad_entropy)
         if ctx.in_place:
             ops.backward_in_place(*arguments)
             ctx.overwritten = True
-            return logits.detach(), None, None, None
-        return ops.backward(*arguments), None, None, None
+            return logits.detach(), None, None, None, None
+        return ops.backward(*arguments), None, None, None, None
 
 
 def gather_logprob(
@@ -95,6 +105,7 @@ def gather_logprob(
     *,
     temperature: float = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     return_entropy: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
@@ -104,61 +115,70 @@ def gather_logprob(
     Without softcap, and up to rounding, this is
 
         log_p = torch.log_softmax(logits.float() / temperature, -1)
-        logp = log_p.gather(1, target[:, None]).squeeze(1)
+        logp = log_p.gather(-1, target[..., None]).squeeze(-1)
 
-    with no memory beside the logits but a few numbers a row, and one gradient of [N, V] in their
+    with no memory beside the logits but a few numbers a row, and one gradient of their shape and
     dtype. Everything is computed in fp32. Rows whose upstream gradient is 0 are not read in the
-    backward, and their gradient is exactly 0, whatever they hold. There is no double backward.
+    backward, those whose target is `ignore_index` not in the forward either; their gradient is
+    exactly 0, whatever they hold. There is no double backward.
 
     Args:
-        logits: [N, V] fp32, bf16 or fp16 (backend="reference": fp64 too); rows may lie apart, as in
-            a slice of a longer tensor. Where the last dimension has a stride they are copied once.
-        target: [N] int64, each in 0..V − 1.
+        logits: [..., V], such as [N, V] or [B, T, V]; fp32, bf16 or fp16 (backend="reference": fp64
+            too); rows may lie apart, as in a slice of a longer tensor. Where the last dimension has
+            a stride, or several leading ones cannot be viewed as one, they are copied once: ignore
+            the last position instead of slicing it off.
+        target: int64 of the logits' leading dimensions, each in 0..V − 1 or `ignore_index`.
         temperature: divides the logits; above 0, and in fp32's normal range.
         softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
             temperature too.
+        ignore_index: rows of this target have log-prob 0, entropy 0 and no gradient; as in
+            `torch.nn.functional.cross_entropy`, whose default is −100. None: there are none.
         return_entropy: whether to return the entropy of each row's distribution too.
         inplace_backward: whether the backward writes the gradient over the logits (over their copy,
-            where they are copied), which spares its [N, V]. Nobody may read the logits from then
+            where they are copied), which spares its memory. Nobody may read the logits from then
             on: torch refuses a backward that needs them, but not a plain look at them.
-        backend: "auto", "reference" (plain PyTorch, keeps log-probs of [N, V]), "cpu", "triton" or
+        backend: "auto", "reference" (plain PyTorch, keeps all log-probs), "cpu", "triton" or
             "cuda".
 
     Returns:
-        logp [N], fp32, nats; with `return_entropy` the pair logp [N], entropy [N], fp32, nats.
+        logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
+        of that shape, fp32, nats.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument of the wrong shape, device or value, or an unknown backend;
             `inplace_backward` for rows that overlap, or with backend="reference". A target out of
-            range raises on the CPU; on a GPU it stops the device, as no value is read back.
+            range raises on the CPU; on a GPU it stops the device, as no value is read back. Rows
+            are numbered over all leading dimensions.
         BackendUnavailableError: the backend cannot run here.
         RuntimeError: in a second backward, where the first has overwritten the logits.
     """
     _check(logits, target, temperature, softcap, backend)
+    check_ignore_index(ignore_index)
     check_type("return_entropy", return_entropy, bool)
-    _check_in_place(inplace_backward, logits, backend)
+    rows = logits.reshape(-1, logits.shape[-1])
+    _check_in_place(inplace_backward, rows, backend)
     if backend == "reference":
-        check_target_values(target, logits.shape[1])
-        logp, entropy = reference(logits, target, temperature, softcap)
-    else:
-        if logits.stride(1) != 1 and logits.shape[1] > 1:
-            logits = logits.contiguous()
-        settings = (float(temperature), float(softcap or 0.0), return_entropy, backend)
-        logp, entropy = _GatherLogprob.apply(logits, target, settings, inplace_backward)
-    return (logp, entropy) if return_entropy else logp
+        check_target_values(target, logits.shape[-1], ignore_index)
+        logp, entropy = reference(logits, target, temperature, softcap, ignore_index)
+        return (logp, entropy) if return_entropy else logp
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
+        rows = rows.contiguous()
+    flat = target.flatten()
+    kept = None if ignore_index is None else flat != ignore_index
+    settings = (float(temperature), float(softcap or 0.0), return_entropy, backend)
+    logp, entropy = _GatherLogprob.apply(rows, flat, kept, settings, inplace_backward)
+    logp = logp.view(target.shape)
+    return (logp, entropy.view(target.shape)) if return_entropy else logp
 
 
 def _check(
     logits: Tensor, target: Tensor, temperature: object, softcap: object, backend: str
 ) -> None:
-    check_tensor("logits", logits, 2)
-    check_tensor("target", target, 1)
-    check_device("target", target, "logits", logits)
-    N, V = logits.shape
-    if V == 0:
-        raise ValueError(f"logits: expected shape [N, V] with V > 0, got {tuple(logits.shape)}")
-    check_target(target, "logits", N)
+    check_batch("logits", logits)
+    if logits.shape[-1] == 0:
+        raise ValueError(f"logits: expected shape [..., V] with V > 0, got {tuple(logits.shape)}")
+    check_target(target, "logits", logits)
     check_scales(temperature, softcap)
     check_type("backend", backend, str)
     check_float_dtype("logits", logits, backend)

@@ -18,7 +18,9 @@ from latro_kernels.gather_logprob import compiled
 from latro_kernels.head import absent
 from latro_kernels.linear_logprob.state import RowGrad
 
-_SETTINGS = "Tensor target, float temperature, float softcap, bool with_entropy, str backend"
+_SETTINGS = (
+    "Tensor target, Tensor? kept, float temperature, float softcap, bool with_entropy, str backend"
+)
 _RESULTS = "Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum"
 _ROWS = f"{_RESULTS}, Tensor grad_logp, Tensor grad_entropy"
 torch.library.define(
@@ -38,12 +40,18 @@ torch.library.define(
 def _forward(
     logits: Tensor,
     target: Tensor,
+    kept: Tensor | None,
     temperature: float,
     softcap: float,
     with_entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_target_values(target, logits.shape[1])
+    if kept is None:
+        check_target_values(target, logits.shape[1])
+    else:
+        check_target_values(target.masked_fill(~kept, 0), logits.shape[1])
+        # The kernels read no row whose target is below 0, and write zeros for it.
+        target = target.masked_fill(~kept, -1)
     logp, entropy, row_max, log_sum = _empty_rows(logits, with_entropy)
     rows = [logp, entropy if with_entropy else None, row_max, log_sum]
     driver = _driver(backend, logits.device)
@@ -53,7 +61,13 @@ def _forward(
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
 def _(
-    logits: Tensor, target: Tensor, temperature: float, softcap: float, with_entropy: bool, *_: Any
+    logits: Tensor,
+    target: Tensor,
+    kept: Tensor | None,
+    temperature: float,
+    softcap: float,
+    with_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_rows(logits, with_entropy)
 
@@ -84,8 +98,13 @@ def _(logits: Tensor, *_: Any) -> None:
 
 def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
     """Fill `dlogits` from the arguments that both backward ops take after the logits."""
-    target, temperature, softcap, with_entropy, backend, *rows = arguments
+    target, kept, temperature, softcap, with_entropy, backend, *rows = arguments
     logp, entropy, row_max, log_sum, grad_logp, grad_entropy = rows
+    if kept is not None:
+        # What nobody asks about is not read.
+        grad_logp, grad_entropy = (
+            g.masked_fill(~kept, 0) if g.numel() else g for g in (grad_logp, grad_entropy)
+        )
     grad = RowGrad(
         target=target.contiguous(),
         logp=logp,

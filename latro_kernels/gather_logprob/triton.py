@@ -43,7 +43,10 @@ def forward_kernel(
     # One sum a lane: they share the row's maximum, and are added up once, at the end.
     sum_exp = tl.zeros((BLOCK_V,), tl.float32)
     weighted_sum = tl.zeros((BLOCK_V,), tl.float32)
-    for begin in range(0, V, BLOCK_V):
+    # A row whose target is below 0 is ignored, and not read. Its loop begins at its end: another
+    # end would be one number more to hold in the loop, whose registers are counted.
+    first = tl.where(tl.load(target_ptr + row) < 0, V, 0)
+    for begin in range(first, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < V, softcap, temperature, False, HAS_SOFTCAP)
         new_max = tl.maximum(row_max, tl.max(z, 0))
@@ -62,12 +65,17 @@ def forward_kernel(
     whole_sum = tl.sum(sum_exp, 0)
     log_sum = tl.log(whole_sum)
     hit = tl.load(target_ptr + row)
-    target_logit = row_logits(row_ptr, None, hit, hit < V, softcap, temperature, False, HAS_SOFTCAP)
-    tl.store(logp_ptr + row, (target_logit - row_max) - log_sum)
-    tl.store(row_max_ptr + row, row_max)
-    tl.store(log_sum_ptr + row, log_sum)
+    is_read = hit >= 0
+    is_column = is_read & (hit < V)
+    target_logit = row_logits(
+        row_ptr, None, hit, is_column, softcap, temperature, False, HAS_SOFTCAP
+    )
+    tl.store(logp_ptr + row, tl.where(is_read, (target_logit - row_max) - log_sum, 0.0))
+    tl.store(row_max_ptr + row, tl.where(is_read, row_max, 0.0))
+    tl.store(log_sum_ptr + row, tl.where(is_read, log_sum, 0.0))
     if WITH_ENTROPY:
-        tl.store(entropy_ptr + row, log_sum - tl.sum(weighted_sum, 0) / whole_sum)
+        entropy = log_sum - tl.sum(weighted_sum, 0) / whole_sum
+        tl.store(entropy_ptr + row, tl.where(is_read, entropy, 0.0))
 
 
 @triton.heuristics(flags(WITH_ENTROPY="entropy_ptr"))

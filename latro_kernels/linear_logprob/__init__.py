@@ -47,13 +47,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
-    check_device,
     check_head,
+    check_ignore_index,
     check_number,
     check_scales,
     check_target,
     check_target_values,
-    check_tensor,
     check_type,
 )
 from latro_kernels.dispatch import default_backend
@@ -69,8 +68,20 @@ def reference(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return logp [N] and entropy [N] by plain PyTorch, in fp32 or fp64, without any checks."""
+    """Return logp [...] and entropy [...] by plain PyTorch, in fp32 or fp64, without any checks."""
+    if ignore_index is not None:
+        ignored = target == ignore_index
+        logp, entropy = reference(
+            hidden.masked_fill(ignored[..., None], 0),
+            weight,
+            target.masked_fill(ignored, 0),
+            bias,
+            temperature,
+            softcap,
+        )
+        return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     z = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
@@ -80,7 +91,7 @@ def reference(
     log_p = torch.log_softmax(z / temperature, dim=-1)
     # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
     terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
-    return log_p.gather(1, target[:, None]).squeeze(1), -terms.sum(-1)
+    return log_p.gather(-1, target[..., None]).squeeze(-1), -terms.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -105,8 +116,12 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
+        kept: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        if kept is not None:
+            # Any column: what comes of these rows is overwritten.
+            target = target.masked_fill(~kept, 0)
         if options.group is not None:
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
@@ -115,6 +130,7 @@ class _LinearLogprob(torch.autograd.Function):
             hidden=hidden,
             weight=weight,
             target=target,
+            kept=kept,
             bias=bias,
             temperature=options.temperature,
             softcap=options.softcap,
@@ -132,9 +148,12 @@ class _LinearLogprob(torch.autograd.Function):
         log_sum = sum_exp.log()
         logp = (target_logit - row_max) - log_sum
         entropy = log_sum - weighted_sum / sum_exp if options.with_entropy else None
+        if kept is not None:
+            logp = logp.masked_fill(~kept, 0)
+            entropy = None if entropy is None else entropy.masked_fill(~kept, 0)
         # What makes probabilities of the exponentials in dx_sum, which are under this rank's max.
         scale = torch.exp(own_max - row_max) / sum_exp
-        inputs = (hidden, weight, target, bias)
+        inputs = (hidden, weight, target, kept, bias)
         found = (logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max)
         ctx.save_for_backward(*inputs, *found)
         ctx.options = options
@@ -153,11 +172,15 @@ class _LinearLogprob(torch.autograd.Function):
                 "linear_logprob has no double backward; use backend='reference' for create_graph"
             )
         options: _Options = ctx.options
-        hidden, weight, target, bias, *found = ctx.saved_tensors
+        hidden, weight, target, kept, bias, *found = ctx.saved_tensors
         logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max = found
         needs = ctx.needs_input_grad[:3]
         if grad_logp is None:
             grad_logp = torch.zeros_like(logp)
+        if kept is not None:
+            grad_logp = grad_logp.masked_fill(~kept, 0)
+            if grad_entropy is not None:
+                grad_entropy = grad_entropy.masked_fill(~kept, 0)
         dw = db = None
         if options.frozen and grad_entropy is None:
             # dx = g·u, of which the forward has left the sum over all columns but the target's.
@@ -176,6 +199,7 @@ class _LinearLogprob(torch.autograd.Function):
                 hidden=hidden,
                 weight=weight,
                 target=target,
+                kept=kept,
                 bias=bias,
                 temperature=options.temperature,
                 softcap=options.softcap,
@@ -196,7 +220,7 @@ class _LinearLogprob(torch.autograd.Function):
                 vocab_parallel.sum_(dx, options.group)
             dx = dx.to(hidden.dtype)
         wanted = (g if needed else None for g, needed in zip((dx, dw, db), needs, strict=True))
-        return *wanted, None, None
+        return *wanted, None, None, None
 
 
 def _slope(z: Tensor, options: _Options) -> Tensor:
@@ -213,6 +237,7 @@ def linear_logprob(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    ignore_index: int | None = None,
     return_entropy: bool = False,
     backend: str = "auto",
     memory_budget: int | None = None,
@@ -224,15 +249,19 @@ def linear_logprob(
     Without softcap, and up to rounding, this is
 
         logits = torch.nn.functional.linear(hidden, weight, bias).float() / temperature
-        logp = torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
+        logp = torch.log_softmax(logits, -1).gather(-1, target[..., None]).squeeze(-1)
 
-    with no tensor of N·V but the products that `memory_budget` has room for. Products are made in
-    the dtype of `hidden` and summed in fp32; everything after them is fp32. Under autocast, hidden,
-    weight and bias are cast as `linear` casts them. There is no double backward.
+    with no tensor of N·V, for N rows in all, but the products that `memory_budget` has room for.
+    Products are made in the dtype of `hidden` and summed in fp32; everything after them is fp32.
+    Under autocast, hidden, weight and bias are cast as `linear` casts them. There is no double
+    backward.
 
     Where neither weight nor bias requires a gradient, the forward makes the gradient of hidden as
     well, in an fp32 tensor [N, H] in place of computing the products again; the entropy's
     gradient, should anyone ask for it, is then made from the logits again.
+
+    Rows whose target is `ignore_index` are left out of the work, forward and backward, whatever
+    they hold; the others are copied side by side. On a GPU their number is waited for.
 
     Rows whose upstream gradient is 0 cost nothing in a backward on the CPU, nor in Triton in bf16
     and fp16. On the CPU a row's log-prob, entropy and dx are the same bits whatever other rows
@@ -248,13 +277,17 @@ def linear_logprob(
     columns.
 
     Args:
-        hidden: [N, H] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
+        hidden: [..., H], such as [N, H] or [B, T, H]; fp32, bf16 or fp16 (backend="reference": fp64
+            too); any strides. Several leading dimensions that cannot be viewed as one are copied:
+            ignore the last position instead of slicing it off.
         weight: [V, H], dtype and device of hidden; any strides.
-        target: [N] int64, each in 0..V − 1.
+        target: int64 of hidden's leading dimensions, each in 0..V − 1 or `ignore_index`.
         bias: [V], dtype and device of hidden; None for none.
         temperature: divides the logits; above 0, and in fp32's normal range.
         softcap: c of c·tanh(logits / c), before the temperature; None for none. c and
             c / temperature must also be above 0 and in fp32's normal range.
+        ignore_index: rows of this target have log-prob 0, entropy 0 and no gradient; as in
+            `torch.nn.functional.cross_entropy`, whose default is −100. None: there are none.
         return_entropy: whether to return the entropy of each row's distribution too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
         memory_budget: bytes of products to keep for the backward, which makes the rest again; no
@@ -273,21 +306,24 @@ def linear_logprob(
             the whole dx, and its own slice's dw and db.
 
     Returns:
-        logp [N], fp32, nats; with `return_entropy` the pair logp [N], entropy [N], fp32, nats.
+        logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
+        of that shape, fp32, nats.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: an argument of the wrong shape, device or value, an unknown backend, or an
             option that the backend does not have. A target out of range raises on the CPU; on a GPU
-            it stops the device, as no value is read back.
+            it stops the device, as no value is read back. Rows are numbered over all leading
+            dimensions.
         BackendUnavailableError: the backend cannot run here.
     """
     _check(hidden, weight, target, bias, temperature, softcap, backend)
+    check_ignore_index(ignore_index)
     _check_options(hidden.device, backend, memory_budget, grad_filter, group)
     hidden, weight, bias = cast(hidden, weight, bias, backend)
     if backend == "reference":
-        check_target_values(target, len(weight))
-        logp, entropy = reference(hidden, weight, target, bias, temperature, softcap)
+        check_target_values(target, len(weight), ignore_index)
+        logp, entropy = reference(hidden, weight, target, bias, temperature, softcap, ignore_index)
         return (logp, entropy) if return_entropy else logp
     options = _options(
         (hidden, weight, bias),
@@ -299,7 +335,7 @@ def linear_logprob(
         grad_filter=grad_filter,
         group=group,
     )
-    logp, of_rows, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    logp, of_rows, _ = _solve(hidden, weight, bias, target, ignore_index, options)
     return logp if of_rows is None else (logp, of_rows)
 
 
@@ -326,7 +362,24 @@ def linear_logprob_and_largest(
         softcap=softcap,
         return_entropy=return_entropy,
     )
-    return _LinearLogprob.apply(hidden, weight, bias, target, options)
+    return _solve(hidden, weight, bias, target, None, options)
+
+
+def _solve(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return log-probs, entropies and whether targets are the largest, of the target's shape."""
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
+    kept = None if ignore_index is None else flat != ignore_index
+    logp, entropy, is_largest = _LinearLogprob.apply(rows, weight, bias, flat, kept, options)
+    shape = target.shape
+    entropy = None if entropy is None else entropy.view(shape)
+    return logp.view(shape), entropy, is_largest.view(shape)
 
 
 def _options(
@@ -370,9 +423,7 @@ def _check(
 ) -> None:
     """Raise for a wrong type, shape, device or number."""
     check_head(hidden, weight, bias)
-    check_tensor("target", target, 1)
-    check_device("target", target, "hidden", hidden)
-    check_target(target, "hidden", hidden.shape[0])
+    check_target(target, "hidden", hidden)
     check_scales(temperature, softcap)
     check_type("backend", backend, str)
 

@@ -17,13 +17,12 @@ from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 FILTER_ROWS, FILTER_COLUMNS = 12, 96
 
 
-def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
-    """Return what one sweep over the vocabulary finds out of each row."""
-    state = empty_state(head, target, wanted)
+def forward(head: Head, state: State) -> None:
+    """Fill `state` with what one sweep over the vocabulary finds out of each row."""
     native.call(
         "latro_cpu_linear_logprob_forward",
         *native_operands(head),
-        target,
+        state.target,
         state.row_max,
         state.sum_exp,
         state.target_logit,
@@ -38,7 +37,6 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
         head.temperature,
         torch.get_num_threads(),
     )
-    return state
 
 
 def backward(

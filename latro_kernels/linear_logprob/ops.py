@@ -7,6 +7,7 @@ a graph.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -17,13 +18,13 @@ from latro_kernels.checks import check_target_values
 from latro_kernels.dispatch import default_backend, resolve
 from latro_kernels.head import Head, absent
 from latro_kernels.linear_logprob import cpu, tiles
-from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, cached_of
 
 # Weight rows gathered at a time, which bounds the memory that they take.
 _ROWS_AT_ONCE = 1024
 _HEAD = (
-    "Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float temperature, float softcap, "
-    "str backend"
+    "Tensor hidden, Tensor weight, Tensor target, Tensor? kept, Tensor? bias, float temperature, "
+    "float softcap, str backend"
 )
 torch.library.define(
     "latro_kernels::linear_logprob",
@@ -45,7 +46,7 @@ torch.library.define(
 
 @torch.library.impl("latro_kernels::linear_logprob", ("cpu", "cuda"))
 def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    bias, temperature, softcap, backend, is_whole, *wanted = rest
+    kept, bias, temperature, softcap, backend, is_whole, *wanted = rest
     # Here, for torch.compile drops an op that only checks. Of a part of the vocabulary the caller
     # has checked the targets: those of the other parts are none here.
     if is_whole:
@@ -60,14 +61,23 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tupl
         backend=resolve(backend, hidden.device),
     )
     asked = Wanted(*wanted)
+    driver, rows = _driver(head, filtered=asked.block_max), _numbers(kept)
+    state = driver.empty_state(head, target.contiguous(), asked)
     with torch.autocast(hidden.device.type, enabled=False):
-        driver = _driver(head, filtered=asked.block_max)
-        return _outputs(driver.forward(head, target.contiguous(), asked))
+        if rows is None:
+            driver.forward(head, state)
+        else:
+            few = replace(head, hidden=hidden[rows])
+            some = driver.empty_state(few, target[rows], replace(asked, memory_budget=0))
+            some = replace(some, cached=state.cached_of(len(rows)))
+            driver.forward(few, some)
+            state.put(rows, some)
+    return _outputs(state)
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob")
 def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    bias, temperature, softcap, backend, _, *wanted = rest
+    _, bias, temperature, softcap, backend, _, *wanted = rest
     backend = default_backend(hidden.device) if backend == "auto" else backend
     asked = Wanted(*wanted)
     head = Head(
@@ -83,7 +93,9 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tenso
 
 @torch.library.impl("latro_kernels::linear_logprob_backward", ("cpu", "cuda"))
 def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    bias, temperature, softcap, backend, *rows, cached, block_max, grad_filter, needs = rest
+    kept, bias, temperature, softcap, backend, *of_rows, cached, block_max, grad_filter, needs = (
+        rest
+    )
     head = Head(
         hidden=hidden,
         weight=weight,
@@ -92,12 +104,18 @@ def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tup
         softcap=softcap,
         backend=resolve(backend, hidden.device),
     )
-    contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *rows)]
-    grad = RowGrad(*contiguous)
+    contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *of_rows)]
+    grad, rows = RowGrad(*contiguous), _numbers(kept)
+    if rows is not None:
+        head, grad = replace(head, hidden=hidden[rows]), grad.rows(rows)
+        cached = cached_of(cached, len(hidden), len(rows))
+        block_max = None if block_max is None else block_max[rows]
     with torch.autocast(hidden.device.type, enabled=False):
         driver = _driver(head, filtered=block_max is not None)
-        gradients = driver.backward(head, grad, cached, block_max, grad_filter, tuple(needs))
-    return tuple(absent(hidden) if g is None else g for g in gradients)
+        dx, *rest = driver.backward(head, grad, cached, block_max, grad_filter, tuple(needs))
+    if rows is not None and dx is not None:
+        dx = dx.new_zeros(hidden.shape).index_copy_(0, rows, dx)
+    return tuple(absent(hidden) if g is None else g for g in (dx, *rest))
 
 
 @torch.library.register_fake("latro_kernels::linear_logprob_backward")
@@ -130,6 +148,18 @@ def _frozen_backward(
 @torch.library.register_fake("latro_kernels::linear_logprob_frozen_backward")
 def _(weight: Tensor, target: Tensor, dx_sum: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(dx_sum)
+
+
+def _numbers(kept: Tensor | None) -> Tensor | None:
+    """Return the numbers of the rows that are kept, or None for all.
+
+    Their number has to be waited for, which a CUDA graph cannot: it takes all, and what the ignored
+    ones give is overwritten with 0.
+    """
+    if kept is None or (kept.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    rows = kept.nonzero().flatten()
+    return None if len(rows) == len(kept) else rows
 
 
 def _driver(head: Head, *, filtered: bool) -> ModuleType:

@@ -1,9 +1,9 @@
 """What `linear_logprob` and its drivers hand each other.
 
-A driver has two functions. `forward` sweeps over the vocabulary once and returns a `State`;
-`backward` sweeps again, from a `RowGrad`, and returns gradients. `cpu` is the driver of the native
-backend. GPUs have `tiles`, whose products are made by torch, and `triton.fused`, whose products
-stay in registers.
+A driver has three functions. `empty_state` makes room for a `State`; `forward` sweeps over the
+vocabulary once and fills it; `backward` sweeps again, from a `RowGrad`, and returns gradients.
+`cpu` is the driver of the native backend. GPUs have `tiles`, whose products are made by torch, and
+`triton.fused`, whose products stay in registers.
 """
 
 from __future__ import annotations
@@ -109,6 +109,17 @@ class State:
         own = {k: t[block] for k, t in vars(self).items() if t is not None and k != "cached"}
         return replace(self, **own)
 
+    def cached_of(self, M: int) -> Tensor:
+        """Return room for the products of M rows, for the columns that are cached of all rows."""
+        return cached_of(self.cached, len(self.row_max), M)
+
+    def put(self, rows: Tensor, some: State) -> None:
+        """Write the state of these rows, and zeros elsewhere; theirs is cached in place already."""
+        self.cached[some.cached.numel() :].zero_()
+        for name, values in vars(some).items():
+            if name not in ("target", "cached") and values is not None:
+                getattr(self, name).zero_().index_copy_(0, rows, values)
+
     def rescaling(self, old_max: Tensor) -> Tensor:
         """Return the factors [N] that turn sums under the maximum `old_max` into those of now."""
         return torch.where(self.row_max == old_max, 1, torch.exp(old_max - self.row_max))
@@ -188,6 +199,11 @@ class RowGrad:
         if rows is None:
             return count.argsort(stable=True)
         return rows[count[rows].argsort(stable=True)]
+
+
+def cached_of(cached: Tensor, N: int, M: int) -> Tensor:
+    """Return the part of what is cached of N rows that M rows need for the same columns."""
+    return cached[: cached.numel() // N * M if N else 0]
 
 
 def cached_columns(N: int, V: int, memory_budget: int, step: int) -> int:

@@ -30,9 +30,8 @@ from latro_kernels.linear_logprob import cuda
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 
 
-def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
-    """Return the state of the rows, into which every tile is folded."""
-    state = empty_state(head, target, wanted)
+def forward(head: Head, state: State) -> None:
+    """Fold every tile into `state`."""
     state.clear()
     kernels = fold_kernels(head.backend)
     for block, tile, products in product_tiles(head, state.cached):
@@ -46,7 +45,6 @@ def forward(head: Head, target: Tensor, wanted: Wanted) -> State:
         if tile.columns.start > 0:
             rows.dx_sum.mul_(rows.rescaling(old_max)[:, None])
         add_product(rows.dx_sum, e, tile.weight, first=tile.columns.start == 0)
-    return state
 
 
 def product_tiles(head: Head, cached: Tensor) -> Iterator[tuple[slice, Tile, Tensor]]:

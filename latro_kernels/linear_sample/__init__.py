@@ -39,6 +39,7 @@ from latro_kernels.checks import (
     check_device,
     check_head,
     check_scales,
+    check_tensor,
     check_type,
     check_vector,
 )
@@ -208,6 +209,7 @@ def _check(
     group: object,
 ) -> None:
     """Raise for a wrong type, shape or device."""
+    check_tensor("hidden", hidden, 2)
     check_head(hidden, weight, bias)
     for name, value in (("seed", seed), ("position", position)):
         check_vector(name, value, torch.int64)

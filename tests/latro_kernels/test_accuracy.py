@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +100,7 @@ def test_strided_inputs(op: Op, dtype: torch.dtype, backend: str) -> None:
 def test_expanded_upstream_gradient(op: Op, form: dict[str, Any], backend: str) -> None:
     """sum() hands an upstream gradient of stride 0 to the backward."""
     given = op.of_rows(ROWS, **exact(form)).on(backend)
-    ones = {name: g.new_ones(()).expand(ROWS) for name, g in given.upstream.items()}
+    ones = {name: g.new_ones(()).expand_as(g) for name, g in given.upstream.items()}
     given = replace(given, upstream=ones)
     if "inplace_backward" in form:
         assert_same(given.map(torch.clone).solve(backend), given.solve(backend))
@@ -174,6 +175,80 @@ def test_nothing_comes_of_rows_without_upstream_gradient(
     assert not got[op.row_results[-1]][::3].any()
 
 
+def ignores_some(op: Op, form: dict[str, Any], backend: str) -> bool:
+    """Whether some rows are ignored."""
+    return "batch" in form
+
+
+@each_dtype
+@each_form(DIFFERENTIABLE, BACKENDS, where=ignores_some)
+def test_ignored_rows_are_as_if_they_were_not_there(
+    op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
+) -> None:
+    """Whatever is in them: log-prob and gradient 0, and the others' bits are those without them."""
+    given = op.of_rows(ROWS, dtype, **form).on(backend)
+    kept = given["target"] != given["ignore_index"]
+    given[op.rows[0]][~kept] = torch.nan
+    got = given.map(torch.clone).solve(backend)
+    few = given.of_rows(kept).but(ignore_index=None)
+    expected = few.map(torch.clone).solve(backend)
+    for name, value in got.items():
+        if name in op.row_results:
+            assert not value[~kept].any(), name
+        # The reference's products have rows of zeros more.
+        bound = {"rtol": 1e-5, "atol": 1e-5} if backend == "reference" else {"rtol": 0, "atol": 0}
+        of_kept = value[kept] if name in op.row_results else value
+        torch.testing.assert_close(of_kept, expected[name], **bound)
+
+
+@each_fused_backend
+@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
+def test_all_rows_or_none_are_ignored(op: Op, backend: str) -> None:
+    given = op.of_rows(5, batch=True, entropy=True).on(backend)
+    nothing = given.but(target=torch.full_like(given["target"], -100))
+    assert not any(value.any() for value in nothing.map(torch.clone).solve(backend).values())
+    all_rows = given.but(target=given["target"].clamp(min=0))
+    others = all_rows.but(ignore_index=None).map(torch.clone).solve(backend)
+    assert_same(all_rows.map(torch.clone).solve(backend), others)
+
+
+@each_backend
+@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
+def test_a_token_of_the_vocabulary_may_be_ignored(op: Op, backend: str) -> None:
+    given = op.of_rows(5, batch=True, entropy=True)
+    padded = given.but(target=given["target"].masked_fill(given["target"] < 0, 3), ignore_index=3)
+    check(padded.on(backend), backend)
+
+
+@each_backend
+@pytest.mark.parametrize("shape", [(), (2, 5), (1, 2, 5), (5, 1, 2), (2, 0, 3)], ids=str)
+@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
+def test_rows_have_any_leading_dimensions(op: Op, shape: tuple[int, ...], backend: str) -> None:
+    """Results have their shape and the bits of one row after the other, slices' too."""
+    flat = op.plain(math.prod(shape)).on(backend)
+
+    def shaped(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view((*shape, *tensor.shape[1:]))
+
+    batch = flat.but(**{name: shaped(flat[name]) for name in op.rows})
+    batch = replace(batch, upstream={name: shaped(g) for name, g in flat.upstream.items()})
+    expected = flat.map(torch.clone).solve(backend)
+    for name in op.row_results:
+        expected[name] = shaped(expected[name])
+    if not shape:
+        assert_same(batch.solve(backend), expected)
+        return
+    last = len(shape) - 1
+    longer = {name: torch.cat([batch[name], batch[name]], last) for name in op.rows}
+    sliced = batch.but(**{n: t.narrow(last, 0, shape[last]) for n, t in longer.items()})
+    for given in (batch, sliced):
+        got = given.solve(backend)
+        if backend == "reference":
+            torch.testing.assert_close(got, expected)
+        else:
+            assert_same(got, expected)
+
+
 @each_backend
 @pytest.mark.parametrize(
     ("op", "bad"), [*((op, torch.nan) for op in DIFFERENTIABLE), (GATHER_LOGPROB, torch.inf)]
@@ -204,7 +279,10 @@ def test_logits_of_minus_infinity(
     # Whole blocks and tiles of them come first, some more in between.
     first = 70 if INTERPRETED else 9000
     kept = first + 2 * torch.arange(COLUMNS)
-    changes = {"target": kept[few["target"]]} if "target" in op.rows else {}
+    changes = {}
+    if "target" in op.rows:
+        target = few["target"]
+        changes["target"] = torch.where(target < 0, target, kept[target.clamp(min=0)])
     for name, dimension in op.columns.items():
         shape = list(few[name].shape)
         shape[dimension] = first + 2 * COLUMNS

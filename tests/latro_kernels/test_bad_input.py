@@ -24,12 +24,27 @@ OF_EVERY_OP: BadInputs = [
     ({"backend": "triton"}, ValueError, "backend 'triton': expected tensors on cuda, got cpu"),
 ]
 OF_LOG_PROBS: BadInputs = [
-    ({"target": torch.zeros(3).long()}, ValueError, r"target: expected shape \(4,\).*got 3"),
-    ({"target": torch.zeros(4, 1).long()}, ValueError, "target: expected 1 dimension, got"),
+    ({"target": torch.zeros(3).long()}, ValueError, r"target: expected shape \(4,\).*got \(3,\)"),
+    (
+        {"target": torch.zeros(4, 1).long()},
+        ValueError,
+        r"target: expected shape \(4,\).*got \(4, 1",
+    ),
+    ({"target": [0, 1, 2, 3]}, TypeError, "target: expected a tensor, got list"),
     ({"target": torch.zeros(4).int()}, TypeError, "target: expected dtype torch.int64"),
     ({"target": torch.tensor([0, 4, 5, 9])}, ValueError, r"0\.\.4, got 5 in row 2"),
     ({"target": torch.tensor([0, 4, -1, 9])}, ValueError, r"0\.\.4, got -1 in row 2"),
     ({"target": torch.full((4,), 5), "backend": "reference"}, ValueError, "got 5 in row 0"),
+    ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an int, got float"),
+    ({"ignore_index": True}, TypeError, "ignore_index: expected an int, got bool"),
+    *(
+        (
+            {"target": torch.tensor([0, -100, -1, 9]), "ignore_index": -100, "backend": backend},
+            ValueError,
+            r"0\.\.4, got -1 in row 2",
+        )
+        for backend in ("auto", "reference")
+    ),
 ]
 CASES = [
     (op, *case)

@@ -116,7 +116,8 @@ def solve(
         block_max=grad_filter > 0,
         memory_budget=budget,
     )
-    state = fused.forward(head, torch.zeros(N, dtype=torch.int64), wanted)
+    state = fused.empty_state(head, torch.zeros(N, dtype=torch.int64), wanted)
+    fused.forward(head, state)
     if frozen:
         return
     rows = torch.ones(N)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from latro_kernels import linear_logprob
+from latro_kernels import linear_logprob, native
 from latro_kernels.linear_logprob.cpu import FILTER_COLUMNS, FILTER_ROWS
 from tests.latro_kernels.ops.linear_logprob import OP, problem, trained_like
 from tests.latro_kernels.ops.op import (
@@ -122,6 +122,47 @@ def test_a_target_of_minus_infinity(backend: str) -> None:
     assert results["logp"][0] == -torch.inf
     for name in ("entropy", "dx", "dw", "db"):
         assert results[name].isfinite().all(), name
+
+
+# Ignored rows.
+
+
+@each_fused_backend
+@pytest.mark.parametrize("grad_filter", [0.0, EPS])
+@each_dtype
+def test_no_bit_of_kept_rows_depends_on_the_budget(
+    dtype: torch.dtype, grad_filter: float, backend: str
+) -> None:
+    if grad_filter and backend == "cuda":
+        pytest.skip("has no filter")
+    shape = (4, 9, 70) if INTERPRETED else (20, 130, 700)
+    given = problem(shape, dtype, bias=True, entropy=True, batch=True).on(backend)
+    kept = given["target"] != given["ignore_index"]
+    few = given.of_rows(kept).but(ignore_index=None)
+    expected = few.solve(backend, memory_budget=0, grad_filter=grad_filter)
+    for budget in BUDGETS:
+        got = given.solve(backend, memory_budget=budget, grad_filter=grad_filter)
+        for name in OP.row_results:
+            got[name] = got[name][kept]
+        assert_same(got, expected)
+
+
+def test_a_driver_gets_the_rows_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def recorded(symbol: str, *arguments: Any) -> None:
+        calls.append((symbol, [t.shape for t in arguments if isinstance(t, Tensor)]))
+        call(symbol, *arguments)
+
+    call = native.call
+    monkeypatch.setattr(native, "call", recorded)
+    given = problem((8, 16, 50), batch=True, bias=True)
+    kept = int((given["target"] >= 0).sum())
+    given.solve("cpu")
+    assert len(calls) == 2
+    for _, shapes in calls:
+        assert shapes[0] == (kept, 16)
+        assert (24,) not in shapes
 
 
 # The filter.

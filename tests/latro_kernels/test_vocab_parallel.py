@@ -19,6 +19,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "everything": {"bias": True, "temperature": 0.7, "softcap": 8.0, "entropy": True},
     "frozen": {"frozen": True, "bias": True, "softcap": 8.0},
+    "batched, some ignored": {"batch": True, "bias": True, "entropy": True},
+    "batched, frozen": {"batch": True, "frozen": True},
     "filter": {"grad_filter": 1e-9, "memory_budget": 10_000},
     "bf16": {"dtype": torch.bfloat16, "entropy": True},
     "frozen, empty slices": {"frozen": True, "bias": True, "empty": True},

@@ -43,21 +43,19 @@ TILES, GROUP = 4, 16
 _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
 
 
-def forward(head: Head, target: Tensor, wanted: Wanted, config: Config | None = None) -> State:
-    """Return what one sweep finds out of each row; `config` is as `blocks.config` says if None."""
+def forward(head: Head, state: State, config: Config | None = None) -> None:
+    """Fill `state` in one sweep; `config` is as `blocks.config` says if None."""
     config = config or shape_of_blocks(head)
-    state = empty_state(head, target, wanted)
     state.clear()
     N = len(head.hidden)
     if N == 0:
-        return state
+        return
     if state.dx_sum is not None:
         for rows in row_blocks(N, FROZEN_TILE_ROWS):
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
-        return state
+        return
     cached = state.cached.view(N, -1) if state.cached.numel() else None
     _fold(head, whole(head), state, cached, config)
-    return state
 
 
 def _forward_with_dx(head: Head, state: State, config: Config) -> None:

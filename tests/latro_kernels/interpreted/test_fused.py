@@ -74,7 +74,7 @@ def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype) -> None:
     bias = torch.full_like(bias, -torch.inf)
     settings = (1.0, 0.0, "triton", False, False, True, False, 0)
     peak, _, _, _, pull, *_ = torch.ops.latro_kernels.linear_logprob(
-        hidden, weight, target, bias, *settings
+        hidden, weight, target, None, bias, *settings
     )
     assert (peak == -torch.inf).all()
     assert not pull.any()

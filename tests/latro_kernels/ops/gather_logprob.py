@@ -13,6 +13,8 @@ from latro_kernels import gather_logprob
 from latro_kernels.gather_logprob import reference
 from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
 
+IGNORED = -100
+
 
 def problem(
     shape: tuple[int, int],
@@ -22,30 +24,33 @@ def problem(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    batch: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Problem:
-    """Make a random problem of (N, V).
+    """Make a random problem of (N, V), or with `batch` of (N, 3, V) of which a third is ignored.
 
     `rows` is "random", "flat" (all logits nearly equal) or "peaked" (p of the target above 0.999,
     logits of the others random).
     """
     N, V = shape
+    leading = (N, 3) if batch else (N,)
     random = torch.Generator().manual_seed(seed)
-    logits = torch.randn(N, V, generator=random) * (1e-3 if rows == "flat" else 2.0)
-    target = torch.randint(V, (N,), generator=random)
+    logits = torch.randn(*leading, V, generator=random) * (1e-3 if rows == "flat" else 2.0)
+    target = torch.randint(V, leading, generator=random)
     if rows == "peaked":
-        logits.scatter_(1, target[:, None], 20.0 * max(1.0, temperature))
-    upstream = {"logp": torch.randn(N, generator=random)}
+        logits.scatter_(-1, target[..., None], 20.0 * max(1.0, temperature))
+    upstream = {"logp": torch.randn(leading, generator=random)}
     if entropy:
-        upstream["entropy"] = torch.randn(N, generator=random)
+        upstream["entropy"] = torch.randn(leading, generator=random)
     return Problem(
         op=OP,
         arguments={
             "logits": logits.to(dtype),
-            "target": target,
+            "target": ignoring_some(target) if batch else target,
             "temperature": temperature,
             "softcap": softcap,
+            "ignore_index": IGNORED if batch else None,
         },
         upstream=upstream,
         trained=("logits",),
@@ -53,18 +58,40 @@ def problem(
     )
 
 
+def ignoring_some(target: Tensor) -> Tensor:
+    """Ignore a third of the targets."""
+    number = torch.arange(target.numel()).view(target.shape)
+    return target.masked_fill(number % 3 == 1, IGNORED)
+
+
 def unfused(
-    logits: Tensor, target: Tensor, temperature: float, softcap: float | None
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss in fp32, from logits in the model's dtype."""
+    if ignore_index is not None:
+        kept = target != ignore_index
+        of_kept = unfused(logits[kept], target[kept], temperature, softcap, None)
+        logp, entropy = (torch.zeros(target.shape).to(x).masked_scatter(kept, x) for x in of_kept)
+        return logp, entropy
     z = logits.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     log_p = torch.log_softmax(z / temperature, -1)
-    return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
+    logp = log_p.gather(-1, target[..., None]).squeeze(-1)
+    return logp, -(log_p.exp() * log_p).sum(-1)
 
 
-def formula(logits: Tensor, target: Tensor, temperature: float, softcap: float) -> Results:
+def formula(
+    logits: Tensor,
+    target: Tensor,
+    temperature: float,
+    softcap: float,
+    ignore_index: None = None,
+) -> Results:
     """Log-prob and entropy from `torch.distributions`."""
     z = softcap * torch.tanh(logits / softcap) / temperature
     given = torch.distributions.Categorical(logits=z)
@@ -98,6 +125,8 @@ def _samples() -> list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]]:
             ((1, 1), torch.float32, {"softcap": 5.0, "entropy": True}),
             ((5, 70), torch.float32, {"softcap": 5.0, "temperature": 0.7, "entropy": True}),
             ((10, 70), torch.float32, {}),
+            ((4, 70), torch.float32, {"batch": True, "entropy": True}),
+            ((4, 101), torch.float16, {"batch": True}),
             ((5, 70), torch.bfloat16, {"softcap": 30.0}),
             ((5, 70), torch.float16, {"entropy": True}),
             ((6, 70), torch.float32, {"rows": "peaked", "entropy": True}),
@@ -106,13 +135,20 @@ def _samples() -> list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]]:
         ]
     # N, V: none; one of everything; a prime V; more than a block of any backend's, in odd numbers.
     shapes = [(0, 30), (1, 1), (7, 101), (1, 64), (33, 1031), (5, 9001)]
-    return [*product(shapes, DTYPES, plain), *product([(40, 1031)], DTYPES, extremes)]
+    batched: list[dict[str, Any]] = [{"batch": True, **options} for options in plain[-2:]]
+    return [
+        *product(shapes, DTYPES, plain),
+        *product([(40, 1031)], DTYPES, extremes),
+        *product([(0, 30), (33, 1031)], DTYPES, batched),
+    ]
 
 
 BAD = [
     ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
-    ({"logits": torch.zeros(1, 4, 5)}, ValueError, "logits: expected 2 dimensions, got shape"),
-    ({"logits": torch.zeros(4, 0)}, ValueError, r"logits: expected shape \[N, V\] with V > 0"),
+    ({"logits": torch.tensor(1.0)}, ValueError, r"logits: expected 1 dimension or more, got shape"),
+    ({"logits": torch.zeros(5)}, ValueError, r"target: expected shape \(\), as logits has rows"),
+    ({"logits": torch.zeros(4, 0)}, ValueError, r"logits: expected shape \[\.\.\., V\] with V > 0"),
+    ({"logits": torch.zeros(1, 4, 5)}, ValueError, r"target: expected shape \(1, 4\), as logits"),
     ({"logits": torch.zeros(4, 5).int()}, TypeError, "logits: expected dtype .*torch.int32"),
     ({"logits": torch.zeros(4, 5).double()}, TypeError, "logits: expected dtype torch.float32"),
     ({"target": 3}, TypeError, "target: expected a tensor, got int"),
@@ -143,7 +179,7 @@ OP = Op(
     outputs=("logp", "entropy"),
     gradients={"logits": "dlogits"},
     rows=("logits", "target"),
-    columns={"logits": 1},
+    columns={"logits": -1},
     of_rows=lambda N, dtype=torch.float32, **form: problem((N, COLUMNS), dtype, **form),
     problem=problem,
     uneven=[(50, 2051)],
@@ -153,9 +189,14 @@ OP = Op(
         st.tuples(st.integers(0, 40), st.integers(1, 3000)),
         entropy=st.booleans(),
         softcap=st.sampled_from([None, 2.0, 50.0]),
+        batch=st.booleans(),
         seed=st.integers(0, 1000),
     ),
-    forms={"plain": {"entropy": True}, "in place": {"inplace_backward": True}},
+    forms={
+        "plain": {"entropy": True},
+        "in place": {"inplace_backward": True},
+        "batched": {"batch": True, "entropy": True},
+    },
     strided=strided,
     good={"logits": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.int64)},
     bad=BAD,

@@ -28,23 +28,27 @@ def problem(
     softcap: float | None = None,
     entropy: bool = False,
     frozen: bool = False,
+    batch: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Problem:
     """Make a random problem of (N, H, V); of a frozen head hidden alone is trained.
 
+    With `batch` hidden is [N, 3, H], and a third of the targets is ignored.
+
     `rows` is "random", "flat" (all logits nearly equal) or "peaked" (p of the target above 0.999,
     logits of the others random).
     """
     N, H, V = shape
+    leading = (N, 3) if batch else (N,)
     random = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=random)
 
-    hidden = normal(N, H) * (1e-3 if rows == "flat" else 1.0)
+    hidden = normal(*leading, H) * (1e-3 if rows == "flat" else 1.0)
     weight = normal(V, H) * (2.0 / H**0.5)
-    target = torch.randint(V, (N,), generator=random)
+    target = torch.randint(V, leading, generator=random)
     if rows == "peaked":
         # Targets of their own, and hidden states that point at them.
         target = torch.randperm(V, generator=random)[:N]
@@ -54,14 +58,15 @@ def problem(
     arguments = {
         "hidden": hidden.to(dtype),
         "weight": weight.to(dtype),
-        "target": target,
+        "target": gather_logprob.ignoring_some(target) if batch else target,
         "bias": normal(V).to(dtype) if bias else None,
         "temperature": temperature,
         "softcap": softcap,
+        "ignore_index": gather_logprob.IGNORED if batch else None,
     }
-    upstream = {"logp": normal(N)}
+    upstream = {"logp": normal(*leading)}
     if entropy:
-        upstream["entropy"] = normal(N)
+        upstream["entropy"] = normal(*leading)
     return Problem(
         op=OP,
         arguments=arguments,
@@ -139,11 +144,22 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
             ((6, 70, 70), BF16, {"rows": "peaked", "entropy": True}),
             ((6, 9, 70), BF16, {"rows": "flat", "entropy": True}),
             ((5, 3, 70), FP16, {"entropy": True, "temperature": 0.7}),
+            ((4, 7, 70), FP32, {"batch": True, "bias": True, "entropy": True}),
+            ((4, 7, 70), FP16, {"batch": True, "softcap": 5.0}),
+            ((4, 7, 70), FP16, {"batch": True, "frozen": True}),
             ((10, 40, 70), FP16, {"bias": True, "temperature": 1.3}),
         ]
     # N, H, V: none; one of everything; odd; prime V; an H for which bf16 is multiplied as such.
     shapes = [(0, 5, 300), (1, 1, 1), (7, 3, 101), (1, 33, 64), (33, 17, 257), (40, 256, 1031)]
-    return [*product(shapes, DTYPES, plain), *product([(40, 256, 1031)], DTYPES, extremes)]
+    batched: list[dict[str, Any]] = [
+        *({"batch": True, **options} for options in plain[-2:]),
+        {"batch": True, "frozen": True},
+    ]
+    return [
+        *product(shapes, DTYPES, plain),
+        *product([(40, 256, 1031)], DTYPES, extremes),
+        *product([(0, 5, 300), (33, 17, 257), (40, 130, 1031)], DTYPES, batched),
+    ]
 
 
 GOOD = {
@@ -153,7 +169,9 @@ GOOD = {
 }
 BAD = [
     ({"hidden": [1.0]}, TypeError, "hidden: expected a tensor, got list"),
-    ({"hidden": torch.zeros(1, 4, 3)}, ValueError, "hidden: expected 2 dimensions, got shape"),
+    ({"hidden": torch.tensor(1.0)}, ValueError, r"hidden: expected 1 dimension or more, got shape"),
+    ({"hidden": torch.zeros(3)}, ValueError, r"target: expected shape \(\), as hidden has rows"),
+    ({"hidden": torch.zeros(1, 4, 3)}, ValueError, r"target: expected shape \(1, 4\), as hidden"),
     ({"weight": torch.zeros(5)}, ValueError, "weight: expected 2 dimensions, got shape"),
     ({"weight": torch.zeros(5, 2)}, ValueError, r"weight: expected shape \[V, H\].*H = 3"),
     ({"weight": torch.zeros(0, 3)}, ValueError, "weight: .*V > 0"),
@@ -199,12 +217,16 @@ OP = Op(
         bias=st.booleans(),
         entropy=st.booleans(),
         softcap=st.sampled_from([None, 2.0, 50.0]),
+        batch=st.booleans(),
+        frozen=st.booleans(),
         seed=st.integers(0, 1000),
     ),
     forms={
         "plain": {"bias": True, "entropy": True},
         "filtered": {"bias": True, "grad_filter": 1e-3},
         "frozen": {"frozen": True},
+        "batched": {"batch": True, "bias": True, "entropy": True},
+        "batched, frozen": {"batch": True, "frozen": True},
     },
     strided=strided,
     good=GOOD,
