@@ -56,16 +56,17 @@ def linear_cross_entropy(
     shift = int(shift)
     if not 0 <= shift < targets.shape[-1]:
         raise ValueError(f"shift: expected 0..{targets.shape[-1] - 1}, got {shift}")
-    mask = targets != ignore_index
-    mask[..., :shift] = False
-    rows = e[..., : e.shape[-2] - shift, :][mask[..., shift:]]
-    logp = linear_logprob(rows, c, targets[mask], bias=bias, softcap=softcap)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    # Where each target is predicted; the last places predict none.
+    following = nn.functional.pad(targets, (0, shift), value=ignore_index)[..., shift:]
+    logp = linear_logprob(e, c, following, bias=bias, softcap=softcap, ignore_index=ignore_index)
     assert isinstance(logp, Tensor)
     if reduction == "none":
-        return torch.zeros(targets.shape, device=e.device).masked_scatter(mask, -logp)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
-    return -logp.sum() if reduction == "sum" else -logp.mean()
+        # The zeros of the last places become those of the first, which nothing predicts.
+        return -logp.roll(shift, -1)
+    loss = -logp.sum()
+    return loss if reduction == "sum" else loss / (following != ignore_index).sum()
 
 
 def liger_fused_linear_cross_entropy(
@@ -131,26 +132,29 @@ def selective_log_softmax(
     Returns:
         Log-probs of the shape of index, fp32 (fp64 for fp64), nats.
     """
-    V, shape = logits.shape[-1], logits.shape[:-1]
-    index = index.long()
-    columns = index[..., None] if index.ndim == len(shape) else index
+    columns = index.long()
+    if index.ndim < logits.ndim:
+        columns = columns[..., None]
+    first, ignore_index = columns[..., 0], None
     if row_mask is not None:
-        columns = columns.masked_fill(row_mask[..., None] == 0, 0)
-    flat, columns = logits.reshape(-1, V), columns.reshape(-1, columns.shape[-1])
-    first = gather_logprob(
-        flat, columns[:, 0].contiguous(), temperature=temperature, backend=_backend(logits)
+        mask, ignore_index = row_mask == 0, -100
+        first = first.masked_fill(mask, ignore_index)
+        columns = columns.masked_fill(mask[..., None], 0)
+    logp = gather_logprob(
+        logits,
+        first,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        backend=_backend(logits),
     )
-    assert isinstance(first, Tensor)
-    logp = first[:, None]
-    if columns.shape[1] > 1:
+    assert isinstance(logp, Tensor)
+    if columns.shape[-1] > 1:
         # log p_k − log p_0 = z_k − z_0, in which the sum of exponentials is not needed again.
-        z = flat.gather(1, columns).to(logp.dtype) / temperature
-        logp = logp + (z - z[:, :1])
-    logp = logp.reshape(index.shape)
-    if row_mask is None:
-        return logp
-    mask = row_mask == 0
-    return logp.masked_fill(mask if index.ndim == len(shape) else mask[..., None], 0)
+        z = logits.gather(-1, columns).to(logp.dtype) / temperature
+        logp = logp[..., None] + (z - z[..., :1])
+        if row_mask is not None:
+            logp = logp.masked_fill(mask[..., None], 0)
+    return logp.view(index.shape)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
@@ -163,10 +167,9 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     Returns:
         Entropies [...], fp32 (fp64 for fp64), nats.
     """
-    flat = logits.reshape(-1, logits.shape[-1])
-    target = torch.zeros(len(flat), dtype=torch.int64, device=logits.device)
-    _, entropy = gather_logprob(flat, target, return_entropy=True, backend=_backend(logits))
-    return entropy.view(logits.shape[:-1])
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    _, entropy = gather_logprob(logits, target, return_entropy=True, backend=_backend(logits))
+    return entropy
 
 
 def _backend(logits: Tensor) -> str:

@@ -42,10 +42,6 @@ class _Asked:
     """[B, T] fp32, nats; 0 where the label is ignored."""
     entropy: Tensor | None = None
 
-    @property
-    def mask(self) -> Tensor:
-        return self.labels != self.ignore_index
-
 
 @dataclass(eq=False)
 class _Fused:
@@ -207,25 +203,18 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:
     asked = fused.asked
     if asked is None:
         return self._own_forward(hidden)
-    asked.labels = asked.labels.to(hidden.device)
-    mask = asked.mask
     scores = linear_logprob(
-        hidden[mask],
+        hidden,
         self.weight,
-        asked.labels[mask],
+        asked.labels.to(hidden.device),
         bias=getattr(self, "bias", None),
+        ignore_index=asked.ignore_index,
         return_entropy=asked.return_entropy,
         **fused.form.kernel_settings(asked.temperature),
     )
-    # masked_scatter is connected to the model even where no label is scored.
-    whole = [
-        torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, of_rows)
-        for of_rows in (scores if isinstance(scores, tuple) else (scores,))
-    ]
-    asked.logp = whole[0]
-    asked.entropy = whole[1] if asked.return_entropy else None
+    asked.logp, asked.entropy = scores if isinstance(scores, tuple) else (scores, None)
     # No view: what comes behind the head may work in place.
-    return whole[0][..., None][..., :0].clone()
+    return asked.logp[..., None][..., :0].clone()
 
 
 def _loss(
@@ -240,7 +229,9 @@ def _loss(
     asked = self._fused_head.asked
     if asked is None or asked.logp is None:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, **kwargs)
-    count = asked.mask.sum() if num_items_in_batch is None else num_items_in_batch
+    count = num_items_in_batch
+    if count is None:
+        count = (asked.labels != asked.ignore_index).sum()
     if isinstance(count, Tensor):
         count = count.to(asked.logp.device)
     # The sum of no logits is 0, and lets hooks on the head's output see a gradient.
