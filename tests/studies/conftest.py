@@ -6,15 +6,17 @@ import itertools
 
 import pytest
 
+# Of all tests, since all of them print into one folder.
+_NUMBER = itertools.count()
+
 
 @pytest.fixture
 def forked(warm, tmp_path_factory, monkeypatch):
     """Start cells' commands as forks; `test_cells.py` tests real starts."""
-    number = itertools.count()
 
     def start(command, *, cwd, env, stdout, **options):
         (_, _, module, *arguments) = command
-        printed = tmp_path_factory.getbasetemp() / f"cell {next(number)}"
+        printed = tmp_path_factory.getbasetemp() / f"cell {next(_NUMBER)}"
         return warm.start(module, arguments, printed, cwd=cwd, stdout=stdout.name, environment=env)
 
     monkeypatch.setattr("studies.cells.Popen", start)
