@@ -106,6 +106,7 @@ class _Options:
     grad_filter: float
     frozen: bool
     group: ProcessGroup | None
+    ignore_index: int | None
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -116,9 +117,11 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        kept: Tensor | None,
         options: _Options,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx.shape, batch = hidden.shape, target.shape
+        hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
+        kept = None if options.ignore_index is None else target != options.ignore_index
         if kept is not None:
             # Any column: what comes of these rows is overwritten.
             target = target.masked_fill(~kept, 0)
@@ -158,9 +161,9 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *found)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        is_largest = target_logit >= row_max
+        is_largest = (target_logit >= row_max).view(batch)
         ctx.mark_non_differentiable(is_largest)
-        return logp, entropy, is_largest
+        return logp.view(batch), None if entropy is None else entropy.view(batch), is_largest
 
     @staticmethod
     def backward(
@@ -175,8 +178,8 @@ class _LinearLogprob(torch.autograd.Function):
         hidden, weight, target, kept, bias, *found = ctx.saved_tensors
         logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max = found
         needs = ctx.needs_input_grad[:3]
-        if grad_logp is None:
-            grad_logp = torch.zeros_like(logp)
+        grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp.flatten()
+        grad_entropy = None if grad_entropy is None else grad_entropy.flatten()
         if kept is not None:
             grad_logp = grad_logp.masked_fill(~kept, 0)
             if grad_entropy is not None:
@@ -218,9 +221,9 @@ class _LinearLogprob(torch.autograd.Function):
         if needs[0]:
             if options.group is not None:
                 vocab_parallel.sum_(dx, options.group)
-            dx = dx.to(hidden.dtype)
+            dx = dx.to(hidden.dtype).view(ctx.shape)
         wanted = (g if needed else None for g, needed in zip((dx, dw, db), needs, strict=True))
-        return *wanted, None, None, None
+        return *wanted, None, None
 
 
 def _slope(z: Tensor, options: _Options) -> Tensor:
@@ -334,9 +337,10 @@ def linear_logprob(
         memory_budget=memory_budget,
         grad_filter=grad_filter,
         group=group,
+        ignore_index=ignore_index,
     )
-    logp, of_rows, _ = _solve(hidden, weight, bias, target, ignore_index, options)
-    return logp if of_rows is None else (logp, of_rows)
+    logp, entropy, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    return (logp, entropy) if return_entropy else logp
 
 
 def linear_logprob_and_largest(
@@ -362,24 +366,8 @@ def linear_logprob_and_largest(
         softcap=softcap,
         return_entropy=return_entropy,
     )
-    return _solve(hidden, weight, bias, target, None, options)
-
-
-def _solve(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int | None,
-    options: _Options,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return log-probs, entropies and whether targets are the largest, of the target's shape."""
-    rows, flat = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
-    kept = None if ignore_index is None else flat != ignore_index
-    logp, entropy, is_largest = _LinearLogprob.apply(rows, weight, bias, flat, kept, options)
-    shape = target.shape
-    entropy = None if entropy is None else entropy.view(shape)
-    return logp.view(shape), entropy, is_largest.view(shape)
+    logp, entropy, is_largest = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    return logp, entropy, is_largest
 
 
 def _options(
@@ -392,6 +380,7 @@ def _options(
     memory_budget: int | None = None,
     grad_filter: float = 0.0,
     group: ProcessGroup | None = None,
+    ignore_index: int | None = None,
 ) -> _Options:
     """Return the options for hidden, weight and bias, some of which have gradients."""
     has_grad = [t is not None and t.requires_grad for t in inputs]
@@ -409,6 +398,7 @@ def _options(
         grad_filter=float(grad_filter) if any(has_grad) and not frozen else 0.0,
         frozen=frozen,
         group=group,
+        ignore_index=ignore_index,
     )
 
 
