@@ -176,8 +176,10 @@ def sampled(tmp_path, part: str) -> set[str]:
     )
     command = (sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.sample", "--part", part)
     command += ("--collect-only", "-q", "-k", "not (91 or 92 or 93)", "--rootdir", str(tmp_path))
+    # Options that these tests themselves were given would change what is printed.
+    environment = os.environ | {"PYTEST_ADDOPTS": ""}
     done = subprocess.run(
-        (*command, str(path)), cwd=ROOT, capture_output=True, text=True, check=True
+        (*command, str(path)), cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
     return {line for line in done.stdout.splitlines() if "::" in line}
 
