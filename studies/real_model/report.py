@@ -79,9 +79,9 @@ def _head(study: Study) -> str:
             "--output_dir benchmarks/results/real_model",
             paragraphs(
                 """
-                Weights are fp32, dequantised from 4 bits. Problems are of the test split; settings
-                were chosen on others. ± is one standard error over problems, brackets hold 95 %
-                intervals (Wilson's). Of a cell with several seeds each is a row.
+                Weights are fp32, dequantised from 4 bits. Problems are of the test split; trials
+                of settings are judged on others. ± is one standard error over problems, brackets
+                hold 95 % intervals (Wilson's). Of a cell with several seeds each is a row.
                 """
             ),
         )
