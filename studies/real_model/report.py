@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from latro.evaluation.metrics import standard_error
 from latro.files import replacing
-from studies.command import REPORT_FILE
 from studies.markdown import listed, paragraphs, table
 from studies.real_model.study import LATRO, LIMITS, MAJORITY, METHODS, MODEL, TRIAL_TASK
 from studies.records import Record, Study
+from studies.report import commands_section, discussion, effort, write_sections
 
-DISCUSSION_FILE = "discussion.md"
+_PLACE = "{device}, torch {torch}, transformers {transformers}, {threads} threads"
 PICTURE_FILE = "training.png"
 _MAJ = f"maj@{max(MAJORITY)}"
 _CURVES = (
@@ -45,31 +45,17 @@ def write_report(study: Study, folder: Path) -> None:
         sections.append(_training_section(trained))
     if study.part("trial"):
         sections.append(_trials_section(study))
-    discussion = folder / DISCUSSION_FILE
-    if discussion.exists():
-        sections.append(f"## Discussion\n\n{discussion.read_text(encoding='utf-8').strip()}")
-    sections.append(_commands_section(study))
-    with replacing(folder / REPORT_FILE) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    sections += [*discussion(folder), _commands_section(study)]
+    write_sections(sections, folder)
 
 
 def _head(study: Study) -> str:
-    places = {
-        "{device}, torch {torch}, transformers {transformers}, {threads} threads".format_map(
-            record["environment"]
-        )
-        for record in study.records
-    }
-    dates = sorted(record["environment"]["date"][:10] for record in study.records)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    seconds = sum(sum(record["seconds"]) for record in study.records)
     return "\n\n".join(
         (
             f"# LaTRO on {MODEL}",
             paragraphs(
                 f"""
-                {len(study.records)} cells took {seconds / 60:.0f} minutes on
-                {"; ".join(sorted(places))}; {when}. The command, which goes on where it was
+                {effort(study, _PLACE)} The command, which goes on where it was
                 interrupted (`--data_dir` names the raw files), and the one that writes this page
                 again from cells.json:
                 """
@@ -257,14 +243,7 @@ def _with_error(figure: Mapping[str, float]) -> str:
 
 def _commands_section(study: Study) -> str:
     """Return one cell of each method with all its commands."""
-    parts = [
-        "## How a cell is made",
-        "By these commands, in the study's folder; those of all are in [cells.json](cells.json).",
-    ]
-    shown: set[str] = set()
+    first: dict[str, Record] = {}
     for record in _in_order(study):
-        if record["method"] not in shown:
-            shown.add(record["method"])
-            lines = "\n".join(f"    {command}" for command in record["commands"])
-            parts.append(f"{METHODS[record['method']]}, {record['task']}:\n\n{lines}")
-    return "\n\n".join(parts)
+        first.setdefault(record["method"], record)
+    return commands_section((f"{METHODS[m]}, {r['task']}", r) for m, r in first.items())

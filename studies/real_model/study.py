@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from studies.cells import Cell
+from latro.config.ranges import at_least
+from studies.cells import Cell, check_seeds, flags
 
 MODEL = "SmolLM2-135M-Instruct"
 BASE_FOLDER = "base/smollm2"
@@ -20,7 +21,7 @@ DATA_FOLDER = "data"
 """In the study's folder: a link to the folder with raw files."""
 
 LIMITS = MappingProxyType({"arithmetic": 64, "gsm8k": 140, "arc_challenge": 100})
-"""The tasks, and the longest rationale of each in tokens: as long as most of the base model's."""
+"""The tasks, and the longest rationale of each in tokens."""
 RAW_FILES = ("gsm8k", "arc_challenge")
 """Tasks whose problems are not generated, but read from files."""
 SYSTEM_PROMPT = 'Reason step by step. Finish with "The answer is <number>".'
@@ -35,6 +36,8 @@ METHODS = MappingProxyType(
         "sft-latro": "SFT, then LaTRO",
     }
 )
+TARGETS = MappingProxyType({"sft-answer": "answer", "sft-rationale": "rationale"})
+"""What the methods that are SFT alone learn."""
 WORKED = frozenset({"sft-rationale", "sft-latro"})
 """Methods that need worked rationales, which ARC-Challenge has not."""
 
@@ -71,7 +74,8 @@ SFT_LEARNING_RATES = (3e-6, 1e-5, 3e-5)
 MAJORITY = (1, 8)
 EVALUATIONS = 3
 """Of the validation problems in each training run, apart from the one before it."""
-_LEAST_EVALUATED = 32
+VALIDATION_PROBLEMS = 32
+"""Of each of these evaluations."""
 
 
 @dataclass(frozen=True)
@@ -92,18 +96,16 @@ class Scale:
     num_eval_examples: int = 200
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: expected different ones, at least one, got {self.seeds}")
+        check_seeds(self.seeds)
         for name in ("max_steps", "num_eval_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+            at_least(name, getattr(self, name), 1)
 
 
 def cells(scale: Scale) -> list[Cell]:
     """Return all cells, in the order in which they should run.
 
     The order is the model, the main cells of each seed, trials, so that a study which is stopped
-    early has a complete table. Trials of values that main cells have are not run again.
+    early has a complete table.
     """
     prepare = ("studies.real_model.prepare", "--output_dir", BASE_FOLDER)
     base = Cell("base", "base model", MODEL, "", commands=(prepare,), result=BASE_FOLDER)
@@ -129,7 +131,7 @@ def _trials() -> Iterator[tuple[str, str, Any]]:
             # once more, as the trial of the first setting.
             if value != LATRO[setting] or setting == next(iter(TRIALS)):
                 yield "latro", setting, value
-    for method in ("sft-answer", "sft-rationale"):
+    for method in TARGETS:
         for rate in SFT_LEARNING_RATES:
             yield method, "learning_rate", rate
 
@@ -146,7 +148,7 @@ def _with_commands(cell: Cell, scale: Scale, changed: Mapping[str, Any] | None =
         commands.append(_training(cell, "sft-rationale", WARM_START, start=model, output=warm))
         model = warm
     if cell.method != "base":
-        usual = SFT if cell.method.startswith("sft-") and cell.method != "sft-latro" else LATRO
+        usual = SFT if cell.method in TARGETS else LATRO
         settings = {**usual, "max_steps": scale.max_steps, **changed}
         commands.append(_training(cell, cell.method, settings, start=model, output=trained))
         model = trained
@@ -168,18 +170,17 @@ def _training(
     cell: Cell, method: str, settings: Mapping[str, Any], *, start: str, output: str
 ) -> tuple[str, ...]:
     given = (
-        *("--model_name_or_path", start, *_data(cell.task), *_flags(settings)),
+        *("--model_name_or_path", start, *_data(cell.task), *flags(settings)),
         *("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "5"),
         *("--save_strategy", "no", "--seed", str(cell.seed), "--output_dir", output),
     )
-    if method in ("sft-answer", "sft-rationale"):
-        target = method.removeprefix("sft-")
+    if method in TARGETS:
         still = ("--eval_strategy", "no", "--num_eval_examples", "8")
-        return ("latro.sft", "--target", target, *given, *still)
+        return ("latro.sft", "--target", TARGETS[method], *given, *still)
     every = max(1, settings["max_steps"] // EVALUATIONS)
     evaluations = (
         *("--eval_strategy", "steps", "--eval_steps", str(every)),
-        *("--num_eval_examples", str(_LEAST_EVALUATED), "--eval_on_start", "true"),
+        *("--num_eval_examples", str(VALIDATION_PROBLEMS), "--eval_on_start", "true"),
         *("--max_completion_length", str(LIMITS[cell.task])),
     )
     return ("latro.train", *given, *evaluations)
@@ -189,8 +190,3 @@ def _data(task: str) -> tuple[str, ...]:
     if task in RAW_FILES:
         return ("--dataset_name", task, "--dataset_path", f"{DATA_FOLDER}/{task}")
     return ("--dataset_name", task, "--system_prompt", SYSTEM_PROMPT)
-
-
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        yield from (f"--{name}", str(value))

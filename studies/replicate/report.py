@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from latro.files import replacing
-from studies.command import REPORT_FILE
 from studies.estimates import Difference, Estimate
 from studies.markdown import items, listed, paragraphs, percent, plain, points, table
 from studies.records import Record, estimate
@@ -23,8 +21,9 @@ from studies.replicate.study import (
     SFT_LEARNING_RATE,
 )
 from studies.replicate.summary import Study
+from studies.report import commands_section, discussion, effort, write_sections
 
-DISCUSSION_FILE = "discussion.md"
+_PLACE = "{device}, Python {python}, torch {torch}, transformers {transformers}"
 _MAJ = f"maj@{max(MAJORITY)}"
 _HEADLINES = (("greedy", "accuracy_greedy"), (_MAJ, _MAJ))
 _OTHERS = tuple(method for method in METHODS if method != "latro")
@@ -46,24 +45,11 @@ def write_report(study: Study, folder: Path) -> None:
         sections.append(_ablation_section(study))
     if study.part("tuning"):
         sections.append(_tuning_section(study))
-    discussion = folder / DISCUSSION_FILE
-    if discussion.exists():
-        sections.append(f"## Discussion\n\n{discussion.read_text(encoding='utf-8').strip()}")
-    sections += [_limits_section(study), _settings_section(study)]
-    with replacing(folder / REPORT_FILE) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    sections += [*discussion(folder), _limits_section(study), _settings_section(study)]
+    write_sections(sections, folder)
 
 
 def _head(study: Study) -> str:
-    places = {
-        "{device}, Python {python}, torch {torch}, transformers {transformers}".format_map(
-            record["environment"]
-        )
-        for record in study.records
-    }
-    dates = sorted(record["environment"]["date"][:10] for record in study.records)
-    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    seconds = sum(sum(record["seconds"]) for record in study.records)
     jobs = "one at a time" if study.jobs == 1 else f"{study.jobs} at a time"
     seeds = sorted({record["seed"] for record in study.part("main")})
     text = "# The claim in small\n\n" + paragraphs(
@@ -73,9 +59,8 @@ def _head(study: Study) -> str:
         changes with its settings.
         """,
         f"""
-        {len(study.records)} cells took {seconds / 60:.0f} minutes of processes with one thread
-        each, {jobs}, on {"; ".join(sorted(places))}; {when}. The command, which goes on where it
-        was interrupted, and the one that writes this page again from cells.json:
+        {effort(study, _PLACE, f" of processes with one thread each, {jobs},")} The command, which
+        goes on where it was interrupted, and the one that writes this page again from cells.json:
         """,
     )
     commands = f"""
@@ -351,13 +336,9 @@ def _limits_section(study: Study) -> str:
 
 def _settings_section(study: Study) -> str:
     """Return one cell of each method with all its settings and commands."""
-    parts = [
-        "## How a cell is made",
-        "By these commands, in the study's folder; those of all are in [cells.json](cells.json).",
-    ]
     architecture, task = study.pairs()[-1]
-    for method, label in METHODS.items():
-        for record in study.main(architecture, task, method)[:1]:
-            lines = "\n".join(f"    {command}" for command in record["commands"])
-            parts.append(f"{label}, {architecture}, {task}:\n\n{lines}")
-    return "\n\n".join(parts)
+    return commands_section(
+        (f"{label}, {architecture}, {task}", record)
+        for method, label in METHODS.items()
+        for record in study.main(architecture, task, method)[:1]
+    )

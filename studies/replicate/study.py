@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from studies.cells import Cell
+from latro.config.ranges import at_least
+from studies.cells import Cell, check_seeds, flags
 from studies.replicate.pretrain import SHIPPED
 
 ARCHITECTURES = ("llama", "mistral", "phi3")
@@ -86,8 +87,7 @@ class Scale:
     pretrain_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: expected different ones, at least one, got {self.seeds}")
+        check_seeds(self.seeds)
         if not 0 <= self.ablation_seeds <= len(self.seeds):
             raise ValueError(
                 f"ablation_seeds: expected 0 to {len(self.seeds)}, the number of seeds, "
@@ -95,8 +95,8 @@ class Scale:
             )
         for name in ("max_steps", "num_eval_examples", "pretrain_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: expected at least 1, got {value}")
+            if value is not None:
+                at_least(name, value, 1)
 
 
 def cells(scale: Scale) -> list[Cell]:
@@ -177,7 +177,7 @@ def _with_commands(
         commands.append(
             (
                 *_trainer(cell.method, model, cell.task),
-                *_flags(settings),
+                *flags(settings),
                 # The last model counts; the evaluations in training are of no use here.
                 *("--eval_strategy", "no", "--save_strategy", "no", "--num_eval_examples", "8"),
                 *("--seed", str(cell.seed), "--output_dir", trained),
@@ -218,8 +218,3 @@ def _trainer(method: str, model: Sequence[str], task: str) -> tuple[str, ...]:
         return ("latro.train", *model, "--dataset_name", task)
     target = method.partition("-")[2]
     return ("latro.sft", "--target", target, *model, "--dataset_name", task)
-
-
-def _flags(settings: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in settings.items():
-        yield from (f"--{name}", str(value))

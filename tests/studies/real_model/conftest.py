@@ -42,15 +42,7 @@ def record(named: dict[str, Cell]) -> Callable[..., dict[str, Any]]:
             },
         }
         return {
-            "name": cell.name,
-            "part": cell.part,
-            "architecture": cell.architecture,
-            "task": cell.task,
-            "method": cell.method,
-            "seed": cell.seed,
-            "settings": dict(cell.settings),
-            "changed": dict(cell.changed),
-            "commands": cell.chain,
+            **cell.about,
             "seconds": [60.0, 30.0, 30.0],
             "problems": len(greedy),
             "metrics": {

@@ -26,7 +26,7 @@ def test_a_cell_of_a_small_model_from_training_to_the_report(tmp_path: Path, mon
     # In the place of the real model, of which the base model's cell is taken as done; and without
     # the system prompt, since the small one has no chat template.
     monkeypatch.setattr(study, "_data", lambda task: ("--dataset_name", task))
-    monkeypatch.setattr(study, "_LEAST_EVALUATED", 2)
+    monkeypatch.setattr(study, "VALIDATION_PROBLEMS", 2)
     folder = tmp_path / "study"
     (folder / "base").mkdir(parents=True)
     (folder / study.BASE_FOLDER).symlink_to(SMALL_MODEL)

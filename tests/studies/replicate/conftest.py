@@ -35,15 +35,7 @@ def record(named: dict[str, Cell]) -> Callable[..., dict[str, Any]]:
     def make(name: str, **metrics: float) -> dict[str, Any]:
         cell = named[name]
         return {
-            "name": cell.name,
-            "part": cell.part,
-            "architecture": cell.architecture,
-            "task": cell.task,
-            "method": cell.method,
-            "seed": cell.seed,
-            "settings": dict(cell.settings),
-            "changed": dict(cell.changed),
-            "commands": cell.chain,
+            **cell.about,
             "seconds": [60.0, 30.0],
             "problems": 100,
             "metrics": {**_METRICS, **{k.replace("maj_", "maj@"): v for k, v in metrics.items()}},
