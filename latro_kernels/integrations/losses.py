@@ -54,8 +54,9 @@ def linear_cross_entropy(
         ValueError: another reduction, or a shift that leaves no target.
     """
     shift = int(shift)
-    if not 0 <= shift < targets.shape[-1]:
-        raise ValueError(f"shift: expected 0..{targets.shape[-1] - 1}, got {shift}")
+    most = max(0, targets.shape[-1] - 1)  # without targets there is nothing to shift
+    if not 0 <= shift <= most:
+        raise ValueError(f"shift: expected 0..{most}, got {shift}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
     # Where each target is predicted; the last places predict none.
@@ -135,23 +136,29 @@ def selective_log_softmax(
     columns = index.long()
     if index.ndim < logits.ndim:
         columns = columns[..., None]
-    first, ignore_index = columns[..., 0], None
+    scored, ignore_index = columns[..., 0], None
     if row_mask is not None:
         mask, ignore_index = row_mask == 0, -100
-        first = first.masked_fill(mask, ignore_index)
         columns = columns.masked_fill(mask[..., None], 0)
+    if columns.shape[-1] > 1:
+        z = logits.gather(-1, columns)
+        # The column with the largest logit, as the difference from a logit of −∞ is no number.
+        largest = z.argmax(-1, keepdim=True)
+        scored = columns.gather(-1, largest)[..., 0]
+    if row_mask is not None:
+        scored = scored.masked_fill(mask, ignore_index)
     logp = gather_logprob(
         logits,
-        first,
+        scored,
         temperature=temperature,
         ignore_index=ignore_index,
         backend=_backend(logits),
     )
     assert isinstance(logp, Tensor)
     if columns.shape[-1] > 1:
-        # log p_k − log p_0 = z_k − z_0, in which the sum of exponentials is not needed again.
-        z = logits.gather(-1, columns).to(logp.dtype) / temperature
-        logp = logp[..., None] + (z - z[..., :1])
+        # log p_k − log p_j = z_k − z_j, in which the sum of exponentials is not needed again.
+        z = z.to(logp.dtype) / temperature
+        logp = logp[..., None] + torch.where(z == -torch.inf, z, z - z.gather(-1, largest))
         if row_mask is not None:
             logp = logp.masked_fill(mask[..., None], 0)
     return logp.view(index.shape)

@@ -131,6 +131,37 @@ def test_selective_log_softmax(k: int | None, masked: bool) -> None:
     assert exact.dtype == torch.float64
 
 
+def test_masked_columns_spoil_no_others() -> None:
+    """A logit of −∞ is masked; where it is asked for, its own log-prob alone is −∞."""
+    index = torch.tensor([[2, 1, 3], [1, 2, 3], [2, 2, 2], [4, 5, 6]])
+    z = torch.randn(4, 9, generator=torch.Generator().manual_seed(5))
+    z[:, 2] = -torch.inf
+    upstream = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
+    found = []
+    for function in (losses.selective_log_softmax, unfused_selective):
+        inputs = z.clone().requires_grad_()
+        logp = function(inputs, index)
+        logp.backward(torch.where(logp.isfinite(), upstream, 0))
+        found.append((logp.detach(), inputs.grad))
+    (ours, gradient), (plain, expected) = found
+    assert torch.equal(ours.isinf(), index == 2)
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(gradient, expected)
+
+
+def unfused_selective(z: Tensor, index: Tensor) -> Tensor:
+    return z.log_softmax(-1).gather(-1, index)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_a_batch_without_rows(reduction: str) -> None:
+    e, c, target = torch.zeros(0, H), torch.zeros(V, H), torch.zeros(0, dtype=torch.int64)
+    expected = F.cross_entropy(F.linear(e, c), target, reduction=reduction)
+    for function in (losses.linear_cross_entropy, losses.liger_fused_linear_cross_entropy):
+        found = function(e, c, target, reduction=reduction)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_entropy_from_logits() -> None:
     def unfused(z: Tensor) -> Tensor:
         log_p = z.log_softmax(-1)
