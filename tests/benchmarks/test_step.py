@@ -233,6 +233,47 @@ def test_bad_arguments_say_what_was_expected(argv, capsys):
     assert "expected some of" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    StepProblem(replace(QUICK, V=211), DEVICE).models()[0].save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_is_taken_with_its_weights_and_its_vocabulary(saved):
+    setting = step.parse_args(["--quick", "--model_name_or_path", saved]).setting
+    assert setting == replace(QUICK, model=saved, V=211)
+    problem = StepProblem(setting, DEVICE)
+    policy, reference = problem.models()
+    expected, _ = StepProblem(replace(QUICK, V=211), DEVICE).models()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(policy.state_dict()[name], weight)
+        assert not torch.equal(reference.state_dict()[name], weight)
+    assert policy.generation_config.eos_token_id == problem.tokenizer.eos_token_id
+
+
+def test_the_published_gradient_is_ours_on_a_model_that_is_given(saved, tmp_path):
+    arguments = ["--quick", "--sections", "update", "--contenders", Published.name, "--reps", "1"]
+    step.main([*arguments, "--model_name_or_path", saved, "--out", str(tmp_path)])
+    ours, published = json.loads((tmp_path / "step.json").read_text())["rows"]
+    assert ours["setting"]["model"] == saved
+    assert 0 <= published["gradient_error"] < 1e-4
+
+
+def test_a_model_is_measured_in_an_update_and_a_step_alone(saved, capsys):
+    model = ["--device", "cpu", "--model_name_or_path", saved]
+    assert step.parse_args(model).sections == ["update", "step"]
+    with pytest.raises(SystemExit):
+        step.parse_args([*model, "--sections", "scaling"])
+    assert "--sections: expected no scaling with a model" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        step.parse_args(["--model_name_or_path", str(tmp_path)])
+    assert "error: --model_name_or_path: " in capsys.readouterr().err
+
+
 def test_settings_follow_the_device():
     assert step.parse_args(["--device", "cpu"]).setting == CPU
     on_gpu = step.parse_args(["--device", "cuda", "--prompts", "2"])

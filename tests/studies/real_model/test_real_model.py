@@ -7,10 +7,15 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro.config.training import SMALL_MODEL
+from scripts.make_tiny_model import make_model, make_tokenizer
 from studies.real_model import __main__ as command
 from studies.real_model import study
+from studies.real_model.prepare import gguf_file, prepare
+from tests.latro.gguf_files import write_gguf
 from tests.latro.smollm2 import smollm2
 
 
@@ -108,12 +113,20 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "study").exists()
 
 
+def test_another_file_is_prepared_too(tmp_path):
+    tokenizer = make_tokenizer(["Tom has 12 pens."], vocab_size=300)
+    model = make_model("llama", tokenizer)
+    file = write_gguf(tmp_path / "small.gguf", model, tokenizer)
+    prepare(["--model_name_or_path", str(file), "--output_dir", str(tmp_path / "plain")])
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").state_dict()
+    assert saved.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
+    assert str(tmp_path) not in (tmp_path / "plain" / "config.json").read_text()
+
+
 @pytest.mark.long
 def test_the_prepared_model_is_a_plain_one(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from studies.real_model.prepare import gguf_file, prepare
-
     assert gguf_file() == smollm2()
     prepare(["--output_dir", str(tmp_path / "smollm2")])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
