@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,29 +24,15 @@ def uninitialized_memory_is_nan() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def language_is_patched_once() -> Iterator[None]:
-    """Make Triton's interpreter replace the functions of its language once for each module.
-
-    It does so anew in every call of one kernel by another, which takes longer than what they
-    compute, and changes nothing.
-    """
+def the_interpreter_is_quick() -> Iterator[None]:
+    """Leave out what Triton's interpreter does again and again, where it runs."""
     if not INTERPRETED:
         yield
         return
-    from triton.runtime import interpreter
-
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_once(fn: Callable[..., Any]) -> Any:
-        # Globals are those of a module, which lives as long as the session.
-        if id(fn.__globals__) not in patched:
-            patched.add(id(fn.__globals__))
-            patch(fn)
-        # Of nothing to undo after a kernel.
-        return interpreter._LangPatchScope()
+    from tests.latro_kernels.quick_interpreter import make_quick
 
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(interpreter, "_patch_lang", patch_once)
+        make_quick(context)
         yield
 
 

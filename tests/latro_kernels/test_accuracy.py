@@ -221,7 +221,7 @@ def test_a_token_of_the_vocabulary_may_be_ignored(op: Op, backend: str) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("shape", [(), (2, 5), (1, 2, 5), (5, 1, 2), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(), (2, 3), (1, 2, 3), (3, 1, 2), (2, 0, 3)], ids=str)
 @each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
 def test_rows_have_any_leading_dimensions(op: Op, shape: tuple[int, ...], backend: str) -> None:
     """Results have their shape and the bits of one row after the other, slices' too."""
@@ -278,14 +278,14 @@ def test_logits_of_minus_infinity(
     few = op.of_rows(10, dtype, **(exact(form) | ({} if op is GATHER_LOGPROB else {"bias": True})))
     # Whole blocks and tiles of them come first, some more in between.
     first = 70 if INTERPRETED else 9000
-    kept = first + 2 * torch.arange(COLUMNS)
+    kept = first + torch.arange(COLUMNS) * 9 // 8
     changes = {}
     if "target" in op.rows:
         target = few["target"]
         changes["target"] = torch.where(target < 0, target, kept[target.clamp(min=0)])
     for name, dimension in op.columns.items():
         shape = list(few[name].shape)
-        shape[dimension] = first + 2 * COLUMNS
+        shape[dimension] = first + COLUMNS * 9 // 8
         fill = 1.0 if "weight" in name else -torch.inf
         changes[name] = torch.full(shape, fill, dtype=dtype).index_copy(dimension, kept, few[name])
     got = few.but(**changes).on(backend).solve(backend)
@@ -314,12 +314,14 @@ def test_a_row_does_not_depend_on_the_others(
     op: Op, form: dict[str, Any], backend: str, dtype: torch.dtype
 ) -> None:
     given = (
-        op.of_rows(40, dtype, **form) if INTERPRETED else op.problem(op.uneven[0], dtype, **form)
+        op.of_rows(ROWS, dtype, **form) if INTERPRETED else op.problem(op.uneven[0], dtype, **form)
     )
     whole = given.map(torch.clone).solve(backend)
     # On GPUs torch's products make the gradients.
     names = op.row_results if backend == "cpu" else op.outputs
-    for rows in (slice(0, 1), slice(5, 18), slice(-13, None), torch.tensor([-1, 3, 7])):
+    n = len(given[op.rows[0]])
+    parts = (slice(0, 1), slice(n // 8, n // 2), slice(-(n // 4), None))
+    for rows in (*parts, torch.tensor([-1, n // 2, 1])):
         part = given.of_rows(rows).map(torch.clone).solve(backend)
         for name in part.keys() & names:
             assert torch.equal(part[name], whole[name][rows]), name

@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from latro_kernels import gather_logprob, linear_logprob
 from tests.latro_kernels.ops.op import (
     INTERPRETED,
-    ROWS,
     Op,
     Problem,
     Results,
@@ -54,7 +53,7 @@ def test_any_default_dtype(
     small_tiles: None,
 ) -> None:
     """The default dtype of torch is the caller's: no op's memory or result depends on it."""
-    given = op.of_rows(ROWS if INTERPRETED else 30, dtype, **form).on(backend)
+    given = op.of_rows(5 if INTERPRETED else 30, dtype, **form).on(backend)
     expected = given.map(torch.clone).solve(backend)
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)

@@ -58,6 +58,11 @@ def problem(
     )
 
 
+def first_dimension(N: int, batch: bool) -> int:
+    """Return the first dimension of N rows, of which a batch has three in each entry."""
+    return -(-N // 3) if batch else N
+
+
 def ignoring_some(target: Tensor) -> Tensor:
     """Ignore a third of the targets."""
     number = torch.arange(target.numel()).view(target.shape)
@@ -143,6 +148,12 @@ def _samples() -> list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]]:
     ]
 
 
+def _of_rows(
+    N: int, dtype: torch.dtype = torch.float32, *, batch: bool = False, **form: Any
+) -> Problem:
+    return problem((first_dimension(N, batch), COLUMNS), dtype, batch=batch, **form)
+
+
 BAD = [
     ({"logits": [1.0]}, TypeError, "logits: expected a tensor, got list"),
     ({"logits": torch.tensor(1.0)}, ValueError, r"logits: expected 1 dimension or more, got shape"),
@@ -180,7 +191,7 @@ OP = Op(
     gradients={"logits": "dlogits"},
     rows=("logits", "target"),
     columns={"logits": -1},
-    of_rows=lambda N, dtype=torch.float32, **form: problem((N, COLUMNS), dtype, **form),
+    of_rows=_of_rows,
     problem=problem,
     uneven=[(50, 2051)],
     samples=_samples(),

@@ -162,6 +162,12 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
     ]
 
 
+def _of_rows(N: int, dtype: torch.dtype = FP32, *, batch: bool = False, **form: Any) -> Problem:
+    return problem(
+        (gather_logprob.first_dimension(N, batch), HIDDEN, COLUMNS), dtype, batch=batch, **form
+    )
+
+
 GOOD = {
     "hidden": torch.zeros(4, 3),
     "weight": torch.zeros(5, 3),
@@ -207,7 +213,7 @@ OP = Op(
     gradients={"hidden": "dx", "weight": "dw", "bias": "db"},
     rows=("hidden", "target"),
     columns={"weight": 0, "bias": 0},
-    of_rows=lambda N, dtype=FP32, **form: problem((N, HIDDEN, COLUMNS), dtype, **form),
+    of_rows=_of_rows,
     problem=problem,
     uneven=[(53, 2048, 1203), (1100, 130, 200)],
     samples=_samples(),
