@@ -1,10 +1,10 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm_process import WarmProcess
 
 pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
 
@@ -28,13 +28,14 @@ def test_the_function_that_a_module_imported_is_ours():
 """
 
 
-def test_tests_of_trl_run_with_ours_and_the_calls_are_counted(tmp_path: Path) -> None:
+def test_tests_of_trl_run_with_ours_and_the_calls_are_counted(
+    tmp_path: Path, warm: WarmProcess
+) -> None:
     """The call in fp64 is left to TRL's own."""
     path = tmp_path / "test_theirs.py"
     path.write_text(THEIRS)
-    command = [*(sys.executable, "-m", "pytest", "-p", "scripts.patched_trl"), "-c", "/dev/null"]
-    done = subprocess.run(
-        [*command, str(path)], check=False, cwd=ROOT, capture_output=True, text=True
-    )
+    command = str(Path(pytest.__file__).with_name("__main__.py"))
+    options = ("-p", "scripts.patched_trl", "-c", "/dev/null")
+    done = warm.start(command, [*options, path], tmp_path / "printed", cwd=ROOT).wait(240)
     assert "patch_trl: 2 calls, of which 1 went on to TRL's own" in done.stdout, done.stdout
-    assert done.returncode == 0
+    assert done.code == 0

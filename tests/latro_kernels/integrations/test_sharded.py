@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from latro_kernels.integrations.transformers import fused_head
 from tests.latro_kernels.integrations.models import batch, model_of
+from tests.warm_process import WarmProcess
 
 pytestmark = pytest.mark.long
 
@@ -35,10 +37,10 @@ def shard(model: PreTrainedModel, case: str) -> nn.Module:
     return fully_shard(model)
 
 
-def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+def main() -> None:
+    """Run one of the processes: its first argument is the folder for the gradients."""
+    folder = Path(sys.argv[1])
+    dist.init_process_group("gloo")
     for case, architecture in CASES.items():
         model = model_of(architecture)
         if case == "TRL":
@@ -52,16 +54,16 @@ def run_rank(rank: int, folder: str) -> None:
             fused_head(model)
         found = gradients(shard(model, case), case)
         whole = {name: grad.full_tensor() for name, grad in found.items()}
-        if rank == 0:
-            torch.save(whole, f"{folder}/{case}.pt")
+        if dist.get_rank() == 0:
+            torch.save(whole, folder / f"{case}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tmp_path_factory: pytest.TempPathFactory, warm: WarmProcess) -> Path:
     pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, (str(folder),), nprocs=2)
+    warm.run_together(__name__, [folder], folder / "printed", processes=2)
     return folder
 
 
