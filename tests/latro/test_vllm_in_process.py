@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from tests.latro.real_vllm import ROOT, SETTINGS, serve
 from tests.latro.test_vllm_server import SIZES
 
+pytestmark = pytest.mark.long
 NEEDED = "import vllm, accelerate, datasets, matplotlib, rich, yaml"
 
 

@@ -26,6 +26,7 @@ from scripts.make_tiny_model import make_model
 from tests.latro.real_vllm import serve
 from tests.latro.vllm_errors import errors
 
+pytestmark = pytest.mark.long
 # Attention on a CPU needs a head size of at least 32.
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
 
