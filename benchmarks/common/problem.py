@@ -46,7 +46,7 @@ STUDY_SHAPES = (
     Shape("cpu-4k-50k", n=4096, h=1024, v=50257),
 )
 OTHER_SHAPES = (
-    Shape("quick", n=128, h=512, v=8192),
+    Shape("quick", n=64, h=256, v=2048),
     Shape("cpu-8k", n=1024, h=1024, v=8192),
     Shape("gpt2", n=1024, h=768, v=50257),
 )
