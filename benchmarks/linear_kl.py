@@ -9,7 +9,7 @@ ops.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from latro_kernels import linear_kl
 
 
 def plain(
-    hidden_p: Tensor, weight: Tensor, hidden_q: Tensor, out_dtype: torch.dtype = torch.float32
+    hidden_p: Tensor, hidden_q: Tensor, weight: Tensor, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
     at = weight.to(hidden_p.dtype).t()
     log_p, log_q = (
@@ -34,27 +34,47 @@ def plain(
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def fused(hidden_p: Tensor, hidden_q: Tensor, weight: Tensor, backend: str) -> Tensor:
+    return linear_kl(hidden_p, weight, hidden_q, weight, backend=backend)
+
+
 def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
-    """Make the op in each dtype: two states, [N, H], at one head, [V, H], that is not trained."""
+    """Make the op in each dtype: two states, [N, H], at one head, [V, H], that is not trained.
+
+    It is there twice, with the gradient of p's states and with that of q's.
+    """
     for dtype in ("fp32", "bf16"):
-        hidden_p, hidden_q = (
-            torch.randn(sizes.N, sizes.H, device=device).to(DTYPES[dtype]) for _ in range(2)
-        )
+        states = {
+            name: torch.randn(sizes.N, sizes.H, device=device).to(DTYPES[dtype])
+            for name in ("hidden_p", "hidden_q")
+        }
         weight = (torch.randn(sizes.V, sizes.H, device=device) / sizes.H**0.5).to(DTYPES[dtype])
         grad = torch.randn(sizes.N, device=device)
-        heads = {"weight_p": weight, "hidden_q": hidden_q, "weight_q": weight}
         ways = {
-            name: partial(linear_kl, **heads, backend=backend)
+            name: partial(fused, weight=weight, backend=backend)
             for name, backend in BACKENDS[device.type].items()
         }
-        ways["plain"] = partial(plain, weight=weight, hidden_q=hidden_q)
-        yield Op(
-            name="linear_kl",
-            dtype=dtype,
-            ways={name: differentiated(way, hidden_p, grad) for name, way in ways.items()},
-            moved={},
-            truth=plain(hidden_p.double(), weight, hidden_q, torch.float64),
-        )
+        ways["plain"] = partial(plain, weight=weight)
+        in_fp64 = {name: hidden.double() for name, hidden in states.items()}
+        for trained, name in (("hidden_p", "linear_kl"), ("hidden_q", "linear_kl of q")):
+            yield Op(
+                name=name,
+                dtype=dtype,
+                ways={
+                    way: differentiated(
+                        partial(_at, function, states, trained), states[trained], grad
+                    )
+                    for way, function in ways.items()
+                },
+                moved={},
+                truth=plain(**in_fp64, weight=weight, out_dtype=torch.float64),
+            )
+
+
+def _at(
+    function: Callable[..., Tensor], states: Mapping[str, Tensor], trained: str, leaf: Tensor
+) -> Tensor:
+    return function(**{**states, trained: leaf})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -240,27 +240,31 @@ LATRO_API int32_t latro_cuda_gather_logprob_backward(
  * hidden_*[N, H_*] and weight_*[V, H_*] are of `dtype`, contiguous; weight_q is null where it is
  * weight_p. bias_*[V] or null; bf16_products, softcap and temperature are as in linear_logprob.
  *
- * forward fills kl[N]; peak[N], the maximum of z_p; anchor[N], z_q in that column; mean[N], the mean
- * of z_p - z_q under p less peak - anchor; and total[N], the sum of exp(z_p - peak).
+ * forward fills kl[N]; peak_*[N], the maximum of z_*; total_*[N], the sum of exp(z_* - peak_*);
+ * anchor[N], z_q in the column of peak_p; and mean[N], the mean of z_p - z_q under p less
+ * peak_p - anchor.
  *
- * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1) and fills
- * dx[., H_p] in those rows, dw[V, H_p] in `dtype` and db[V], each or null.
+ * backward makes the gradient of one head, which is q where of_q is not 0: `hidden`, `weight`,
+ * `bias` and H are that head's, the others the other one's, whose weight is null where both have
+ * one. It goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1) and fills dx[., H]
+ * in those rows, dw[V, H] in `dtype` and db[V], each or null.
  */
 LATRO_API int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p,
                                               const float* bias_p, int64_t H_p,
                                               const void* hidden_q, const void* weight_q,
                                               const float* bias_q, int64_t H_q, int32_t dtype,
                                               int32_t bf16_products, float* kl, double* anchor,
-                                              double* mean, double* peak, double* total, int64_t N,
-                                              int64_t V,
+                                              double* mean, double* peak_p, double* total_p,
+                                              double* peak_q, double* total_q, int64_t N, int64_t V,
                                               float softcap, float temperature, int64_t threads);
 
 LATRO_API int32_t latro_cpu_linear_kl_backward(
-    const void* hidden_p, const void* weight_p, const float* bias_p, int64_t H_p,
-    const void* hidden_q, const void* weight_q, const float* bias_q, int64_t H_q, int32_t dtype,
-    int32_t bf16_products, const int64_t* rows, const float* grad_kl, const double* anchor,
-    const double* mean, const double* peak, const double* total, float* dx, void* dw, float* db,
-    int64_t M, int64_t V, float softcap, float temperature, int64_t threads);
+    const void* hidden, const void* weight, const float* bias, int64_t H, const void* hidden_other,
+    const void* weight_other, const float* bias_other, int64_t H_other, int32_t dtype,
+    int32_t bf16_products, int32_t of_q, const int64_t* rows, const float* grad_kl,
+    const double* anchor, const double* mean, const double* peak_p, const double* total_p,
+    const double* peak_q, const double* total_q, float* dx, void* dw, float* db, int64_t M,
+    int64_t V, float softcap, float temperature, int64_t threads);
 
 /* linear_kl on CUDA: what happens to one tile of logits of each head between the products.
  *
@@ -273,8 +277,9 @@ LATRO_API int32_t latro_cpu_linear_kl_backward(
  * exp(dp) * (zp - zq - (peak_p - anchor)); second, the sum of exp(dp) * (exp(dq - dp) - 1 + dp - dq)
  * (start: 0).
  *
- * grad: writes the gradient with respect to p's products into dtile, in the dtype of the products
- * to come (it may be tile_p where that is fp32). mean is moment / total_p.
+ * grad: writes the gradient with respect to p's products, or q's where of_q is not 0, into dtile, in
+ * the dtype of the products to come (it may be that head's tile where that is fp32). mean is
+ * moment / total_p.
  */
 LATRO_API int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q,
                                             const float* bias_p, const float* bias_q, float* peak_p,
@@ -285,9 +290,10 @@ LATRO_API int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* ti
 
 LATRO_API int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q,
                                             const float* bias_p, const float* bias_q, void* dtile,
-                                            int32_t dtype, const float* grad_kl,
+                                            int32_t dtype, int32_t of_q, const float* grad_kl,
                                             const float* anchor, const float* mean,
-                                            const float* peak, const float* total, int64_t rows,
+                                            const float* peak_p, const float* total_p,
+                                            const float* peak_q, const float* total_q, int64_t rows,
                                             int64_t cols, float softcap, float temperature,
                                             void* stream);
 

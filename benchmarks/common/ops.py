@@ -149,7 +149,8 @@ def run(
     report.console(width=120).print(report.table(name, headings, map(cells, rows), names=4))
     result = {"sizes": asdict(sizes), "environment": environment(device)}
     path: Path = args.out / "ops.json"
-    kept = [row for row in held(path, result) if row["op"] != name]
+    made = {row["op"] for row in rows}
+    kept = [row for row in held(path, result) if row["op"] not in made]
     report.write_json(path, {**result, "rows": [*kept, *rows]})
     print(f"written: {path}")
 

@@ -39,46 +39,47 @@ void logits(const Transform& transform, const Product* products, const float* bi
   }
 }
 
-// The sweeps of both heads, side by side; q's weight is null where it is p's.
+// The sweeps of both heads, side by side; the second's weight is null where it is the first's. The
+// first is the one whose gradient is made: p in the forward, p or q in the backward.
 template <typename Gemm, typename T>
 struct Pair {
   const bool shared;
   const int64_t width;  // of a slice
-  Sweep<Gemm, T> p, q;
+  Sweep<Gemm, T> own, other;
 
-  Pair(const Head<T>& p, const Head<T>& q, bool with_dz, bool with_dx, int64_t threads)
-      : shared(q.weight.data == nullptr),
-        width(slice_columns<Gemm>(std::max(p.H, q.H), p.V)),
-        p(p, with_dz, with_dx, threads, width),
-        q(q, false, false, threads, width) {}
+  Pair(const Head<T>& own, const Head<T>& other, bool with_dz, bool with_dx, int64_t threads)
+      : shared(other.weight.data == nullptr),
+        width(slice_columns<Gemm>(std::max(own.H, other.H), own.V)),
+        own(own, with_dz, with_dx, threads, width),
+        other(other, false, false, threads, width) {}
 
-  bool ok() const { return p.ok() && q.ok(); }
+  bool ok() const { return own.ok() && other.ok(); }
 
   // Packs a slice; called by all threads.
   void pack_weights(int64_t begin, int64_t cols) {
-    p.pack_weight_rows(begin, cols);
-    if (!shared) q.pack_weight_rows(begin, cols);
+    own.pack_weight_rows(begin, cols);
+    if (!shared) other.pack_weight_rows(begin, cols);
   }
 
-  // Calls visit(i, from, n, zp, zq) with the logits of n columns, `from` of the slice that begins
+  // Calls visit(i, from, n, z, z_other) with the logits of n columns, `from` of the slice that begins
   // at `begin` and the next, for row i of a chunk that `thread` has packed.
   template <typename Visit>
   void for_each_row(int thread, int64_t count, int64_t begin, int64_t cols, Visit visit) {
     constexpr int64_t kRows = Gemm::kRows;
-    Scratch<Gemm>&own_p = p.threads[thread], &own_q = q.threads[thread];
-    const Sweep<Gemm, T>& weight_q = shared ? p : q;
+    Scratch<Gemm>&scratch = own.threads[thread], &scratch_other = other.threads[thread];
+    const Sweep<Gemm, T>& weight_other = shared ? own : other;
     for (int64_t from = 0; from < cols; from += kGroupCols) {
       const int64_t n = std::min(kGroupCols, cols - from), column = begin + from;
       for (int64_t i = 0; i < count; i += kRows) {
-        p.products(own_p, i, from, from + n, own_p.products.get());
-        weight_q.products(own_q, i, from, from + n, own_q.products.get());
+        own.products(scratch, i, from, from + n, scratch.products.get());
+        weight_other.products(scratch_other, i, from, from + n, scratch_other.products.get());
         for (int64_t r = 0; r < std::min(kRows, count - i); ++r) {
-          double zp[kGroupCols], zq[kGroupCols];
-          logits(p.head.transform, own_p.products.get() + r * kGroupCols, p.head.bias_at(column), n,
-                 zp);
-          logits(q.head.transform, own_q.products.get() + r * kGroupCols, q.head.bias_at(column), n,
-                 zq);
-          visit(i + r, from, n, zp, zq);
+          double z[kGroupCols], z_other[kGroupCols];
+          logits(own.head.transform, scratch.products.get() + r * kGroupCols,
+                 own.head.bias_at(column), n, z);
+          logits(other.head.transform, scratch_other.products.get() + r * kGroupCols,
+                 other.head.bias_at(column), n, z_other);
+          visit(i + r, from, n, z, z_other);
         }
       }
     }
@@ -88,7 +89,7 @@ struct Pair {
 template <typename Gemm, typename T>
 std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
   std::vector<KlState> states(N);
-  const int64_t V = pair.p.head.V, rows = chunk_rows(N);
+  const int64_t V = pair.own.head.V, rows = chunk_rows(N);
 #pragma omp parallel num_threads(static_cast<int>(threads))
   for (int64_t begin = 0; begin < V; begin += pair.width) {
     const int64_t cols = std::min(pair.width, V - begin);
@@ -97,8 +98,8 @@ std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
     for (int64_t first = 0; first < N; first += rows) {
       const int64_t count = std::min(rows, N - first);
       const int thread = omp_get_thread_num();
-      pair.p.pack_chunk(pair.p.head.hidden, first, count, pair.p.threads[thread]);
-      pair.q.pack_chunk(pair.q.head.hidden, first, count, pair.q.threads[thread]);
+      pair.own.pack_chunk(pair.own.head.hidden, first, count, pair.own.threads[thread]);
+      pair.other.pack_chunk(pair.other.head.hidden, first, count, pair.other.threads[thread]);
       pair.for_each_row(thread, count, begin, cols,
                         [&](int64_t i, int64_t, int64_t n, const double* zp, const double* zq) {
                           states[first + i].add(zp, zq, n);
@@ -110,23 +111,49 @@ std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
 
 // What the backward is given, by the number of the row in `hidden`.
 struct RowGrads {
+  bool of_q;
   const float* grad_kl;
-  const double *anchor, *mean, *peak, *total;
+  const double *anchor, *mean, *peak_p, *total_p, *peak_q, *total_q;
 
-  // The gradient with respect to n products of p.
+  // The gradient with respect to n products of one head, q where of_q; z are its logits, `other`
+  // the other head's.
   template <typename Product>
-  void products(int64_t row, const Transform& transform, const double* zp, const double* zq,
+  void products(int64_t row, const Transform& transform, const double* z, const double* other,
                 int64_t n, Product* dz) const {
-    const double shift = peak[row], from = shift - anchor[row], center = mean[row];
-    const double slope = 1.0 / double{transform.temperature};
-    const double weight = grad_kl[row] / total[row] * slope;
+    const double slope = grad_kl[row] / double{transform.temperature};
     const double to_tanh =
         transform.softcap > 0.0f ? double{transform.temperature} / transform.softcap : 0.0;
+    double dlogit[kGroupCols];
+    if (of_q) {
+      of_logits_q(row, z, other, n, dlogit);
+    } else {
+      of_logits_p(row, z, other, n, dlogit);
+    }
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
-      const double e = exp_vec(zp[j] - shift), tanh = zp[j] * to_tanh;
-      const double g = weight * e * (((zp[j] - zq[j]) - from) - center) * (1.0 - tanh * tanh);
-      dz[j] = static_cast<Product>(e == 0.0 ? 0.0 : g);
+      const double tanh = to_tanh > 0.0 ? z[j] * to_tanh : 0.0;  // z may be -inf without softcap
+      dz[j] = static_cast<Product>(slope * dlogit[j] * (1.0 - tanh * tanh));
+    }
+  }
+
+ private:
+  void of_logits_p(int64_t row, const double* zp, const double* zq, int64_t n, double* dz) const {
+    const double shift = peak_p[row], from = shift - anchor[row], center = mean[row];
+    const double weight = 1.0 / total_p[row];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      const double e = exp_vec(zp[j] - shift);
+      dz[j] = e == 0.0 ? 0.0 : weight * e * (((zp[j] - zq[j]) - from) - center);
+    }
+  }
+
+  void of_logits_q(int64_t row, const double* zq, const double* zp, int64_t n, double* dz) const {
+    const double shift_p = peak_p[row], shift_q = peak_q[row], weight = 1.0 / total_p[row];
+    // Exactly 1 where the heads are equal: then nothing is left, also of a fused multiply-add.
+    const double ratio = total_p[row] / total_q[row];
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) {
+      dz[j] = weight * (ratio * exp_vec(zq[j] - shift_q) - exp_vec(zp[j] - shift_p));
     }
   }
 };
@@ -134,23 +161,23 @@ struct RowGrads {
 template <typename Gemm, typename T>
 void backward(Pair<Gemm, T>& pair, HeadGradient<Gemm, T>& gradient, const int64_t* rows,
               const RowGrads& grads) {
-  const Matrix<T>& q = pair.q.head.hidden;
-  const Matrix<T> hidden_q{q.data, q.row_step, q.col_step, rows};
+  const Matrix<T>& other = pair.other.head.hidden;
+  const Matrix<T> hidden_other{other.data, other.row_step, other.col_step, rows};
   const auto fill = [&](const Place& place, int thread) {
     const int64_t first = place.block + place.first;
-    Scratch<Gemm>& own = pair.p.threads[thread];
-    pair.p.pack_chunk(gradient.hidden(), first, place.count, own);
-    pair.q.pack_chunk(hidden_q, first, place.count, pair.q.threads[thread]);
-    pair.for_each_row(thread, place.count, place.begin, place.cols,
-                      [&](int64_t i, int64_t from, int64_t n, const double* zp, const double* zq) {
-                        typename Gemm::Product dz[kGroupCols];
-                        grads.products(gradient.row(place, i), pair.p.head.transform, zp, zq, n,
-                                       dz);
-                        gradient.put(place, i, from, dz, n, own);
-                      });
+    Scratch<Gemm>& own = pair.own.threads[thread];
+    pair.own.pack_chunk(gradient.hidden(), first, place.count, own);
+    pair.other.pack_chunk(hidden_other, first, place.count, pair.other.threads[thread]);
+    pair.for_each_row(
+        thread, place.count, place.begin, place.cols,
+        [&](int64_t i, int64_t from, int64_t n, const double* z, const double* z_other) {
+          typename Gemm::Product dz[kGroupCols];
+          grads.products(gradient.row(place, i), pair.own.head.transform, z, z_other, n, dz);
+          gradient.put(place, i, from, dz, n, own);
+        });
   };
   gradient.run(
-      pair.p.head.V, [&](int64_t begin, int64_t cols) { pair.pack_weights(begin, cols); }, fill);
+      pair.own.head.V, [&](int64_t begin, int64_t cols) { pair.pack_weights(begin, cols); }, fill);
 }
 
 // As `with_types`, with products in double where they are few.
@@ -179,7 +206,8 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
                                     int64_t H_p, const void* hidden_q, const void* weight_q,
                                     const float* bias_q, int64_t H_q, int32_t dtype,
                                     int32_t bf16_products, float* kl, double* anchor, double* mean,
-                                    double* peak, double* total, int64_t N, int64_t V, float softcap,
+                                    double* peak_p, double* total_p, double* peak_q,
+                                    double* total_q, int64_t N, int64_t V, float softcap,
                                     float temperature, int64_t threads) {
   return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
@@ -194,30 +222,32 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
       kl[i] = static_cast<float>(state.kl());
       anchor[i] = state.anchor;
       mean[i] = state.mean();
-      peak[i] = state.peak_p;
-      total[i] = state.total_p;
+      peak_p[i] = state.peak_p;
+      total_p[i] = state.total_p;
+      peak_q[i] = state.peak_q;
+      total_q[i] = state.total_q;
     }
     return LATRO_OK;
   });
 }
 
-int32_t latro_cpu_linear_kl_backward(const void* hidden_p, const void* weight_p,
-                                     const float* bias_p, int64_t H_p, const void* hidden_q,
-                                     const void* weight_q, const float* bias_q, int64_t H_q,
-                                     int32_t dtype, int32_t bf16_products, const int64_t* rows,
-                                     const float* grad_kl, const double* anchor, const double* mean,
-                                     const double* peak, const double* total, float* dx, void* dw, float* db,
-                                     int64_t M, int64_t V, float softcap, float temperature,
-                                     int64_t threads) {
-  return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
+int32_t latro_cpu_linear_kl_backward(
+    const void* hidden, const void* weight, const float* bias, int64_t H, const void* hidden_other,
+    const void* weight_other, const float* bias_other, int64_t H_other, int32_t dtype,
+    int32_t bf16_products, int32_t of_q, const int64_t* rows, const float* grad_kl,
+    const double* anchor, const double* mean, const double* peak_p, const double* total_p,
+    const double* peak_q, const double* total_q, float* dx, void* dw, float* db, int64_t M,
+    int64_t V, float softcap, float temperature, int64_t threads) {
+  return with_products(dtype, bf16_products, H, H_other, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Transform transform{softcap, temperature};
-    const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, transform);
-    const Head<T> q = head_of<T>(hidden_q, weight_q, bias_q, H_q, V, transform);
-    Pair<decltype(gemm), T> pair(p, q, true, dx != nullptr, threads);
-    HeadGradient<decltype(gemm), T> gradient(pair.p, rows, M, Gradients{dx, dw, db});
+    const Head<T> own = head_of<T>(hidden, weight, bias, H, V, transform);
+    const Head<T> other = head_of<T>(hidden_other, weight_other, bias_other, H_other, V, transform);
+    Pair<decltype(gemm), T> pair(own, other, true, dx != nullptr, threads);
+    HeadGradient<decltype(gemm), T> gradient(pair.own, rows, M, Gradients{dx, dw, db});
     if (!pair.ok() || !gradient.ok()) return LATRO_OUT_OF_MEMORY;
-    backward(pair, gradient, rows, RowGrads{grad_kl, anchor, mean, peak, total});
+    backward(pair, gradient, rows,
+             RowGrads{of_q != 0, grad_kl, anchor, mean, peak_p, total_p, peak_q, total_q});
     return LATRO_OK;
   });
 }

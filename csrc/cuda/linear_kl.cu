@@ -206,29 +206,41 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state
 }
 
 struct RowGrad {
-  const float *grad_kl, *anchor, *mean, *peak, *total;
+  const float *grad_kl, *anchor, *mean, *peak_p, *total_p, *peak_q, *total_q;
 };
 
-template <typename T>
+template <bool kOfQ, typename T>
 __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, RowGrad grad) {
   for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
     const Row row = tiles.row(i);
     T* drow = dtile + i * tiles.cols;
-    const float g = grad.grad_kl[i], mean = grad.mean[i], total = grad.total[i];
-    const float peak = grad.peak[i], at_anchor = peak - grad.anchor[i];
+    const float g = grad.grad_kl[i], mean = grad.mean[i];
+    const float peak_p = grad.peak_p[i], total_p = grad.total_p[i];
+    const float peak_q = grad.peak_q[i], total_q = grad.total_q[i];
+    const float at_anchor = peak_p - grad.anchor[i];
     row.for_each([&](int64_t j, auto zp, auto zq) {
       constexpr int n = zp.kSize;
       float dz[n];
       for (int k = 0; k < n; ++k) {
-        const float p = expf(zp.at[k] - peak) / total;
-        dz[k] = p == 0.0f ? 0.0f : g * p * (((zp.at[k] - zq.at[k]) - at_anchor) - mean);
+        const float p = expf(zp.at[k] - peak_p) / total_p;
+        if constexpr (kOfQ) {
+          dz[k] = g * (expf(zq.at[k] - peak_q) / total_q - p);
+        } else {
+          dz[k] = p == 0.0f ? 0.0f : g * p * (((zp.at[k] - zq.at[k]) - at_anchor) - mean);
+        }
       }
-      row.transform.gradients(zp.at, dz);
+      row.transform.gradients(kOfQ ? zq.at : zp.at, dz);
       Pack<T, n> gradient;
       for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
       gradient.store(drow + j);
     });
   }
+}
+
+template <typename T>
+void launch_grad(const Tiles& tiles, void* dtile, bool of_q, const RowGrad& grad, cudaStream_t on) {
+  const auto kernel = of_q ? grad_kernel<true, T> : grad_kernel<false, T>;
+  kernel<<<blocks_for(tiles.rows), kThreads, 0, on>>>(tiles, static_cast<T*>(dtile), grad);
 }
 
 }  // namespace
@@ -246,21 +258,21 @@ int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q, cons
 }
 
 int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q, const float* bias_p,
-                                  const float* bias_q, void* dtile, int32_t dtype,
+                                  const float* bias_q, void* dtile, int32_t dtype, int32_t of_q,
                                   const float* grad_kl, const float* anchor, const float* mean,
-                                  const float* peak, const float* total, int64_t rows, int64_t cols,
-                                  float softcap, float temperature, void* stream) {
+                                  const float* peak_p, const float* total_p, const float* peak_q,
+                                  const float* total_q, int64_t rows, int64_t cols, float softcap,
+                                  float temperature, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
   const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
-  const RowGrad grad{grad_kl, anchor, mean, peak, total};
+  const RowGrad grad{grad_kl, anchor, mean, peak_p, total_p, peak_q, total_q};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {
-    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<float*>(dtile), grad);
+    launch_grad<float>(tiles, dtile, of_q, grad, on);
   } else if (dtype == LATRO_BF16) {
-    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<__nv_bfloat16*>(dtile),
-                                                       grad);
+    launch_grad<__nv_bfloat16>(tiles, dtile, of_q, grad, on);
   } else if (dtype == LATRO_F16) {
-    grad_kernel<<<blocks_for(rows), kThreads, 0, on>>>(tiles, static_cast<__half*>(dtile), grad);
+    launch_grad<__half>(tiles, dtile, of_q, grad, on);
   } else {
     return LATRO_BAD_DTYPE;
   }

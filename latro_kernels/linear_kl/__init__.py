@@ -4,10 +4,10 @@ Head p has hidden x_n, weight W and bias b, head q its own; temperature T and so
 With logits z as in `linear_logprob`, p = softmax(zᵖ), q = softmax(z^q) and d_j = zᵖ_j − z^q_j,
 
     KL(p‖q) = Σ_j p_j·(log p_j − log q_j) = E_p[d] − log Σ exp(zᵖ) + log Σ exp(z^q)
-    ∂KL/∂zᵖ_j = p_j·(d_j − E_p[d])
+    ∂KL/∂zᵖ_j = p_j·(d_j − E_p[d])        ∂KL/∂z^q_j = q_j − p_j
 
-where p_j = 0 counts as 0. From there on the chain to x, W and b is that of `linear_logprob`; q is
-held constant.
+where p_j = 0 counts as 0. From there on the chain to x, W and b is that of `linear_logprob`. An
+input that is in both heads has the sum of both gradients.
 
 One pass over both logits finds it, in sums that are rescaled as the maxima mᵖ and m^q move. Sums of
 d are taken from its value at p's likeliest token a: where p is nearly one-hot, d_a may be 100 nats
@@ -99,11 +99,14 @@ class _LinearKl(torch.autograd.Function):
                 "linear_kl has no double backward; use backend='reference' for create_graph"
             )
         heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        wanted: list[Tensor | None] = []
         # The inputs are the settings, then hidden, weight and bias of p and those of q.
-        needs = ctx.needs_input_grad[1:4]
-        gradients = ops.backward(*heads, *ctx.settings, *rows, grad_kl, needs)
-        wanted = (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return None, *wanted, None, None, None
+        for of_q, needs in ((False, ctx.needs_input_grad[1:4]), (True, ctx.needs_input_grad[4:])):
+            gradients = (None,) * 3
+            if any(needs):
+                gradients = ops.backward(*heads, *ctx.settings, *rows, grad_kl, of_q, needs)
+            wanted += (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        return None, *wanted
 
 
 def linear_kl(
@@ -118,7 +121,10 @@ def linear_kl(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return KL(p‖q) of two LM heads, row by row and exact, differentiable in p, without logits.
+    """Return KL(p‖q) of two LM heads, row by row and exact, differentiable in both, without logits.
+
+    With the policy as p and its reference as q it is a penalty; in distillation, with the student
+    as p, the reverse KL, and with the student as q the forward KL.
 
     Without softcap, and up to rounding, this is
 
@@ -150,8 +156,7 @@ def linear_kl(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: an argument of the wrong shape, device or value, an unknown backend, or an
-            input of q that requires grad where gradients are recorded: detach it.
+        ValueError: an argument of the wrong shape, device or value, or an unknown backend.
         BackendUnavailableError: the backend cannot run here.
     """
     tensors: dict[str, Any] = {"hidden_p": hidden_p, "weight_p": weight_p, "bias_p": bias_p}
@@ -174,15 +179,10 @@ def linear_kl(
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:
-    """Check types, dimensions and devices, and that nobody asks for the gradient of q."""
+    """Check types, dimensions and devices."""
     for name, tensor in given.items():
         check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
         check_device(name, tensor, "hidden_p", given["hidden_p"])
-        if name.endswith("_q") and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name}: expected a tensor that does not require grad, as linear_kl holds q "
-                f"constant, got one that does: pass {name}.detach()"
-            )
 
 
 def _check_shapes(given: dict[str, Tensor]) -> None:

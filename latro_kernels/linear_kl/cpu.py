@@ -11,16 +11,19 @@ from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
-    """Return kl, and anchor, mean, max_p and sum_exp_p as `KlGrad` describes them."""
+    """Return kl, and the numbers of each row that `KlGrad` describes."""
     operands, results = _operands(p, q), empty_results(p.hidden)
     numbers = (len(p.hidden), len(p.weight), p.softcap, p.temperature, torch.get_num_threads())
     native.call("latro_cpu_linear_kl_forward", *operands, *results, *numbers)
     return results
 
 
-def backward(p: Head, q: Head, grad: KlGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of p's hidden, weight and bias; None where none is needed."""
-    (N, H), V, dtype = p.hidden.shape, len(p.weight), p.weight.dtype
+def backward(
+    p: Head, q: Head, grad: KlGrad, *, of_q: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of p's, or q's, hidden, weight and bias; None where none is needed."""
+    own, other = (q, p) if of_q else (p, q)
+    (N, H), V, dtype = own.hidden.shape, len(own.weight), own.weight.dtype
     # Rows without an upstream gradient are left out.
     rows = (grad.grad_kl != 0).nonzero().flatten()
     M = len(rows)
@@ -30,31 +33,29 @@ def backward(p: Head, q: Head, grad: KlGrad, needs: tuple[bool, ...]) -> tuple[T
     if M:
         native.call(
             "latro_cpu_linear_kl_backward",
-            *_operands(p, q),
+            *_operands(own, other),
+            of_q,
             rows if M < N else None,
-            grad.grad_kl,
-            grad.anchor,
-            grad.mean,
-            grad.max_p,
-            grad.sum_exp_p,
+            *vars(grad).values(),
             dx,
             dw,
             db,
             M,
             V,
-            p.softcap,
-            p.temperature,
+            own.softcap,
+            own.temperature,
             torch.get_num_threads(),
         )
     return tuple(None if t is None else t.to(dtype) for t in (dx, dw, db))
 
 
-def _operands(p: Head, q: Head) -> list[Tensor | int | None]:
+def _operands(head: Head, other: Head) -> list[Tensor | int | None]:
     """Return the first arguments of both calls."""
     operands: list[Tensor | int | None] = []
-    for head in (p, q):
-        is_shared = head is q and share_weight(p, q)
-        bias = None if head.bias is None else head.bias.float().contiguous()
-        operands += [head.hidden.contiguous(), None if is_shared else head.weight.contiguous()]
-        operands += [bias, head.hidden.shape[1]]
-    return [*operands, native.dtype_code(p.hidden.dtype), multiplies_bf16(p.hidden, q.hidden)]
+    for one in (head, other):
+        is_shared = one is other and share_weight(head, other)
+        bias = None if one.bias is None else one.bias.float().contiguous()
+        operands += [one.hidden.contiguous(), None if is_shared else one.weight.contiguous()]
+        operands += [bias, one.hidden.shape[1]]
+    codes = native.dtype_code(head.hidden.dtype), multiplies_bf16(head.hidden, other.hidden)
+    return [*operands, *codes]

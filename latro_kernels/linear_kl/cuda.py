@@ -25,8 +25,10 @@ def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
         )
 
 
-def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor) -> None:
-    """Fill `dz`, the gradient with respect to p's products, which may be p's tile."""
+def grad(
+    head: Head, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
+) -> None:
+    """Fill `dz`, the gradient with respect to p's products, or q's, which may be their tile."""
     with torch.cuda.device(dz.device):
         native.call(
             "latro_cuda_linear_kl_grad",
@@ -34,6 +36,7 @@ def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor
             *biases,
             dz,
             native.dtype_code(dz.dtype),
+            of_q,
             *vars(rows).values(),
             *dz.shape,
             head.softcap,

@@ -20,11 +20,12 @@ _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
     "Tensor? bias_q, float temperature, float softcap, str backend"
 )
-_ROWS = "Tensor anchor, Tensor mean, Tensor max_p, Tensor sum_exp_p"
+_ROWS = "Tensor anchor, Tensor mean, Tensor max_p, Tensor sum_exp_p, Tensor max_q, Tensor sum_exp_q"
 torch.library.define("latro_kernels::linear_kl", f"({_HEADS}) -> (Tensor kl, {_ROWS})")
 torch.library.define(
     "latro_kernels::linear_kl_backward",
-    f"({_HEADS}, {_ROWS}, Tensor grad_kl, bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+    f"({_HEADS}, {_ROWS}, Tensor grad_kl, bool of_q, bool[3] needs) -> "
+    "(Tensor dx, Tensor dw, Tensor db)",
 )
 
 
@@ -42,22 +43,22 @@ def _(hidden_p: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *heads, anchor, mean, max_p, sum_exp_p, grad_kl, needs = arguments
+    heads, (*rows, grad_kl, of_q, needs) = arguments[:9], arguments[9:]
     p, q = _heads(*heads)
-    grad = KlGrad(
-        grad_kl=grad_kl.contiguous(), anchor=anchor, mean=mean, max_p=max_p, sum_exp_p=sum_exp_p
-    )
+    grad = KlGrad(grad_kl.contiguous(), *rows)
     with torch.autocast(p.hidden.device.type, enabled=False):
-        gradients = _driver(p).backward(p, q, grad, tuple(needs))
+        gradients = _driver(p).backward(p, q, grad, of_q=of_q, needs=tuple(needs))
     return tuple(absent(p.hidden) if g is None else g for g in gradients)
 
 
 @torch.library.register_fake("latro_kernels::linear_kl_backward")
-def _(hidden_p: Tensor, weight_p: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    shapes = (hidden_p.shape, weight_p.shape, weight_p.shape[:1])
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    *_, of_q, needs = arguments
+    hidden, weight = arguments[3:5] if of_q else arguments[:2]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
     return tuple(
-        hidden_p.new_empty(shape) if needed else absent(hidden_p)
-        for shape, needed in zip(shapes, arguments[-1], strict=True)
+        hidden.new_empty(shape) if needed else absent(hidden)
+        for shape, needed in zip(shapes, needs, strict=True)
     )
 
 

@@ -1,8 +1,9 @@
 """What passes between `linear_kl` and its drivers: two heads, and a few numbers per row.
 
 A driver has two functions. `forward(p, q)` returns the KL and what the backward needs of each row;
-`backward(p, q, grad, needs)` returns the gradients of p's hidden states, weight and bias. `cpu` is
-the driver on the CPU, `tiles` the one on GPUs. p and q share temperature, softcap and backend.
+`backward(p, q, grad, of_q, needs)` returns the gradients of the hidden states, weight and bias of
+one head, q if `of_q`. `cpu` is the driver on the CPU, `tiles` the one on GPUs. p and q share
+temperature, softcap and backend.
 """
 
 from __future__ import annotations
@@ -64,16 +65,15 @@ class KlState:
 
     def finish(self) -> tuple[Tensor, ...]:
         """Return the KL, and what `KlGrad` has of the forward."""
-        sum_exp = self.sum_exp_p.double()
-        mean = self.moment.double() / sum_exp
-        first = mean + (self.max_q.double() - self.anchor.double())
-        excess = self.second.double() / sum_exp - first
-        # Σ exp(z^q − max_q) / sum_exp_p, which is 1 + excess; the sum itself where that cancels.
-        log_ratio = torch.where(
-            excess > -0.5, excess.log1p(), self.sum_exp_q.double().log() - sum_exp.log()
-        )
+        in_fp64 = KlState(*(numbers.double() for numbers in vars(self).values()))
+        sum_exp_p, sum_exp_q = in_fp64.sum_exp_p, in_fp64.sum_exp_q
+        mean = in_fp64.moment / sum_exp_p
+        first = mean + (in_fp64.max_q - in_fp64.anchor)
+        excess = in_fp64.second / sum_exp_p - first
+        # sum_exp_q / sum_exp_p, which is 1 + excess; the sum itself where that cancels.
+        log_ratio = torch.where(excess > -0.5, excess.log1p(), sum_exp_q.log() - sum_exp_p.log())
         kl = (first + log_ratio).float()
-        return kl, self.anchor.double(), mean, self.max_p.double(), sum_exp
+        return kl, in_fp64.anchor, mean, in_fp64.max_p, sum_exp_p, in_fp64.max_q, sum_exp_q
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +86,8 @@ class KlGrad:
         mean: E_p[zᵖ − z^q] − (max_p − anchor).
         max_p: max zᵖ.
         sum_exp_p: Σ exp(zᵖ − max_p).
+        max_q: max z^q.
+        sum_exp_q: Σ exp(z^q − max_q).
     """
 
     grad_kl: Tensor
@@ -93,6 +95,8 @@ class KlGrad:
     mean: Tensor
     max_p: Tensor
     sum_exp_p: Tensor
+    max_q: Tensor
+    sum_exp_q: Tensor
 
     def rows(self, block: slice | Tensor) -> KlGrad:
         """Return what the backward needs of some rows."""
@@ -100,12 +104,12 @@ class KlGrad:
 
 
 def empty_results(hidden: Tensor) -> tuple[Tensor, ...]:
-    """Return room for the KL, fp32, and for anchor, mean, max_p and sum_exp_p, fp64."""
-    dtypes = (torch.float32, *(torch.float64,) * 4)
+    """Return room for the KL, fp32, and for what `KlGrad` has of the forward, fp64."""
+    dtypes = (torch.float32, *(torch.float64,) * 6)
     return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for dtype in dtypes)
 
 
-def share_weight(p: Head, q: Head) -> bool:
+def share_weight(head: Head, other: Head) -> bool:
     """Return whether both heads have the same weight in memory."""
-    ours, other = ((w.data_ptr(), w.shape, w.stride()) for w in (p.weight, q.weight))
-    return ours == other
+    one, two = ((w.data_ptr(), w.shape, w.stride()) for w in (head.weight, other.weight))
+    return one == two

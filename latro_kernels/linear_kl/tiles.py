@@ -2,9 +2,9 @@
 
 Over a slice of the vocabulary and a block of rows, the products of head p and those of head q stand
 side by side in two tiles. The forward folds both into seven numbers per row and drops them. The
-backward makes them again and turns p's into the gradient dz with respect to it, of which
-`head_gradient` makes gradients. The vocabulary is the outer loop: where both heads have the same
-weight, a slice of it is read for both.
+backward makes them again and turns those of one head into the gradient dz with respect to them, of
+which `head_gradient` makes gradients. The vocabulary is the outer loop: where both heads have the
+same weight, a slice of it is read for both.
 """
 
 from __future__ import annotations
@@ -30,40 +30,52 @@ from latro_kernels.linear_kl.state import KlGrad, KlState, share_weight
 
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
-    """Return kl, and anchor, mean, max_p and sum_exp_p as `KlGrad` describes them."""
+    """Return kl, and the numbers of each row that `KlGrad` describes."""
     N, state, kernels = len(p.hidden), KlState.start(p.hidden), _kernels(p.backend)
     height, width = tile_shape(p, tiles=2)
     for columns, weight, bias in slices(p, width):
-        weight_q, bias_q = _slice_of_q(p, q, columns, weight)
+        weight_q, bias_q = _slice_of_other(p, q, columns, weight)
         for rows in row_blocks(N, height):
             tiles = _products(p, rows, weight), _products(q, rows, weight_q)
             kernels.fold(p, tiles, (bias, bias_q), state=state.rows(rows))
     return state.finish()
 
 
-def backward(p: Head, q: Head, grad: KlGrad, needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of p's hidden, weight and bias; None where none is needed."""
-    kernels = _kernels(p.backend)
+def backward(
+    p: Head, q: Head, grad: KlGrad, *, of_q: bool, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of p's, or q's, hidden, weight and bias; None where none is needed."""
+    own, other = (q, p) if of_q else (p, q)
+    kernels = _kernels(own.backend)
     # GPUs compute in fp32, as in the forward.
     grad = KlGrad(*(numbers.float() for numbers in vars(grad).values()))
 
     def make(tile: Tile) -> Gradient:
-        weight_q, bias_q = _slice_of_q(p, q, tile.columns, tile.weight)
-        tiles = _products(p, tile.rows, tile.weight), _products(q, tile.rows, weight_q)
-        # dz has the dtype of the next product's factors, and p's tile as its place if that is fp32.
-        dtype = operand_dtype(p)
+        weight, bias = _slice_of_other(own, other, tile.columns, tile.weight)
+        tiles = _products(own, tile.rows, tile.weight), _products(other, tile.rows, weight)
+        # dz has the dtype of the next product's factors, and the tile as its place if that is fp32.
+        dtype = operand_dtype(own)
         dz = tiles[0] if dtype == torch.float32 else torch.empty_like(tiles[0], dtype=dtype)
-        kernels.grad(p, tiles, (tile.bias, bias_q), rows=grad.rows(tile.rows), dz=dz)
+        biases = tile.bias, bias
+        if of_q:
+            tiles, biases = tiles[::-1], biases[::-1]
+        kernels.grad(own, tiles, biases, rows=grad.rows(tile.rows), of_q=of_q, dz=dz)
         return Gradient(dz)
 
-    dx, dw, db = sweep(p, needs, tile_shape(p, tiles=2), make)
-    return None if dx is None else dx.to(p.hidden.dtype), dw, db
+    dx, dw, db = sweep(own, needs, tile_shape(own, tiles=2), make)
+    return None if dx is None else dx.to(own.hidden.dtype), dw, db
 
 
-def _slice_of_q(p: Head, q: Head, columns: slice, weight_p: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return q's weight, in the dtype of products, and its bias in fp32."""
-    weight = weight_p if share_weight(p, q) else q.weight[columns].to(weight_p.dtype)
-    return weight, None if q.bias is None else q.bias[columns].float().contiguous()
+def _slice_of_other(
+    head: Head, other: Head, columns: slice, weight: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return the other head's weight, in the dtype of products, and its bias in fp32.
+
+    `weight` is the same slice of the head's own.
+    """
+    if not share_weight(head, other):
+        weight = other.weight[columns].to(weight.dtype)
+    return weight, None if other.bias is None else other.bias[columns].float().contiguous()
 
 
 def _products(head: Head, rows: slice | Tensor, weight: Tensor) -> Tensor:

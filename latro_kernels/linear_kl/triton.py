@@ -138,12 +138,15 @@ def grad_kernel(
     mean_ptr,
     max_p_ptr,
     sum_exp_p_ptr,
+    max_q_ptr,
+    sum_exp_q_ptr,
     columns,
     softcap,
     temperature,
     HAS_BIAS_P: tl.constexpr,
     HAS_BIAS_Q: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    OF_Q: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -154,16 +157,21 @@ def grad_kernel(
     at_anchor = max_p - tl.load(anchor_ptr + row)
     mean = tl.load(mean_ptr + row)
     sum_exp_p = tl.load(sum_exp_p_ptr + row)
+    max_q = tl.load(max_q_ptr + row)
+    sum_exp_q = tl.load(sum_exp_q_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         zp = row_logits(p_ptr, bias_p_ptr, j, mask, softcap, temperature, HAS_BIAS_P, HAS_SOFTCAP)
         zq = row_logits(q_ptr, bias_q_ptr, j, mask, softcap, temperature, HAS_BIAS_Q, HAS_SOFTCAP)
         p = tl.exp(zp - max_p) / sum_exp_p
-        dz = tl.where(p == 0.0, 0.0, grad_kl * p * (((zp - zq) - at_anchor) - mean))
+        if OF_Q:
+            dz = grad_kl * (tl.exp(zq - max_q) / sum_exp_q - p)
+        else:
+            dz = tl.where(p == 0.0, 0.0, grad_kl * p * (((zp - zq) - at_anchor) - mean))
         # From the logits to the products that they were made of.
         if HAS_SOFTCAP:
-            tanh = zp * temperature / softcap
+            tanh = (zq if OF_Q else zp) * temperature / softcap
             dz *= 1.0 - tanh * tanh
         tl.store(dz_ptr + row * columns + j, dz / temperature, mask=mask)
 
@@ -191,8 +199,10 @@ def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
         )
 
 
-def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor) -> None:
-    """Fill `dz`, the gradient with respect to p's products, which may be p's tile."""
+def grad(
+    head: Head, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
+) -> None:
+    """Fill `dz`, the gradient with respect to p's products, or q's, which may be their tile."""
     with torch.cuda.device_of(dz):
         grad_kernel[(len(dz),)](
             tile_p_ptr=tiles[0],
@@ -205,8 +215,11 @@ def grad(head: Head, tiles: Pair, biases: OptionalPair, rows: KlGrad, dz: Tensor
             mean_ptr=rows.mean,
             max_p_ptr=rows.max_p,
             sum_exp_p_ptr=rows.sum_exp_p,
+            max_q_ptr=rows.max_q,
+            sum_exp_q_ptr=rows.sum_exp_q,
             columns=dz.shape[1],
             softcap=head.softcap,
             temperature=head.temperature,
+            OF_Q=of_q,
             BLOCK_V=BLOCK_V,
         )

@@ -119,7 +119,9 @@ def test_opcheck(
     given = op.of_rows(9, dtype, **form).on(backend)
     with RawOps() as raw:
         replace(given, trained=given.trained[:1] if alone else given.trained).solve(backend)
-    assert len(raw.calls) == (2 if op.gradients else 1)
+    # linear_kl has a backward for each of its heads.
+    backwards = 0 if not op.gradients else 2 if op is LINEAR_KL and not alone else 1
+    assert len(raw.calls) == 1 + backwards
     for function, arguments in raw.calls:
         torch.library.opcheck(function, arguments)
 
@@ -205,7 +207,7 @@ def test_targets_are_checked_where_compiled(op: str, has_grad: bool) -> None:
 @each_op([LINEAR_LOGPROB, LINEAR_KL])
 def test_autocast_casts_as_linear_does(op: Op) -> None:
     given = op.problem((9, 150, 31), bias=True)
-    hidden, weight, bias = (given[name] for name in op.gradients)
+    hidden, weight, bias = (given[name] for name in [*op.gradients][:3])
     low = {n: t.bfloat16() for n, t in given.arguments.items() if n.split("_")[0] in HEAD}
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(hidden, weight, bias).dtype == torch.bfloat16

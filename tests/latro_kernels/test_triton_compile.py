@@ -83,7 +83,8 @@ KL_TILES = {
 KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
 KL_STATE = ("max_p", "sum_exp_p", "max_q", "sum_exp_q", "anchor", "moment", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
-KL_ROWS = {f"{name}_ptr": ROW for name in ("grad_kl", "anchor", "mean", "max_p", "sum_exp_p")}
+KL_OF_ROW = ("grad_kl", "anchor", "mean", "max_p", "sum_exp_p", "max_q", "sum_exp_q")
+KL_ROWS = {f"{name}_ptr": ROW for name in KL_OF_ROW}
 GROUP_SUMS = {
     "logp_ptr": ROW,
     "ref_logp_ptr": ROW,
@@ -231,14 +232,17 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
         KL_FOLD if name == "fold" else {**KL_TILES, "dz_ptr": f"*{dtype}", **KL_ROWS, **KL_NUMBERS}
     )
     signature = aligned(signature) if is_aligned else signature
-    for plain in (True, False):
+    for plain, of_q in ((True, False), (False, False), (False, True)):
         constants = {
             "HAS_BIAS_P": not plain,
             "HAS_BIAS_Q": not plain,
             "HAS_SOFTCAP": not plain,
             "BLOCK_V": kernels.BLOCK_V,
         }
-        check(function, signature, constants, capability)
+        if name == "grad":
+            check(function, signature, constants | {"OF_Q": of_q}, capability)
+        elif not of_q:
+            check(function, signature, constants, capability)
 
 
 @each_gpu

@@ -26,7 +26,8 @@ def test_a_quick_run_writes_the_op_in_every_dtype(name, tmp_path, capsys):
     assert path.name == "ops.json"
     result = json.loads(path.read_text())
     assert result.keys() == {"sizes", "rows", "environment"}
-    assert {row["op"] for row in result["rows"]} == {name}
+    names = {"linear_kl", "linear_kl of q"} if name == "linear_kl" else {name}
+    assert {row["op"] for row in result["rows"]} == names
     assert list(dict.fromkeys(row["dtype"] for row in result["rows"])) == dtypes
     assert all(row["error"] < 1e-2 for row in result["rows"])
     assert all(row["low"] <= row["median"] <= row["high"] for row in result["rows"])
@@ -38,7 +39,7 @@ def test_all_ways_give_the_same(name):
     torch.manual_seed(0)
     benchmark, dtypes = BENCHMARKS[name]
     made = list(benchmark.ops(ops.QUICK, torch.device("cpu")))
-    assert [op.dtype for op in made] == dtypes
+    assert list(dict.fromkeys(op.dtype for op in made)) == dtypes
     for op in made:
         first, *others = (
             {lap: ops.value(run()) for lap, run in laps.items()} for laps in op.ways.values()

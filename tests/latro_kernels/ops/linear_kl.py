@@ -18,6 +18,12 @@ from tests.latro_kernels.ops.op import COLUMNS, DTYPES, HIDDEN, INTERPRETED, Op,
 FP32, BF16, FP16 = DTYPES
 
 
+GRADIENTS = {
+    **{"hidden_p": "dx", "weight_p": "dw", "bias_p": "db"},
+    **{"hidden_q": "dx_q", "weight_q": "dw_q", "bias_q": "db_q"},
+}
+
+
 def problem(
     shape: tuple[int, int, int],
     dtype: torch.dtype = torch.float32,
@@ -70,8 +76,7 @@ def problem(
 
 
 def _of(arguments: dict[str, Any], grad_kl: Tensor) -> Problem:
-    trained = ("hidden_p", "weight_p", "bias_p")
-    return Problem(op=OP, arguments=arguments, upstream={"kl": grad_kl}, trained=trained)
+    return Problem(op=OP, arguments=arguments, upstream={"kl": grad_kl}, trained=tuple(GRADIENTS))
 
 
 def of_logits(zp: Tensor, zq: Tensor, grad_kl: Tensor) -> Problem:
@@ -222,7 +227,7 @@ OP = Op(
     unfused=unfused,
     formula=formula,
     outputs=("kl",),
-    gradients={"hidden_p": "dx", "weight_p": "dw", "bias_p": "db"},
+    gradients=GRADIENTS,
     rows=("hidden_p", "hidden_q"),
     columns={"weight_p": 0, "weight_q": 0, "bias_p": 0, "bias_q": 0},
     of_rows=lambda N, dtype=FP32, **form: problem((N, HIDDEN, COLUMNS), dtype, **form),
