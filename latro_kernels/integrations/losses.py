@@ -145,7 +145,7 @@ def selective_log_softmax(
         # The column with the largest logit, as the difference from a logit of −∞ is no number.
         largest = z.argmax(-1, keepdim=True)
         scored = columns.gather(-1, largest)[..., 0]
-    if row_mask is not None:
+    if ignore_index is not None:
         scored = scored.masked_fill(mask, ignore_index)
     logp = gather_logprob(
         logits,
