@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latro_kernels import gather_logprob, linear_logprob
 from tests.latro_kernels.ops.op import (
+    FUSED,
     INTERPRETED,
     Op,
     Problem,
@@ -137,11 +138,24 @@ def loss(op: Op, options: dict[str, Any], arguments: Results, upstream: Results)
     return (coefficient * arguments["logp"]).sum() + outputs["reward"].sum()
 
 
-def value_and_gradients(given: Problem, function: Callable[..., Tensor]) -> list[Tensor]:
-    names = [n for n in given.trained or ("logp",) if given[n] is not None]
-    leaves = {n: given[n].clone().requires_grad_() for n in names}
-    value = function(given.arguments | leaves, given.upstream)
-    return [value.detach(), *torch.autograd.grad(value, list(leaves.values()))]
+def losses(op: Op, options: list[dict[str, Any]], given: list[tuple[Results, Results]]) -> Tensor:
+    """Return the loss of each problem, of which its arguments and upstream gradients are given."""
+    pairs = zip(options, given, strict=True)
+    return torch.stack([loss(op, of_one, *tensors) for of_one, tensors in pairs])
+
+
+def values_and_gradients(
+    problems: list[Problem], function: Callable[[list[tuple[Results, Results]]], Tensor]
+) -> list[Tensor]:
+    """Return what `function` makes of problems, and the gradients of its sum."""
+    trained = [
+        {n: p[n].clone().requires_grad_() for n in p.trained or ("logp",) if p[n] is not None}
+        for p in problems
+    ]
+    pairs = zip(problems, trained, strict=True)
+    values = function([(p.arguments | leaves, p.upstream) for p, leaves in pairs])
+    every_leaf = [leaf for leaves in trained for leaf in leaves.values()]
+    return [values.detach(), *torch.autograd.grad(values.sum(), every_leaf)]
 
 
 def is_compiled(op: Op, form: dict[str, Any], backend: str) -> bool:
@@ -157,32 +171,38 @@ def test_compiles_once_for_any_number_of_rows(op: Op, form: dict[str, Any], back
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     options = op.of_rows(6, **form).options | {"backend": backend}
-    compiled = torch.compile(partial(loss, op, options), fullgraph=True, backend=counter)
+    eager = partial(losses, op, [options])
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
     for N in (6, 8, 14, 16, 28):
-        given = op.of_rows(N, **form)
-        results = value_and_gradients(given, compiled)
-    torch.testing.assert_close(results, value_and_gradients(given, partial(loss, op, options)))
+        given = [op.of_rows(N, **form)]
+        results = values_and_gradients(given, compiled)
+    torch.testing.assert_close(results, values_and_gradients(given, eager))
     assert counter.frame_count == 2
 
 
-def is_compiled_by_torch(op: Op, form: dict[str, Any], backend: str) -> bool:
-    """Whether to wait for torch's own compiler; nothing can be compiled beside the interpreter."""
+# Nothing can be compiled beside the interpreter.
+COMPILED = [
+    pytest.param(op, *backend.values, id=f"{op.name}-{backend.values[0]}", marks=backend.marks)
+    for op in (*DIFFERENTIABLE, GROUP_ADVANTAGE)
+    for backend in FUSED
+    if not INTERPRETED and (op is GROUP_ADVANTAGE or backend.values == ("cpu",))
+]
+
+
+@pytest.mark.parametrize(("op", "backend"), COMPILED)
+def test_compiles_as_one_graph(op: Op, backend: str) -> None:
+    """With torch's own compiler, which takes seconds for a graph: all forms together are one."""
+    forms = list(op.forms.values())
     if op is GROUP_ADVANTAGE:
-        return not INTERPRETED and form in (
-            {"kl": k, "unfinished": "exclude"} for k in ("k3", "exact")
-        )
-    return backend == "cpu" and op is not LINEAR_SAMPLE
-
-
-@each_form(where=is_compiled_by_torch)
-def test_compiles_as_one_graph(op: Op, form: dict[str, Any], backend: str) -> None:
-    given = op.of_rows(9, **form).on(backend)
-    options = given.options | {"backend": backend}
+        forms = [{"kl": kl, "unfinished": "exclude"} for kl in ("k3", "exact")]
+        assert all(form in op.forms.values() for form in forms)
+    given = [op.of_rows(9, **form).on(backend) for form in forms]
+    eager = partial(losses, op, [p.options | {"backend": backend} for p in given])
     for dynamic in (False, True) if op is GROUP_ADVANTAGE else (False,):
         torch.compiler.reset()
-        compiled = torch.compile(partial(loss, op, options), fullgraph=True, dynamic=dynamic)
-        results = value_and_gradients(given, compiled)
-        torch.testing.assert_close(results, value_and_gradients(given, partial(loss, op, options)))
+        compiled = torch.compile(eager, fullgraph=True, dynamic=dynamic)
+        results = values_and_gradients(given, compiled)
+        torch.testing.assert_close(results, values_and_gradients(given, eager))
 
 
 @pytest.mark.parametrize("has_grad", [False, True])
