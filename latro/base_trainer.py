@@ -76,6 +76,7 @@ class AnswerTrainer(LongRunTrainer):
         data: the arguments by which a command loaded the rows; the model card tells them.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a row that cannot be trained on, or a model that cannot be scored, or that
             computes differently in training than in evaluation.
     """
@@ -103,6 +104,8 @@ class AnswerTrainer(LongRunTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         temperature: float = 1.0,
     ) -> None:
+        _check_types(model, processing_class, task)
+        _check_precision(args)
         if peft_config is not None:
             # The Trainer would seed only after the adapter's weights are drawn.
             set_seed(args.seed)
@@ -124,6 +127,12 @@ class AnswerTrainer(LongRunTrainer):
                 max_completion_length=args.max_completion_length,
             )
         check_trainable(model)
+        if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "model: none of its weights requires a gradient; load an adapter with "
+                "is_trainable=True, pass peft_config to put one on, or call "
+                "model.requires_grad_(True) to train all weights"
+            )
         if has_adapter(model):
             check_adapter(model)
             if args.gradient_checkpointing:
@@ -195,18 +204,24 @@ class AnswerTrainer(LongRunTrainer):
         Every batch is made as a single process makes it, and cut into the processes' shares.
 
         Raises:
-            ValueError: the trainer has no training dataset.
+            ValueError: the trainer has no training dataset, or drops its only batch.
         """
         if self.train_dataset is None:
             raise ValueError("train_dataset: expected a dataset, got None")
         accelerator = self.accelerator
+        in_batch = self._train_batch_size * accelerator.num_processes
+        if self.args.dataloader_drop_last and len(self.train_dataset) < in_batch:
+            raise ValueError(
+                f"dataloader_drop_last: expected at least one whole batch of {in_batch} rows, got "
+                f"{len(self.train_dataset)} rows, which would all be dropped"
+            )
         given = accelerator.dataloader_config
         accelerator.dataloader_config = replace(given, split_batches=True, even_batches=False)
         try:
             return self._get_dataloader(
                 dataset=self.train_dataset,
                 description="Training",
-                batch_size=self._train_batch_size * accelerator.num_processes,
+                batch_size=in_batch,
                 sampler_fn=self._get_train_sampler,
                 is_training=True,
             )
@@ -397,6 +412,27 @@ class AnswerTrainer(LongRunTrainer):
         if self.is_world_process_zero():
             given = {name: value for name, value in told.items() if value}
             write_card(replace(run_of(self, folder), **given), folder)
+
+
+def _check_types(model: Any, processing_class: object, task: object) -> None:
+    """Raise TypeError for an argument of another kind than a trainer needs."""
+    kinds: tuple[tuple[str, object, type, str], ...] = (
+        ("model", without_wrapper(model), PreTrainedModel, "a PreTrainedModel or PeftModel"),
+        ("processing_class", processing_class, PreTrainedTokenizerBase, "the model's tokenizer"),
+        ("task", task, Task, "a task, such as latro.tasks.get_task('gsm8k')"),
+    )
+    for name, value, kind, expected in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _check_precision(args: AnswerConfig) -> None:
+    """Raise ValueError for a precision that accelerate would leave out without a word."""
+    if args.mixed_precision == "fp16" and args.device.type == "cpu":
+        raise ValueError(
+            "fp16: expected bf16, or neither, on a CPU, where accelerate trains in fp32 instead; "
+            "got True"
+        )
 
 
 def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:

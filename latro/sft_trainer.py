@@ -44,6 +44,7 @@ class SftTrainer(AnswerTrainer):
         callbacks: added to the Trainer's own.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
     """
 
@@ -67,6 +68,8 @@ class SftTrainer(AnswerTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        if not isinstance(args, SftConfig):
+            raise TypeError(f"args: expected a SftConfig, got {type(args).__name__}")
         super().__init__(
             model,
             args,
@@ -101,7 +104,7 @@ class SftTrainer(AnswerTrainer):
                 "--target answer"
             )
         for index, rationale in enumerate(dataset["rationale"]):
-            if not rationale.strip():
+            if not isinstance(rationale, str) or not rationale.strip():
                 raise ValueError(
                     f"train_dataset: row {index}: expected a rationale, got {rationale!r}; drop "
                     "the row, or take --target answer"

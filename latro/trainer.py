@@ -87,6 +87,7 @@ class LatroTrainer(AnswerTrainer):
         callbacks: added to the Trainer's own.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a row that cannot be trained on, or a model that cannot be scored.
     """
 
@@ -111,6 +112,8 @@ class LatroTrainer(AnswerTrainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        if not isinstance(args, LatroConfig):
+            raise TypeError(f"args: expected a LatroConfig, got {type(args).__name__}")
         super().__init__(
             model,
             args,

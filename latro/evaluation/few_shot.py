@@ -97,7 +97,7 @@ def _solution(row: Mapping[str, Any], answer_template: str) -> str:
     rationale = (row.get("rationale") or "").strip()
     # Cut the rationale where it states an answer itself.
     rationale = template_pattern(answer_template).split(rationale, maxsplit=1)[0].rstrip()
-    solution = f"{rationale} {answer_template.strip()} {row['answer']}".strip()
+    solution = f"{rationale} {answer_template.strip()} {row['answer'].strip()}".strip()
     return re.sub(r"\n\s*\n", "\n", solution)
 
 

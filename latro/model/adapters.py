@@ -122,11 +122,6 @@ def check_adapter(model: PeftModel) -> None:
     merged = model.get_model_status().merged_adapters
     if merged:
         raise ValueError(f"model: its adapters {merged} are merged; call unmerge_adapter() first")
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ValueError(
-            "model: none of its weights requires a gradient; load the adapter with "
-            "is_trainable=True"
-        )
 
 
 def _check_kind(config: PeftConfig) -> None:

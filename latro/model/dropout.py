@@ -68,8 +68,9 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
 
 
 def _set_rates_to_zero(module: nn.Module) -> None:
-    if isinstance(module, nn.Dropout):
-        module.p = 0.0
+    # PEFT's MultiplicativeDropoutLayer is no nn.Dropout, and shows only in a trained adapter.
+    if isinstance(module, nn.Dropout) or "Dropout" in type(module).__name__:
+        vars(module)["p"] = 0.0
     for holder in (module, getattr(module, "config", None)):
         if not isinstance(holder, (nn.Module, PreTrainedConfig)):
             continue

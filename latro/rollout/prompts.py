@@ -8,6 +8,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.rollout.answer_template import template_pattern
 from latro.rollout.chat_template import leaves_out_the_user, tokenizer_name
 from latro.rollout.frame import Frame
 from latro.rollout.long_rope import long_rope_boundary
@@ -110,12 +111,16 @@ def check_dataset(
         The largest lengths, in tokens.
 
     Raises:
-        ValueError: there are no rows, a column is missing, a prompt or answer is empty, the
-            tokenizer cannot render a prompt, a row with a rationale of full length does not fit the
-            model or crosses the boundary of its rotary frequencies (the message names the row and
-            shows the beginning of its prompt); or the chat template renders two prompts alike in
-            which users say different things.
+        TypeError: this is no `datasets.Dataset`.
+        ValueError: there are no rows, a column is missing, a prompt or answer is empty or of
+            another kind, an answer has the template already, the tokenizer cannot render a prompt,
+            a row with a rationale of full length does not fit the model or crosses the boundary of
+            its rotary frequencies (the message names the row and shows the beginning of its
+            prompt); or the chat template renders two prompts alike in which users say different
+            things.
     """
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"{name}: expected a datasets.Dataset, got {type(dataset).__name__}")
     missing = {"prompt", "answer"} - set(dataset.column_names)
     if missing:
         raise ValueError(
@@ -130,10 +135,20 @@ def check_dataset(
     for index, (prompt, answer) in enumerate(
         zip(dataset["prompt"], dataset["answer"], strict=True)
     ):
+        if not _is_prompt(prompt):
+            raise ValueError(
+                f"{name}: row {index}: expected a string, or messages with role and content, as "
+                f"the prompt, got {prompt!r}"
+            )
         if not isinstance(answer, str) or not answer.strip():
             raise ValueError(
                 f"{name}: row {index}: expected a non-empty answer, got {answer!r}; "
                 f"{_beginning(prompt)}"
+            )
+        if template_pattern(join.template).match(answer.strip()):
+            raise ValueError(
+                f"{name}: row {index}: expected an answer without the answer template "
+                f"{join.template!r}, which is put before it, got {answer!r}; {_beginning(prompt)}"
             )
         try:
             ids = encode_prompt(tokenizer, prompt, join.frame)
@@ -168,6 +183,21 @@ def check_dataset(
             f"{name}: the chat template of {tokenizer_name(tokenizer)} leaves out what users say"
         )
     return longest
+
+
+def _is_prompt(prompt: object) -> bool:
+    """Return whether this is a string, or a list of messages whose role and content are strings."""
+    if isinstance(prompt, str):
+        return True
+    return (
+        isinstance(prompt, Sequence)
+        and len(prompt) > 0
+        and all(
+            isinstance(message, Mapping)
+            and all(isinstance(message.get(key), str) for key in ("role", "content"))
+            for message in prompt
+        )
+    )
 
 
 class _Rendered:

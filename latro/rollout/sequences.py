@@ -220,8 +220,10 @@ class AnswerJoin:
         """Return the rollout of one completion; what follows the words that end it is dropped.
 
         `statement` is the index of these words in the completion: 0, the first, for a sampled
-        rationale; in a whole completion, the one that states the answer which counts.
+        rationale; in a whole completion, the one that states the answer which counts. White space
+        around the answer does not count.
         """
+        answer = answer.strip()
         finished = bool(sample.ids) and sample.ids[-1] in self.eos_token_ids
         read = sample.ids[:-1] if finished else sample.ids
         stated = self._find_ending(read, statement)

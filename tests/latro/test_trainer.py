@@ -5,8 +5,11 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
 
+from latro import LatroConfig, LatroTrainer
 from latro.evaluation.accuracy import answer_logp
 from latro.model.head_rows import HeadRows, SampledRows
 from latro.model.packing import collate
@@ -616,3 +619,51 @@ def test_an_optimizer_shows_the_weights_of_each_mode(make_trainer, monkeypatch):
     optimizer.train()
     trainer.save_model()
     assert optimizer.face == "eval"
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("model", "org/model", "model: expected a PreTrainedModel or PeftModel, got str"),
+        ("args", TrainingArguments(), "args: expected a LatroConfig, got TrainingArguments"),
+        ("processing_class", None, "processing_class: expected the model's tokenizer, got None"),
+        ("task", "gsm8k", "task: expected a task, such as .*, got str"),
+        ("train_dataset", [{"prompt": "a", "answer": "5"}], "train_dataset: .* got list"),
+        ("eval_dataset", {"prompt": ["a"], "answer": ["5"]}, "eval_dataset: .* got dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tiny, tokenizer, task, argument, value, message):
+    given = {
+        "model": tiny(),
+        "args": LatroConfig(),
+        "train_dataset": None,
+        "processing_class": tokenizer,
+        "task": task,
+    }
+    with pytest.raises(TypeError, match=message):
+        LatroTrainer(**{**given, argument: value})
+
+
+@pytest.mark.parametrize(
+    "prompts", [["How?", None], [1, 2], [[{"role": "user"}]], [[{"role": "user", "content": None}]]]
+)
+def test_a_prompt_of_another_kind_is_named_with_its_row(make_trainer, prompts):
+    rows = Dataset.from_list([{"prompt": prompt, "answer": "5"} for prompt in prompts])
+    with pytest.raises(ValueError, match=r"train_dataset: row \d: expected a string, or messages"):
+        make_trainer(train_dataset=rows)
+
+
+def test_a_model_without_weights_to_train_is_refused(make_trainer, tiny):
+    with pytest.raises(ValueError, match="model: none of its weights requires a gradient"):
+        make_trainer(tiny().requires_grad_(False))
+
+
+def test_half_precision_that_a_cpu_would_leave_out_is_refused(make_trainer):
+    with pytest.raises(ValueError, match="fp16: expected bf16, or neither, on a CPU"):
+        make_trainer(fp16=True, use_cpu=True)
+
+
+def test_rows_that_would_all_be_dropped_are_refused(make_trainer):
+    trainer = make_trainer(per_device_train_batch_size=16, dataloader_drop_last=True)
+    with pytest.raises(ValueError, match=r"dataloader_drop_last: expected .* 16 rows, got 8 rows"):
+        trainer.train()

@@ -53,6 +53,28 @@ def test_training_draws_nothing(with_dropout, architecture):
     assert not draws(model)
 
 
+@pytest.mark.parametrize("kind", ["boft", "oft"])
+def test_dropout_of_an_adapters_own_class(tiny, kind):
+    """Its classes are no `nn.Dropout`, and a new adapter, which changes nothing, shows no draw."""
+    peft = pytest.importorskip("peft")
+    make = {
+        "boft": lambda: peft.BOFTConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], boft_block_size=4, boft_dropout=0.5
+        ),
+        "oft": lambda: peft.OFTConfig(
+            task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=4, r=0,
+            module_dropout=0.5,
+        ),
+    }  # fmt: skip
+    model = peft.get_peft_model(tiny(), make[kind]())
+    disable_dropout(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    assert not draws(model.train())
+
+
 def test_it_leaves_mode_and_random_state(with_dropout):
     for mode in (True, False):
         model = with_dropout("opt", **MODELS["opt"]).train(mode)

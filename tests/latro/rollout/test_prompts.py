@@ -134,6 +134,14 @@ def test_a_row_that_does_not_fit_is_named_by_how_its_prompt_begins(tiny, tokeniz
         check_dataset(empty, "data", model, tokenizer, join, 64)
 
 
+@pytest.mark.parametrize("answer", ["The answer is 3", " the answer is: 3"])
+def test_an_answer_that_has_the_template_already_is_refused(tiny, tokenizer, answer):
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+    rows = [{"prompt": "How many?", "answer": a} for a in ("The answer isn't 3", answer)]
+    with pytest.raises(ValueError, match=r"data: row 1: expected an answer without the answer tem"):
+        check_dataset(Dataset.from_list(rows), "data", tiny(), tokenizer, join, 8)
+
+
 def test_a_prompt_as_text():
     assert prompt_text("How many?") == prompt_text([USER]) == "How many?"
     assert prompt_text([SYSTEM, USER]) == "system: Be brief.\nuser: How many?"

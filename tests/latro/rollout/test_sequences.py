@@ -49,6 +49,12 @@ def test_join_at_the_length_limit(tokenizer, join):
     assert decode(tokenizer, rollout.input_ids) == "How many? 2+3 The answer is 5"
 
 
+@pytest.mark.parametrize("answer", [" 5", "5\n", "\t 5 "])
+def test_white_space_around_an_answer_is_no_part_of_it(tokenizer, join, answer):
+    prompt, sample = tokenizer.encode("How many?"), Sample(tokenizer.encode(" 2+3=5."))
+    assert join(prompt, sample, answer) == join(prompt, sample, "5")
+
+
 @pytest.mark.parametrize(("prompt", "joint"), [("How many?", " "), ("How many?\n", "")])
 def test_an_empty_rationale_is_scored(tokenizer, join, prompt, joint):
     eos = tokenizer.eos_token_id
