@@ -319,7 +319,9 @@ def first_line(text: str) -> str:
 def _plain(text: str) -> str:
     """Return the text without markup, tags and symbols such as check marks."""
     letters = re.sub("[✗✘❌❎🚫]", " not ", TAG.sub("\n", folded(unmarked(text))))
-    return "".join(" " if unicodedata.category(c) == "So" else c for c in letters)
+    plain = "".join(" " if unicodedata.category(c) == "So" else c for c in letters)
+    # Options are compared with single spaces, and "78° F" has two now.
+    return re.sub(" {2,}", " ", plain)
 
 
 def _collapsed(text: str) -> str:

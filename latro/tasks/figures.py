@@ -1,8 +1,9 @@
 """Rewrite numbers of any spelling in the one spelling that `numeric` reads.
 
-`plain_figures` removes markup (`markup`) and writes groups with commas, fractions as "3/4", powers
-as "10^(6)", multiplication as "×", any currency as "$", any arrow or sign of approximation as "=".
-A LaTeX command that is left after that, a backslash and a name, is unknown.
+`plain_figures` removes markup (`markup`) and calculator annotations, and writes groups with commas,
+fractions as "3/4", powers as "10^(6)", multiplication as "×", any currency as "$", any arrow or
+sign of approximation as "=". A LaTeX command that is left after that, a backslash and a name, is
+unknown.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ _ORDINAL = re.compile(r"(?<=[0-9])\s?\^\s?(?:\{\s*)?(?:st|nd|rd|th)\b\s*\}?")
 _SIGNS = str.maketrans(dict.fromkeys("⋅·∙•✕✖", "×") | dict.fromkeys("≈≃≅∼≡∈→⇒➔➜⟶⟹", "="))
 # "1. 18 pens" may be a list's first item or the answer 1 and another sentence.
 _NUMBERED = re.compile(r"(?<=\n)[ \t]*1[.)][ \t]+(?=\S)")
+# GSM8K's solutions have these before each result: "10 + 8 = <<10+8=18>>18".
+_CALCULATOR_MARK = re.compile(r"<<[^<>]*=[^<>]*>>")
 _TIE = re.compile(r"~(?=[a-zA-Z])")
 _UNEQUAL = re.compile(r"(?<![0-9)])!=")
 _TIMES = re.compile(r"(?<=[0-9])(?<!\b0)\s?[xX]\s?(?=\$?[0-9])")
@@ -76,7 +79,7 @@ def plain_figures(text: str, *, words: bool) -> str:
         text: a statement, or an answer from the data.
         words: whether to turn numbers in words into figures.
     """
-    text = unmarked(_GROUP_MARK.sub(",", text))
+    text = unmarked(_GROUP_MARK.sub(",", _CALCULATOR_MARK.sub("", text)))
     text = TAG.sub("\n", _NUMBERED.sub(lambda _: UNREADABLE, folded(text).translate(_SIGNS)))
     text = _ORDINAL.sub("th", _DEGREES.sub("°", text))
     text = _TIMES.sub(" × ", _UNEQUAL.sub("≠", _TIE.sub(" ", text)))

@@ -418,6 +418,9 @@ def test_digits_are_labels_or_texts_and_never_both(row, statement, stated):
         (["large because hot", "small"], "large because hot", "A"),
         (["the second option", "both"], "the second option", "A"),
         (["the letter B", "x"], "the letter B", "A"),
+        (["32° F", "78° F"], "78° F (B)", "B"),
+        (["32° F", "78° F"], "78 °F, since it is warm", "B"),
+        (["32° F", "78° F"], "78° F (A)", None),
     ],
 )
 def test_texts_with_marks_and_words_of_the_rule(texts, statement, stated):
