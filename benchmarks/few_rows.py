@@ -3,7 +3,7 @@
     python benchmarks/few_rows.py --out benchmarks/results/few_rows
     python benchmarks/few_rows.py --quick                             # seconds, which say nothing
 
-Ways, which take turns, repetition by repetition:
+Compared, in interleaved repetitions:
 
 - read: torch's sum of an fp32 tensor of as many bytes as the weight;
 - linear: torch's `linear`;

@@ -2,7 +2,7 @@
 
     from latro import LatroConfig, LatroTrainer, SftConfig, SftTrainer
 
-`python -m latro.train`, `python -m latro.sft` and `python -m latro.evaluate` are the command lines.
+The commands are `python -m latro.train`, `latro.sft`, `latro.evaluate` and `latro.probe`.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class LatroTrainer(AnswerTrainer):
             0, since a rationale must be scored by the policy that sampled it. Of a `PeftModel` the
             adapter is trained.
         args: the settings.
-        train_dataset: rows with `prompt` and `answer`, both strings.
+        train_dataset: rows with `prompt`, a string or messages, and `answer`, a string.
         processing_class: the model's tokenizer.
         task: its answer template ends rationales and opens answers; it grades in evaluation.
         eval_dataset: held-out rows for `evaluate()`.

@@ -1,4 +1,4 @@
-"""Write the table of docs/many-devices.md of when `--async_rollouts 1` pays, by simulation.
+"""Write docs/many-devices.md's table of when `--async_rollouts 1` pays, by simulation.
 
     python -m scripts.overlap_table            # rewrite the page
     python -m scripts.overlap_table --check    # exit 1 where it differs

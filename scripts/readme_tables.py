@@ -3,7 +3,7 @@
     python scripts/readme_tables.py            # rewrite the pages
     python scripts/readme_tables.py --check    # exit 1 where one differs
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, on as many pages as like.
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, on any number of pages.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a compiled kernel takes of a GPU that need not be there: read out of its cubin.
+"""Read what a compiled kernel takes of a GPU out of its cubin, without a GPU.
 
     signature = aligned({"x_ptr": "*bf16", "N": "i32"})
     found = compile_kernel(kernel, signature, {"BLOCK": 128}, 90, num_warps=8)
 
-`read` does the same for a library that nvcc built. What a GPU has is of "Technical Specifications
-per Compute Capability" in the CUDA C++ Programming Guide.
+`read` does the same for a library that nvcc built. The limits of GPUs are from "Technical
+Specifications per Compute Capability" in the CUDA C++ Programming Guide.
 """
 
 from __future__ import annotations

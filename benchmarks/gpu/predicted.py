@@ -2,7 +2,7 @@
 
 The first column of numbers is predicted before anything is measured; the second with the GEMM rate
 and the bandwidth that the stage `chip` has measured. Where the second is right and the first is
-not, it was the rates; where both are wrong, what the model says of our kernels.
+not, the rates were wrong; where both are wrong, what the model says of our kernels.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class PeftArguments:
     lora_target_parameters: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of weights that are no layer's, as of a mixture's experts: "
+            "help": "Names of parameters outside of linear layers, as a mixture's experts: "
             "mlp.experts.gate_up_proj."
         },
     )

@@ -83,8 +83,8 @@ class AnswerConfig(TrainingArguments):
     )
     token_budget: int = setting(
         16384,
-        "Tokens of one micro-batch through the trunk, halved where memory runs out; results do not "
-        "depend on it.",
+        "Tokens of one micro-batch through the trunk, halved where memory runs out; results "
+        "differ only by rounding.",
     )
     max_skipped_updates: int = setting(
         3, "Number of NaN or infinite updates in a row that are skipped before the run stops."
@@ -358,7 +358,7 @@ class DataArguments:
     dataset_name: str = setting(
         "arithmetic",
         f"A task: {', '.join(sorted(TASKS))}. Or data of your own: a file ({', '.join(FORMATS)}), "
-        "a folder with a file a split, or a hub id.",
+        "a folder with one file per split, or a hub id.",
     )
     dataset_config: str | None = setting(
         None, "Configuration of your own data on the hub, where it has several."

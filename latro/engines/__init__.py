@@ -1,1 +1,1 @@
-"""The engines that sample rationales: transformers in this process, or a vLLM server."""
+"""The engines that sample rationales: transformers, or vLLM in this process or as a server."""

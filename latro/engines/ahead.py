@@ -11,7 +11,7 @@ by token. The first update of an epoch has nothing older: it samples with its ow
 the same weights sample for the second. No request reaches beyond the end of an epoch, or of the
 run.
 
-Which weights sample for which update is so decided by the data alone. A checkpoint waits for the
+So which weights sample for which update depends on the data alone. A checkpoint waits for the
 rollouts that are under way and holds them, since the weights that drew them are gone by then. A run
 that resumes takes them from there, and is the run that was never stopped. Prompts are known by
 their place in the whole update, as seeds are, so another number of processes may resume.

@@ -1,7 +1,7 @@
 """No dropout: a rationale must be scored by the policy that sampled it.
 
 Models keep their rates in `nn.Dropout`, in floats that they hand to a function, and in configs that
-some read in every forward. What no name tells is found by trying.
+some read in every forward. What no name reveals is found by trying.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The likelihood of an answer can rise without better reasoning: the model learns the words that every
 answer begins and ends with, and short rationales escape the floor that unfinished ones get. Both
-make rationales shorter until nothing is left of them. What is looked at is in the log in any case.
+make rationales shorter until nothing is left of them. The metrics looked at are logged in any case.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Where one token spells the end of the template and more (": 5" of "Answer: 5"), 
 token as with an end token, and y spells the rest of the template again. A template that ends in a
 word is known to be whole only by the next token ("is", or "isn't"). That token is sampled but does
 not belong to z: log π(z|x) covers the words up to the template, and what the policy would have
-stated is neither rewarded nor compared with π_0. log π(z|x) so leaves out the probability that no
+stated is neither rewarded nor compared with π_0. So log π(z|x) leaves out the probability that no
 letter follows the template.
 """
 

@@ -1,4 +1,4 @@
-"""What an update tells of itself: sums over its rows and sequences, and the averages logged."""
+"""The metrics of an update: sums over its rows and sequences, and the averages logged."""
 
 from __future__ import annotations
 
