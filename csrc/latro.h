@@ -88,10 +88,14 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
  * each 96 columns.
  *
  * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1), from the
- * forward's results (log_total = log(total); entropy and grad_entropy null where there is none). It
- * fills dx[., H] in those rows, dw[V, H] in `dtype` and db[V], each or null. With block_peak, 12 of
- * its rows by 96 columns are left out where they hold no target and no entry of dz reaches
- * grad_filter.
+ * forward's results, log_total being log(total). With p the exponential of log_p,
+ *
+ *     dz_j = grad_logp * ((j is the target) - p_j) - p_j * (grad_entropy * log_p_j + offset)
+ *
+ * where offset is grad_entropy * entropy less the upstream gradient of log(sum of exp(z));
+ * grad_entropy and offset are null where neither of the two has a gradient. It fills dx[., H] in
+ * those rows, dw[V, H] in `dtype` and db[V], each or null. With block_peak, 12 of its rows by 96
+ * columns are left out where they hold no target and no entry of dz reaches grad_filter.
  */
 LATRO_API int32_t latro_cpu_bf16_products_supported(void);
 
@@ -106,7 +110,7 @@ LATRO_API int32_t latro_cpu_linear_logprob_backward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, const int64_t* rows, const float* grad_logp,
-    const float* grad_entropy, const float* logp, const float* entropy, const float* peak,
+    const float* grad_entropy, const float* logp, const float* offset, const float* peak,
     const float* log_total, const float* kept, int64_t kept_cols, const float* block_peak,
     float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
     float softcap, float temperature, int64_t threads);
@@ -164,7 +168,7 @@ LATRO_API int32_t latro_cpu_decode_attention(
  *
  * grad: turns the tile into the gradient with respect to the products, written to dtile in the
  * dtype of the products to come (dtile may be the tile where that is fp32). log_total is
- * log(total); grad_entropy and entropy are null where the entropy was not asked for.
+ * log(total); grad_entropy and offset are as in latro_cpu_linear_logprob_backward.
  */
 LATRO_API int32_t latro_cuda_linear_logprob_fold(const float* tile, const float* bias,
                                                  const int64_t* target, float* peak, float* total,
@@ -175,7 +179,7 @@ LATRO_API int32_t latro_cuda_linear_logprob_fold(const float* tile, const float*
 LATRO_API int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile, int32_t dtype,
                                                  const float* bias, const int64_t* target,
                                                  const float* grad_logp, const float* grad_entropy,
-                                                 const float* logp, const float* entropy,
+                                                 const float* logp, const float* offset,
                                                  const float* peak, const float* log_total,
                                                  int64_t rows, int64_t cols, int64_t first_col,
                                                  float softcap, float temperature, void* stream);
@@ -207,8 +211,8 @@ LATRO_API int32_t latro_cuda_linear_sample_draw(const float* tile, const float* 
  * forward: target[rows], in 0 .. cols - 1; writes logp[rows], entropy[rows] unless null,
  * peak[rows], the maximum of z, and log_total[rows], log of the sum of exp(z - peak).
  *
- * backward: takes these back; grad_entropy and entropy are null when the entropy was not asked for.
- * A row whose upstream gradients are 0 is not read.
+ * backward: takes logp, peak and log_total back; grad_entropy and offset are as in
+ * latro_cpu_linear_logprob_backward. A row in which these and grad_logp are 0 is not read.
  */
 LATRO_API int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype,
                                                    int64_t row_step, const int64_t* target,
@@ -220,7 +224,7 @@ LATRO_API int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t d
 LATRO_API int32_t latro_cpu_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* entropy, const float* peak, const float* log_total, int64_t rows, int64_t cols,
+    const float* offset, const float* peak, const float* log_total, int64_t rows, int64_t cols,
     float softcap, float temperature, int64_t threads);
 
 LATRO_API int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype,
@@ -232,7 +236,7 @@ LATRO_API int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t 
 LATRO_API int32_t latro_cuda_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* entropy, const float* peak, const float* log_total, int64_t rows, int64_t cols,
+    const float* offset, const float* peak, const float* log_total, int64_t rows, int64_t cols,
     float softcap, float temperature, void* stream);
 
 /* linear_kl, whole, on the CPU: KL(p || q) of N rows of two heads over one vocabulary.

@@ -15,6 +15,7 @@ from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.linear_sample import LinearSample, linear_sample
 from latro_kernels.native import BackendUnavailableError
+from latro_kernels.row_statistics import RowStatistics
 
 __all__ = [
     "BackendUnavailableError",
@@ -23,6 +24,7 @@ __all__ = [
     "GroupLayout",
     "KeptKeys",
     "LinearSample",
+    "RowStatistics",
     "decode_attention",
     "environment",
     "few_rows_linear",

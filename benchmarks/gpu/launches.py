@@ -12,10 +12,10 @@ from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
 
 FEATURES: dict[str, tuple[str, ...]] = {
     "plain": (),
-    "entropy": ("WITH_ENTROPY", "WITH_CACHED"),
+    "entropy": ("WITH_ENTROPY", "WITH_OFFSET", "WITH_CACHED"),
     "all": (
         *("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_CACHED", "WITH_BLOCK_MAX"),
-        *("HAS_ROWS", "WITH_FILTER"),
+        *("HAS_ROWS", "WITH_FILTER", "WITH_OFFSET"),
     ),
     "kept": ("WITH_CACHED", "IS_CACHED"),
 }

@@ -58,18 +58,18 @@ void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, floa
 template <typename T>
 void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
                    const float* grad_logp, const float* grad_entropy, const float* logp,
-                   const float* entropy, const float* peak, const float* log_total, int64_t rows,
+                   const float* offset, const float* peak, const float* log_total, int64_t rows,
                    int64_t cols, Transform transform, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     const T* row = logits.row(i);
     T* drow = dlogits.row(i);
-    const bool has_entropy = grad_entropy != nullptr;
-    const RowGrad grad{grad_logp[i], has_entropy ? grad_entropy[i] : 0.0f,
-                       logp[i],      has_entropy ? entropy[i] : 0.0f,
+    const bool has_offset = offset != nullptr;
+    const RowGrad grad{grad_logp[i], has_offset ? grad_entropy[i] : 0.0f,
+                       logp[i],      has_offset ? offset[i] : 0.0f,
                        peak[i],      log_total[i],
-                       has_entropy};
-    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {
+                       has_offset};
+    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f && grad.offset == 0.0f) {
       std::fill(drow, drow + cols, T{});
       continue;
     }
@@ -107,14 +107,14 @@ int32_t latro_cpu_gather_logprob_backward(const void* logits, void* dlogits, int
                                           int64_t row_step, int64_t drow_step,
                                           const int64_t* target, const float* grad_logp,
                                           const float* grad_entropy, const float* logp,
-                                          const float* entropy, const float* peak,
+                                          const float* offset, const float* peak,
                                           const float* log_total, int64_t rows, int64_t cols,
                                           float softcap, float temperature, int64_t threads) {
   const auto run = [&](auto element) {
     using T = decltype(element);
     backward_rows(Rows<const T>{static_cast<const T*>(logits), row_step},
                   Rows<T>{static_cast<T*>(dlogits), drow_step}, target, grad_logp, grad_entropy,
-                  logp, entropy, peak, log_total, rows, cols, Transform{softcap, temperature},
+                  logp, offset, peak, log_total, rows, cols, Transform{softcap, temperature},
                   threads);
     return LATRO_OK;
   };

@@ -56,14 +56,14 @@ struct Kept {
 
 // What the backward is given; all [N], by the number of the row in `hidden`.
 struct RowGrads {
-  const float *grad_logp, *grad_entropy, *logp, *entropy, *peak, *log_total;
+  const float *grad_logp, *grad_entropy, *logp, *offset, *peak, *log_total;
 
   RowGrad row(int64_t i) const {
-    const bool with_entropy = grad_entropy != nullptr;
-    return {grad_logp[i], with_entropy ? grad_entropy[i] : 0.0f,
-            logp[i],      with_entropy ? entropy[i] : 0.0f,
+    const bool has_offset = offset != nullptr;
+    return {grad_logp[i], has_offset ? grad_entropy[i] : 0.0f,
+            logp[i],      has_offset ? offset[i] : 0.0f,
             peak[i],      log_total[i],
-            with_entropy};
+            has_offset};
   }
 };
 
@@ -76,10 +76,10 @@ struct Filter {
   // `largest`. NaN reaches it.
   bool is_below(const RowGrad& grad, float largest) const {
     const float log_p = (largest - grad.peak) - grad.log_total;
-    float weight = std::fabs(grad.grad_logp);
-    if (grad.has_entropy) {
-      // exp(x) (|x| + H) grows up to x = -1 and is bounded by this beyond.
-      weight += std::fabs(grad.grad_entropy) * (std::max(-log_p, 1.0f) + grad.entropy);
+    float weight = std::fabs(grad.grad_logp + grad.offset);
+    if (grad.has_offset) {
+      // exp(x) |x| grows up to x = -1 and is bounded by this beyond.
+      weight += std::fabs(grad.grad_entropy) * std::max(-log_p, 1.0f);
     }
     return weight * std::exp(log_p) < threshold;
   }
@@ -319,7 +319,7 @@ int32_t latro_cpu_linear_logprob_backward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, const int64_t* rows, const float* grad_logp,
-    const float* grad_entropy, const float* logp, const float* entropy, const float* peak,
+    const float* grad_entropy, const float* logp, const float* offset, const float* peak,
     const float* log_total, const float* kept, int64_t kept_cols, const float* block_peak,
     float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
     float softcap, float temperature, int64_t threads) {
@@ -333,7 +333,7 @@ int32_t latro_cpu_linear_logprob_backward(
                        V,
                        Transform{softcap, temperature}};
     Backward<decltype(gemm), T> backward(
-        head, rows, M, RowGrads{grad_logp, grad_entropy, logp, entropy, peak, log_total},
+        head, rows, M, RowGrads{grad_logp, grad_entropy, logp, offset, peak, log_total},
         Kept{const_cast<float*>(kept), kept_cols},
         Filter{block_peak, grad_filter, ceil_div(V, kFilterCols)}, Gradients{dx, dw, db}, threads);
     if (!backward.ok()) return LATRO_OUT_OF_MEMORY;

@@ -133,20 +133,21 @@ struct State {
 
 // What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
 struct RowGrad {
-  float grad_logp, grad_entropy;  // upstream; grad_entropy 0 where there is none
-  float logp, entropy, peak, log_total;
-  bool has_entropy;
+  float grad_logp, grad_entropy;  // upstream
+  float logp, offset, peak, log_total;
+  bool has_offset;  // else grad_entropy and offset are 0
 
   // The gradient with respect to n logits z; `hit` is the target's place, anywhere outside 0 .. n
   // where it is not among them.
   void logits(const float* z, int64_t n, int64_t hit, float* dz) const {
-    const float g = grad_logp, h = grad_entropy, mean = entropy, shift = peak, log_sum = log_total;
-    if (has_entropy) {
+    const float g = grad_logp, h = grad_entropy, shift = peak, log_sum = log_total;
+    if (has_offset) {
+      const float constant = g + offset;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const float log_p = (z[j] - shift) - log_sum;
         const float p = exp_vec(log_p);
-        dz[j] = p == 0.0f ? 0.0f : -p * (g + h * (log_p + mean));
+        dz[j] = p == 0.0f ? 0.0f : -p * (constant + h * log_p);
       }
     } else {
 #pragma omp simd
@@ -156,7 +157,7 @@ struct RowGrad {
       // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
       dz[hit] = -g * std::expm1(logp);
       const float p = std::exp(logp);
-      if (p > 0.0f) dz[hit] -= h * p * (logp + mean);  // 0 * -inf counts as 0
+      if (p > 0.0f) dz[hit] -= p * (h * logp + offset);  // 0 * -inf counts as 0
     }
   }
 };

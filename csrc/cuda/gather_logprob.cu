@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <bool kEntropy, typename T>
+template <bool kOffset, typename T>
 __global__ void __launch_bounds__(kThreads)
     backward_kernel(const T* logits, T* dlogits, int64_t row_step, int64_t drow_step,
                     const int64_t* target, RowGrads grads, int64_t rows, int64_t cols,
@@ -64,8 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* row = logits + i * row_step;
     T* drow = dlogits + i * drow_step;
-    const RowGrad grad = grads.row<kEntropy>(i);
-    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f) {
+    const RowGrad grad = grads.row<kOffset>(i);
+    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f && grad.offset == 0.0f) {
       for (int64_t j = threadIdx.x; j < cols; j += kThreads) drow[j] = static_cast<T>(0.0f);
       continue;
     }
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads)
       float z[n], dz[n];
       for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
       transform.logits(z);
-      grad.logits<kEntropy>(z, hit - j, dz);
+      grad.logits<kOffset>(z, hit - j, dz);
       transform.gradients(z, dz);
       Pack<T, n> gradient;
       for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
@@ -119,14 +119,14 @@ int32_t latro_cuda_gather_logprob_backward(const void* logits, void* dlogits, in
                                            int64_t row_step, int64_t drow_step,
                                            const int64_t* target, const float* grad_logp,
                                            const float* grad_entropy, const float* logp,
-                                           const float* entropy, const float* peak,
+                                           const float* offset, const float* peak,
                                            const float* log_total, int64_t rows, int64_t cols,
                                            float softcap, float temperature, void* stream) {
   if (rows == 0) return LATRO_OK;
-  const RowGrads grads{grad_logp, grad_entropy, logp, entropy, peak, log_total};
+  const RowGrads grads{grad_logp, grad_entropy, logp, offset, peak, log_total};
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    auto* kernel = grad_entropy != nullptr ? backward_kernel<true, T> : backward_kernel<false, T>;
+    auto* kernel = offset != nullptr ? backward_kernel<true, T> : backward_kernel<false, T>;
     kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const T*>(logits), static_cast<T*>(dlogits), row_step, drow_step, target, grads,
         rows, cols, Transform{softcap, temperature});

@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <bool kEntropy, typename T>
+template <bool kOffset, typename T>
 __global__ void __launch_bounds__(kThreads)
     grad_kernel(const float* tile, T* dtile, const float* bias, const int64_t* target,
                 RowGrads grads, int64_t rows, int64_t cols, int64_t first_col,
@@ -69,12 +69,12 @@ __global__ void __launch_bounds__(kThreads)
     const float* row = tile + i * cols;
     T* drow = dtile + i * cols;
     const int64_t hit = target[i] - first_col;
-    const RowGrad grad = grads.row<kEntropy>(i);
+    const RowGrad grad = grads.row<kOffset>(i);
     for_each(row, cols, [&](int64_t j, auto products) {
       constexpr int n = products.kSize;
       float z[n], dz[n];
       logits_of(products, bias, j, transform, z);
-      grad.logits<kEntropy>(z, hit - j, dz);
+      grad.logits<kOffset>(z, hit - j, dz);
       transform.gradients(z, dz);
       Pack<T, n> gradient;
       for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
@@ -87,7 +87,7 @@ template <typename T>
 void launch_grad(const float* tile, void* dtile, const float* bias, const int64_t* target,
                  const RowGrads& grads, int64_t rows, int64_t cols, int64_t first_col,
                  Transform transform, cudaStream_t stream) {
-  auto* kernel = grads.grad_entropy != nullptr ? grad_kernel<true, T> : grad_kernel<false, T>;
+  auto* kernel = grads.offset != nullptr ? grad_kernel<true, T> : grad_kernel<false, T>;
   kernel<<<latro::blocks_for(rows), kThreads, 0, stream>>>(
       tile, static_cast<T*>(dtile), bias, target, grads, rows, cols, first_col, transform);
 }
@@ -109,12 +109,12 @@ int32_t latro_cuda_linear_logprob_fold(const float* tile, const float* bias, con
 int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile, int32_t dtype,
                                        const float* bias, const int64_t* target,
                                        const float* grad_logp, const float* grad_entropy,
-                                       const float* logp, const float* entropy, const float* peak,
+                                       const float* logp, const float* offset, const float* peak,
                                        const float* log_total, int64_t rows, int64_t cols,
                                        int64_t first_col, float softcap, float temperature,
                                        void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
-  const RowGrads grads{grad_logp, grad_entropy, logp, entropy, peak, log_total};
+  const RowGrads grads{grad_logp, grad_entropy, logp, offset, peak, log_total};
   const Transform transform{softcap, temperature};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {

@@ -147,37 +147,37 @@ __device__ inline State merge_block(State state) {
 
 // What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
 struct RowGrad {
-  float grad_logp, grad_entropy, logp, entropy, peak, log_total;
+  float grad_logp, grad_entropy, logp, offset, peak, log_total;
 
   // The gradient with respect to the logits z, `target` of which is the target's, if 0 <= target <
   // n.
-  template <bool kEntropy, int n>
+  template <bool kOffset, int n>
   __device__ void logits(const float (&z)[n], int64_t target, float (&dz)[n]) const {
     for (int k = 0; k < n; ++k) {
       const float log_p = (z[k] - peak) - log_total;
       const float p = fast_exp(log_p);
-      dz[k] = with_entropy<kEntropy>(-grad_logp * p, p, log_p);
+      dz[k] = with_offset<kOffset>(-grad_logp * p, p, log_p);
     }
     if (target < 0 || target >= n) return;
     // 1 - p by expm1: exact where p is close to 1.
-    const float dtarget = with_entropy<kEntropy>(-grad_logp * expm1f(logp), expf(logp), logp);
+    const float dtarget = with_offset<kOffset>(-grad_logp * expm1f(logp), expf(logp), logp);
     for (int k = 0; k < n; ++k) dz[k] = k == target ? dtarget : dz[k];
   }
 
-  template <bool kEntropy>
-  __device__ float with_entropy(float dz, float p, float log_p) const {
-    return kEntropy && p != 0.0f ? dz - grad_entropy * p * (log_p + entropy) : dz;
+  template <bool kOffset>
+  __device__ float with_offset(float dz, float p, float log_p) const {
+    return kOffset && p != 0.0f ? dz - p * (grad_entropy * log_p + offset) : dz;
   }
 };
 
-// The same of every row; grad_entropy and entropy are null where there is none.
+// The same of every row; grad_entropy and offset are null where there is none.
 struct RowGrads {
-  const float *grad_logp, *grad_entropy, *logp, *entropy, *peak, *log_total;
+  const float *grad_logp, *grad_entropy, *logp, *offset, *peak, *log_total;
 
-  template <bool kEntropy>
+  template <bool kOffset>
   __device__ RowGrad row(int64_t i) const {
-    return {grad_logp[i], kEntropy ? grad_entropy[i] : 0.0f,
-            logp[i],      kEntropy ? entropy[i] : 0.0f,
+    return {grad_logp[i], kOffset ? grad_entropy[i] : 0.0f,
+            logp[i],      kOffset ? offset[i] : 0.0f,
             peak[i],      log_total[i]};
   }
 };

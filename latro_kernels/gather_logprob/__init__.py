@@ -6,11 +6,10 @@ With logits a [N, V], temperature T and softcap c,
 
 and with p = softmax(z), t the row's target,
 
-    logp = z_t − log Σ_j exp(z_j)          entropy H = −Σ_j p_j·log p_j
+    logp = z_t − log Σ_j exp(z_j)
 
-For upstream gradients g of logp and h of the entropy
+and the further statistics of `row_statistics`, which also has ∂/∂z. From there on
 
-    ∂/∂z_j = g·(1[j = t] − p_j) − h·p_j·(log p_j + H)
     ∂/∂a_j = ∂/∂z_j · (1 − tanh²(a_j / c)) / T
 
 as in `linear_logprob`, for a model that hands out its logits. The forward reads them once and keeps
@@ -23,7 +22,7 @@ softmax", arXiv 1805.02867.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -39,6 +38,16 @@ from latro_kernels.checks import (
     check_type,
 )
 from latro_kernels.gather_logprob import ops
+from latro_kernels.row_statistics import (
+    Returned,
+    RowStatistics,
+    changed,
+    check_statistics,
+    of_logits,
+    returned,
+    upstream,
+    without_ignored,
+)
 
 
 def reference(
@@ -47,20 +56,14 @@ def reference(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return logp [...] and entropy [...] by plain PyTorch, in fp32 or fp64, unchecked."""
+) -> RowStatistics:
+    """Return all statistics [...] by plain PyTorch, in fp32 or fp64, without any checks."""
     if ignore_index is not None:
         ignored = target == ignore_index
         rows, columns = logits.masked_fill(ignored[..., None], 0), target.masked_fill(ignored, 0)
-        logp, entropy = reference(rows, columns, temperature, softcap)
-        return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    log_p = torch.log_softmax(z / temperature, dim=-1)
-    # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
-    terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
-    return log_p.gather(-1, target[..., None]).squeeze(-1), -terms.sum(-1)
+        return without_ignored(reference(rows, columns, temperature, softcap), ignored)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return of_logits(logits.to(dtype), target, temperature, softcap)
 
 
 class _GatherLogprob(torch.autograd.Function):
@@ -70,16 +73,31 @@ class _GatherLogprob(torch.autograd.Function):
         logits: Tensor,
         target: Tensor,
         kept: Tensor | None,
-        settings: tuple[float, float, bool, str],
+        settings: tuple[float, float, str],
+        asked: frozenset[str],
         in_place: bool,
-    ) -> tuple[Tensor, Tensor]:
-        logp, entropy, row_max, log_sum = ops.forward(logits, target, kept, *settings)
-        ctx.save_for_backward(logits, target, kept, logp, entropy, row_max, log_sum)
+    ) -> tuple[Tensor | None, ...]:
+        with_entropy = "entropy" in asked
+        logp, entropy, row_max, log_sum = ops.forward(
+            logits, target, kept, *settings, with_entropy=with_entropy
+        )
+        found = RowStatistics(
+            logp=logp,
+            entropy=entropy if with_entropy else None,
+            log_sum_exp=row_max + log_sum if "log_sum_exp" in asked else None,
+        )
+        ctx.save_for_backward(logits, target, kept, logp, found.entropy, row_max, log_sum)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
-        return logp, entropy
+        ctx.set_materialize_grads(False)
+        return found.logp, found.entropy, found.log_sum_exp
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_log_sum_exp: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -90,13 +108,22 @@ class _GatherLogprob(torch.autograd.Function):
                 "gather_logprob: the first backward has overwritten the logits with their "
                 "gradient; use inplace_backward=False to run it twice"
             )
-        logits, target, kept, *of_rows = ctx.saved_tensors
-        arguments = (logits, target, kept, *ctx.settings, *of_rows, grad_logp, grad_entropy)
+        logits, target, kept, logp, entropy, row_max, log_sum = ctx.saved_tensors
+        # The gradient of ignored rows is 0, and those are not read.
+        of_rows = upstream(
+            logp,
+            entropy,
+            kept,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            grad_log_sum_exp=grad_log_sum_exp,
+        )
+        arguments = (logits, *ctx.settings, target, logp, row_max, log_sum, *of_rows)
         if ctx.in_place:
             ops.backward_in_place(*arguments)
             ctx.overwritten = True
-            return logits.detach(), None, None, None, None
-        return ops.backward(*arguments), None, None, None, None
+            return logits.detach(), None, None, None, None, None
+        return ops.backward(*arguments), None, None, None, None, None
 
 
 def gather_logprob(
@@ -109,7 +136,8 @@ def gather_logprob(
     return_entropy: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    statistics: Collection[str] = (),
+) -> Returned:
     """Return the log-probability of `target` under `logits`, differentiable.
 
     Without softcap, and up to rounding, this is
@@ -139,10 +167,12 @@ def gather_logprob(
             on: torch refuses a backward that needs them, but not a plain look at them.
         backend: "auto", "reference" (plain PyTorch, keeps all log-probs), "cpu", "triton" or
             "cuda".
+        statistics: names of what to return of each row beside logp, "entropy" and "log_sum_exp",
+            which `RowStatistics` describes; none: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
-        of that shape, fp32, nats.
+        of that shape, fp32, nats; with `statistics` a `RowStatistics`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -155,21 +185,21 @@ def gather_logprob(
     """
     _check(logits, target, temperature, softcap, backend)
     check_ignore_index(ignore_index)
-    check_type("return_entropy", return_entropy, bool)
+    asked = check_statistics(statistics, return_entropy)
     rows = logits.reshape(-1, logits.shape[-1])
     _check_in_place(inplace_backward, rows, backend)
     if backend == "reference":
         check_target_values(target, logits.shape[-1], ignore_index)
-        logp, entropy = reference(logits, target, temperature, softcap, ignore_index)
-        return (logp, entropy) if return_entropy else logp
+        found = reference(logits, target, temperature, softcap, ignore_index)
+        return returned(found, asked, return_entropy)
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     flat = target.flatten()
     kept = None if ignore_index is None else flat != ignore_index
-    settings = (float(temperature), float(softcap or 0.0), return_entropy, backend)
-    logp, entropy = _GatherLogprob.apply(rows, flat, kept, settings, inplace_backward)
-    logp = logp.view(target.shape)
-    return (logp, entropy.view(target.shape)) if return_entropy else logp
+    settings = (float(temperature), float(softcap or 0.0), backend)
+    of_rows = _GatherLogprob.apply(rows, flat, kept, settings, asked, inplace_backward)
+    found = changed(RowStatistics(*of_rows), lambda statistic: statistic.view(target.shape))
+    return returned(found, asked, return_entropy)
 
 
 def _check(

@@ -18,13 +18,15 @@ from latro_kernels.gather_logprob import compiled
 from latro_kernels.head import absent
 from latro_kernels.linear_logprob.state import RowGrad
 
-_SETTINGS = (
-    "Tensor target, Tensor? kept, float temperature, float softcap, bool with_entropy, str backend"
+_SETTINGS = "float temperature, float softcap, str backend"
+_ROWS = (
+    "Tensor target, Tensor logp, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
+    "Tensor? grad_entropy, Tensor? offset"
 )
-_RESULTS = "Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum"
-_ROWS = f"{_RESULTS}, Tensor grad_logp, Tensor grad_entropy"
 torch.library.define(
-    "latro_kernels::gather_logprob", f"(Tensor logits, {_SETTINGS}) -> ({_RESULTS})"
+    "latro_kernels::gather_logprob",
+    f"(Tensor logits, Tensor target, Tensor? kept, {_SETTINGS}, bool with_entropy) -> "
+    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)",
 )
 torch.library.define(
     "latro_kernels::gather_logprob_backward",
@@ -43,8 +45,8 @@ def _forward(
     kept: Tensor | None,
     temperature: float,
     softcap: float,
-    with_entropy: bool,
     backend: str,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if kept is None:
         check_target_values(target, logits.shape[1])
@@ -66,8 +68,8 @@ def _(
     kept: Tensor | None,
     temperature: float,
     softcap: float,
-    with_entropy: bool,
     backend: str,
+    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _empty_rows(logits, with_entropy)
 
@@ -98,22 +100,9 @@ def _(logits: Tensor, *_: Any) -> None:
 
 def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
     """Fill `dlogits` from the arguments that both backward ops take after the logits."""
-    target, kept, temperature, softcap, with_entropy, backend, *rows = arguments
-    logp, entropy, row_max, log_sum, grad_logp, grad_entropy = rows
-    if kept is not None:
-        # What nobody asks about is not read.
-        grad_logp, grad_entropy = (
-            g.masked_fill(~kept, 0) if g.numel() else g for g in (grad_logp, grad_entropy)
-        )
-    grad = RowGrad(
-        target=target.contiguous(),
-        logp=logp,
-        entropy=entropy if with_entropy else None,
-        row_max=row_max,
-        log_sum=log_sum,
-        grad_logp=grad_logp.contiguous(),
-        grad_entropy=grad_entropy.contiguous() if with_entropy else None,
-    )
+    temperature, softcap, backend, *rows = arguments
+    contiguous: list[Any] = [None if t is None else t.contiguous() for t in rows]
+    grad = RowGrad(*contiguous)
     _driver(backend, logits.device).backward(
         logits, grad, dlogits, temperature=temperature, softcap=softcap
     )

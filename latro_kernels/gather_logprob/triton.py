@@ -78,7 +78,7 @@ def forward_kernel(
         tl.store(entropy_ptr + row, tl.where(is_read, entropy, 0.0))
 
 
-@triton.heuristics(flags(WITH_ENTROPY="entropy_ptr"))
+@triton.heuristics(flags(WITH_OFFSET="offset_ptr"))
 @triton.jit
 def backward_kernel(
     logits_ptr,
@@ -86,8 +86,8 @@ def backward_kernel(
     target_ptr,
     grad_logp_ptr,
     grad_entropy_ptr,
+    offset_ptr,
     logp_ptr,
-    entropy_ptr,
     row_max_ptr,
     log_sum_ptr,
     stride_n,
@@ -96,7 +96,7 @@ def backward_kernel(
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    WITH_OFFSET: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -109,19 +109,19 @@ def backward_kernel(
     log_sum = tl.load(log_sum_ptr + row)
     is_read = grad_logp != 0.0
     grad_entropy = 0.0
-    entropy = 0.0
-    if WITH_ENTROPY:
+    offset = 0.0
+    if WITH_OFFSET:
         grad_entropy = tl.load(grad_entropy_ptr + row)
-        entropy = tl.load(entropy_ptr + row)
-        is_read |= grad_entropy != 0.0
-    upstream, forward = (grad_logp, grad_entropy), (logp, entropy, row_max, log_sum)
+        offset = tl.load(offset_ptr + row)
+        is_read |= (grad_entropy != 0.0) | (offset != 0.0)
+    upstream, forward = (grad_logp, grad_entropy, offset), (logp, row_max, log_sum)
     # A row that nobody asks about is not read, and gets 0 whatever is in it.
     length = tl.where(is_read, V, 0)
     for begin in range(0, V, BLOCK_V):
         j = begin + lane
         z = row_logits(row_ptr, None, j, j < length, softcap, temperature, False, HAS_SOFTCAP)
         dz = product_grad(
-            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
+            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_OFFSET
         )
         dz = tl.where(j < length, dz, 0.0)
         tl.store(dlogits_ptr + row * stride_dn + j, dz, mask=j < V)

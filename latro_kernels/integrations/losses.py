@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.linear_logprob import linear_logprob
+from latro_kernels.row_statistics import RowStatistics
 
 
 def linear_cross_entropy(
@@ -175,8 +176,10 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
         Entropies [...], fp32 (fp64 for fp64), nats.
     """
     target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
-    _, entropy = gather_logprob(logits, target, return_entropy=True, backend=_backend(logits))
-    return entropy
+    found = gather_logprob(logits, target, statistics=("entropy",), backend=_backend(logits))
+    assert isinstance(found, RowStatistics)
+    assert found.entropy is not None
+    return found.entropy
 
 
 def _backend(logits: Tensor) -> str:

@@ -6,11 +6,10 @@ With hidden x_n, weight W, bias b, temperature T and softcap c, a row's logits a
 
 and with p = softmax(z), t the row's target,
 
-    logp = z_t − log Σ_j exp(z_j)          entropy H = −Σ_j p_j·log p_j
+    logp = z_t − log Σ_j exp(z_j)
 
-For upstream gradients g of logp and h of the entropy
+and the further statistics of `row_statistics`, which also has ∂/∂z. From there on
 
-    ∂/∂z_j = g·(1[j = t] − p_j) − h·p_j·(log p_j + H)
     ∂/∂a_j = ∂/∂z_j · (1 − tanh²(a_j / c)) / T
     dx = ∂/∂a · W        dW = (∂/∂a)ᵀ · x        db = Σ_n ∂/∂a
 
@@ -27,7 +26,7 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
       u = ∂logp/∂x = (1 − p_t)·s_t·w_t − Σ_{j≠t} p_j·s_j·w_j        s_j = ∂z_j/∂a_j
 
   as it goes, from sums that are rescaled as the maximum moves, and the backward is dx = g·u: 4 in
-  all, and no logits again;
+  all, and no logits again; log Σ_j exp(z_j) has its gradient of the same two terms;
 - rows have no upstream gradient, or, with `grad_filter`, blocks of the vocabulary have no
   probability for some rows: they are left out.
 
@@ -38,27 +37,27 @@ what a driver is given.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from latro_kernels.checks import (
-    check_head,
-    check_ignore_index,
-    check_number,
-    check_scales,
-    check_target,
-    check_target_values,
-    check_type,
-)
-from latro_kernels.dispatch import default_backend
+from latro_kernels.checks import check_target_values
 from latro_kernels.head import cast
 from latro_kernels.linear_logprob import ops, vocab_parallel
-from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET
+from latro_kernels.linear_logprob.options import Options, check, check_options, options_for
+from latro_kernels.row_statistics import (
+    Returned,
+    RowStatistics,
+    changed,
+    check_statistics,
+    of_logits,
+    returned,
+    upstream,
+    without_ignored,
+)
 
 
 def reference(
@@ -69,11 +68,11 @@ def reference(
     temperature: float = 1.0,
     softcap: float | None = None,
     ignore_index: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return logp [...] and entropy [...] by plain PyTorch, in fp32 or fp64, without any checks."""
+) -> RowStatistics:
+    """Return all statistics [...] by plain PyTorch, in fp32 or fp64, without any checks."""
     if ignore_index is not None:
         ignored = target == ignore_index
-        logp, entropy = reference(
+        found = reference(
             hidden.masked_fill(ignored[..., None], 0),
             weight,
             target.masked_fill(ignored, 0),
@@ -81,32 +80,12 @@ def reference(
             temperature,
             softcap,
         )
-        return logp.masked_fill(ignored, 0), entropy.masked_fill(ignored, 0)
+        return without_ignored(found, ignored)
     dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(dtype) @ weight.to(dtype).t()
+    a = hidden.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
-        z = z + bias.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    log_p = torch.log_softmax(z / temperature, dim=-1)
-    # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
-    terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
-    return log_p.gather(-1, target[..., None]).squeeze(-1), -terms.sum(-1)
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The arguments of `linear_logprob`, and what follows from which inputs have gradients."""
-
-    temperature: float
-    softcap: float
-    backend: str
-    with_entropy: bool
-    memory_budget: int
-    grad_filter: float
-    frozen: bool
-    group: ProcessGroup | None
-    ignore_index: int | None
+        a = a + bias.to(dtype)
+    return of_logits(a, target, temperature, softcap)
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -117,8 +96,8 @@ class _LinearLogprob(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        options: _Options,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        options: Options,
+    ) -> tuple[Tensor | None, ...]:
         ctx.shape, batch = hidden.shape, target.shape
         hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
         kept = None if options.ignore_index is None else target != options.ignore_index
@@ -139,7 +118,7 @@ class _LinearLogprob(torch.autograd.Function):
             softcap=options.softcap,
             backend=options.backend,
             is_whole=options.group is None,
-            weighted_sum=options.with_entropy,
+            weighted_sum="entropy" in options.asked,
             dx_sum=options.frozen,
             block_max=options.grad_filter > 0,
             memory_budget=options.memory_budget,
@@ -150,52 +129,64 @@ class _LinearLogprob(torch.autograd.Function):
         row_max, sum_exp, target_logit, weighted_sum = state
         log_sum = sum_exp.log()
         logp = (target_logit - row_max) - log_sum
-        entropy = log_sum - weighted_sum / sum_exp if options.with_entropy else None
+        found = RowStatistics(
+            logp=logp,
+            entropy=log_sum - weighted_sum / sum_exp if "entropy" in options.asked else None,
+            log_sum_exp=row_max + log_sum if "log_sum_exp" in options.asked else None,
+        )
         if kept is not None:
-            logp = logp.masked_fill(~kept, 0)
-            entropy = None if entropy is None else entropy.masked_fill(~kept, 0)
+            found = without_ignored(found, ~kept)
         # What makes probabilities of the exponentials in dx_sum, which are under this rank's max.
         scale = torch.exp(own_max - row_max) / sum_exp
         inputs = (hidden, weight, target, kept, bias)
-        found = (logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max)
-        ctx.save_for_backward(*inputs, *found)
+        of_rows = (found.logp, found.entropy, row_max, log_sum, target_logit, scale)
+        ctx.save_for_backward(*inputs, *of_rows, dx_sum, cached, block_max)
         ctx.options = options
         ctx.set_materialize_grads(False)
         is_largest = (target_logit >= row_max).view(batch)
         ctx.mark_non_differentiable(is_largest)
-        return logp.view(batch), None if entropy is None else entropy.view(batch), is_largest
+        found = changed(found, lambda statistic: statistic.view(batch))
+        return found.logp, found.entropy, found.log_sum_exp, is_largest
 
     @staticmethod
     def backward(
-        ctx: Any, grad_logp: Tensor | None, grad_entropy: Tensor | None, _: None
+        ctx: Any,
+        grad_logp: Tensor | None,
+        grad_entropy: Tensor | None,
+        grad_log_sum_exp: Tensor | None,
+        _: None,
     ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "linear_logprob has no double backward; use backend='reference' for create_graph"
             )
-        options: _Options = ctx.options
+        options: Options = ctx.options
         hidden, weight, target, kept, bias, *found = ctx.saved_tensors
         logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max = found
         needs = ctx.needs_input_grad[:3]
-        grad_logp = torch.zeros_like(logp) if grad_logp is None else grad_logp.flatten()
-        grad_entropy = None if grad_entropy is None else grad_entropy.flatten()
-        if kept is not None:
-            grad_logp = grad_logp.masked_fill(~kept, 0)
-            if grad_entropy is not None:
-                grad_entropy = grad_entropy.masked_fill(~kept, 0)
+        g, h, offset = upstream(
+            logp,
+            entropy,
+            kept,
+            grad_logp=grad_logp,
+            grad_entropy=grad_entropy,
+            grad_log_sum_exp=grad_log_sum_exp,
+        )
         dw = db = None
         if options.frozen and grad_entropy is None:
-            # dx = g·u, of which the forward has left the sum over all columns but the target's.
-            active = grad_logp != 0
+            # dx = Σ_j dz_j·s_j·w_j, of which the forward has left the sum of p_j·s_j·w_j over all
+            # columns but the target's.
+            e = torch.zeros_like(g) if offset is None else -offset
+            active = (g != 0) | (e != 0)
             is_here = (target >= 0) & (target < len(weight))
-            slope = _slope(target_logit, options) * -torch.expm1(logp)
+            dz_target = e * logp.exp() - g * torch.expm1(logp)
             dx = ops.frozen_backward(
                 weight=weight,
                 target=target,
                 dx_sum=dx_sum,
-                of_sum=torch.where(active, -grad_logp * scale, 0),
-                of_target=torch.where(active & is_here, grad_logp * slope, 0),
+                of_sum=torch.where(active, (e - g) * scale, 0),
+                of_target=torch.where(active & is_here, dz_target * options.slope(target_logit), 0),
             )
         else:
             dx, dw, db = ops.backward(
@@ -208,11 +199,11 @@ class _LinearLogprob(torch.autograd.Function):
                 softcap=options.softcap,
                 backend=options.backend,
                 logp=logp,
-                entropy=None if grad_entropy is None else entropy,
                 row_max=row_max,
                 log_sum=log_sum,
-                grad_logp=grad_logp,
-                grad_entropy=grad_entropy,
+                grad_logp=g,
+                grad_entropy=h,
+                offset=offset,
                 cached=cached,
                 block_max=block_max if options.grad_filter > 0 else None,
                 grad_filter=options.grad_filter,
@@ -224,12 +215,6 @@ class _LinearLogprob(torch.autograd.Function):
             dx = dx.to(hidden.dtype).view(ctx.shape)
         wanted = (g if needed else None for g, needed in zip((dx, dw, db), needs, strict=True))
         return *wanted, None, None
-
-
-def _slope(z: Tensor, options: _Options) -> Tensor:
-    """Return ∂z/∂a where the logit is z."""
-    tanh = z * (options.temperature / options.softcap) if options.softcap else torch.zeros_like(z)
-    return (1 - tanh * tanh) / options.temperature
 
 
 def linear_logprob(
@@ -246,7 +231,8 @@ def linear_logprob(
     memory_budget: int | None = None,
     grad_filter: float = 0.0,
     group: ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    statistics: Collection[str] = (),
+) -> Returned:
     """Return the log-probability of `target` under the LM head, without a tensor of logits.
 
     Without softcap, and up to rounding, this is
@@ -307,10 +293,12 @@ def linear_logprob(
             rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
             same hidden and target (numbered over the whole vocabulary), gets the same result and
             the whole dx, and its own slice's dw and db.
+        statistics: names of what to return of each row beside logp, "entropy" and "log_sum_exp",
+            which `RowStatistics` describes; none: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
-        of that shape, fp32, nats.
+        of that shape, fp32, nats; with `statistics` a `RowStatistics`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -320,27 +308,27 @@ def linear_logprob(
             dimensions.
         BackendUnavailableError: the backend cannot run here.
     """
-    _check(hidden, weight, target, bias, temperature, softcap, backend)
-    check_ignore_index(ignore_index)
-    _check_options(hidden.device, backend, memory_budget, grad_filter, group)
+    check(hidden, weight, target, bias, temperature, softcap, backend)
+    check_options(hidden.device, backend, ignore_index, memory_budget, grad_filter, group)
+    asked = check_statistics(statistics, return_entropy)
     hidden, weight, bias = cast(hidden, weight, bias, backend)
     if backend == "reference":
         check_target_values(target, len(weight), ignore_index)
-        logp, entropy = reference(hidden, weight, target, bias, temperature, softcap, ignore_index)
-        return (logp, entropy) if return_entropy else logp
-    options = _options(
+        found = reference(hidden, weight, target, bias, temperature, softcap, ignore_index)
+        return returned(found, asked, return_entropy)
+    options = options_for(
         (hidden, weight, bias),
         temperature=temperature,
         softcap=softcap,
-        return_entropy=return_entropy,
+        asked=asked,
         backend=backend,
         memory_budget=memory_budget,
         grad_filter=grad_filter,
         group=group,
         ignore_index=ignore_index,
     )
-    logp, entropy, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
-    return (logp, entropy) if return_entropy else logp
+    *found, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    return returned(RowStatistics(*found), asked, return_entropy)
 
 
 def linear_logprob_and_largest(
@@ -358,92 +346,13 @@ def linear_logprob_and_largest(
     Returns:
         logp [N], fp32, nats; entropy [N], fp32, nats, or None; is_largest [N], bool.
     """
-    _check(hidden, weight, target, bias, temperature, softcap, "auto")
+    check(hidden, weight, target, bias, temperature, softcap, "auto")
     hidden, weight, bias = cast(hidden, weight, bias, "auto")
-    options = _options(
+    options = options_for(
         (hidden, weight, bias),
         temperature=temperature,
         softcap=softcap,
-        return_entropy=return_entropy,
+        asked=frozenset({"entropy"} if return_entropy else ()),
     )
-    logp, entropy, is_largest = _LinearLogprob.apply(hidden, weight, bias, target, options)
+    logp, entropy, _, is_largest = _LinearLogprob.apply(hidden, weight, bias, target, options)
     return logp, entropy, is_largest
-
-
-def _options(
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    *,
-    temperature: float,
-    softcap: float | None,
-    return_entropy: bool,
-    backend: str = "auto",
-    memory_budget: int | None = None,
-    grad_filter: float = 0.0,
-    group: ProcessGroup | None = None,
-    ignore_index: int | None = None,
-) -> _Options:
-    """Return the options for hidden, weight and bias, some of which have gradients."""
-    has_grad = [t is not None and t.requires_grad for t in inputs]
-    if not torch.is_grad_enabled():
-        has_grad = [False] * 3
-    frozen = has_grad == [True, False, False]
-    if memory_budget is None:
-        memory_budget = DEFAULT_MEMORY_BUDGET[inputs[0].device.type]
-    return _Options(
-        temperature=float(temperature),
-        softcap=float(softcap or 0.0),
-        backend=backend,
-        with_entropy=return_entropy,
-        memory_budget=memory_budget if any(has_grad) and not frozen else 0,
-        grad_filter=float(grad_filter) if any(has_grad) and not frozen else 0.0,
-        frozen=frozen,
-        group=group,
-        ignore_index=ignore_index,
-    )
-
-
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    temperature: object,
-    softcap: object,
-    backend: object,
-) -> None:
-    """Raise for a wrong type, shape, device or number."""
-    check_head(hidden, weight, bias)
-    check_target(target, "hidden", hidden)
-    check_scales(temperature, softcap)
-    check_type("backend", backend, str)
-
-
-def _check_options(
-    device: torch.device,
-    backend: str,
-    memory_budget: object,
-    grad_filter: float,
-    group: object,
-) -> None:
-    if memory_budget is not None:
-        if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
-            raise TypeError(
-                f"memory_budget: expected bytes as an int, got {type(memory_budget).__name__}"
-            )
-        if memory_budget < 0:
-            raise ValueError(f"memory_budget: expected 0 or more bytes, got {memory_budget}")
-    check_number("grad_filter", grad_filter)
-    if grad_filter < 0:
-        raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")
-    runs_on = default_backend(device) if backend == "auto" else backend
-    if grad_filter > 0 and runs_on == "cuda":
-        raise ValueError(
-            f"grad_filter: expected 0 with backend {runs_on!r}, which has no filter, "
-            f"got {grad_filter}"
-        )
-    if group is not None:
-        check_type("group", group, ProcessGroup)
-        if backend == "reference":
-            raise ValueError(
-                "group: expected None with backend 'reference', which takes the whole weight"
-            )

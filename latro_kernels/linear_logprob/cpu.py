@@ -68,7 +68,7 @@ def backward(
             grad.grad_logp,
             grad.grad_entropy,
             grad.logp,
-            grad.entropy,
+            grad.offset,
             grad.row_max,
             grad.log_sum,
             cached,

@@ -44,7 +44,7 @@ def grad(head: Head, tile: Tile, products: Tensor, grad: RowGrad, dz: Tensor) ->
             grad.grad_logp,
             grad.grad_entropy,
             grad.logp,
-            grad.entropy,
+            grad.offset,
             grad.row_max,
             grad.log_sum,
             *products.shape,

@@ -34,9 +34,9 @@ torch.library.define(
 )
 torch.library.define(
     "latro_kernels::linear_logprob_backward",
-    f"({_HEAD}, Tensor logp, Tensor? entropy, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
-    "Tensor? grad_entropy, Tensor cached, Tensor? block_max, float grad_filter, bool[3] needs) -> "
-    "(Tensor dx, Tensor dw, Tensor db)",
+    f"({_HEAD}, Tensor logp, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
+    "Tensor? grad_entropy, Tensor? offset, Tensor cached, Tensor? block_max, float grad_filter, "
+    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_frozen_backward",

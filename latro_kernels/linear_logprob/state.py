@@ -132,20 +132,20 @@ class RowGrad:
     Args:
         target: int64, as in `State`.
         logp: the forward's log-prob of the target.
-        entropy: the forward's entropy, or None with `grad_entropy`.
         row_max: max z.
         log_sum: log Σ exp(z − row_max).
         grad_logp: upstream gradient.
-        grad_entropy: upstream gradient, or None where the entropy has none.
+        grad_entropy: upstream gradient, or None with `offset`.
+        offset: c of `row_statistics`, or None where logp alone has an upstream gradient.
     """
 
     target: Tensor
     logp: Tensor
-    entropy: Tensor | None
     row_max: Tensor
     log_sum: Tensor
     grad_logp: Tensor
     grad_entropy: Tensor | None
+    offset: Tensor | None
 
     @classmethod
     def of_exponentials(cls, state: State) -> RowGrad:
@@ -154,12 +154,12 @@ class RowGrad:
         return cls(
             target=state.target,
             logp=zeros,
-            entropy=None,
             # A row that is -inf so far has no maximum to subtract.
             row_max=torch.where(state.row_max == -torch.inf, 0, state.row_max),
             log_sum=zeros,
             grad_logp=zeros - 1,
             grad_entropy=None,
+            offset=None,
         )
 
     def rows(self, block: slice | Tensor) -> RowGrad:
@@ -177,8 +177,8 @@ class RowGrad:
         Their number has to be waited for, which a CUDA graph cannot: it takes all.
         """
         active = self.grad_logp != 0
-        if self.grad_entropy is not None:
-            active = active | (self.grad_entropy != 0)
+        if self.grad_entropy is not None and self.offset is not None:
+            active = active | (self.grad_entropy != 0) | (self.offset != 0)
         if active.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         return None if bool(active.all()) else active.nonzero().flatten()
@@ -192,8 +192,8 @@ class RowGrad:
         blocks.
         """
         size = self.grad_logp.abs()
-        if self.grad_entropy is not None:
-            size = size + self.grad_entropy.abs()
+        if self.grad_entropy is not None and self.offset is not None:
+            size = (self.grad_logp + self.offset).abs() + self.grad_entropy.abs()
         reach = (block_max - (self.row_max + self.log_sum)[:, None]).exp_().mul_(size[:, None])
         count = (reach >= grad_filter).sum(1)
         if rows is None:

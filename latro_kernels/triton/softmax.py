@@ -98,20 +98,20 @@ def product_grad(
     softcap,
     temperature,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    WITH_OFFSET: tl.constexpr,
 ):
     """Return the gradient with respect to the products that logits z were made of.
 
-    upstream: the gradients of logp and entropy; forward: logp, entropy, row_max and log_sum.
+    upstream: the gradients of logp and entropy, and the offset; forward: logp, row_max, log_sum.
     """
-    grad_logp, grad_entropy = upstream
-    logp, entropy, row_max, log_sum = forward
+    grad_logp, grad_entropy, offset = upstream
+    logp, row_max, log_sum = forward
     log_p = tl.where(is_target, logp, (z - row_max) - log_sum)
     p = tl.exp(log_p)
     # 1 - p by expm1: exact where p is close to 1.
     dz = grad_logp * tl.where(is_target, -expm1(logp), -p)
-    if WITH_ENTROPY:
-        dz -= tl.where(p == 0.0, 0.0, grad_entropy * p * (log_p + entropy))
+    if WITH_OFFSET:
+        dz -= tl.where(p == 0.0, 0.0, p * (grad_entropy * log_p + offset))
     if HAS_SOFTCAP:
         tanh = z * (temperature / softcap)
         dz *= 1.0 - tanh * tanh

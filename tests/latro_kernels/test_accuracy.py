@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -114,11 +115,29 @@ def exact(form: dict[str, Any]) -> dict[str, Any]:
 
 
 @each_backend
-@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
-def test_gradient_of_the_entropy_alone(op: Op, backend: str) -> None:
-    given = op.of_rows(ROWS, entropy=True)
-    given.upstream["logp"].zero_()
-    check(given.on(backend), backend)
+@pytest.mark.parametrize("name", ["entropy", "log_sum_exp"])
+@pytest.mark.parametrize(
+    ("op", "form"),
+    [
+        pytest.param(op, form, id="-".join([op.name, *form]))
+        for op, form in (
+            *product((LINEAR_LOGPROB, GATHER_LOGPROB), ({}, {"batch": True})),
+            (LINEAR_LOGPROB, {"frozen": True}),
+        )
+    ],
+)
+def test_gradient_of_one_statistic_alone(
+    op: Op, name: str, form: dict[str, Any], backend: str
+) -> None:
+    """Where no other result has an upstream gradient, or one of 0."""
+    given = op.of_rows(ROWS, statistics=("entropy", "log_sum_exp"), **form)
+    alone = replace(given, upstream={name: given.upstream[name]}).on(backend)
+    got = check(alone, backend)
+    for upstream in given.upstream.keys() - {name}:
+        given.upstream[upstream].zero_()
+    with_zeros = given.on(backend).solve(backend)
+    for gradient in got.keys() - {name}:
+        torch.testing.assert_close(with_zeros[gradient], got[gradient], rtol=1e-4, atol=1e-5)
 
 
 @each_backend

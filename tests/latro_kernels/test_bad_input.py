@@ -37,6 +37,17 @@ OF_LOG_PROBS: BadInputs = [
     ({"target": torch.full((4,), 5), "backend": "reference"}, ValueError, "got 5 in row 0"),
     ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an int, got float"),
     ({"ignore_index": True}, TypeError, "ignore_index: expected an int, got bool"),
+    ({"return_entropy": 1}, TypeError, "return_entropy: expected a bool, got int"),
+    ({"statistics": "entropy"}, TypeError, "statistics: expected a collection of names.*'entropy'"),
+    ({"statistics": 3}, TypeError, "statistics: expected a collection of names, .*got 3"),
+    ({"statistics": ["lse"]}, ValueError, "statistics: expected names among 'entropy', .*'lse'"),
+    ({"statistics": {"logp"}}, ValueError, "statistics: expected names among .*, got 'logp'"),
+    ({"statistics": [["entropy"]]}, ValueError, r"statistics: .*, got \['entropy'\]"),
+    (
+        {"statistics": {"log_sum_exp"}, "return_entropy": True},
+        ValueError,
+        "return_entropy: expected False with statistics",
+    ),
     *(
         (
             {"target": torch.tensor([0, -100, -1, 9]), "ignore_index": -100, "backend": backend},

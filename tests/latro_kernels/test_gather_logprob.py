@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from latro_kernels import gather_logprob
-from tests.latro_kernels.ops.gather_logprob import problem
+from tests.latro_kernels.ops.gather_logprob import STATISTICS, problem
 from tests.latro_kernels.ops.op import (
     INTERPRETED,
     device_of,
@@ -28,7 +28,8 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"entropy": True},
     {"temperature": 0.7, "softcap": 5.0},
-    {"temperature": 1.3, "softcap": 30.0, "entropy": True},
+    {"temperature": 0.9, "statistics": ("log_sum_exp",)},
+    {"temperature": 1.3, "softcap": 30.0, "statistics": STATISTICS},
 ]
 
 

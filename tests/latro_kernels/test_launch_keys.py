@@ -125,11 +125,11 @@ def solve(
     grad = RowGrad(
         target=state.target,
         logp=rows,
-        entropy=rows if entropy else None,
         row_max=rows,
         log_sum=rows,
         grad_logp=rows,
         grad_entropy=rows if entropy else None,
+        offset=rows if entropy else None,
     )
     fused.backward(head, grad, state.cached, state.block_max, grad_filter, (True, True, False))
 

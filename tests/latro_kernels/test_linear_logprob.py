@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latro_kernels import linear_logprob, native
 from latro_kernels.linear_logprob.cpu import FILTER_COLUMNS, FILTER_ROWS
-from tests.latro_kernels.ops.linear_logprob import OP, problem, trained_like
+from tests.latro_kernels.ops.linear_logprob import OP, STATISTICS, problem, trained_like
 from tests.latro_kernels.ops.op import (
     DTYPES,
     HALF,
@@ -37,7 +37,8 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"bias": True, "temperature": 0.7},
     {"softcap": 5.0, "entropy": True},
-    {"bias": True, "softcap": 30.0, "temperature": 1.3, "entropy": True},
+    {"bias": True, "softcap": 30.0, "temperature": 1.3, "statistics": STATISTICS},
+    {"statistics": ("log_sum_exp",)},
 ]
 EXTREMES: list[dict[str, Any]] = [{"rows": "peaked"}, {"rows": "flat"}]
 CASES = [
@@ -92,7 +93,7 @@ def test_every_combination_matches_fp64(
 def test_no_bit_depends_on_the_budget(
     dtype: torch.dtype, shape: tuple[int, int, int], skip_rows: bool, backend: str
 ) -> None:
-    options = {"bias": True, "temperature": 0.7, "softcap": 5.0, "entropy": True}
+    options = {"bias": True, "temperature": 0.7, "softcap": 5.0, "statistics": STATISTICS}
     given = problem(shape, dtype, **options)
     if skip_rows:
         for upstream in given.upstream.values():
@@ -140,7 +141,7 @@ def test_no_bit_of_kept_rows_depends_on_the_budget(
     if grad_filter and backend == "cuda":
         pytest.skip("has no filter")
     shape = (4, 9, 70) if INTERPRETED else (20, 130, 700)
-    given = problem(shape, dtype, bias=True, entropy=True, batch=True).on(backend)
+    given = problem(shape, dtype, bias=True, statistics=STATISTICS, batch=True).on(backend)
     kept = given["target"] != given["ignore_index"]
     few = given.of_rows(kept).but(ignore_index=None)
     expected = few.solve(backend, memory_budget=0, grad_filter=grad_filter)
@@ -171,9 +172,11 @@ def test_a_driver_gets_the_rows_that_are_kept(monkeypatch: pytest.MonkeyPatch) -
 
 # The filter.
 
+FILTERED: list[tuple[str, ...]] = [(), ("entropy",), ("log_sum_exp",), STATISTICS]
 
-def like_trained(dtype: torch.dtype, entropy: bool = False) -> Problem:
-    return trained_like(dtype, entropy, (10, 20, 110) if INTERPRETED else (150, 160, 3000))
+
+def like_trained(dtype: torch.dtype, statistics: tuple[str, ...] = ()) -> Problem:
+    return trained_like(dtype, statistics, (10, 20, 110) if INTERPRETED else (150, 160, 3000))
 
 
 def left_out(given: Problem, eps: float) -> Tensor:
@@ -204,15 +207,15 @@ def test_filter_puts_rows_together_that_are_alike() -> None:
 
 @each_filtered_backend
 @pytest.mark.parametrize(
-    ("budget", "entropy"),
-    [(0, False), (3_000, True)] if INTERPRETED else list(product(BUDGETS, [False, True])),
+    ("budget", "statistics"),
+    [(0, ()), (3_000, STATISTICS)] if INTERPRETED else list(product(BUDGETS, FILTERED)),
 )
 @each_dtype
 def test_filter_keeps_its_bound(
-    dtype: torch.dtype, budget: int, entropy: bool, backend: str
+    dtype: torch.dtype, budget: int, statistics: tuple[str, ...], backend: str
 ) -> None:
     """Something is left out, and no entry is off by more than the documentation says."""
-    given = like_trained(dtype, entropy).on(backend)
+    given = like_trained(dtype, statistics).on(backend)
     exact = given.solve(backend, memory_budget=budget)
     some = given.solve(backend, memory_budget=budget, grad_filter=EPS)
     hidden, weight = given["hidden"].double(), given["weight"].double()
@@ -233,7 +236,7 @@ def test_filter_keeps_its_bound(
 @each_filtered_backend
 @each_dtype
 def test_a_filter_that_leaves_nothing_out(dtype: torch.dtype, backend: str) -> None:
-    check(like_trained(dtype, True).on(backend), backend, grad_filter=1e-30)
+    check(like_trained(dtype, STATISTICS).on(backend), backend, grad_filter=1e-30)
 
 
 def test_filter_leaves_out_what_it_says() -> None:
@@ -252,7 +255,7 @@ def test_filter_leaves_out_what_it_says() -> None:
 
 
 def test_filter_of_zero_is_exact() -> None:
-    given = like_trained(torch.float32, True)
+    given = like_trained(torch.float32, STATISTICS)
     assert_same(given.solve("cpu", grad_filter=0.0), given.solve("cpu"))
 
 

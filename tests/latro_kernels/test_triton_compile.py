@@ -37,8 +37,8 @@ GRAD = {
     "target_ptr": "*i64",
     "grad_logp_ptr": ROW,
     "grad_entropy_ptr": ROW,
+    "offset_ptr": ROW,
     "logp_ptr": ROW,
-    "entropy_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
     "columns": "i32",
@@ -64,8 +64,8 @@ GATHER_BACKWARD = {
     "target_ptr": "*i64",
     "grad_logp_ptr": ROW,
     "grad_entropy_ptr": ROW,
+    "offset_ptr": ROW,
     "logp_ptr": ROW,
-    "entropy_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
     "stride_n": "i64",
@@ -179,11 +179,12 @@ def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> 
     function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel
     signature = dict(FOLD) if name == "fold" else GRAD | {"dtile_ptr": f"*{dtype}"}
     signature = aligned(signature) if is_aligned else signature
+    flag = "WITH_ENTROPY" if name == "fold" else "WITH_OFFSET"
     for plain, entropy in [(True, False), (False, True)]:
         constants = {
             "HAS_BIAS": not plain,
             "HAS_SOFTCAP": not plain,
-            "WITH_ENTROPY": entropy,
+            flag: entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
         check(function, signature, constants, capability)
@@ -208,7 +209,7 @@ def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capabili
     for softcap, entropy in [(False, False), (True, True)]:
         constants = {
             "HAS_SOFTCAP": softcap,
-            "WITH_ENTROPY": entropy,
+            "WITH_ENTROPY" if kernel == "forward" else "WITH_OFFSET": entropy,
             "BLOCK_V": kernels.BLOCK_V,
         }
         check(

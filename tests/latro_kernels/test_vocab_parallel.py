@@ -11,19 +11,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.latro_kernels.ops import linear_sample
-from tests.latro_kernels.ops.linear_logprob import problem
+from tests.latro_kernels.ops.linear_logprob import STATISTICS, problem
 from tests.latro_kernels.ops.op import Problem, Results, gate
 
 SHAPE = (30, 130, 403)
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "everything": {"bias": True, "temperature": 0.7, "softcap": 8.0, "entropy": True},
-    "frozen": {"frozen": True, "bias": True, "softcap": 8.0},
+    "everything": {"bias": True, "temperature": 0.7, "softcap": 8.0, "statistics": STATISTICS},
+    "frozen": {"frozen": True, "bias": True, "softcap": 8.0, "statistics": ("log_sum_exp",)},
     "batched, some ignored": {"batch": True, "bias": True, "entropy": True},
     "batched, frozen": {"batch": True, "frozen": True},
-    "filter": {"grad_filter": 1e-9, "memory_budget": 10_000},
+    "filter": {"grad_filter": 1e-9, "memory_budget": 10_000, "statistics": ("log_sum_exp",)},
     "bf16": {"dtype": torch.bfloat16, "entropy": True},
-    "frozen, empty slices": {"frozen": True, "bias": True, "empty": True},
+    "frozen, empty slices": {
+        **{"frozen": True, "bias": True, "empty": True, "statistics": ("log_sum_exp",)}
+    },
 }
 SAMPLES: dict[str, dict[str, Any]] = {
     "sample": {},

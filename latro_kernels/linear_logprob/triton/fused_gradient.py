@@ -21,7 +21,7 @@ from latro_kernels.triton.softmax import expm1, flags
     flags(
         HAS_ROWS="rows_ptr",
         HAS_BIAS="bias_ptr",
-        WITH_ENTROPY="grad_entropy_ptr",
+        WITH_OFFSET="offset_ptr",
         IS_CACHED="cached_ptr",
         WITH_FILTER="block_max_ptr",
     )
@@ -38,8 +38,8 @@ def grad_kernel(
     target_ptr,
     grad_logp_ptr,
     grad_entropy_ptr,
+    offset_ptr,
     logp_ptr,
-    entropy_ptr,
     row_max_ptr,
     log_sum_ptr,
     block_max_ptr,
@@ -63,7 +63,7 @@ def grad_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    WITH_OFFSET: tl.constexpr,
     IS_CACHED: tl.constexpr,
     WITH_FILTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -93,26 +93,26 @@ def grad_kernel(
     row_max = tl.load(row_max_ptr + i, mask=in_rows, other=0.0)
     log_sum = tl.load(log_sum_ptr + i, mask=in_rows, other=0.0)
     grad_entropy = tl.zeros((BLOCK_N,), tl.float32)
-    entropy = tl.zeros((BLOCK_N,), tl.float32)
-    if WITH_ENTROPY:
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    if WITH_OFFSET:
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
-        entropy = tl.load(entropy_ptr + i, mask=in_rows, other=0.0)
+        offset = tl.load(offset_ptr + i, mask=in_rows, other=0.0)
+    has_gradient = (grad_logp != 0.0) | (grad_entropy != 0.0) | (offset != 0.0)
     is_active = True
     if WITH_FILTER:
         # Whether |dz| may reach the threshold in any row, by the block's largest logit.
         blocks = tl.cdiv(V, BLOCK_V)
         from_ptr = block_max_ptr + number * blocks + column // BLOCK_V
         log_p = (tl.load(from_ptr, mask=in_rows, other=0.0) - row_max) - log_sum
-        size = tl.abs(grad_logp)
-        if WITH_ENTROPY:
-            # exp(x) (|x| + H) grows up to x = -1 and is bounded by this beyond.
-            size += tl.abs(grad_entropy) * (tl.maximum(-log_p, 1.0) + entropy)
+        size = tl.abs(grad_logp + offset)
+        if WITH_OFFSET:
+            # exp(x) |x| grows up to x = -1 and is bounded by this beyond.
+            size += tl.abs(grad_entropy) * tl.maximum(-log_p, 1.0)
         is_target_here = (target >= column) & (target < column + BLOCK_V)
         # NaN reaches the threshold.
         reaches = tl.where(size * tl.exp(log_p) < grad_filter, 0, 1)
         reaches = tl.where(is_target_here, 1, reaches)
-        has_gradient = in_rows & ((grad_logp != 0.0) | (grad_entropy != 0.0))
-        is_active = tl.max(tl.where(has_gradient, reaches, 0), 0) > 0
+        is_active = tl.max(tl.where(in_rows & has_gradient, reaches, 0), 0) > 0
         tl.store(active_ptr + row_block * column_blocks + column_block, is_active.to(tl.int8))
     if is_active:
         if not IS_CACHED:
@@ -142,18 +142,18 @@ def grad_kernel(
             below = capped * inverse - row_max[:, None]
             p = tl.exp2(below * LOG2_E - (log_sum * LOG2_E)[:, None])
             factor = (-grad_logp)[:, None]
-            if WITH_ENTROPY:
-                # log p + entropy; 0 * -inf counts as 0: exp(-128) is 0 in fp32.
-                at_max = grad_entropy * (log_sum - entropy) - grad_logp
+            if WITH_OFFSET:
+                # h log p + offset; 0 * -inf counts as 0: exp(-128) is 0 in fp32.
+                at_max = grad_entropy * log_sum - offset - grad_logp
                 factor = at_max[:, None] - tl.maximum(below, -128.0) * grad_entropy[:, None]
             dz = p * (factor * inverse)
             if has_target:
                 # 1 - p by expm1: exact where p is close to 1.
                 of_target = -grad_logp * expm1(logp)
-                if WITH_ENTROPY:
+                if WITH_OFFSET:
                     target_p = tl.exp(logp)
-                    of_entropy = grad_entropy * target_p * (logp + entropy)
-                    of_target -= tl.where(target_p == 0.0, 0.0, of_entropy)
+                    of_offset = target_p * (grad_entropy * logp + offset)
+                    of_target -= tl.where(target_p == 0.0, 0.0, of_offset)
                 of_part = local - quarter * PART
                 is_target = tl.arange(0, PART)[None, :] == of_part[:, None]
                 dz = tl.where(is_target, (of_target * inverse)[:, None], dz)
@@ -162,7 +162,7 @@ def grad_kernel(
                 dz *= 1.0 - tanh * tanh
             if WITH_FILTER:
                 # Nothing comes of a row that nobody asks about, whatever is in it.
-                dz = tl.where(((grad_logp != 0.0) | (grad_entropy != 0.0))[:, None], dz, 0.0)
+                dz = tl.where(has_gradient[:, None], dz, 0.0)
             dz_block = block_ptr(dz_ptr, end - begin, first_row, left - begin, BLOCK_N, PART)
             tl.store(dz_block, dz, mask=in_block)
     else:

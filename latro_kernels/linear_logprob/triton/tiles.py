@@ -66,7 +66,7 @@ def fold_kernel(
     tl.store(target_logit_ptr + row, target_logit, mask=is_here)
 
 
-@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_ENTROPY="grad_entropy_ptr"))
+@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_OFFSET="offset_ptr"))
 @triton.jit
 def grad_kernel(
     tile_ptr,
@@ -75,8 +75,8 @@ def grad_kernel(
     target_ptr,
     grad_logp_ptr,
     grad_entropy_ptr,
+    offset_ptr,
     logp_ptr,
-    entropy_ptr,
     row_max_ptr,
     log_sum_ptr,
     columns,
@@ -85,7 +85,7 @@ def grad_kernel(
     temperature,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    WITH_ENTROPY: tl.constexpr,
+    WITH_OFFSET: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Write dz of a row of a tile."""
@@ -97,17 +97,17 @@ def grad_kernel(
     row_max = tl.load(row_max_ptr + row)
     log_sum = tl.load(log_sum_ptr + row)
     grad_entropy = 0.0
-    entropy = 0.0
-    if WITH_ENTROPY:
+    offset = 0.0
+    if WITH_OFFSET:
         grad_entropy = tl.load(grad_entropy_ptr + row)
-        entropy = tl.load(entropy_ptr + row)
-    upstream, forward = (grad_logp, grad_entropy), (logp, entropy, row_max, log_sum)
+        offset = tl.load(offset_ptr + row)
+    upstream, forward = (grad_logp, grad_entropy, offset), (logp, row_max, log_sum)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
         dz = product_grad(
-            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_ENTROPY
+            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_OFFSET
         )
         tl.store(dtile_ptr + row * columns + j, dz, mask=mask)
 

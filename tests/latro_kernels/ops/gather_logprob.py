@@ -14,6 +14,7 @@ from latro_kernels.gather_logprob import reference
 from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
 
 IGNORED = -100
+STATISTICS = ("entropy", "log_sum_exp")
 
 
 def problem(
@@ -24,6 +25,7 @@ def problem(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    statistics: tuple[str, ...] = (),
     batch: bool = False,
     seed: int = 0,
     **options: Any,
@@ -31,7 +33,7 @@ def problem(
     """Make a random problem of (N, V), or with `batch` of (N, 3, V) of which a third is ignored.
 
     `rows` is "random", "flat" (all logits nearly equal) or "peaked" (p of the target above 0.999,
-    logits of the others random).
+    logits of the others random). With `entropy` the pair of log-probs and entropies is asked for.
     """
     N, V = shape
     leading = (N, 3) if batch else (N,)
@@ -40,9 +42,8 @@ def problem(
     target = torch.randint(V, leading, generator=random)
     if rows == "peaked":
         logits.scatter_(-1, target[..., None], 20.0 * max(1.0, temperature))
-    upstream = {"logp": torch.randn(leading, generator=random)}
-    if entropy:
-        upstream["entropy"] = torch.randn(leading, generator=random)
+    names = ("logp", "entropy") if entropy else ("logp", *statistics)
+    upstream = {name: torch.randn(leading, generator=random) for name in names}
     return Problem(
         op=OP,
         arguments={
@@ -54,7 +55,7 @@ def problem(
         },
         upstream=upstream,
         trained=("logits",),
-        options={"return_entropy": entropy} | options,
+        options={"return_entropy": entropy, "statistics": statistics} | options,
     )
 
 
@@ -75,19 +76,19 @@ def unfused(
     temperature: float,
     softcap: float | None,
     ignore_index: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Return the loss in fp32, from logits in the model's dtype."""
+) -> tuple[Tensor, ...]:
+    """Return log-prob, entropy and log-sum-exp in fp32, from logits in the model's dtype."""
     if ignore_index is not None:
         kept = target != ignore_index
         of_kept = unfused(logits[kept], target[kept], temperature, softcap, None)
-        logp, entropy = (torch.zeros(target.shape).to(x).masked_scatter(kept, x) for x in of_kept)
-        return logp, entropy
+        return tuple(torch.zeros(target.shape).to(x).masked_scatter(kept, x) for x in of_kept)
     z = logits.float()
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    log_p = torch.log_softmax(z / temperature, -1)
+    z = z / temperature
+    log_p = torch.log_softmax(z, -1)
     logp = log_p.gather(-1, target[..., None]).squeeze(-1)
-    return logp, -(log_p.exp() * log_p).sum(-1)
+    return logp, -(log_p.exp() * log_p).sum(-1), torch.logsumexp(z, -1)
 
 
 def formula(
@@ -97,10 +98,14 @@ def formula(
     softcap: float,
     ignore_index: None = None,
 ) -> Results:
-    """Log-prob and entropy from `torch.distributions`."""
+    """Log-prob and entropy from `torch.distributions`, and the log of the sum as it is written."""
     z = softcap * torch.tanh(logits / softcap) / temperature
     given = torch.distributions.Categorical(logits=z)
-    return {"logp": given.log_prob(target), "entropy": given.entropy()}
+    return {
+        "logp": given.log_prob(target),
+        "entropy": given.entropy(),
+        "log_sum_exp": z.exp().sum(-1).log(),
+    }
 
 
 def strided(given: Problem) -> list[Problem]:
@@ -117,26 +122,31 @@ def _samples() -> list[tuple[tuple[int, int], torch.dtype, dict[str, Any]]]:
         {},
         {"entropy": True},
         {"temperature": 0.7, "softcap": 5.0},
-        {"temperature": 1.3, "softcap": 30.0, "entropy": True},
+        {"temperature": 0.7, "statistics": ("log_sum_exp",)},
+        {"temperature": 1.3, "softcap": 30.0, "statistics": STATISTICS},
     ]
     extremes = [
-        {"rows": rows, "entropy": entropy}
+        {"rows": rows, "statistics": statistics}
         for rows in ("peaked", "flat")
-        for entropy in (False, True)
+        for statistics in ((), STATISTICS)
     ]
     if INTERPRETED:
         return [
             ((0, 30), torch.float32, {"entropy": True}),
             ((1, 1), torch.float32, {"softcap": 5.0, "entropy": True}),
-            ((5, 70), torch.float32, {"softcap": 5.0, "temperature": 0.7, "entropy": True}),
+            (
+                (5, 70),
+                torch.float32,
+                {"softcap": 5.0, "temperature": 0.7, "statistics": STATISTICS},
+            ),
             ((10, 70), torch.float32, {}),
             ((4, 70), torch.float32, {"batch": True, "entropy": True}),
-            ((4, 101), torch.float16, {"batch": True}),
+            ((4, 101), torch.float16, {"batch": True, "statistics": ("log_sum_exp",)}),
             ((5, 70), torch.bfloat16, {"softcap": 30.0}),
             ((5, 70), torch.float16, {"entropy": True}),
-            ((6, 70), torch.float32, {"rows": "peaked", "entropy": True}),
+            ((6, 70), torch.float32, {"rows": "peaked", "statistics": STATISTICS}),
             ((6, 101), torch.bfloat16, {"rows": "peaked"}),
-            ((6, 70), torch.float32, {"rows": "flat", "entropy": True}),
+            ((6, 70), torch.float32, {"rows": "flat", "statistics": STATISTICS}),
         ]
     # N, V: none; one of everything; a prime V; more than a block of any backend's, in odd numbers.
     shapes = [(0, 30), (1, 1), (7, 101), (1, 64), (33, 1031), (5, 9001)]
@@ -168,7 +178,6 @@ BAD = [
         ValueError,
         "target: expected the device of logits, cpu, got meta",
     ),
-    ({"return_entropy": 1}, TypeError, "return_entropy: expected a bool, got int"),
     ({"inplace_backward": 1}, TypeError, "inplace_backward: expected a bool, got int"),
     (
         {"inplace_backward": True, "backend": "reference"},
@@ -187,7 +196,7 @@ OP = Op(
     reference=reference,
     unfused=unfused,
     formula=formula,
-    outputs=("logp", "entropy"),
+    outputs=("logp", *STATISTICS),
     gradients={"logits": "dlogits"},
     rows=("logits", "target"),
     columns={"logits": -1},
@@ -198,15 +207,18 @@ OP = Op(
     draws=st.builds(
         problem,
         st.tuples(st.integers(0, 40), st.integers(1, 3000)),
-        entropy=st.booleans(),
+        statistics=st.sampled_from([(), ("entropy",), ("log_sum_exp",), STATISTICS]),
         softcap=st.sampled_from([None, 2.0, 50.0]),
         batch=st.booleans(),
         seed=st.integers(0, 1000),
     ),
     forms={
-        "plain": {"entropy": True},
+        "plain": {"statistics": STATISTICS},
         "in place": {"inplace_backward": True},
         "batched": {"batch": True, "entropy": True},
+        "batched, in place": {
+            **{"batch": True, "inplace_backward": True, "statistics": ("log_sum_exp",)}
+        },
     },
     strided=strided,
     good={"logits": torch.zeros(4, 5), "target": torch.zeros(4, dtype=torch.int64)},

@@ -16,6 +16,7 @@ from tests.latro_kernels.ops import gather_logprob
 from tests.latro_kernels.ops.op import COLUMNS, DTYPES, HIDDEN, INTERPRETED, Op, Problem, Results
 
 FP32, BF16, FP16 = DTYPES
+STATISTICS = gather_logprob.STATISTICS
 
 
 def problem(
@@ -27,6 +28,7 @@ def problem(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
+    statistics: tuple[str, ...] = (),
     frozen: bool = False,
     batch: bool = False,
     seed: int = 0,
@@ -37,7 +39,7 @@ def problem(
     With `batch` hidden is [N, 3, H], and a third of the targets is ignored.
 
     `rows` is "random", "flat" (all logits nearly equal) or "peaked" (p of the target above 0.999,
-    logits of the others random).
+    logits of the others random). With `entropy` the pair of log-probs and entropies is asked for.
     """
     N, H, V = shape
     leading = (N, 3) if batch else (N,)
@@ -64,38 +66,37 @@ def problem(
         "softcap": softcap,
         "ignore_index": gather_logprob.IGNORED if batch else None,
     }
-    upstream = {"logp": normal(*leading)}
-    if entropy:
-        upstream["entropy"] = normal(*leading)
+    names = ("logp", "entropy") if entropy else ("logp", *statistics)
+    upstream = {name: normal(*leading) for name in names}
     return Problem(
         op=OP,
         arguments=arguments,
         upstream=upstream,
         trained=("hidden",) if frozen else ("hidden", "weight", "bias"),
-        options={"return_entropy": entropy} | options,
+        options={"return_entropy": entropy, "statistics": statistics} | options,
     )
 
 
 def trained_like(
-    dtype: torch.dtype, entropy: bool = False, shape: tuple[int, int, int] = (150, 160, 3000)
+    dtype: torch.dtype,
+    statistics: tuple[str, ...] = (),
+    shape: tuple[int, int, int] = (150, 160, 3000),
 ) -> Problem:
     """Make rows that are sure of a few tokens among many, as a trained model's are."""
-    given = problem(shape, dtype, entropy=entropy, bias=True)
+    given = problem(shape, dtype, statistics=statistics, bias=True)
     likely = shape[2] // 15
     bias = given["bias"].float()
     bias[likely:] -= 12.0
     return given.but(bias=bias.to(dtype), target=given["target"] % (2 * likely))
 
 
-def unfused(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any
-) -> tuple[Tensor, Tensor]:
+def unfused(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> tuple[Tensor, ...]:
     """Logits in the model's dtype, the loss in fp32."""
     return gather_logprob.unfused(linear(hidden, weight, bias), **more)
 
 
 def formula(hidden: Tensor, weight: Tensor, bias: Tensor, **more: Any) -> Results:
-    """Log-prob and entropy from `torch.distributions`."""
+    """Apply the formula of logits."""
     return gather_logprob.formula(hidden @ weight.T + bias, **more)
 
 
@@ -121,32 +122,35 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
     plain: list[dict[str, Any]] = [
         {},
         {"bias": True, "entropy": True},
+        {"temperature": 0.7, "statistics": ("log_sum_exp",)},
         {"temperature": 0.7, "softcap": 5.0},
-        {"temperature": 1.3, "softcap": 30.0, "bias": True, "entropy": True},
+        {"temperature": 1.3, "softcap": 30.0, "bias": True, "statistics": STATISTICS},
     ]
     extremes = [
-        {"rows": rows, "entropy": entropy}
+        {"rows": rows, "statistics": statistics}
         for rows in ("peaked", "flat")
-        for entropy in (False, True)
+        for statistics in ((), STATISTICS)
     ]
     if INTERPRETED:
         return [
             ((0, 3, 5), FP32, {"bias": True, "entropy": True}),
             ((1, 1, 1), FP32, {"bias": True, "entropy": True}),
-            ((5, 3, 70), FP32, {"softcap": 5.0, "temperature": 0.7, "entropy": True}),
+            ((5, 3, 70), FP32, {"softcap": 5.0, "temperature": 0.7, "statistics": STATISTICS}),
             ((10, 7, 70), FP32, {}),
-            ((6, 70, 70), FP32, {"rows": "peaked", "entropy": True}),
+            ((10, 7, 70), FP32, {"statistics": ("log_sum_exp",)}),
+            ((6, 70, 70), FP32, {"rows": "peaked", "statistics": STATISTICS}),
             ((6, 9, 70), FP32, {"rows": "flat", "entropy": True}),
             ((0, 3, 5), BF16, {"bias": True, "entropy": True}),
             ((1, 1, 1), BF16, {"bias": True, "entropy": True}),
             ((5, 3, 70), BF16, {"bias": True, "softcap": 30.0}),
-            ((10, 17, 70), BF16, {"bias": True, "softcap": 5.0, "entropy": True}),
-            ((6, 70, 70), BF16, {"rows": "peaked", "entropy": True}),
+            ((10, 17, 70), BF16, {"bias": True, "softcap": 5.0, "statistics": STATISTICS}),
+            ((6, 70, 70), BF16, {"rows": "peaked", "statistics": STATISTICS}),
             ((6, 9, 70), BF16, {"rows": "flat", "entropy": True}),
             ((5, 3, 70), FP16, {"entropy": True, "temperature": 0.7}),
             ((4, 7, 70), FP32, {"batch": True, "bias": True, "entropy": True}),
             ((4, 7, 70), FP16, {"batch": True, "softcap": 5.0}),
             ((4, 7, 70), FP16, {"batch": True, "frozen": True}),
+            ((4, 7, 70), FP16, {"batch": True, "frozen": True, "statistics": ("log_sum_exp",)}),
             ((10, 40, 70), FP16, {"bias": True, "temperature": 1.3}),
         ]
     # N, H, V: none; one of everything; odd; prime V; an H for which bf16 is multiplied as such.
@@ -154,6 +158,7 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
     batched: list[dict[str, Any]] = [
         *({"batch": True, **options} for options in plain[-2:]),
         {"batch": True, "frozen": True},
+        {"batch": True, "frozen": True, "statistics": ("log_sum_exp",)},
     ]
     return [
         *product(shapes, DTYPES, plain),
@@ -209,7 +214,7 @@ OP = Op(
     reference=reference,
     unfused=unfused,
     formula=formula,
-    outputs=("logp", "entropy"),
+    outputs=("logp", *STATISTICS),
     gradients={"hidden": "dx", "weight": "dw", "bias": "db"},
     rows=("hidden", "target"),
     columns={"weight": 0, "bias": 0},
@@ -221,16 +226,16 @@ OP = Op(
         problem,
         st.tuples(st.integers(0, 40), st.integers(1, 70), st.integers(1, 500)),
         bias=st.booleans(),
-        entropy=st.booleans(),
+        statistics=st.sampled_from([(), ("entropy",), ("log_sum_exp",), STATISTICS]),
         softcap=st.sampled_from([None, 2.0, 50.0]),
         batch=st.booleans(),
         frozen=st.booleans(),
         seed=st.integers(0, 1000),
     ),
     forms={
-        "plain": {"bias": True, "entropy": True},
-        "filtered": {"bias": True, "grad_filter": 1e-3},
-        "frozen": {"frozen": True},
+        "plain": {"bias": True, "statistics": STATISTICS},
+        "filtered": {"bias": True, "grad_filter": 1e-3, "statistics": ("log_sum_exp",)},
+        "frozen": {"frozen": True, "statistics": ("log_sum_exp",)},
         "batched": {"batch": True, "bias": True, "entropy": True},
         "batched, frozen": {"batch": True, "frozen": True},
     },

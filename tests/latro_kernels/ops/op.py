@@ -13,6 +13,8 @@ import torch
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
+from latro_kernels import RowStatistics
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # In Triton's interpreter its kernels take tensors of the CPU; test_triton_interpreted.py starts a
 # session of pytest for that.
@@ -108,6 +110,8 @@ class Op:
         """Name what a function of this op returned."""
         if isinstance(out, dict):
             return out
+        if isinstance(out, RowStatistics):
+            return {name: value for name, value in vars(out).items() if value is not None}
         return dict(zip(self.outputs, out if isinstance(out, tuple) else (out,), strict=False))
 
 

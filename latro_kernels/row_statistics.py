@@ -1,0 +1,156 @@
+"""What `linear_logprob` and `gather_logprob` know of a row beside its target's log-prob.
+
+With a row's logits z, after softcap and temperature, p = softmax(z) and t the target
+
+    logp = z_t − L        log_sum_exp L = log Σ_j exp(z_j)        entropy H = −Σ_j p_j·log p_j
+
+For upstream gradients g of logp, h of the entropy and e of log_sum_exp
+
+    ∂/∂z_j = g·(1[j = t] − p_j) − h·p_j·(log p_j + H) + e·p_j
+           = g·(1[j = t] − p_j) − p_j·(h·log p_j + c)              c = h·H − e
+
+so that a backward that knows the entropy's gradient has that of log_sum_exp for nothing: it takes
+g, h and c of each row, of which `upstream` makes the last two, or g alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RowStatistics:
+    """What `linear_logprob` and `gather_logprob` return where `statistics` are asked for.
+
+    Each is of the shape of target; None where it was not asked for, and 0 where the target is
+    ignored.
+
+    Args:
+        logp: the target's log-probability, fp32, nats, differentiable.
+        entropy: of the row's distribution, fp32, nats, differentiable.
+        log_sum_exp: log Σ_j exp(z_j) of the logits z after softcap and temperature, as
+            `torch.logsumexp(z, -1)`, fp32, nats, differentiable: what a z-loss squares.
+    """
+
+    logp: Tensor
+    entropy: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+
+
+NAMES = tuple(field.name for field in fields(RowStatistics) if field.name != "logp")
+Returned = Tensor | tuple[Tensor, Tensor] | RowStatistics
+
+
+class Upstream(NamedTuple):
+    """The upstream gradients of rows, fp32 [N] each; h and c are None where c is 0 for every row.
+
+    Args:
+        grad_logp: g.
+        grad_entropy: h.
+        offset: c.
+    """
+
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+    offset: Tensor | None
+
+
+def check_statistics(statistics: object, return_entropy: object) -> frozenset[str]:
+    """Return the names that are asked for in either way; raise for what is none."""
+    if not isinstance(return_entropy, bool):
+        raise TypeError(f"return_entropy: expected a bool, got {type(return_entropy).__name__}")
+    if isinstance(statistics, str) or not isinstance(statistics, Collection):
+        raise TypeError(
+            f"statistics: expected a collection of names, such as {NAMES[:1]}, got {statistics!r}"
+        )
+    for name in statistics:
+        if name not in NAMES:
+            raise ValueError(
+                f"statistics: expected names among {', '.join(map(repr, NAMES))}, got {name!r}"
+            )
+    if statistics and return_entropy:
+        raise ValueError(
+            "return_entropy: expected False with statistics, among which 'entropy' is, got True"
+        )
+    return frozenset(statistics) | (frozenset({"entropy"}) if return_entropy else frozenset())
+
+
+def returned(found: RowStatistics, asked: frozenset[str], return_entropy: bool) -> Returned:
+    """Return what a caller gets that has asked for these statistics."""
+    if return_entropy:
+        assert found.entropy is not None
+        return found.logp, found.entropy
+    if not asked:
+        return found.logp
+    unasked: dict[str, Any] = {name: None for name in NAMES if name not in asked}
+    return replace(found, **unasked)
+
+
+def of_logits(
+    logits: Tensor, target: Tensor, temperature: float, softcap: float | None
+) -> RowStatistics:
+    """Return all statistics [...] of logits [..., V] by plain PyTorch, in the logits' dtype."""
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    z = z / temperature
+    log_p = torch.log_softmax(z, dim=-1)
+    # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
+    terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
+    return RowStatistics(
+        logp=log_p.gather(-1, target[..., None]).squeeze(-1),
+        entropy=-terms.sum(-1),
+        log_sum_exp=torch.logsumexp(z, dim=-1),
+    )
+
+
+def changed(found: RowStatistics, change: Callable[[Tensor], Tensor]) -> RowStatistics:
+    """Return the statistics with a change made of each that there is."""
+    made: dict[str, Any] = {k: None if s is None else change(s) for k, s in vars(found).items()}
+    return RowStatistics(**made)
+
+
+def without_ignored(found: RowStatistics, ignored: Tensor) -> RowStatistics:
+    """Return the statistics with 0 in rows that are ignored."""
+    return changed(found, lambda statistic: statistic.masked_fill(ignored, 0))
+
+
+def upstream(
+    logp: Tensor,
+    entropy: Tensor | None,
+    kept: Tensor | None,
+    *,
+    grad_logp: Tensor | None,
+    grad_entropy: Tensor | None,
+    grad_log_sum_exp: Tensor | None,
+) -> Upstream:
+    """Return what the backward takes, from gradients of any shape or None.
+
+    Args:
+        logp: fp32 [N], from the forward.
+        entropy: likewise; None where it was not asked for.
+        kept: bool [N], or None for all; the other rows' gradients are 0.
+        grad_logp: g, None for 0.
+        grad_entropy: h, likewise.
+        grad_log_sum_exp: e, likewise.
+    """
+
+    def of_kept(gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            return torch.zeros_like(logp)
+        flat = gradient.flatten()
+        return flat if kept is None else flat.masked_fill(~kept, 0)
+
+    g = of_kept(grad_logp)
+    if grad_entropy is None and grad_log_sum_exp is None:
+        return Upstream(g, None, None)
+    h, offset = of_kept(grad_entropy), -of_kept(grad_log_sum_exp)
+    if grad_entropy is not None:
+        assert entropy is not None
+        # The entropy of a row that nobody asks about may be NaN.
+        offset = offset + torch.where(h == 0, 0, h * entropy)
+    return Upstream(g, h, offset)
