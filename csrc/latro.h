@@ -209,7 +209,8 @@ LATRO_API int32_t latro_cuda_linear_sample_draw(const float* tile, const float* 
  * softcap 0 means none. z = softcap * tanh(logit / softcap) / temperature.
  *
  * forward: target[rows], in 0 .. cols - 1; writes logp[rows], entropy[rows] unless null,
- * peak[rows], the maximum of z, and log_total[rows], log of the sum of exp(z - peak).
+ * peak[rows], the maximum of z, log_total[rows], log of the sum of exp(z - peak), and picked[rows],
+ * z at the target. A row whose target is below 0 is not read, and gets zeros.
  *
  * backward: takes logp, peak and log_total back; grad_entropy and offset are as in
  * latro_cpu_linear_logprob_backward. A row in which these and grad_logp are 0 is not read.
@@ -217,8 +218,8 @@ LATRO_API int32_t latro_cuda_linear_sample_draw(const float* tile, const float* 
 LATRO_API int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype,
                                                    int64_t row_step, const int64_t* target,
                                                    float* logp, float* entropy, float* peak,
-                                                   float* log_total, int64_t rows, int64_t cols,
-                                                   float softcap, float temperature,
+                                                   float* log_total, float* picked, int64_t rows,
+                                                   int64_t cols, float softcap, float temperature,
                                                    int64_t threads);
 
 LATRO_API int32_t latro_cpu_gather_logprob_backward(
@@ -230,8 +231,9 @@ LATRO_API int32_t latro_cpu_gather_logprob_backward(
 LATRO_API int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype,
                                                     int64_t row_step, const int64_t* target,
                                                     float* logp, float* entropy, float* peak,
-                                                    float* log_total, int64_t rows, int64_t cols,
-                                                    float softcap, float temperature, void* stream);
+                                                    float* log_total, float* picked, int64_t rows,
+                                                    int64_t cols, float softcap, float temperature,
+                                                    void* stream);
 
 LATRO_API int32_t latro_cuda_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,

@@ -28,19 +28,21 @@ from torch import Tensor
 class RowStatistics:
     """What `linear_logprob` and `gather_logprob` return where `statistics` are asked for.
 
-    Each is of the shape of target; None where it was not asked for, and 0 where the target is
-    ignored.
+    Each is of the shape of target; None where it was not asked for, and 0 or False where the target
+    is ignored.
 
     Args:
         logp: the target's log-probability, fp32, nats, differentiable.
         entropy: of the row's distribution, fp32, nats, differentiable.
         log_sum_exp: log Σ_j exp(z_j) of the logits z after softcap and temperature, as
             `torch.logsumexp(z, -1)`, fp32, nats, differentiable: what a z-loss squares.
+        is_top1: whether no logit of the row is above the target's, bool.
     """
 
     logp: Tensor
     entropy: Tensor | None = None
     log_sum_exp: Tensor | None = None
+    is_top1: Tensor | None = None
 
 
 NAMES = tuple(field.name for field in fields(RowStatistics) if field.name != "logp")
@@ -101,10 +103,12 @@ def of_logits(
     log_p = torch.log_softmax(z, dim=-1)
     # Where p is 0, p·log p has the limit 0; 0 · −inf would make it and its gradient NaN.
     terms = log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0)
+    column = target[..., None]
     return RowStatistics(
-        logp=log_p.gather(-1, target[..., None]).squeeze(-1),
+        logp=log_p.gather(-1, column).squeeze(-1),
         entropy=-terms.sum(-1),
         log_sum_exp=torch.logsumexp(z, dim=-1),
+        is_top1=(z.gather(-1, column) >= z.amax(-1, keepdim=True)).squeeze(-1),
     )
 
 
@@ -115,7 +119,7 @@ def changed(found: RowStatistics, change: Callable[[Tensor], Tensor]) -> RowStat
 
 
 def without_ignored(found: RowStatistics, ignored: Tensor) -> RowStatistics:
-    """Return the statistics with 0 in rows that are ignored."""
+    """Return the statistics with 0, or False, in rows that are ignored."""
     return changed(found, lambda statistic: statistic.masked_fill(ignored, 0))
 
 

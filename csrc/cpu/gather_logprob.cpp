@@ -28,17 +28,17 @@ struct Rows {
 
 template <typename T>
 void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, float* entropy,
-                  float* peak, float* log_total, int64_t rows, int64_t cols, Transform transform,
-                  int64_t threads) {
+                  float* peak, float* log_total, float* picked, int64_t rows, int64_t cols,
+                  Transform transform, int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] < 0) {  // ignored
-      logp[i] = peak[i] = log_total[i] = 0.0f;
+      logp[i] = peak[i] = log_total[i] = picked[i] = 0.0f;
       if (entropy != nullptr) entropy[i] = 0.0f;
       continue;
     }
     const T* row = logits.row(i);
-    float z[kBlock], picked = 0.0f;
+    float z[kBlock];
     State state{-latro::kInfinity, 0.0f, 0.0f};
     for (int64_t begin = 0; begin < cols; begin += kBlock) {
       const int64_t n = std::min(cols - begin, kBlock);
@@ -46,11 +46,11 @@ void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, floa
       state.add(z, n, entropy != nullptr);
       // The very number that was added: made once more, it might be rounded otherwise.
       const int64_t hit = target[i] - begin;
-      if (hit >= 0 && hit < n) picked = z[hit];
+      if (hit >= 0 && hit < n) picked[i] = z[hit];
     }
     peak[i] = state.peak;
     log_total[i] = std::log(state.total);
-    logp[i] = (picked - state.peak) - log_total[i];
+    logp[i] = (picked[i] - state.peak) - log_total[i];
     if (entropy != nullptr) entropy[i] = log_total[i] - state.weighted / state.total;
   }
 }
@@ -89,11 +89,12 @@ void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
 
 int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                          const int64_t* target, float* logp, float* entropy,
-                                         float* peak, float* log_total, int64_t rows, int64_t cols,
-                                         float softcap, float temperature, int64_t threads) {
+                                         float* peak, float* log_total, float* picked, int64_t rows,
+                                         int64_t cols, float softcap, float temperature,
+                                         int64_t threads) {
   const auto run = [&](auto element) {
     const Rows<const decltype(element)> x{static_cast<const decltype(element)*>(logits), row_step};
-    forward_rows(x, target, logp, entropy, peak, log_total, rows, cols,
+    forward_rows(x, target, logp, entropy, peak, log_total, picked, rows, cols,
                  Transform{softcap, temperature}, threads);
     return LATRO_OK;
   };

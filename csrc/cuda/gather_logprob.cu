@@ -19,7 +19,7 @@ using latro::Transform;
 
 // What the forward writes of each row; entropy is null where none is asked for.
 struct Outputs {
-  float *logp, *entropy, *peak, *log_total;
+  float *logp, *entropy, *peak, *log_total, *picked;
 };
 
 template <bool kEntropy, typename T>
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     if (target[i] < 0) {  // ignored
       if (threadIdx.x == 0) {
-        out.logp[i] = out.peak[i] = out.log_total[i] = 0.0f;
+        out.logp[i] = out.peak[i] = out.log_total[i] = out.picked[i] = 0.0f;
         if (kEntropy) out.entropy[i] = 0.0f;
       }
       continue;
@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
       const float log_total = logf(state.total);
       out.peak[i] = state.peak;
       out.log_total[i] = log_total;
+      out.picked[i] = picked[0];
       out.logp[i] = (picked[0] - state.peak) - log_total;
       if (kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
     }
@@ -103,15 +104,17 @@ int32_t for_dtype(int32_t dtype, Run run) {
 
 int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                           const int64_t* target, float* logp, float* entropy,
-                                          float* peak, float* log_total, int64_t rows, int64_t cols,
-                                          float softcap, float temperature, void* stream) {
+                                          float* peak, float* log_total, float* picked,
+                                          int64_t rows, int64_t cols, float softcap,
+                                          float temperature, void* stream) {
   if (rows == 0) return LATRO_OK;
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     auto* kernel = entropy != nullptr ? forward_kernel<true, T> : forward_kernel<false, T>;
     kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-        static_cast<const T*>(logits), row_step, target, Outputs{logp, entropy, peak, log_total},
-        rows, cols, Transform{softcap, temperature});
+        static_cast<const T*>(logits), row_step, target,
+        Outputs{logp, entropy, peak, log_total, picked}, rows, cols,
+        Transform{softcap, temperature});
   });
 }
 

@@ -13,16 +13,17 @@ and the further statistics of `row_statistics`, which also has ∂/∂z. From th
     ∂/∂a_j = ∂/∂z_j · (1 − tanh²(a_j / c)) / T
 
 as in `linear_logprob`, for a model that hands out its logits. The forward reads them once and keeps
-two numbers a row, max z and log Σ_j exp(z_j − max z); the backward reads them once more and writes
-∂/∂a once, in the logits' dtype, over the logits themselves if it may. In the target's column
-1 − p_t is −expm1(logp): where p_t is close to 1 the subtraction would lose the digits that are
-left. The online sum of exponentials is Milakov and Gimelshein's, "Online normalizer calculation for
-softmax", arXiv 1805.02867.
+two numbers a row, max z and log Σ_j exp(z_j − max z), beside its results; the backward reads them
+once more and writes ∂/∂a once, in the logits' dtype, over the logits themselves if it may. In the
+target's column 1 − p_t is −expm1(logp): where p_t is close to 1 the subtraction would lose the
+digits that are left. The online sum of exponentials is Milakov and Gimelshein's, "Online normalizer
+calculation for softmax", arXiv 1805.02867.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,18 +79,23 @@ class _GatherLogprob(torch.autograd.Function):
         in_place: bool,
     ) -> tuple[Tensor | None, ...]:
         with_entropy = "entropy" in asked
-        logp, entropy, row_max, log_sum = ops.forward(
+        logp, entropy, row_max, log_sum, target_logit = ops.forward(
             logits, target, kept, *settings, with_entropy=with_entropy
         )
         found = RowStatistics(
             logp=logp,
             entropy=entropy if with_entropy else None,
             log_sum_exp=row_max + log_sum if "log_sum_exp" in asked else None,
+            is_top1=target_logit >= row_max if "is_top1" in asked else None,
         )
+        if found.is_top1 is not None:
+            if kept is not None:
+                found = replace(found, is_top1=found.is_top1 & kept)
+            ctx.mark_non_differentiable(found.is_top1)
         ctx.save_for_backward(logits, target, kept, logp, found.entropy, row_max, log_sum)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
         ctx.set_materialize_grads(False)
-        return found.logp, found.entropy, found.log_sum_exp
+        return found.logp, found.entropy, found.log_sum_exp, found.is_top1
 
     @staticmethod
     def backward(
@@ -97,6 +103,7 @@ class _GatherLogprob(torch.autograd.Function):
         grad_logp: Tensor | None,
         grad_entropy: Tensor | None,
         grad_log_sum_exp: Tensor | None,
+        _: None,
     ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
@@ -167,8 +174,8 @@ def gather_logprob(
             on: torch refuses a backward that needs them, but not a plain look at them.
         backend: "auto", "reference" (plain PyTorch, keeps all log-probs), "cpu", "triton" or
             "cuda".
-        statistics: names of what to return of each row beside logp, "entropy" and "log_sum_exp",
-            which `RowStatistics` describes; none: logp alone.
+        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
+            "is_top1", which `RowStatistics` describes; none: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both

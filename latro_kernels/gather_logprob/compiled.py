@@ -12,7 +12,7 @@ from latro_kernels.linear_logprob.state import RowGrad
 def forward(
     logits: Tensor, target: Tensor, rows: list[Tensor | None], temperature: float, softcap: float
 ) -> None:
-    """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
+    """Fill `rows`: logp, entropy (None: not asked for), row_max, log_sum and target_logit."""
     inputs = (logits, native.dtype_code(logits.dtype), logits.stride(0), target)
     _call("forward", logits.device, *inputs, *rows, *logits.shape, softcap, temperature)
 

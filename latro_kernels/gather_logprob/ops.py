@@ -26,7 +26,7 @@ _ROWS = (
 torch.library.define(
     "latro_kernels::gather_logprob",
     f"(Tensor logits, Tensor target, Tensor? kept, {_SETTINGS}, bool with_entropy) -> "
-    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum)",
+    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor target_logit)",
 )
 torch.library.define(
     "latro_kernels::gather_logprob_backward",
@@ -47,18 +47,18 @@ def _forward(
     softcap: float,
     backend: str,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if kept is None:
         check_target_values(target, logits.shape[1])
     else:
         check_target_values(target.masked_fill(~kept, 0), logits.shape[1])
         # The kernels read no row whose target is below 0, and write zeros for it.
         target = target.masked_fill(~kept, -1)
-    logp, entropy, row_max, log_sum = _empty_rows(logits, with_entropy)
-    rows = [logp, entropy if with_entropy else None, row_max, log_sum]
+    logp, entropy, *others = _empty_rows(logits, with_entropy)
+    rows = [logp, entropy if with_entropy else None, *others]
     driver = _driver(backend, logits.device)
     driver.forward(logits, target.contiguous(), rows, temperature=temperature, softcap=softcap)
-    return logp, entropy, row_max, log_sum
+    return logp, entropy, *others
 
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
@@ -70,7 +70,7 @@ def _(
     softcap: float,
     backend: str,
     with_entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     return _empty_rows(logits, with_entropy)
 
 
@@ -108,12 +108,12 @@ def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
     )
 
 
-def _empty_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return room for logp, entropy, row_max and log_sum, fp32 [N] each."""
-    logp, row_max, log_sum, entropy = (
-        logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(4)
+def _empty_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Return room for logp, entropy, row_max, log_sum and target_logit, fp32 [N] each."""
+    logp, entropy, *others = (
+        logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5)
     )
-    return logp, entropy if with_entropy else absent(logits), row_max, log_sum
+    return logp, entropy if with_entropy else absent(logits), *others
 
 
 def _driver(backend: str, device: torch.device) -> ModuleType:

@@ -28,6 +28,7 @@ def forward_kernel(
     entropy_ptr,
     row_max_ptr,
     log_sum_ptr,
+    target_logit_ptr,
     stride_n,
     V,
     softcap,
@@ -73,6 +74,7 @@ def forward_kernel(
     tl.store(logp_ptr + row, tl.where(is_read, (target_logit - row_max) - log_sum, 0.0))
     tl.store(row_max_ptr + row, tl.where(is_read, row_max, 0.0))
     tl.store(log_sum_ptr + row, tl.where(is_read, log_sum, 0.0))
+    tl.store(target_logit_ptr + row, tl.where(is_read, target_logit, 0.0))
     if WITH_ENTROPY:
         entropy = log_sum - tl.sum(weighted_sum, 0) / whole_sum
         tl.store(entropy_ptr + row, tl.where(is_read, entropy, 0.0))
@@ -130,8 +132,8 @@ def backward_kernel(
 def forward(
     logits: Tensor, target: Tensor, rows: list[Tensor | None], temperature: float, softcap: float
 ) -> None:
-    """Fill `rows`, which are logp, entropy (None: not asked for), row_max and log_sum."""
-    (N, V), (logp, entropy, row_max, log_sum) = logits.shape, rows
+    """Fill `rows`: logp, entropy (None: not asked for), row_max, log_sum and target_logit."""
+    (N, V), (logp, entropy, row_max, log_sum, target_logit) = logits.shape, rows
     if N == 0:
         return
     with torch.cuda.device_of(logits):
@@ -142,6 +144,7 @@ def forward(
             entropy_ptr=entropy,
             row_max_ptr=row_max,
             log_sum_ptr=log_sum,
+            target_logit_ptr=target_logit,
             stride_n=logits.stride(0),
             V=V,
             softcap=softcap,

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from latro_kernels.head import autocast_dtype
 from latro_kernels.integrations.logits import LogitForm
-from latro_kernels.linear_logprob import linear_logprob_and_largest
+from latro_kernels.linear_logprob import linear_logprob
+from latro_kernels.row_statistics import RowStatistics
 
 _VERSION = f"TRL {trl.__version__}"
 _KNOWN = "that of TRL 1.16, which this version of latro_kernels knows"
@@ -69,32 +70,34 @@ class LinearLogprob:
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         form = LogitForm(1.0, scale, softcap)
-        logp, entropy, is_largest = linear_logprob_and_largest(
+        found = linear_logprob(
             hidden,
             weight,
             target,
             bias=bias,
-            return_entropy="entropy" in outputs,
+            statistics=[name for name in ("entropy", "is_top1") if name in outputs],
             **form.kernel_settings(temperature),
         )
+        if isinstance(found, Tensor):
+            found = RowStatistics(found)
+        assert isinstance(found, RowStatistics)
         log_sum_squares = None
         if "log_sum_sq_probs" in outputs:
             # Of logits twice as large, logp is 2z − log Σ exp(2z); Σ p² is Σ exp(2z) / (Σ exp z)².
             with torch.no_grad():
-                doubled, *_ = linear_logprob_and_largest(
+                doubled = linear_logprob(
                     hidden,
                     weight,
                     target,
                     bias=bias,
-                    return_entropy=False,
                     **form.kernel_settings(temperature / 2),
                 )
-                log_sum_squares = 2 * logp - doubled
+                assert isinstance(doubled, Tensor)
+                log_sum_squares = 2 * found.logp - doubled
         mean = None
         if "mean_logits" in outputs:
             mean = _mean_logits(hidden, weight, bias) * (scale / temperature)
-        top = is_largest if "is_top1" in outputs else None
-        return logp, entropy, log_sum_squares, mean, top
+        return found.logp, found.entropy, log_sum_squares, mean, found.is_top1
 
 
 def patch_trl() -> ExitStack:

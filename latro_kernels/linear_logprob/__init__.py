@@ -133,6 +133,7 @@ class _LinearLogprob(torch.autograd.Function):
             logp=logp,
             entropy=log_sum - weighted_sum / sum_exp if "entropy" in options.asked else None,
             log_sum_exp=row_max + log_sum if "log_sum_exp" in options.asked else None,
+            is_top1=target_logit >= row_max if "is_top1" in options.asked else None,
         )
         if kept is not None:
             found = without_ignored(found, ~kept)
@@ -143,10 +144,10 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *of_rows, dx_sum, cached, block_max)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        is_largest = (target_logit >= row_max).view(batch)
-        ctx.mark_non_differentiable(is_largest)
         found = changed(found, lambda statistic: statistic.view(batch))
-        return found.logp, found.entropy, found.log_sum_exp, is_largest
+        if found.is_top1 is not None:
+            ctx.mark_non_differentiable(found.is_top1)
+        return found.logp, found.entropy, found.log_sum_exp, found.is_top1
 
     @staticmethod
     def backward(
@@ -293,8 +294,8 @@ def linear_logprob(
             rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
             same hidden and target (numbered over the whole vocabulary), gets the same result and
             the whole dx, and its own slice's dw and db.
-        statistics: names of what to return of each row beside logp, "entropy" and "log_sum_exp",
-            which `RowStatistics` describes; none: logp alone.
+        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
+            "is_top1", which `RowStatistics` describes; none: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
@@ -327,32 +328,5 @@ def linear_logprob(
         group=group,
         ignore_index=ignore_index,
     )
-    *found, _ = _LinearLogprob.apply(hidden, weight, bias, target, options)
-    return returned(RowStatistics(*found), asked, return_entropy)
-
-
-def linear_logprob_and_largest(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    return_entropy: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return what `linear_logprob` returns, and whether no logit is above the target's.
-
-    Returns:
-        logp [N], fp32, nats; entropy [N], fp32, nats, or None; is_largest [N], bool.
-    """
-    check(hidden, weight, target, bias, temperature, softcap, "auto")
-    hidden, weight, bias = cast(hidden, weight, bias, "auto")
-    options = options_for(
-        (hidden, weight, bias),
-        temperature=temperature,
-        softcap=softcap,
-        asked=frozenset({"entropy"} if return_entropy else ()),
-    )
-    logp, entropy, _, is_largest = _LinearLogprob.apply(hidden, weight, bias, target, options)
-    return logp, entropy, is_largest
+    found = RowStatistics(*_LinearLogprob.apply(hidden, weight, bias, target, options))
+    return returned(found, asked, return_entropy)

@@ -16,7 +16,8 @@ import pytest
 HERE = Path(__file__).parent
 FILES = (
     *("test_accuracy.py", "test_torch.py", "test_linear_logprob.py", "test_gather_logprob.py"),
-    *("test_linear_kl.py", "test_group_advantage.py", "test_linear_sample.py", "interpreted"),
+    *("test_linear_kl.py", "test_group_advantage.py", "test_linear_sample.py"),
+    *("test_row_statistics.py", "interpreted"),
 )
 
 

@@ -53,6 +53,7 @@ GATHER_FORWARD = {
     "entropy_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
+    "target_logit_ptr": ROW,
     "stride_n": "i64",
     "V": "i32",
     "softcap": "fp32",
