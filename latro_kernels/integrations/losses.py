@@ -58,8 +58,7 @@ def linear_cross_entropy(
     most = max(0, targets.shape[-1] - 1)  # without targets there is nothing to shift
     if not 0 <= shift <= most:
         raise ValueError(f"shift: expected 0..{most}, got {shift}")
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+    _check_reduction(reduction)
     # Where each target is predicted; the last places predict none.
     following = nn.functional.pad(targets, (0, shift), value=ignore_index)[..., shift:]
     logp = linear_logprob(e, c, following, bias=bias, softcap=softcap, ignore_index=ignore_index)
@@ -67,8 +66,7 @@ def linear_cross_entropy(
     if reduction == "none":
         # The zeros of the last places become those of the first, which nothing predicts.
         return -logp.roll(shift, -1)
-    loss = -logp.sum()
-    return loss if reduction == "sum" else loss / (following != ignore_index).sum()
+    return _reduced(-logp, following != ignore_index, reduction)
 
 
 def liger_fused_linear_cross_entropy(
@@ -78,32 +76,48 @@ def liger_fused_linear_cross_entropy(
     bias: Tensor | None = None,
     *,
     ignore_index: int = -100,
+    lse_square_scale: float = 0.0,
     reduction: str = "mean",
     softcap: float | None = None,
 ) -> Tensor:
     """Return the cross-entropy of `target`, as Liger's function of this name does.
 
-    Arguments are those of `linear_cross_entropy`: input [N, H], weight [V, H], target [N].
+    Arguments are those of `linear_cross_entropy`: input [N, H], weight [V, H], target [N]. A
+    z-loss, `lse_square_scale` · (log Σ exp(logits))² of each row that is not ignored, is added
+    before the reduction.
     """
-    return linear_cross_entropy(
+    _check_reduction(reduction)
+    found = linear_logprob(
         input,
         weight,
         target,
         bias=bias,
-        ignore_index=ignore_index,
         softcap=softcap,
-        reduction=reduction,
+        ignore_index=ignore_index,
+        statistics=("log_sum_exp",),
     )
+    assert isinstance(found, RowStatistics)
+    assert found.log_sum_exp is not None
+    loss = -found.logp
+    if lse_square_scale != 0:
+        loss = loss + lse_square_scale * found.log_sum_exp.square()
+    return _reduced(loss, target != ignore_index, reduction)
 
 
 class LigerFusedLinearCrossEntropyLoss(nn.Module):
     """Computes the cross-entropy as Liger's module of this name does."""
 
     def __init__(
-        self, *, ignore_index: int = -100, reduction: str = "mean", softcap: float | None = None
+        self,
+        *,
+        ignore_index: int = -100,
+        lse_square_scale: float = 0.0,
+        reduction: str = "mean",
+        softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.ignore_index, self.reduction, self.softcap = ignore_index, reduction, softcap
+        self.ignore_index, self.lse_square_scale = ignore_index, lse_square_scale
+        self.reduction, self.softcap = reduction, softcap
 
     def forward(
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None
@@ -115,9 +129,23 @@ class LigerFusedLinearCrossEntropyLoss(nn.Module):
             target,
             bias,
             ignore_index=self.ignore_index,
+            lse_square_scale=self.lse_square_scale,
             reduction=self.reduction,
             softcap=self.softcap,
         )
+
+
+def _check_reduction(reduction: str) -> None:
+    """Raise for a reduction that there is not."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"reduction: expected none, sum or mean, got {reduction!r}")
+
+
+def _reduced(loss: Tensor, kept: Tensor, reduction: str) -> Tensor:
+    """Return losses of rows reduced, the mean being over those that are kept; others have 0."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
 
 
 def selective_log_softmax(

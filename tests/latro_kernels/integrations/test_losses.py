@@ -73,22 +73,30 @@ def test_cut_cross_entropys_form(reduction: str, softcap: float | None, shift: i
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_ligers_forms(reduction: str) -> None:
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.0), (None, 1e-2), (2.0, 0.3)])
+def test_ligers_forms(reduction: str, softcap: float | None, scale: float) -> None:
     options: dict[str, Any] = {"ignore_index": 5, "reduction": reduction}
+    more = {"softcap": softcap, "lse_square_scale": scale}
     target = targets().flatten()
     target[target == -100] = 5
 
     def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return losses.liger_fused_linear_cross_entropy(
-            x.flatten(0, 1), weight, target, bias, **options
+            x.flatten(0, 1), weight, target, bias, **options, **more
         )
 
     def module(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        loss = losses.LigerFusedLinearCrossEntropyLoss(**options)
+        loss = losses.LigerFusedLinearCrossEntropyLoss(**options, **more)
         return loss(weight, x.flatten(0, 1), target, bias)
 
     def unfused(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(x.flatten(0, 1), weight, bias), target, **options)
+        logits = F.linear(x.flatten(0, 1), weight, bias)
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        kept = target != 5
+        z_loss = scale * logits.logsumexp(-1).square() * kept
+        z_loss = {"none": z_loss, "sum": z_loss.sum(), "mean": z_loss.sum() / kept.sum()}[reduction]
+        return F.cross_entropy(logits, target, **options) + z_loss
 
     gate(function, unfused, head)
     gate(module, unfused, head)
