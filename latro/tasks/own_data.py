@@ -12,9 +12,9 @@
 A completion's statement, the text after the answer template, is graded
 
 - "exact": as a string. The statement, or its beginning up to the end of a line or sentence, must
-  equal the answer. White space, case, quotes and closing punctuation around it do not count, nor
-  does Markdown or LaTeX markup, unless the answer itself has some. A wrong answer is reported with
-  as many lines or sentences as the right one has;
+  equal the answer. White space, case, quotes, round brackets and closing punctuation around it do
+  not count, nor does Markdown or LaTeX markup, unless the answer itself has some. A wrong answer is
+  reported with as many lines or sentences as the right one has;
 - "number": by value, as in GSM8K (`numeric`);
 - "choice": by the option that it names, as in ARC (`choice`); this needs a column `choices`;
 - "math": as an expression, a set, an interval or an equation (`mathematics`).
@@ -54,6 +54,7 @@ _WHOLE_FILE = "all"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # An answer that is a number and nothing else; the grader itself reads one among words too.
 _BARE_NUMBER = re.compile(r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/]+(?:[eE][-+]?\d+)?\s?%?")
+_MARKS = " .!*\"'`“”‘’"
 # The end of a sentence, with closing quotes and asterisks and the white space after it.
 _SENTENCE_END = re.compile(r"[.!?]+[*_\"'`”’]*(?:\s+|$)|\n\s*")
 
@@ -336,7 +337,9 @@ def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[st
 def _plain(text: str) -> str:
     """Return the text to compare, without outer punctuation, in one case and with single spaces."""
     collapsed = " ".join(text.split())
-    caseless = (collapsed.strip(" .!*\"'`“”‘’") or collapsed).casefold()
+    caseless = (collapsed.strip(_MARKS) or collapsed).casefold()
+    if bracketed := re.fullmatch(r"\(([^()]+)\)", caseless):  # "(B)", an option in its prompt
+        caseless = bracketed[1].strip(_MARKS) or caseless
     return unicodedata.normalize("NFC", caseless)
 
 

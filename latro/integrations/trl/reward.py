@@ -102,12 +102,19 @@ class AnswerLikelihood:
         """Return the reward of each completion, None for what is excluded; TRL calls this.
 
         Raises:
-            ValueError: there is no column `answer`, or the trainer trains another model.
+            ValueError: there is no column `answer`, or no text in it, or the trainer trains another
+                model.
             NotImplementedError: images come in tiles, or TRL did not tokenize the prompts.
             RuntimeError: this version of TRL has other trainers.
         """
         if answer is None:
             raise ValueError("dataset: expected a column answer for AnswerLikelihood, got none")
+        for known in answer:
+            if not isinstance(known, str) or not known.strip():
+                raise ValueError(
+                    "dataset: expected a non-empty string in the column answer for "
+                    f"AnswerLikelihood, got {known!r}"
+                )
         trainer = trainer_of(log_metric)
         check_seam(
             "AnswerLikelihood",

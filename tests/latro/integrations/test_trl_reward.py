@@ -381,6 +381,16 @@ def test_a_dataset_without_answers_is_refused(
         make_trl(RLOOTrainer, small_model, reward, rows=rows).train()
 
 
+@pytest.mark.parametrize("answer", [5, " "])
+def test_an_answer_that_is_no_text_is_refused(
+    small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any], answer: Any
+) -> None:
+    reward = AnswerLikelihood(small_model, padding_tokenizer)
+    rows = [{"prompt": "Tom", "answer": answer}] * 2
+    with pytest.raises(ValueError, match=f"non-empty string in the column .* got {answer!r}"):
+        make_trl(RLOOTrainer, small_model, reward, rows=rows).train()
+
+
 def test_a_rollout_function_is_refused(
     small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any]
 ) -> None:

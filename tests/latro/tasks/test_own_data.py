@@ -298,6 +298,12 @@ def test_it_follows_from_all_rows_and_from_the_ground_truth(tmp_path):
         ("caf\u00e9", " Cafe\u0301.", True),
         ("cafe\u0301", " CAF\u00c9. Or", True),
         ("Paris", "", False),
+        ("B", " (B)", True),
+        ("B", " **(b)**.", True),
+        ("(B)", " B.", True),
+        ("B", " (A)", False),
+        ("f(x)", " f(x)", True),
+        ("(x+1)(x-1)", " x+1)(x-1", False),
         ("New  York", " New York", True),
         ("Dr. No", " Dr. No.", True),
         ("Dr. No", " Dr. No\nwas a film", True),
@@ -332,7 +338,15 @@ def test_exact(tmp_path, answer, statement, right):
 def test_equal_statements_vote_together(tmp_path):
     task = read_own_data(file_of(tmp_path, [{"prompt": "x", "answer": "Paris"}]))
     row = task.load("test")[0]
-    said = ("London", "*london*.", "London. Or", "London\nOr", "\\boxed{London}", "`London`")
+    said = (
+        "London",
+        "*london*.",
+        "London. Or",
+        "London\nOr",
+        "\\boxed{London}",
+        "`London`",
+        "(London)",
+    )
     assert {task.extract(f"The answer is {s}", row) for s in said} == {"london"}
 
 
