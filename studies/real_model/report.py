@@ -16,11 +16,20 @@ from matplotlib.figure import Figure
 from latro.evaluation.metrics import standard_error
 from latro.files import replacing
 from studies.markdown import listed, paragraphs, table
-from studies.real_model.study import LATRO, LIMITS, MAJORITY, METHODS, MODEL, TRIAL_TASK
+from studies.real_model.study import (
+    LATRO,
+    LIMITS,
+    MAJORITY,
+    METHODS,
+    MODEL,
+    TARGETS,
+    TRAINED_BY_LATRO,
+    TRIAL_TASK,
+)
 from studies.records import Record, Study
 from studies.report import commands_section, discussion, effort, write_sections
 
-_PLACE = "{device}, torch {torch}, transformers {transformers}, {threads} threads"
+_PLACE = "{device}, torch {torch}, transformers {transformers}"
 PICTURE_FILE = "training.png"
 _MAJ = f"maj@{max(MAJORITY)}"
 _CURVES = (
@@ -39,7 +48,8 @@ def write_report(study: Study, folder: Path) -> None:
     if not study.part("main"):
         raise ValueError("output_dir: expected a finished main cell in the study, got none")
     sections = [_head(study), _main_section(study), _differences_section(study)]
-    trained = [record for record in study.part("main") if "evaluations" in record]
+    # SFT is evaluated in training too, on other problems and without the limit.
+    trained = [r for r in study.part("main") if "evaluations" in r and r["method"] not in TARGETS]
     if trained:
         _draw(trained, folder / PICTURE_FILE)
         sections.append(_training_section(trained))
@@ -50,12 +60,15 @@ def write_report(study: Study, folder: Path) -> None:
 
 
 def _head(study: Study) -> str:
+    threads = sorted({record["environment"]["threads"] for record in study.records})
+    plural = "" if threads == [1] else "s"
+    how = f", with {' or '.join(map(str, threads))} thread{plural} each,"
     return "\n\n".join(
         (
             f"# LaTRO on {MODEL}",
             paragraphs(
                 f"""
-                {effort(study, _PLACE)} The command, which goes on where it was
+                {effort(study, _PLACE, how)} The command, which goes on where it was
                 interrupted (`--data_dir` names the raw files), and the one that writes this page
                 again from cells.json:
                 """
@@ -105,8 +118,8 @@ def _row(record: Record) -> list[str]:
 
 
 def _differences_section(study: Study) -> str:
-    """Compare LaTRO with every other method, problem by problem."""
-    header = ("task", "seed", "LaTRO against", "log π(y∣x⊕z), z greedy", "gain over log π(y∣x)")
+    """Compare what LaTRO trained with every other method, problem by problem."""
+    header = ("task", "seed", "", "against", "log π(y∣x⊕z), z greedy", "gain over log π(y∣x)")
     rows = []
     for latro, other in _pairs(study):
         sides = [record["likelihood"]["problems"] for record in (latro, other)]
@@ -118,7 +131,8 @@ def _differences_section(study: Study) -> str:
         gain = [a - b for a, b in zip(*gains, strict=True)]
         rows.append(
             (
-                *(latro["task"], str(latro["seed"]), METHODS[other["method"]]),
+                *(latro["task"], str(latro["seed"])),
+                *(METHODS[record["method"]] for record in (latro, other)),
                 *(_difference(logp), _difference(gain)),
             )
         )
@@ -134,7 +148,7 @@ def _differences_section(study: Study) -> str:
             rationale, form and all.
             """
         ),
-        table(header, rows, left=3),
+        table(header, rows, left=4),
     ]
     return "\n\n".join(parts)
 
@@ -147,10 +161,10 @@ def _difference(values: Sequence[float]) -> str:
 
 def _pairs(study: Study) -> Iterator[tuple[Record, Record]]:
     records = list(_in_order(study))
-    for latro in (record for record in records if record["method"] == "latro"):
+    for latro in (record for record in records if record["method"] in TRAINED_BY_LATRO):
         for other in records:
             same = all(latro[key] == other[key] for key in ("task", "seed", "problems"))
-            if same and other["method"] != "latro":
+            if same and other["method"] not in TRAINED_BY_LATRO:
                 yield latro, other
 
 

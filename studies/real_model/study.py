@@ -38,6 +38,7 @@ METHODS = MappingProxyType(
 )
 TARGETS = MappingProxyType({"sft-answer": "answer", "sft-rationale": "rationale"})
 """What the methods that are SFT alone learn."""
+TRAINED_BY_LATRO = ("latro", "sft-latro")
 WORKED = frozenset({"sft-rationale", "sft-latro"})
 """Methods that need worked rationales, which ARC-Challenge has not."""
 

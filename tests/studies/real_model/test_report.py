@@ -33,11 +33,15 @@ def test_the_tables_of_two_methods(record, tmp_path):
         "| -9.00 ± 0.25 | 3.50 ± 0.25 | 42 | 25% |"
     )
     # Differences 3, 4, 2, 3: mean 3, deviation sqrt(2 / 3), of the mean of four half of it.
-    assert line(text, "arithmetic", "1", "base").endswith("| **+3.00 ± 0.41** | **+3.00 ± 0.41** |")
+    assert line(text, "arithmetic", "1", "LaTRO", "base").endswith(
+        "| **+3.00 ± 0.41** | **+3.00 ± 0.41** |"
+    )
     assert line(text, "arithmetic", "LaTRO", "1", "20").endswith(
         "| -9.00 | +1.50 | 25.0% | 31 | 12% |"
     )
-    assert "2 cells took 4 minutes on a CPU, torch 2.13" in " ".join(text.split())
+    assert "2 cells took 4 minutes, with 2 threads each, on a CPU, torch 2.13" in " ".join(
+        text.split()
+    )
     assert (tmp_path / "training.png").stat().st_size > 1000
 
 
@@ -46,7 +50,21 @@ def test_what_is_not_above_is_not_bold(record, tmp_path):
     latro = record(f"{MAIN}-latro-1", [-4.0, -6.0, -14.0], none)
     base = record(f"{MAIN}-base-1", [-6.0, -8.0, -10.0], none)
     text = write([latro, base], tmp_path)
-    assert line(text, "arithmetic", "1", "base").endswith("| +0.00 ± 2.00 | +0.00 ± 2.00 |")
+    compared = line(text, "arithmetic", "1", "LaTRO", "base")
+    assert compared.endswith("| +0.00 ± 2.00 | +0.00 ± 2.00 |")
+
+
+def test_latro_after_sft_is_compared_with_what_latro_did_not_train(record, tmp_path):
+    values = [-6.0, -8.0, -10.0]
+    methods = ("sft-rationale", "latro", "sft-latro")
+    text = write([record(f"{MAIN}-{m}-1", values, values) for m in methods], tmp_path)
+    for latro in ("LaTRO", "SFT, then LaTRO"):
+        line(text, "arithmetic", "1", latro, "SFT, worked rationales")
+        assert f"| {latro} | LaTRO |" not in text
+    # SFT's evaluations in training are of other problems.
+    curves = text[text.index("## While it trains") :]
+    assert "| arithmetic | SFT, then LaTRO | 1 | 20 |" in curves
+    assert "SFT, worked rationales" not in curves[: curves.index("![")]
 
 
 def test_seeds_and_tasks_are_not_compared_with_each_other(record, tmp_path):
