@@ -85,7 +85,9 @@ def test_the_reference_is_the_formula(op: Op) -> None:
     for name, value in results.items():
         torch.testing.assert_close(value, expected[name], rtol=step, atol=step)
     public = op.named(op.function(**given.arguments, **given.options, backend="reference"))
-    assert_same(public, results)
+    assert public.keys() >= set(op.outputs)
+    # Of the statistics of a row the reference gives all, the function those that are asked for.
+    assert_same(public, {name: results[name] for name in public})
 
 
 @each_backend
@@ -279,8 +281,9 @@ def test_nan_stays_in_its_row(op: Op, bad: float, backend: str) -> None:
             given[name][3, 2] = bad
             results = given.solve(backend)
             for of_row in op.row_results:
-                rows = results[of_row].view(10, -1).isnan().any(1)
-                assert rows.nonzero().flatten().tolist() == [3], (name, of_row)
+                # The log Σ exp of a row with ∞ is ∞.
+                rows = results[of_row].view(10, -1).isfinite().all(1)
+                assert (~rows).nonzero().flatten().tolist() == [3], (name, of_row)
 
 
 def has_no_softcap(op: Op, form: dict[str, Any], backend: str) -> bool:

@@ -98,13 +98,14 @@ def formula(
     softcap: float,
     ignore_index: None = None,
 ) -> Results:
-    """Log-prob and entropy from `torch.distributions`, and the log of the sum as it is written."""
+    """Log-prob and entropy from `torch.distributions`, the others as they are written."""
     z = softcap * torch.tanh(logits / softcap) / temperature
     given = torch.distributions.Categorical(logits=z)
     return {
         "logp": given.log_prob(target),
         "entropy": given.entropy(),
         "log_sum_exp": z.exp().sum(-1).log(),
+        "is_top1": z.argmax(-1) == target,
     }
 
 
