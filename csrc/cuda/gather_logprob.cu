@@ -17,6 +17,10 @@ using latro::RowGrads;
 using latro::State;
 using latro::Transform;
 
+// Blocks that a multiprocessor holds at a time: 1024 threads, which keep its memory busy. The
+// compiler keeps to the registers that leaves.
+constexpr int kResident = 4;
+
 // What the forward writes of each row; entropy is null where none is asked for.
 struct Outputs {
   float *logp, *entropy, *peak, *log_total, *picked;
@@ -58,7 +62,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kOffset, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_kernel(const T* logits, T* dlogits, int64_t row_step, int64_t drow_step,
                     const int64_t* target, RowGrads grads, int64_t rows, int64_t cols,
                     Transform transform) {
