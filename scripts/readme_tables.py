@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,10 @@ def peers_short(result: dict[str, Any]) -> str:
 
 
 def _contender(row: dict[str, Any], result: dict[str, Any]) -> list[str]:
-    """Make the cells of a contender: times of update and whole step, and the peak of memory."""
-    ratio = row["peak"] / result["rows"][0]["peak"]
-    times = (_time_and_ratio(row, phase) for phase in ("update", "step"))
+    """Make the cells of a contender: times of what ours was timed in, and the peak of memory."""
+    ours = result["rows"][0]
+    ratio = row["peak"] / ours["peak"]
+    times = (_time_and_ratio(row, phase) for phase in ours["times"])
     return [row["contender"], *times, f"{_mib(row['peak'])} ({ratio:.1f} ×)"]
 
 
@@ -283,8 +285,8 @@ def predicted(result: dict[str, Any]) -> str:
     )
 
 
-def step(result: dict[str, Any]) -> str:
-    """Tabulate an update and a whole step, one row per contender."""
+def step(result: dict[str, Any], folder: str = "step") -> str:
+    """Tabulate an update, and a whole step where it was timed, one row per contender."""
     rows = [
         [
             *_contender(row, result),
@@ -294,8 +296,9 @@ def step(result: dict[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]
-    header = ["", "update, s", "whole step, s", "peak of the update, MiB", "forwards"]
-    header += ["tokens through trunks", "rows through heads"]
+    titles = {"update": "update, s", "step": "whole step, s"}
+    header = ["", *(titles[phase] for phase in result["rows"][0]["times"])]
+    header += ["peak of the update, MiB", "forwards", "tokens through trunks", "rows through heads"]
     setting = result["rows"][0]["setting"]
     low, high = setting["rationale"]
     reps = min(row["times"][phase]["reps"] for row in result["rows"] for phase in row["times"])
@@ -304,13 +307,18 @@ def step(result: dict[str, Any]) -> str:
     return (
         markdown(header, rows)
         + f"\n\nG = {setting['G']} prompt of P = {setting['P']} tokens, K = {setting['K']} "
-        f"rationales of {low}–{high}, answers of {setting['A']}, V = {setting['V']}, a Llama of "
-        f"{setting['model']['layers']} layers and H = {setting['model']['hidden']} in "
-        f"{setting['model']['dtype']}; medians of {reps} interleaved repetitions on "
+        f"rationales of {low}–{high}, answers of {setting['A']}, V = {setting['V']}, "
+        f"{_model(setting['model'])}; medians of {reps} interleaved repetitions on "
         f"{_where(result)}; memory beyond the weights; the published gradient is ours to within "
         f"{worst:.0e} of each tensor's largest entry. Ranges in "
-        "[the results](benchmarks/results/step/step.json)."
+        f"[the results](benchmarks/results/{folder}/step.json)."
     )
+
+
+def _model(model: dict[str, Any] | str) -> str:
+    if isinstance(model, str):
+        return f"the weights of `{model}` in float32"
+    return f"a Llama of {model['layers']} layers and H = {model['hidden']} in {model['dtype']}"
 
 
 def shared_prefix(result: dict[str, Any]) -> str:
@@ -440,6 +448,8 @@ TABLES: dict[str, tuple[Path, Callable[[dict[str, Any]], str]]] = {
     "sample": (RESULTS / "linear_sample" / "linear_sample.json", sample),
     "predicted": (RESULTS / "gpu" / "compiled.json", predicted),
     "step": (RESULTS / "step" / "step.json", step),
+    "step-smollm2": (RESULTS / "step_smollm2" / "step.json", partial(step, folder="step_smollm2")),
+    "step-gemma": (RESULTS / "step_gemma" / "step.json", partial(step, folder="step_gemma")),
     "shared-prefix": (RESULTS / "trl" / "shared_prefix.json", shared_prefix),
     "trl-step": (RESULTS / "trl" / "step.json", trl_step),
     "rollout": (RESULTS / "rollout" / "rollout_smollm2.json", rollout),

@@ -76,10 +76,16 @@ def contenders(
 ) -> Iterator[dict[str, Contender]]:
     """Make those named on `problem`; their folders are gone afterwards."""
     with tempfile.TemporaryDirectory() as folder:
-        yield {
+        made = {
             name: MAKERS[name](problem, Path(folder) / str(index), **options)
             for index, name in enumerate(names)
         }
+        try:
+            yield made
+        finally:
+            # Trainers are cycles of references: their models would stay beside what comes next.
+            made.clear()
+            gc.collect()
 
 
 def first_update(made: Mapping[str, Contender], problem: StepProblem) -> list[Row]:
