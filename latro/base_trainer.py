@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from latro.config.training import AnswerConfig, DataArguments
 from latro.engines.transformers import TransformersEngine
@@ -349,6 +349,39 @@ class AnswerTrainer(LongRunTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if dataset is None:
             raise ValueError("eval_dataset: expected a dataset, got None")
+        metrics, records = self._evaluated(dataset, metric_key_prefix)
+        if dataset is self.eval_dataset and self.is_world_process_zero():
+            HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def predict(
+        self,
+        test_dataset: Dataset,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """Return the completions of a dataset's prompts, its answers and the metrics.
+
+        `predictions` are the records of `latro.evaluation.accuracy.evaluate_model`, one a row, and
+        `label_ids` the rows' answers. As in the Trainer, nothing is logged.
+
+        Raises:
+            ValueError: the dataset has no row, lacks a column, or has a row that does not fit.
+        """
+        metrics, records = self._evaluated(test_dataset, metric_key_prefix)
+        self.control = self.callback_handler.on_predict(
+            self.args, self.state, self.control, metrics
+        )
+        return PredictionOutput(records, [record["answer"] for record in records], metrics)
+
+    def _evaluated(
+        self, dataset: Dataset, prefix: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Return the metrics of a dataset, their names with the prefix, and its records."""
         started = time.perf_counter()
         self._set_optimizer_mode("eval")
         self.scorer.caller = self.model_wrapped
@@ -363,15 +396,8 @@ class AnswerTrainer(LongRunTrainer):
                 engine=engine,
                 accelerator=self.accelerator,
             )
-        if dataset is self.eval_dataset and self.is_world_process_zero():
-            HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
         metrics["runtime"] = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
+        return {f"{prefix}_{name}": value for name, value in metrics.items()}, records
 
     # The model card.
 

@@ -549,6 +549,22 @@ def test_evaluations_in_training_tell_what_rationales_are_worth(make_trainer):
     assert told[-1]["eval_rationale_gain"] == pytest.approx(gain, abs=1e-4)
 
 
+def test_predictions_are_the_records_of_an_evaluation(make_trainer):
+    trainer = make_trainer()
+    rows = trainer.eval_dataset.select([2, 0])
+    predicted = trainer.predict(rows)
+    assert predicted.label_ids == rows["answer"]
+    assert [record["prompt"] for record in predicted.predictions] == rows["prompt"]
+    right = [record["greedy"][0]["correct"] for record in predicted.predictions]
+    assert predicted.metrics["test_accuracy_greedy"] == sum(right) / 2
+    evaluated = trainer.evaluate(rows, metric_key_prefix="test")
+    for metrics in (evaluated, predicted.metrics):
+        assert metrics.pop("test_runtime") > 0
+    # The epoch is of what is logged.
+    assert evaluated == {**predicted.metrics, "epoch": 0}
+    assert len(trainer.state.log_history) == 1
+
+
 def test_evaluation_without_a_dataset(make_trainer):
     trainer = make_trainer()
     trainer.eval_dataset = None
