@@ -244,39 +244,39 @@ LATRO_API int32_t latro_cuda_gather_logprob_backward(
 /* linear_kl, whole, on the CPU: KL(p || q) of N rows of two heads over one vocabulary.
  *
  * hidden_*[N, H_*] and weight_*[V, H_*] are of `dtype`, contiguous; weight_q is null where it is
- * weight_p. bias_*[V] or null; bf16_products, softcap and temperature are as in linear_logprob.
+ * weight_p. bias_*[V] or null; bf16_products, and each head's softcap and temperature, are as in
+ * linear_logprob.
  *
  * forward fills kl[N]; peak_*[N], the maximum of z_*; total_*[N], the sum of exp(z_* - peak_*);
  * anchor[N], z_q in the column of peak_p; and mean[N], the mean of z_p - z_q under p less
  * peak_p - anchor.
  *
  * backward makes the gradient of one head, which is q where of_q is not 0: `hidden`, `weight`,
- * `bias` and H are that head's, the others the other one's, whose weight is null where both have
- * one. It goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1) and fills dx[., H]
- * in those rows, dw[V, H] in `dtype` and db[V], each or null.
+ * `bias`, H, softcap and temperature are that head's, the others the other one's, whose weight is
+ * null where both have one. It goes over the M rows whose numbers `rows` names (null: all,
+ * 0 .. M - 1) and fills dx[., H] in those rows, dw[V, H] in `dtype` and db[V], each or null.
  */
-LATRO_API int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p,
-                                              const float* bias_p, int64_t H_p,
-                                              const void* hidden_q, const void* weight_q,
-                                              const float* bias_q, int64_t H_q, int32_t dtype,
-                                              int32_t bf16_products, float* kl, double* anchor,
-                                              double* mean, double* peak_p, double* total_p,
-                                              double* peak_q, double* total_q, int64_t N, int64_t V,
-                                              float softcap, float temperature, int64_t threads);
+LATRO_API int32_t latro_cpu_linear_kl_forward(
+    const void* hidden_p, const void* weight_p, const float* bias_p, int64_t H_p, float softcap_p,
+    float temperature_p, const void* hidden_q, const void* weight_q, const float* bias_q,
+    int64_t H_q, float softcap_q, float temperature_q, int32_t dtype, int32_t bf16_products,
+    float* kl, double* anchor, double* mean, double* peak_p, double* total_p, double* peak_q,
+    double* total_q, int64_t N, int64_t V, int64_t threads);
 
 LATRO_API int32_t latro_cpu_linear_kl_backward(
-    const void* hidden, const void* weight, const float* bias, int64_t H, const void* hidden_other,
-    const void* weight_other, const float* bias_other, int64_t H_other, int32_t dtype,
+    const void* hidden, const void* weight, const float* bias, int64_t H, float softcap,
+    float temperature, const void* hidden_other, const void* weight_other, const float* bias_other,
+    int64_t H_other, float softcap_other, float temperature_other, int32_t dtype,
     int32_t bf16_products, int32_t of_q, const int64_t* rows, const float* grad_kl,
     const double* anchor, const double* mean, const double* peak_p, const double* total_p,
     const double* peak_q, const double* total_q, float* dx, void* dw, float* db, int64_t M,
-    int64_t V, float softcap, float temperature, int64_t threads);
+    int64_t V, int64_t threads);
 
 /* linear_kl on CUDA: what happens to one tile of logits of each head between the products.
  *
  * Both tiles hold rows x cols products, contiguous, of the same vocabulary columns; bias_*[cols] or
- * null is added to them, and softcap and temperature are as in linear_logprob. dp and dq below are
- * a logit's distances from its head's peak.
+ * null is added to them, and each head's softcap and temperature are as in linear_logprob. dp and
+ * dq below are a logit's distances from its head's peak.
  *
  * fold: adds the tiles to the rows' running state, [rows] each: peak_*, the maximum of z (start:
  * -inf); anchor, zq in the column of peak_p; total_*, the sum of exp(d*); moment, the sum of
@@ -291,8 +291,9 @@ LATRO_API int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* ti
                                             const float* bias_p, const float* bias_q, float* peak_p,
                                             float* total_p, float* peak_q, float* total_q,
                                             float* anchor, float* moment, float* second,
-                                            int64_t rows, int64_t cols, float softcap,
-                                            float temperature, void* stream);
+                                            int64_t rows, int64_t cols, float softcap_p,
+                                            float temperature_p, float softcap_q,
+                                            float temperature_q, void* stream);
 
 LATRO_API int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q,
                                             const float* bias_p, const float* bias_q, void* dtile,
@@ -300,8 +301,8 @@ LATRO_API int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* ti
                                             const float* anchor, const float* mean,
                                             const float* peak_p, const float* total_p,
                                             const float* peak_q, const float* total_q, int64_t rows,
-                                            int64_t cols, float softcap, float temperature,
-                                            void* stream);
+                                            int64_t cols, float softcap_p, float temperature_p,
+                                            float softcap_q, float temperature_q, void* stream);
 
 /* What a status that a CUDA launcher returned means. */
 LATRO_API const char* latro_cuda_error_string(int32_t status);

@@ -203,17 +203,16 @@ Head<T> head_of(const void* hidden, const void* weight, const float* bias, int64
 }  // namespace
 
 int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, const float* bias_p,
-                                    int64_t H_p, const void* hidden_q, const void* weight_q,
-                                    const float* bias_q, int64_t H_q, int32_t dtype,
-                                    int32_t bf16_products, float* kl, double* anchor, double* mean,
-                                    double* peak_p, double* total_p, double* peak_q,
-                                    double* total_q, int64_t N, int64_t V, float softcap,
-                                    float temperature, int64_t threads) {
+                                    int64_t H_p, float softcap_p, float temperature_p,
+                                    const void* hidden_q, const void* weight_q, const float* bias_q,
+                                    int64_t H_q, float softcap_q, float temperature_q,
+                                    int32_t dtype, int32_t bf16_products, float* kl, double* anchor,
+                                    double* mean, double* peak_p, double* total_p, double* peak_q,
+                                    double* total_q, int64_t N, int64_t V, int64_t threads) {
   return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
-    const Transform transform{softcap, temperature};
-    const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, transform);
-    const Head<T> q = head_of<T>(hidden_q, weight_q, bias_q, H_q, V, transform);
+    const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, {softcap_p, temperature_p});
+    const Head<T> q = head_of<T>(hidden_q, weight_q, bias_q, H_q, V, {softcap_q, temperature_q});
     Pair<decltype(gemm), T> pair(p, q, false, false, threads);
     if (!pair.ok()) return LATRO_OUT_OF_MEMORY;
     const std::vector<KlState> states = forward(pair, N, threads);
@@ -231,18 +230,21 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
   });
 }
 
-int32_t latro_cpu_linear_kl_backward(
-    const void* hidden, const void* weight, const float* bias, int64_t H, const void* hidden_other,
-    const void* weight_other, const float* bias_other, int64_t H_other, int32_t dtype,
-    int32_t bf16_products, int32_t of_q, const int64_t* rows, const float* grad_kl,
-    const double* anchor, const double* mean, const double* peak_p, const double* total_p,
-    const double* peak_q, const double* total_q, float* dx, void* dw, float* db, int64_t M,
-    int64_t V, float softcap, float temperature, int64_t threads) {
+int32_t latro_cpu_linear_kl_backward(const void* hidden, const void* weight, const float* bias,
+                                     int64_t H, float softcap, float temperature,
+                                     const void* hidden_other, const void* weight_other,
+                                     const float* bias_other, int64_t H_other, float softcap_other,
+                                     float temperature_other, int32_t dtype, int32_t bf16_products,
+                                     int32_t of_q, const int64_t* rows, const float* grad_kl,
+                                     const double* anchor, const double* mean, const double* peak_p,
+                                     const double* total_p, const double* peak_q,
+                                     const double* total_q, float* dx, void* dw, float* db,
+                                     int64_t M, int64_t V, int64_t threads) {
   return with_products(dtype, bf16_products, H, H_other, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
-    const Transform transform{softcap, temperature};
-    const Head<T> own = head_of<T>(hidden, weight, bias, H, V, transform);
-    const Head<T> other = head_of<T>(hidden_other, weight_other, bias_other, H_other, V, transform);
+    const Head<T> own = head_of<T>(hidden, weight, bias, H, V, {softcap, temperature});
+    const Head<T> other = head_of<T>(hidden_other, weight_other, bias_other, H_other, V,
+                                     {softcap_other, temperature_other});
     Pair<decltype(gemm), T> pair(own, other, true, dx != nullptr, threads);
     HeadGradient<decltype(gemm), T> gradient(pair.own, rows, M, Gradients{dx, dw, db});
     if (!pair.ok() || !gradient.ok()) return LATRO_OUT_OF_MEMORY;

@@ -21,7 +21,7 @@ using latro::Transform;
 struct Row {
   const float *p, *q, *bias_p, *bias_q;
   int64_t cols;
-  Transform transform;
+  Transform transform_p, transform_q;
 
   // Calls visit(j, logits of p at column j and the next, the same of q) for this thread's share:
   // four columns at once, 32 bytes a thread in flight, and one at a time past the last four.
@@ -47,20 +47,11 @@ struct Row {
   template <int n, typename Visit>
   __device__ void visit_logits(int64_t j, Pack<float, n> products_p, Pack<float, n> products_q,
                                Visit visit) const {
-    // Both together through every branch: neither load then waits for what is done with the other.
-    float z[2 * n];
-    for (int k = 0; k < n; ++k) {
-      z[k] = products_p.at[k];
-      z[n + k] = products_q.at[k];
-    }
-    for (int k = 0; k < n && bias_p != nullptr; ++k) z[k] += bias_p[j + k];
-    for (int k = 0; k < n && bias_q != nullptr; ++k) z[n + k] += bias_q[j + k];
-    transform.logits(z);
-    Pack<float, n> zp, zq;
-    for (int k = 0; k < n; ++k) {
-      zp.at[k] = z[k];
-      zq.at[k] = z[n + k];
-    }
+    Pack<float, n> zp = products_p, zq = products_q;
+    for (int k = 0; k < n && bias_p != nullptr; ++k) zp.at[k] += bias_p[j + k];
+    for (int k = 0; k < n && bias_q != nullptr; ++k) zq.at[k] += bias_q[j + k];
+    transform_p.logits(zp.at);
+    transform_q.logits(zq.at);
     visit(j, zp, zq);
   }
 };
@@ -68,10 +59,10 @@ struct Row {
 struct Tiles {
   const float *p, *q, *bias_p, *bias_q;
   int64_t rows, cols;
-  Transform transform;
+  Transform transform_p, transform_q;
 
   __device__ Row row(int64_t i) const {
-    return {p + i * cols, q + i * cols, bias_p, bias_q, cols, transform};
+    return {p + i * cols, q + i * cols, bias_p, bias_q, cols, transform_p, transform_q};
   }
 };
 
@@ -229,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, R
           dz[k] = p == 0.0f ? 0.0f : g * p * (((zp.at[k] - zq.at[k]) - at_anchor) - mean);
         }
       }
-      row.transform.gradients(kOfQ ? zq.at : zp.at, dz);
+      (kOfQ ? row.transform_q : row.transform_p).gradients(kOfQ ? zq.at : zp.at, dz);
       Pack<T, n> gradient;
       for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
       gradient.store(drow + j);
@@ -248,10 +239,11 @@ void launch_grad(const Tiles& tiles, void* dtile, bool of_q, const RowGrad& grad
 int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q, const float* bias_p,
                                   const float* bias_q, float* peak_p, float* total_p, float* peak_q,
                                   float* total_q, float* anchor, float* moment, float* second,
-                                  int64_t rows, int64_t cols, float softcap, float temperature,
-                                  void* stream) {
+                                  int64_t rows, int64_t cols, float softcap_p, float temperature_p,
+                                  float softcap_q, float temperature_q, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
-  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
+  const Transform p{softcap_p, temperature_p}, q{softcap_q, temperature_q};
+  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, p, q};
   fold_kernel<<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
       tiles, State{peak_p, total_p, peak_q, total_q, anchor, moment, second});
   return cudaGetLastError();
@@ -261,10 +253,12 @@ int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q, cons
                                   const float* bias_q, void* dtile, int32_t dtype, int32_t of_q,
                                   const float* grad_kl, const float* anchor, const float* mean,
                                   const float* peak_p, const float* total_p, const float* peak_q,
-                                  const float* total_q, int64_t rows, int64_t cols, float softcap,
-                                  float temperature, void* stream) {
+                                  const float* total_q, int64_t rows, int64_t cols, float softcap_p,
+                                  float temperature_p, float softcap_q, float temperature_q,
+                                  void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
-  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, {softcap, temperature}};
+  const Transform p{softcap_p, temperature_p}, q{softcap_q, temperature_q};
+  const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, p, q};
   const RowGrad grad{grad_kl, anchor, mean, peak_p, total_p, peak_q, total_q};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {

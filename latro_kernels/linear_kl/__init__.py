@@ -1,7 +1,7 @@
 """KL divergence between two LM heads, exact over the vocabulary, without their logits.
 
-Head p has hidden x_n, weight W and bias b, head q its own; temperature T and softcap c are shared.
-With logits z as in `linear_logprob`, p = softmax(zᵖ), q = softmax(z^q) and d_j = zᵖ_j − z^q_j,
+Head p has hidden x_n, weight W, bias b, temperature T and softcap c, head q its own. With logits z
+as in `linear_logprob`, p = softmax(zᵖ), q = softmax(z^q) and d_j = zᵖ_j − z^q_j,
 
     KL(p‖q) = Σ_j p_j·(log p_j − log q_j) = E_p[d] − log Σ exp(zᵖ) + log Σ exp(z^q)
     ∂KL/∂zᵖ_j = p_j·(d_j − E_p[d])        ∂KL/∂z^q_j = q_j − p_j
@@ -62,13 +62,19 @@ def reference(
     weight_q: Tensor,
     bias_p: Tensor | None = None,
     bias_q: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
     """Return KL [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
     dtype = torch.promote_types(hidden_p.dtype, torch.float32)
 
-    def log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def log_softmax(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+    ) -> Tensor:
         z = hidden.to(dtype) @ weight.to(dtype).t()
         if bias is not None:
             z = z + bias.to(dtype)
@@ -76,16 +82,21 @@ def reference(
             z = softcap * torch.tanh(z / softcap)
         return torch.log_softmax(z / temperature, dim=-1)
 
-    log_p = log_softmax(hidden_p, weight_p, bias_p)
-    log_q = log_softmax(hidden_q, weight_q, bias_q)
+    of_p, of_q = _scales_of_heads(temperature, softcap)
+    log_p = log_softmax(hidden_p, weight_p, bias_p, *of_p)
+    log_q = log_softmax(hidden_q, weight_q, bias_q, *of_q)
     p = log_p.exp()
     # Where p is 0 the difference may be -inf or NaN, and the limit of the product is 0.
     return (p * torch.where(p == 0, 0, log_p - log_q)).sum(-1)
 
 
+Settings = tuple[float, float, float, float, str]
+"""Temperature and softcap of p, those of q, and the backend."""
+
+
 class _LinearKl(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, settings: tuple[float, float, str], *heads: Tensor | None) -> Tensor:
+    def forward(ctx: Any, settings: Settings, *heads: Tensor | None) -> Tensor:
         kl, *rows = ops.forward(*heads, *settings)
         ctx.save_for_backward(*heads, *rows)
         ctx.settings = settings
@@ -117,8 +128,8 @@ def linear_kl(
     *,
     bias_p: Tensor | None = None,
     bias_q: Tensor | None = None,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Return KL(p‖q) of two LM heads, row by row and exact, differentiable in both, without logits.
@@ -146,9 +157,10 @@ def linear_kl(
             of it is read, and on the CPU packed, once for both heads.
         bias_p: [V], dtype and device of hidden_p; None for none.
         bias_q: [V] likewise.
-        temperature: divides the logits of both heads; above 0, and in fp32's normal range.
-        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
-            temperature too.
+        temperature: divides the logits of both heads, or as a pair those of p and those of q; above
+            0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature, of both heads or as a pair of p
+            and q; None for none. Likewise, and c / temperature too.
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
 
     Returns:
@@ -165,7 +177,9 @@ def linear_kl(
     given = {name: tensor for name, tensor in tensors.items() if name not in absent}
     _check_tensors(given)
     _check_shapes(given)
-    check_scales(temperature, softcap)
+    scales = _scales_of_heads(temperature, softcap)
+    for of_head in scales:
+        check_scales(*of_head)
     check_type("backend", backend, str)
     dtype = autocast_dtype(hidden_p.device)
     if dtype is not None:
@@ -174,8 +188,24 @@ def linear_kl(
     tensors |= given
     if backend == "reference":
         return reference(**tensors, temperature=temperature, softcap=softcap)
-    settings = (float(temperature), float(softcap or 0.0), backend)
+    (temperature_p, softcap_p), (temperature_q, softcap_q) = (
+        (float(temperature), float(softcap or 0.0)) for temperature, softcap in scales
+    )
+    settings = (temperature_p, softcap_p, temperature_q, softcap_q, backend)
     return _LinearKl.apply(settings, *tensors.values())
+
+
+def _scales_of_heads(temperature: Any, softcap: Any) -> list[tuple[Any, Any]]:
+    """Return temperature and softcap of p, and those of q; each is given as one or as a pair."""
+    pairs = []
+    for name, given in (("temperature", temperature), ("softcap", softcap)):
+        pair = given if isinstance(given, (tuple, list)) else (given, given)
+        if len(pair) != 2:
+            raise ValueError(
+                f"{name}: expected one for both heads or a pair, of p and of q, got {given!r}"
+            )
+        pairs.append(pair)
+    return list(zip(*pairs, strict=True))
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     """Return kl, and the numbers of each row that `KlGrad` describes."""
     operands, results = _operands(p, q), empty_results(p.hidden)
-    numbers = (len(p.hidden), len(p.weight), p.softcap, p.temperature, torch.get_num_threads())
+    numbers = len(p.hidden), len(p.weight), torch.get_num_threads()
     native.call("latro_cpu_linear_kl_forward", *operands, *results, *numbers)
     return results
 
@@ -42,20 +42,18 @@ def backward(
             db,
             M,
             V,
-            own.softcap,
-            own.temperature,
             torch.get_num_threads(),
         )
     return tuple(None if t is None else t.to(dtype) for t in (dx, dw, db))
 
 
-def _operands(head: Head, other: Head) -> list[Tensor | int | None]:
+def _operands(head: Head, other: Head) -> list[Tensor | float | None]:
     """Return the first arguments of both calls."""
-    operands: list[Tensor | int | None] = []
+    operands: list[Tensor | float | None] = []
     for one in (head, other):
         is_shared = one is other and share_weight(head, other)
         bias = None if one.bias is None else one.bias.float().contiguous()
         operands += [one.hidden.contiguous(), None if is_shared else one.weight.contiguous()]
-        operands += [bias, one.hidden.shape[1]]
+        operands += [bias, one.hidden.shape[1], one.softcap, one.temperature]
     codes = native.dtype_code(head.hidden.dtype), multiplies_bf16(head.hidden, other.hidden)
     return [*operands, *codes]

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head
-from latro_kernels.linear_kl.state import KlGrad, KlState, OptionalPair, Pair
+from latro_kernels.linear_kl.state import Heads, KlGrad, KlState, OptionalPair, Pair
 
 
-def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
+def fold(heads: Heads, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
     """Add the tiles of p and q to the state of their rows, in place."""
     with torch.cuda.device(tiles[0].device):
         native.call(
@@ -19,14 +18,13 @@ def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
             *biases,
             *vars(state).values(),
             *tiles[0].shape,
-            head.softcap,
-            head.temperature,
+            *_scales(heads),
             torch.cuda.current_stream().cuda_stream,
         )
 
 
 def grad(
-    head: Head, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
+    heads: Heads, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
 ) -> None:
     """Fill `dz`, the gradient with respect to p's products, or q's, which may be their tile."""
     with torch.cuda.device(dz.device):
@@ -39,7 +37,11 @@ def grad(
             of_q,
             *vars(rows).values(),
             *dz.shape,
-            head.softcap,
-            head.temperature,
+            *_scales(heads),
             torch.cuda.current_stream().cuda_stream,
         )
+
+
+def _scales(heads: Heads) -> list[float]:
+    """Return what both calls take of p and q."""
+    return [scale for head in heads for scale in (head.softcap, head.temperature)]

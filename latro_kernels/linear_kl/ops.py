@@ -18,7 +18,8 @@ from latro_kernels.linear_kl.state import KlGrad, empty_results
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
-    "Tensor? bias_q, float temperature, float softcap, str backend"
+    "Tensor? bias_q, float temperature_p, float softcap_p, float temperature_q, float softcap_q, "
+    "str backend"
 )
 _ROWS = "Tensor anchor, Tensor mean, Tensor max_p, Tensor sum_exp_p, Tensor max_q, Tensor sum_exp_q"
 torch.library.define("latro_kernels::linear_kl", f"({_HEADS}) -> (Tensor kl, {_ROWS})")
@@ -43,7 +44,7 @@ def _(hidden_p: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("latro_kernels::linear_kl_backward", ("cpu", "cuda"))
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
-    heads, (*rows, grad_kl, of_q, needs) = arguments[:9], arguments[9:]
+    heads, (*rows, grad_kl, of_q, needs) = arguments[:11], arguments[11:]
     p, q = _heads(*heads)
     grad = KlGrad(grad_kl.contiguous(), *rows)
     with torch.autocast(p.hidden.device.type, enabled=False):
@@ -64,11 +65,12 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _heads(*arguments: Any) -> tuple[Head, Head]:
     """Return p and q of the arguments that `_HEADS` declares."""
-    *tensors, temperature, softcap, backend = arguments
+    *tensors, temperature_p, softcap_p, temperature_q, softcap_q, backend = arguments
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
     backend = resolve(backend, tensors[0].device)
-    settings = {"temperature": temperature, "softcap": softcap, "backend": backend}
-    return Head(*tensors[:3], **settings), Head(*tensors[3:], **settings)
+    of_p = {"temperature": temperature_p, "softcap": softcap_p, "backend": backend}
+    of_q = {"temperature": temperature_q, "softcap": softcap_q, "backend": backend}
+    return Head(*tensors[:3], **of_p), Head(*tensors[3:], **of_q)
 
 
 def _driver(head: Head) -> ModuleType:

@@ -2,8 +2,8 @@
 
 A driver has two functions. `forward(p, q)` returns the KL and what the backward needs of each row;
 `backward(p, q, grad, of_q, needs)` returns the gradients of the hidden states, weight and bias of
-one head, q if `of_q`. `cpu` is the driver on the CPU, `tiles` the one on GPUs. p and q share
-temperature, softcap and backend.
+one head, q if `of_q`. `cpu` is the driver on the CPU, `tiles` the one on GPUs. p and q share the
+backend.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from latro_kernels.head import Head
 
+Heads = tuple[Head, Head]
+"""p and q."""
 Pair = tuple[Tensor, Tensor]
 OptionalPair = tuple[Tensor | None, Tensor | None]
 """One tensor of p and one of q."""

@@ -37,7 +37,7 @@ def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
         weight_q, bias_q = _slice_of_other(p, q, columns, weight)
         for rows in row_blocks(N, height):
             tiles = _products(p, rows, weight), _products(q, rows, weight_q)
-            kernels.fold(p, tiles, (bias, bias_q), state=state.rows(rows))
+            kernels.fold((p, q), tiles, (bias, bias_q), state=state.rows(rows))
     return state.finish()
 
 
@@ -59,7 +59,7 @@ def backward(
         biases = tile.bias, bias
         if of_q:
             tiles, biases = tiles[::-1], biases[::-1]
-        kernels.grad(own, tiles, biases, rows=grad.rows(tile.rows), of_q=of_q, dz=dz)
+        kernels.grad((p, q), tiles, biases, rows=grad.rows(tile.rows), of_q=of_q, dz=dz)
         return Gradient(dz)
 
     dx, dw, db = sweep(own, needs, tile_shape(own, tiles=2), make)

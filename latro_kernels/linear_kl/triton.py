@@ -10,12 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from latro_kernels.head import Head
-from latro_kernels.linear_kl.state import KlGrad, KlState, OptionalPair, Pair
-from latro_kernels.triton.softmax import flags, row_logits
+from latro_kernels.linear_kl.state import Heads, KlGrad, KlState, OptionalPair, Pair
+from latro_kernels.triton.softmax import row_logits
 
 BLOCK_V = 1024
-FLAGS = flags(HAS_BIAS_P="bias_p_ptr", HAS_BIAS_Q="bias_q_ptr")
+FLAGS = {
+    "HAS_BIAS_P": lambda args: args["bias_p_ptr"] is not None,
+    "HAS_BIAS_Q": lambda args: args["bias_q_ptr"] is not None,
+    "HAS_SOFTCAP_P": lambda args: args["softcap_p"] > 0,
+    "HAS_SOFTCAP_Q": lambda args: args["softcap_q"] > 0,
+}
 
 
 @triton.jit
@@ -45,11 +49,14 @@ def fold_kernel(
     moment_ptr,
     second_ptr,
     columns,
-    softcap,
-    temperature,
+    softcap_p,
+    temperature_p,
+    softcap_q,
+    temperature_q,
     HAS_BIAS_P: tl.constexpr,
     HAS_BIAS_Q: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP_P: tl.constexpr,
+    HAS_SOFTCAP_Q: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -65,8 +72,12 @@ def fold_kernel(
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
-        zp = row_logits(p_ptr, bias_p_ptr, j, mask, softcap, temperature, HAS_BIAS_P, HAS_SOFTCAP)
-        zq = row_logits(q_ptr, bias_q_ptr, j, mask, softcap, temperature, HAS_BIAS_Q, HAS_SOFTCAP)
+        zp = row_logits(
+            p_ptr, bias_p_ptr, j, mask, softcap_p, temperature_p, HAS_BIAS_P, HAS_SOFTCAP_P
+        )
+        zq = row_logits(
+            q_ptr, bias_q_ptr, j, mask, softcap_q, temperature_q, HAS_BIAS_Q, HAS_SOFTCAP_Q
+        )
         largest_p = tl.maximum(max_p, tl.max(zp, 0))
         largest_q = tl.maximum(max_q, tl.max(zq, 0))
         # Of several columns that share the largest logit any will do.
@@ -141,11 +152,14 @@ def grad_kernel(
     max_q_ptr,
     sum_exp_q_ptr,
     columns,
-    softcap,
-    temperature,
+    softcap_p,
+    temperature_p,
+    softcap_q,
+    temperature_q,
     HAS_BIAS_P: tl.constexpr,
     HAS_BIAS_Q: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP_P: tl.constexpr,
+    HAS_SOFTCAP_Q: tl.constexpr,
     OF_Q: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -159,24 +173,30 @@ def grad_kernel(
     sum_exp_p = tl.load(sum_exp_p_ptr + row)
     max_q = tl.load(max_q_ptr + row)
     sum_exp_q = tl.load(sum_exp_q_ptr + row)
+    softcap = softcap_q if OF_Q else softcap_p
+    temperature = temperature_q if OF_Q else temperature_p
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
-        zp = row_logits(p_ptr, bias_p_ptr, j, mask, softcap, temperature, HAS_BIAS_P, HAS_SOFTCAP)
-        zq = row_logits(q_ptr, bias_q_ptr, j, mask, softcap, temperature, HAS_BIAS_Q, HAS_SOFTCAP)
+        zp = row_logits(
+            p_ptr, bias_p_ptr, j, mask, softcap_p, temperature_p, HAS_BIAS_P, HAS_SOFTCAP_P
+        )
+        zq = row_logits(
+            q_ptr, bias_q_ptr, j, mask, softcap_q, temperature_q, HAS_BIAS_Q, HAS_SOFTCAP_Q
+        )
         p = tl.exp(zp - max_p) / sum_exp_p
         if OF_Q:
             dz = grad_kl * (tl.exp(zq - max_q) / sum_exp_q - p)
         else:
             dz = tl.where(p == 0.0, 0.0, grad_kl * p * (((zp - zq) - at_anchor) - mean))
         # From the logits to the products that they were made of.
-        if HAS_SOFTCAP:
+        if HAS_SOFTCAP_Q if OF_Q else HAS_SOFTCAP_P:
             tanh = (zq if OF_Q else zp) * temperature / softcap
             dz *= 1.0 - tanh * tanh
         tl.store(dz_ptr + row * columns + j, dz / temperature, mask=mask)
 
 
-def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
+def fold(heads: Heads, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
     """Add the tiles of p and q to the state of their rows, in place."""
     rows, columns = tiles[0].shape
     with torch.cuda.device_of(tiles[0]):
@@ -193,14 +213,13 @@ def fold(head: Head, tiles: Pair, biases: OptionalPair, state: KlState) -> None:
             moment_ptr=state.moment,
             second_ptr=state.second,
             columns=columns,
-            softcap=head.softcap,
-            temperature=head.temperature,
+            **_scales(heads),
             BLOCK_V=BLOCK_V,
         )
 
 
 def grad(
-    head: Head, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
+    heads: Heads, tiles: Pair, biases: OptionalPair, *, rows: KlGrad, of_q: bool, dz: Tensor
 ) -> None:
     """Fill `dz`, the gradient with respect to p's products, or q's, which may be their tile."""
     with torch.cuda.device_of(dz):
@@ -218,8 +237,15 @@ def grad(
             max_q_ptr=rows.max_q,
             sum_exp_q_ptr=rows.sum_exp_q,
             columns=dz.shape[1],
-            softcap=head.softcap,
-            temperature=head.temperature,
+            **_scales(heads),
             OF_Q=of_q,
             BLOCK_V=BLOCK_V,
         )
+
+
+def _scales(heads: Heads) -> dict[str, float]:
+    """Return what both kernels take of p and q."""
+    scales: dict[str, float] = {}
+    for name, head in zip("pq", heads, strict=True):
+        scales |= {f"softcap_{name}": head.softcap, f"temperature_{name}": head.temperature}
+    return scales

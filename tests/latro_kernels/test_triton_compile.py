@@ -81,7 +81,8 @@ KL_TILES = {
     "bias_p_ptr": "*fp32",
     "bias_q_ptr": "*fp32",
 }
-KL_NUMBERS = {"columns": "i32", "softcap": "fp32", "temperature": "fp32"}
+KL_SCALES = ("softcap_p", "temperature_p", "softcap_q", "temperature_q")
+KL_NUMBERS = {"columns": "i32", **dict.fromkeys(KL_SCALES, "fp32")}
 KL_STATE = ("max_p", "sum_exp_p", "max_q", "sum_exp_q", "anchor", "moment", "second")
 KL_FOLD = KL_TILES | {f"{name}_ptr": ROW for name in KL_STATE} | KL_NUMBERS
 KL_OF_ROW = ("grad_kl", "anchor", "mean", "max_p", "sum_exp_p", "max_q", "sum_exp_q")
@@ -238,7 +239,8 @@ def test_linear_kl_fits(kernel: str, is_aligned: bool, capability: int) -> None:
         constants = {
             "HAS_BIAS_P": not plain,
             "HAS_BIAS_Q": not plain,
-            "HAS_SOFTCAP": not plain,
+            "HAS_SOFTCAP_P": not plain,
+            "HAS_SOFTCAP_Q": not plain,
             "BLOCK_V": kernels.BLOCK_V,
         }
         if name == "grad":

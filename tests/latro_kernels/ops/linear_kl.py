@@ -32,8 +32,8 @@ def problem(
     rows: str = "random",
     apart: float | None = None,
     bias: bool = False,
-    temperature: float = 1.0,
-    softcap: float | None = None,
+    temperature: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
     scale: float = 1.0,
     seed: int = 0,
 ) -> Problem:
@@ -49,7 +49,7 @@ def problem(
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=random)
 
-    def head(H: int, token: Tensor) -> tuple[Tensor, Tensor]:
+    def head(H: int, token: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         hidden = normal(N, H) * (1e-3 if rows == "flat" else 1.0)
         weight = normal(V, H) * (2.0 / H**0.5)
         if rows == "peaked":
@@ -59,8 +59,9 @@ def problem(
         return hidden, weight
 
     token = torch.randperm(V, generator=random)[:N] if rows == "peaked" else torch.empty(0)
-    hidden_p, weight_p = head(H, token)
-    hidden_q, weight_q = head(hidden_size_q or H, token)
+    temperature_p, temperature_q = of_both(temperature)
+    hidden_p, weight_p = head(H, token, temperature_p)
+    hidden_q, weight_q = head(hidden_size_q or H, token, temperature_q)
     if apart is not None:
         hidden_q, weight_q = hidden_p + apart * hidden_q, weight_p + apart * weight_q
     tensors = {
@@ -109,11 +110,16 @@ def equal_heads(given: Problem) -> Problem:
     return given.but(**{f"{n}_q": None if t is None else t.clone() for n, t in copies.items()})
 
 
+def of_both(scale: Any) -> tuple[Any, Any]:
+    """Return p's and q's temperature, or softcap, of one for both or a pair."""
+    return scale if isinstance(scale, tuple) else (scale, scale)
+
+
 def _of_both(log_softmax: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
-    """Apply `log_softmax` to each head's hidden, weight, bias, and to the settings."""
-    settings = arguments["temperature"], arguments["softcap"]
+    """Apply `log_softmax` to each head's hidden, weight, bias, temperature and softcap."""
+    scales = zip(of_both(arguments["temperature"]), of_both(arguments["softcap"]), strict=True)
     p, q = ([arguments[f"{n}_{head}"] for n in ("hidden", "weight", "bias")] for head in "pq")
-    return log_softmax(*p, *settings), log_softmax(*q, *settings)
+    return tuple(log_softmax(*head, *of) for head, of in zip((p, q), scales, strict=True))
 
 
 def unfused(**arguments: Any) -> Tensor:
@@ -168,6 +174,8 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
         {"temperature": 0.7, "softcap": 5.0},
         {"temperature": 1.3, "softcap": 30.0, "bias": True, "apart": 0.1},
         {"apart": 1e-3},
+        {"temperature": (0.7, 2.0), "softcap": (None, 5.0), "bias": True},
+        {"temperature": (2.0, 0.7), "softcap": (5.0, 30.0)},
     ]
     extremes = [
         {"rows": rows, "apart": apart} for rows in ("peaked", "flat") for apart in (None, 0.01)
@@ -178,6 +186,8 @@ def _samples() -> list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]]
             ((1, 1, 1), FP32, {"bias": True}),
             ((5, 3, 70), FP32, {"softcap": 5.0, "temperature": 0.7}),
             ((10, 7, 70), FP32, {"hidden_size_q": 4}),
+            ((5, 3, 70), FP32, {"temperature": (0.7, 2.0), "softcap": (None, 5.0)}),
+            ((5, 3, 70), FP32, {"temperature": (2.0, 0.7), "softcap": (5.0, 30.0), "bias": True}),
             ((5, 3, 70), BF16, {"bias": True, "softcap": 30.0}),
             ((5, 3, 70), FP16, {}),
             ((6, 70, 70), FP32, {"rows": "peaked"}),
@@ -219,6 +229,12 @@ BAD = [
     ({"bias_p": torch.zeros(4)}, ValueError, r"bias_p: expected shape \(5,\).*got 4"),
     ({"bias_q": torch.zeros(5, 1)}, ValueError, "bias_q: expected 1 dimension, got"),
     ({"bias_q": torch.zeros(5).bfloat16()}, TypeError, "bias_q: expected the dtype of hidden"),
+    ({"temperature": (1.0,)}, ValueError, r"temperature: expected one .*pair, .*got \(1.0,\)"),
+    ({"softcap": [1.0, None, 2.0]}, ValueError, r"softcap: expected one .*got \[1.0, None, 2.0"),
+    ({"temperature": (1.0, 0.0)}, ValueError, "temperature: expected a finite number.*got 0.0"),
+    ({"temperature": (1.0, None)}, TypeError, "temperature: expected a float, got NoneType"),
+    ({"softcap": (-1.0, None)}, ValueError, "softcap: expected a finite number.*got -1.0"),
+    ({"temperature": (1.0, 1e30), "softcap": 1e-30}, ValueError, "softcap: .*temperature=1e"),
 ]
 OP = Op(
     name="linear_kl",
@@ -239,11 +255,16 @@ OP = Op(
         st.tuples(st.integers(0, 110), st.integers(1, 70), st.integers(1, 500)),
         hidden_size_q=st.integers(1, 70),
         bias=st.booleans(),
-        softcap=st.sampled_from([None, 2.0, 50.0]),
+        temperature=st.sampled_from([1.0, (0.7, 1.5)]),
+        softcap=st.sampled_from([None, 2.0, 50.0, (None, 3.0)]),
         scale=st.sampled_from([1.0, 100.0]),
         seed=st.integers(0, 1000),
     ),
-    forms={"plain": {"bias": True}, "two sizes": {"hidden_size_q": 5, "softcap": 3.0}},
+    forms={
+        "plain": {"bias": True},
+        "two sizes": {"hidden_size_q": 5, "softcap": 3.0},
+        "two scales": {"temperature": (0.7, 2.0), "softcap": (None, 3.0)},
+    },
     strided=strided,
     good=GOOD,
     bad=BAD,
