@@ -7,6 +7,7 @@ whether they are 1 or a multiple of 16. Launches are recorded here instead of ma
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime import Heuristics
 from triton.runtime.jit import create_function_from_signature
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.group_advantage import triton as group_kernels
 from latro_kernels.head import Head
@@ -187,6 +189,35 @@ def test_strides_that_loads_depend_on_have_kernels_of_their_own(
     for name in ("forward_kernel", "grad_kernel"):
         (keys,) = recorded[name].keys.values()
         assert len(keys) == 2
+
+
+@pytest.mark.parametrize("form", ["plain", "some kept", "frozen", "filtered"])
+def test_operands_that_no_descriptor_takes_have_the_kernels_of_others(
+    form: str, recorded: dict[str, Recorder]
+) -> None:
+    """They are copied, a tile at a time: kernels that read by address are for older chips."""
+    fitting = head_of(300)
+    turned = replace(fitting, weight=torch.zeros(H, V).t(), hidden=torch.zeros(300, 2 * H)[:, ::2])
+    for head in (fitting, turned):
+        solve(head, **FORMS[form][0])
+    for name in ("forward_kernel", "grad_kernel"):
+        launched = recorded[name].launched
+        assert all(isinstance(of["hidden"], TensorDescriptor) for of in launched)
+        for keys in recorded[name].keys.values():
+            assert len(keys) == 1, f"{name} is compiled for {keys}"
+    slices = {(of["begin"], of["end"]) for of in recorded["forward_kernel"].launched}
+    assert slices >= {(0, 512), (512, V)}
+
+
+def test_operands_that_no_descriptor_takes_are_sampled_from_in_slices(
+    recorded: dict[str, Recorder],
+) -> None:
+    numbers = torch.zeros(300, dtype=torch.int64)
+    draw_ = Draw(seed=numbers, position=numbers, greedy=False, first_column=None)
+    sample_fused.sample(replace(head_of(300), weight=torch.zeros(H, V).t()), draw_)
+    launched = recorded["sample_kernel"].launched
+    assert [(of["begin"], of["end"]) for of in launched] == [(0, 512), (512, V)]
+    assert all(isinstance(of["weight"], TensorDescriptor) for of in launched)
 
 
 def test_a_few_rows_more_make_no_small_tile(recorded: dict[str, Recorder]) -> None:

@@ -27,18 +27,22 @@ MAX_STACK = 320
 # Instructions of a warp of an H100 for 128 x 256 logits, in a block that is neither the last of the
 # vocabulary nor holds a target, without bias, softcap and entropy.
 MAX_EPILOGUE = {forward_kernel: 900, grad_kernel: 950}
-# From sm_90 on, pointers are for operands that no descriptor takes.
-LAUNCHES = [
-    *((80, False, features) for features in FEATURES),
-    *((capability, True, features) for capability in (90, 100) for features in FEATURES),
-    *((capability, False, "plain") for capability in (90, 100)),
-]
+# From sm_90 on operands are given by descriptor.
+LAUNCHES = [(capability, features) for capability in CAPABILITIES for features in FEATURES]
+# What of a launch is no multiple of 16, or is 1, where strides are not those of most models.
+ODD = ("H", "stride_xn", "stride_wv")
+STRIDES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "odd": (ODD, ("stride_xh", "stride_wh")),
+    "turned": ((), ("stride_xn", "stride_wv")),
+    "apart": ((*ODD, "stride_xh", "stride_wh"), ()),
+}
 
 
-@pytest.mark.parametrize(("capability", "by_descriptor", "features"), LAUNCHES)
+@pytest.mark.parametrize(("capability", "features"), LAUNCHES)
 @pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
-def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, features: str) -> None:
+def test_products_fit(kernel: Any, capability: int, features: str) -> None:
     config = blocks.start(capability // 10, torch.bfloat16)
+    by_descriptor = capability >= 90
     types, constants, options = launch(
         kernel, FEATURES[features], capability, by_descriptor=by_descriptor
     )
@@ -54,6 +58,39 @@ def test_products_fit(kernel: Any, capability: int, by_descriptor: bool, feature
             # The path that is counted takes the exponential of each of a thread's logits.
             logits = config.rows * config.columns // (32 * config.warps)
             assert logits < found.epilogue <= MAX_EPILOGUE[kernel]
+
+
+def given_strides(
+    types: dict[str, str], constants: dict[str, Any], strides: str
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Return types and constants of a launch whose operands have other strides."""
+    odd, ones = STRIDES[strides]
+    of = dict.fromkeys(("H", "stride_xn", "stride_xh", "stride_wv", "stride_wh"), "i32:16")
+    types = types | of | dict.fromkeys(odd, "i32")
+    constants = {name: value for name, value in constants.items() if name not in of}
+    return (
+        {name: type_ for name, type_ in types.items() if name not in ones},
+        constants | dict.fromkeys(ones, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "strides"), [*((80, strides) for strides in STRIDES), (90, "odd")]
+)
+@pytest.mark.parametrize("kernel", [forward_kernel, grad_kernel], ids=["forward", "grad"])
+def test_products_of_any_strides_spill_nothing_in_the_loop(
+    kernel: Any, capability: int, strides: str
+) -> None:
+    """Where there are descriptors, what none takes is copied: an odd H alone is left."""
+    types, constants, options = launch(
+        kernel, FEATURES["plain"], capability, by_descriptor=capability >= 90
+    )
+    types, constants = given_strides(types, constants, strides)
+    found = compile_kernel(kernel, types, constants, capability, **options)
+    limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
+    assert violations(found, capability, **limits) == []
+    assert found.spills_in_products == 0
+    assert found.waits_in_products == 0
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -8,6 +8,7 @@ long enough to make exp(z − row_max) of them, and multiplies that with the wei
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,8 @@ TILE_ROWS, TILE_COLUMNS = 8192, 8192
 FROZEN_TILE_ROWS = 2048
 # Blocks of columns that a program folds, and row blocks that share a block of the weight.
 TILES, GROUP = 4, 16
+# Bytes, of which a descriptor wants rows to begin at multiples.
+_ALIGNMENT = 16
 _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
 
 
@@ -55,7 +58,9 @@ def forward(head: Head, state: State, config: Config | None = None) -> None:
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return
     cached = state.cached.view(N, -1) if state.cached.numel() else None
-    _fold(head, whole(head), state, cached, config)
+    for rows, tile in tiles(head):
+        of_tile = None if cached is None else cached[rows, tile.columns]
+        _fold(head, tile, state.rows(rows), of_tile, config)
 
 
 def _forward_with_dx(head: Head, state: State, config: Config) -> None:
@@ -63,10 +68,10 @@ def _forward_with_dx(head: Head, state: State, config: Config) -> None:
     M, width = len(head.hidden), min(TILE_COLUMNS, len(head.weight))
     dx_sum = state.dx_sum
     assert dx_sum is not None
-    x = head.hidden.to(operand_dtype(head))
+    x = _fitting(head.hidden.to(operand_dtype(head)))
     buffer = torch.empty(M, width, dtype=torch.float32, device=x.device)
     for columns, weight, bias in slices(head, width):
-        tile = Tile(rows=slice(0, M), columns=columns, hidden=x, weight=weight, bias=bias)
+        tile = Tile(rows=slice(0, M), columns=columns, hidden=x, weight=_fitting(weight), bias=bias)
         old_max, products = state.row_max.clone(), buffer[:, : len(weight)]
         _fold(head, tile, state, products, config)
         e = _dz(head, tile, RowGrad.of_exponentials(state), config, cached=products).dz
@@ -82,11 +87,19 @@ def _forward_with_dx(head: Head, state: State, config: Config) -> None:
         add_product(dx_sum, e, weight, first=columns.start == 0)
 
 
-def whole(head: Head) -> Tile:
-    """Return all rows and columns as a tile."""
-    ((columns, weight, bias),) = slices(head, len(head.weight))
-    x = head.hidden.to(operand_dtype(head))
-    return Tile(rows=slice(0, len(x)), columns=columns, hidden=x, weight=weight, bias=bias)
+def tiles(head: Head) -> Iterator[tuple[slice, Tile]]:
+    """Yield all rows, and a tile of them and all columns; several where operands are copied.
+
+    A copy is then of a tile's size. Rows' results have the same bits: slices end where a program's
+    columns do.
+    """
+    dtype, (N, V) = operand_dtype(head), (len(head.hidden), len(head.weight))
+    x = head.hidden.to(dtype)
+    height = N if _fits(x) else TILE_ROWS
+    width = V if _fits(head.weight.to(dtype)) else TILE_COLUMNS
+    for columns, weight, bias in slices(head, width):
+        for rows in row_blocks(N, height):
+            yield rows, Tile(rows=rows, columns=columns, hidden=x[rows], weight=weight, bias=bias)
 
 
 def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
@@ -131,6 +144,8 @@ def backward(
 def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: Config) -> None:
     """Add a tile of all rows to `state`; `cached` receives products of its first columns."""
     M, begin, end = len(tile.hidden), tile.columns.start, tile.columns.stop
+    if cached is not None and not cached.shape[1]:
+        cached = None
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
     with_entropy = state.weighted_sum is not None
@@ -223,24 +238,43 @@ def _dz(
     )
 
 
-def _operands(tile: Tile, config: Config) -> tuple[Tensor | TensorDescriptor, ...]:
-    """Return hidden and weight for the kernels, by descriptor where chip and strides allow it."""
-    both = (tile.hidden, tile.weight)
-    if not blocks.has_descriptors(tile.hidden.device) or not all(
-        t.stride(1) == 1
-        and t.stride(0) >= t.shape[1]  # rows that overlap, as expanded ones do, have no descriptor
-        and t.stride(0) * t.element_size() % 16 == 0
-        and t.data_ptr() % 16 == 0
-        for t in both
-    ):
-        return both
-    shapes = ([config.rows, config.depth], [config.columns, config.depth])
-    return tuple(TensorDescriptor.from_tensor(t, s) for t, s in zip(both, shapes, strict=True))
+def _fits(operand: Tensor) -> bool:
+    """Return whether the kernels take hidden or weight as it lies in memory.
+
+    Addresses serve any strides. A chip that copies blocks by itself (TMA) is given a descriptor,
+    which wants rows that are dense, that do not overlap, as expanded ones do, and that begin at
+    multiples of 16 bytes.
+    """
+    step, size = operand.stride(0), operand.element_size()
+    return not blocks.has_descriptors(operand.device) or (
+        operand.stride(1) == 1
+        and step >= operand.shape[1]
+        and step * size % _ALIGNMENT == 0
+        and operand.data_ptr() % _ALIGNMENT == 0
+    )
+
+
+def _fitting(operand: Tensor) -> Tensor:
+    """Return hidden or weight of a tile as the kernels take it, a copy where it does not fit.
+
+    By address, blocks of 256 columns would wait for loads of two bytes, and their sums would leave
+    the registers in every step: a copy takes far less time.
+    """
+    if _fits(operand):
+        return operand
+    M, H = operand.shape
+    group = _ALIGNMENT // operand.element_size()
+    return operand.new_empty(M, -(-H // group) * group)[:, :H].copy_(operand)
 
 
 def product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]:
     """Return the arguments of a kernel that makes logits of a tile's columns."""
-    hidden, weight = _operands(tile, config)
+    x, w = _fitting(tile.hidden), _fitting(tile.weight)
+    hidden: Tensor | TensorDescriptor = x
+    weight: Tensor | TensorDescriptor = w
+    if blocks.has_descriptors(x.device):
+        hidden = TensorDescriptor.from_tensor(x, [config.rows, config.depth])
+        weight = TensorDescriptor.from_tensor(w, [config.columns, config.depth])
     return {
         "hidden": hidden,
         "weight": weight,
@@ -248,10 +282,10 @@ def product_arguments(head: Head, tile: Tile, config: Config) -> dict[str, Any]:
         "H": head.hidden.shape[1],
         "begin": tile.columns.start,
         "end": tile.columns.stop,
-        "stride_xn": tile.hidden.stride(0),
-        "stride_xh": tile.hidden.stride(1),
-        "stride_wv": tile.weight.stride(0),
-        "stride_wh": tile.weight.stride(1),
+        "stride_xn": x.stride(0),
+        "stride_xh": x.stride(1),
+        "stride_wv": w.stride(0),
+        "stride_wh": w.stride(1),
         "softcap": head.softcap,
         "temperature": head.temperature,
         "BLOCK_N": config.rows,

@@ -6,11 +6,14 @@ order, so that a row's log-prob has the bits that it has there.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 from torch import Tensor
 
 from latro_kernels.head import Head
+from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import State as FoldState
 from latro_kernels.linear_logprob.triton import fused
 from latro_kernels.linear_logprob.triton.blocks import Config
@@ -26,18 +29,19 @@ def sample(head: Head, draw: Draw) -> State:
     """Return what one sweep over the vocabulary finds out of each row."""
     state, score = first_fold(head, fused.empty_state)
     if len(head.hidden) > 0:
-        _draw(head, draw, state, score)
+        for rows, tile in fused.tiles(head):
+            of_rows = replace(draw, seed=draw.seed[rows], position=draw.position[rows])
+            _draw(head, tile, of_rows, state.rows(rows), score[rows])
     return State.of_fold(state, score, draw)
 
 
-def _draw(head: Head, draw: Draw, state: FoldState, score: Tensor) -> None:
-    """Fold all columns into `state`, and draw its target."""
-    tile, config = fused.whole(head), fused.shape_of_blocks(head)
-    N = len(head.hidden)
+def _draw(head: Head, tile: Tile, draw: Draw, state: FoldState, score: Tensor) -> None:
+    """Fold a tile into `state`, and draw its target; all but the tile are of its rows."""
+    config, (N, columns) = fused.shape_of_blocks(head), (len(tile.hidden), len(tile.weight))
     row_blocks = triton.cdiv(N, config.rows)
-    splits = triton.cdiv(len(head.weight), fused.TILES * config.columns)
+    splits = triton.cdiv(columns, fused.TILES * config.columns)
     parts = torch.empty(4, splits, N, dtype=torch.float32, device=score.device)
-    scores, columns = torch.empty_like(parts[0]), torch.empty_like(parts[0], dtype=torch.int32)
+    scores, numbers = torch.empty_like(parts[0]), torch.empty_like(parts[0], dtype=torch.int32)
     with torch.cuda.device_of(score):
         sample_kernel[(row_blocks * splits,)](
             seed_ptr=draw.seed,
@@ -45,7 +49,7 @@ def _draw(head: Head, draw: Draw, state: FoldState, score: Tensor) -> None:
             first_ptr=draw.first_column,
             parts_ptr=parts,
             scores_ptr=scores,
-            columns_ptr=columns,
+            columns_ptr=numbers,
             N=N,
             stride_part=parts.stride(0),
             row_blocks=row_blocks,
@@ -55,7 +59,7 @@ def _draw(head: Head, draw: Draw, state: FoldState, score: Tensor) -> None:
             TILES=fused.TILES,
             **fused.product_arguments(head, tile, config),
         )
-    choose(scores, columns, score, state.target)
+    choose(scores, numbers, score, state.target)
     fused.merge(parts, tile.columns, state, config)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.triton import blocks, fused
 from tests.latro_kernels.ops.linear_logprob import problem
 from tests.latro_kernels.ops.op import assert_same
@@ -43,14 +44,52 @@ def test_operands_by_descriptor(
     assert_same(got, expected)
 
 
-def test_rows_that_overlap_have_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+# Rows of 34 bytes; rows that lie apart by no multiple of 16 bytes; columns that do; rows that begin
+# 2 bytes after a multiple; a matrix the other way round; one row for all.
+MISFITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "odd": lambda t: t[:, :17].contiguous(),
+    "wide": lambda t: torch.cat([t, t[:, :3]], 1)[:, :16],
+    "apart": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "unaligned": lambda t: torch.cat([t, t], 1)[:, 1:17],
+    "turned": lambda t: t.t().contiguous().t(),
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_what_no_descriptor_takes_is_copied(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
-    config = blocks.config(torch.device("cpu"), torch.bfloat16, 16, 8)
-    row, weight = (torch.zeros(n, 16, dtype=torch.bfloat16) for n in (1, 8))
-    for hidden, described in ((row.repeat(4, 1), True), (row.expand(4, 16), False)):
-        tile = Tile(slice(0, 4), slice(0, 8), hidden, weight, None)
-        operands = fused._operands(tile, config)
-        assert all(isinstance(t, TensorDescriptor) is described for t in operands)
+    fitting = torch.randn(24, 24).bfloat16()
+    assert fused._fitting(fitting) is fitting
+    misfit = MISFITS[kind](fitting)
+    copy = fused._fitting(misfit)
+    assert torch.equal(copy, misfit)
+    assert copy.data_ptr() != misfit.data_ptr()
+    # Its descriptor is one that Triton takes.
+    TensorDescriptor.from_tensor(copy, [16, 16])
+    monkeypatch.undo()
+    assert fused._fitting(misfit) is misfit
+
+
+@each_form
+def test_a_copied_tile_at_a_time(
+    more: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Operands that no descriptor takes give the bits of those that need no copy, in any tiles."""
+    given = problem((40, 17, 140), torch.bfloat16, bias=True, **more)
+    expected = given.solve("triton", **options)
+    copied = []
+    copy = fused._fitting
+
+    def recorded(operand: Tensor) -> Tensor:
+        copied.append(operand.shape)
+        return copy(operand)
+
+    monkeypatch.setattr(fused, "_fitting", recorded)
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
+    turned = given.but(weight=given["weight"].t().contiguous().t())
+    assert_same(turned.solve("triton", **options), expected)
+    assert max(rows for rows, _ in copied) <= fused.TILE_COLUMNS
 
 
 @each_form
