@@ -26,7 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_SAFE_WEIGHTS_NAME,
+    CONFIG_NAME,
     GENERATION_CONFIG_NAME,
     cached_file,
     find_adapter_config_file,
@@ -64,13 +66,16 @@ def load_model(
 ) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """Return the named model and its tokenizer; an adapter is loaded on its base model.
 
+    PEFT saves an adapter of another name than "default" into a folder of that name within the one
+    that is named; where there is one such adapter, that one is meant.
+
     Only safetensors and GGUF files are read, since a pickled checkpoint can run code. Code that
     comes with a model runs only with `trust_remote_code`, without a further question.
 
     Raises:
         ValueError: there is no such model, its code is not trusted, its tokenizer has more tokens
             than the model, or a package is not installed that reads it (an adapter, a GGUF file) or
-            quantises it.
+            quantises it; or there are several adapters in folders of their own.
     """
     if args.gguf_file is not None and args.model_name_or_path is None:
         raise ValueError(
@@ -82,8 +87,9 @@ def load_model(
     with _Reading(repr(name), args.trust_remote_code):
         # PEFT would take the path of a file for a hub id.
         config = None if is_gguf(name) else find_adapter_config_file(name, revision=revision)
-    if config is not None:
-        model, tokenizer = _load_adapter(name, args)
+    named = None if config is not None else _named_adapter(name)
+    if config is not None or named is not None:
+        model, tokenizer = _load_adapter(named or name, args, beside=name)
     else:
         model = _load_weights(name, revision, args)
         tokenizer = _load_tokenizer(name, revision, args)
@@ -260,8 +266,31 @@ def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTraine
     return tokenizer
 
 
-def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Return a trainable adapter on the base model that its config names."""
+def _named_adapter(name: str) -> str | None:
+    """Return the folder of the one adapter that has a folder of its own within that of `name`.
+
+    Raises:
+        ValueError: there are several.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (folder / CONFIG_NAME).exists():
+        return None
+    found = sorted(str(config.parent) for config in folder.glob(f"*/{ADAPTER_CONFIG_NAME}"))
+    if len(found) > 1:
+        raise ValueError(
+            f"model_name_or_path: expected one adapter in {name!r}, got {' and '.join(found)}; "
+            "name one of these folders, or merge the adapters before the model is saved"
+        )
+    return found[0] if found else None
+
+
+def _load_adapter(
+    name: str, args: ModelArguments, beside: str
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Return a trainable adapter on the base model that its config names.
+
+    The tokenizer is that of the adapter's folder, else of `beside`, else of the base model.
+    """
     require_peft("model_name_or_path")
     from peft import PeftConfig, PeftModel
 
@@ -279,9 +308,10 @@ def _load_adapter(name: str, args: ModelArguments) -> tuple[PeftModel, PreTraine
             weights, name, is_trainable=True, revision=args.model_revision
         )
     _check_adapter_weights(model, name, args.model_revision)
-    if has_file(name, "tokenizer_config.json", revision=args.model_revision):
-        own = dataclasses.replace(args, gguf_file=None)
-        return model, _load_tokenizer(name, args.model_revision, own)
+    for place in dict.fromkeys((name, beside)):
+        if has_file(place, "tokenizer_config.json", revision=args.model_revision):
+            own = dataclasses.replace(args, gguf_file=None)
+            return model, _load_tokenizer(place, args.model_revision, own)
     return model, _load_tokenizer(base, base_revision, args)
 
 

@@ -31,6 +31,9 @@ _OF_VLLM_MODE = ("vllm_gpu_memory_utilization", "vllm_max_model_length")
 _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("lr_scheduler_kwargs",),
     "optim": ("optim_args", "optim_target_modules"),
+    "metric_for_best_model": ("greater_is_better",),
+    "model_name_or_path": ("model_revision", "gguf_file"),
+    "dataset_name": ("dataset_config", "dataset_path", "grader"),
     "fsdp": ("fsdp_config",),
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "load_in_8bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
@@ -44,6 +47,8 @@ _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     ),
     "use_peft": tuple(f.name for f in dataclasses.fields(PeftArguments) if f.name != "use_peft"),
 }
+NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
+"""The schedules of transformers that do not read `warmup_steps`."""
 # An interval has an effect only where the strategy is "steps".
 _STRATEGIES = {
     "eval_steps": "eval_strategy",
@@ -68,6 +73,8 @@ def _giving_way(settings: Mapping[str, Any], source: Mapping[str, Any]) -> Itera
         yield from _OVERRULED_BY.get(name, ())
         if name not in settings or settings[name] != value:
             yield from _BELONGS_TO.get(name, ())
+        if name == "lr_scheduler_type" and value in NO_WARMUP:
+            yield "warmup_steps"
         for pair in _EXCLUSIVE:
             if name in pair and value:
                 yield from (other for other in pair if other != name)

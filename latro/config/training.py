@@ -15,6 +15,7 @@ from transformers.training_args import ParallelMode
 
 from latro.config.engine import EngineArguments
 from latro.config.fields import WEIGHT_DTYPES, one_of, setting
+from latro.config.precedence import NO_WARMUP
 from latro.config.ranges import above_zero, at_least, check_numbers
 from latro.config.trackers import check_trackers
 from latro.config.unsupported import check_loader, check_refused
@@ -122,6 +123,12 @@ class AnswerConfig(TrainingArguments):
             told = {"mode": "max" if self.greater_is_better else "min", "threshold_mode": "abs"}
             given: Any = self.lr_scheduler_kwargs  # type: ignore[has-type]
             self.lr_scheduler_kwargs = told | (given or {})
+        if self.warmup_steps and self.lr_scheduler_type in NO_WARMUP:
+            raise ValueError(
+                "warmup_steps: expected 0 with a schedule that has no warm-up, as "
+                f"constant_with_warmup has, got {self.warmup_steps:g} with lr_scheduler_type="
+                f"{self.lr_scheduler_type.value!r}"
+            )
         check_trackers(self.report_to)
         self._check_best_model()
         at_least("max_completion_length", self.max_completion_length, 1)

@@ -8,11 +8,15 @@ has the reference of an adapter that came trained.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
+
+from latro_kernels.integrations.logits import adds_to
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -137,6 +141,27 @@ def _check_kind(config: PeftConfig) -> None:
         )
 
 
+@contextmanager
+def activity_kept(model: Any) -> Iterator[None]:
+    """Keep which adapters are on and which weights are trained, while others load adapters.
+
+    The Trainer leaves only the first of several adapters on, and PEFT lets every weight of an
+    adapter that it loads require a gradient, or none.
+    """
+    if not has_adapter(model):
+        yield
+        return
+    current, active = model.active_adapter, list(model.active_adapters)
+    given = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        model.set_adapter(current)
+        model.base_model.set_adapter(active)
+        for parameter, requires_grad in given:
+            parameter.requires_grad_(requires_grad)
+
+
 def check_ties(model: PreTrainedModel | PeftModel) -> None:
     """Check that head and embedding are one where the model's config ties them.
 
@@ -149,24 +174,13 @@ def check_ties(model: PreTrainedModel | PeftModel) -> None:
         return
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     # The weights of a layer with an adapter that adds to them are those under it.
-    if head.weight is not embedding.weight or _adds_to(head) or _adds_to(embedding):
+    if head.weight is not embedding.weight or adds_to(head) or adds_to(embedding):
         raise ValueError(
             "rollout_engine: expected head and embedding to be one, as the model's config ties "
             "them and vLLM with it, got two, or an adapter on them; leave them out of the adapter, "
             "take rollout_engine=transformers, or serve and train a copy of the model that is "
             "saved untied"
         )
-
-
-def _adds_to(layer: nn.Module) -> bool:
-    """Return whether an adapter adds something to the weights of `layer`, or to rows of them."""
-    if not is_peft_available():
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-
-    adds = isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-    return adds and not isinstance(layer, ModulesToSaveWrapper)
 
 
 def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:

@@ -20,8 +20,10 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from latro.errors import reading, writing
+from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
     PARTIAL,
     check_optimizer_state,
@@ -371,8 +373,17 @@ class LongRunTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with reading("resume_from_checkpoint", resume_from_checkpoint):
+        with reading("resume_from_checkpoint", resume_from_checkpoint), activity_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        best = Path(self.state.best_model_checkpoint or "")
+        with activity_kept(self.model):
+            if any(best.glob(f"*/{ADAPTER_SAFE_WEIGHTS_NAME}")):
+                # Adapters of other names than "default", for which the Trainer would do nothing.
+                super()._load_from_checkpoint(str(best), self.model)
+            else:
+                super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with reading("resume_from_checkpoint", checkpoint or ""):

@@ -103,6 +103,21 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
     return LogitForm(hidden_scale, scale, softcap)
 
 
+def adds_to(layer: nn.Module) -> bool:
+    """Return whether an adapter of PEFT's adds something to a layer's weights, or to rows of them.
+
+    Of such a layer `weight` is what lies under the adapter. A copy that is trained whole
+    (`modules_to_save`) adds nothing: `weight` is the copy's.
+    """
+    if not is_peft_available():
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    adapted = isinstance(layer, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    return adapted and not isinstance(layer, ModulesToSaveWrapper)
+
+
 def _without_adapter(head: Any) -> Any:
     """Return the head that an adapter lies on, or the head itself."""
     if not is_peft_available():

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from latro_kernels.integrations.logits import LogitForm, logit_form
+from latro_kernels.integrations.logits import LogitForm, adds_to, logit_form
 from latro_kernels.linear_logprob import linear_logprob
 
 
@@ -66,9 +66,9 @@ def fused_head(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises:
         TypeError: not a model of Transformers.
-        ValueError: a model without a head, with another loss than that of causal language models,
-            whose logits are not softcap(head(trunk(x)) · scale), or whose forward does not make its
-            loss by `self.loss_function`.
+        ValueError: a model without a head, with an adapter on it, with another loss than that of
+            causal language models, whose logits are not softcap(head(trunk(x)) · scale), or whose
+            forward does not make its loss by `self.loss_function`.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a PreTrainedModel, got {type(model).__name__}")
@@ -77,6 +77,11 @@ def fused_head(model: PreTrainedModel) -> PreTrainedModel:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"model: expected one with a head, got {type(model).__name__}")
+    if adds_to(head):
+        raise ValueError(
+            "model: expected a head without an adapter, which would not be taken into account, got "
+            f"{type(head).__name__}; leave the head out of target_modules, or merge the adapter"
+        )
     if model.loss_function is not ForCausalLMLoss:
         raise ValueError(
             f"model: expected the loss of causal language models, got {model.loss_function}"
@@ -133,7 +138,8 @@ def logprobs(
         self: the model.
         input_ids: [B, T] int64.
         labels: [B, T] int64, unshifted, with −100 where no token is to be scored; None for all of
-            `input_ids` that an attention mask [B, T] does not leave out.
+            `input_ids` that an attention mask [B, T] does not leave out, but for the first of a
+            row behind padding at its left, before which there is no token.
         temperature: divides the logits.
         return_entropy: whether to return the distributions' entropy too.
         inputs: what else the model's forward takes, such as `attention_mask`.
@@ -145,7 +151,9 @@ def logprobs(
     if labels is None:
         labels, mask = input_ids, inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
-            labels = input_ids.masked_fill(mask == 0, -100)
+            # A position predicts only where it is a token itself.
+            predicted = (mask != 0) & nn.functional.pad(mask != 0, (1, 0))[:, :-1]
+            labels = input_ids.masked_fill(~predicted, -100)
     asked = _Asked(_shifted(labels, -100), -100, temperature, return_entropy)
     with _scoring(self, asked):
         # The sum is 0, and lets hooks on the head's output see a gradient.

@@ -286,6 +286,22 @@ def test_an_adapter_is_loaded_as_it_was_saved(adapter):
     assert any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+def test_an_adapter_with_a_name_is_in_a_folder_of_that_name(adapter, whole, tmp_path):
+    folder, model = adapter
+    # As PEFT saves it, with a tokenizer beside it.
+    shutil.copytree(folder, tmp_path / "run" / "policy")
+    for file in folder.parent.joinpath(whole).glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "run")
+    loaded, tokenizer = load(tmp_path / "run")
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+    assert tokenizer.name_or_path == str(tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "run" / "another")
+    with pytest.raises(ValueError, match=r"expected one adapter in .*another and .*policy;"):
+        load(tmp_path / "run")
+    loaded, _ = load(tmp_path / "run" / "policy")
+    assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+
+
 class _Terminal:
     def readline(self):
         raise AssertionError("a prompt waits for an answer")

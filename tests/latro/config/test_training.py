@@ -360,6 +360,14 @@ def test_help_has_groups_with_ours_first(capsys):
 CLASSES_OF_A_RUN = (ModelArguments, PeftArguments, DataArguments, LatroConfig)
 FILE = """
 model_name_or_path: m
+model_revision: v2
+gguf_file: m.gguf
+dataset_name: org/data
+dataset_config: main
+dataset_path: data
+grader: exact
+metric_for_best_model: eval_accuracy_greedy
+greater_is_better: false
 max_steps: 120
 warmup_steps: 10
 lr_scheduler_type: cosine_with_min_lr
@@ -388,6 +396,16 @@ importance_cap: 2
             "--lr_scheduler_type cosine_with_min_lr",
             {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
         ),
+        ("--lr_scheduler_type constant", {"warmup_steps": 0, "lr_scheduler_kwargs": None}),
+        ("--model_name_or_path n", {"model_revision": "main", "gguf_file": None}),
+        ("--model_name_or_path m", {"model_revision": "v2", "gguf_file": "m.gguf"}),
+        ("--model_name_or_path n --model_revision v3", {"model_revision": "v3"}),
+        (
+            "--dataset_name gsm8k",
+            {"dataset_config": None, "dataset_path": None, "grader": None},
+        ),
+        ("--grader number", {"dataset_config": "main", "grader": "number"}),
+        ("--metric_for_best_model eval_answer_logp", {"greater_is_better": True}),
         ("--optim sgd", {"optim": "sgd", "optim_args": None}),
         ("--optim_args rank=2", {"optim": "adamw_torch", "optim_args": "rank=2"}),
         ("--fp16 true", {"fp16": True, "bf16": False}),
@@ -416,6 +434,15 @@ def test_the_command_line_beats_what_would_overrule_it_in_a_file(tmp_path, given
     parsed = parse_arguments(CLASSES_OF_A_RUN, argv, prog="latro")
     values = {name: value for part in parsed for name, value in vars(part).items()}
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["constant", "reduce_lr_on_plateau", "greedy"])
+def test_a_warm_up_that_a_schedule_does_not_have_is_refused(tmp_path, name):
+    settings = {"output_dir": str(tmp_path), "lr_scheduler_type": name}
+    assert LatroConfig(**settings, eval_strategy="steps").warmup_steps == 0
+    with pytest.raises(ValueError, match=rf"^warmup_steps: expected 0 .*, got 10 with .*'{name}'"):
+        LatroConfig(**settings, eval_strategy="steps", warmup_steps=10)
+    assert LatroConfig(output_dir=str(tmp_path), warmup_steps=10).warmup_steps == 10
 
 
 def test_a_file_beats_what_would_overrule_it_in_the_small_models_settings(tmp_path):

@@ -332,6 +332,74 @@ def test_resumed_from_a_checkpoint_it_ends_with_the_same_bits(make_trainer, tiny
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+def named(model, **adapters):
+    """Return a PeftModel with moved adapters by their names, all of them on; q, v: their layers."""
+    torch.manual_seed(3)
+    names = list(adapters)
+    first = lora(target_modules=adapters[names[0]])
+    model = peft.get_peft_model(model, first, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, lora(target_modules=adapters[name]))
+    model.base_model.set_adapter(names)
+    return moved(model)
+
+
+ADAPTERS = {
+    "one": ({"policy": ["q_proj"]}, ["policy"]),
+    # Both have layers of the same shapes, so that one could take the other's place.
+    "on a frozen one": ({"sft": ["q_proj"], "rl": ["o_proj"]}, ["rl"]),
+    "two": ({"b": ["q_proj"], "a": ["o_proj"]}, ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters_with_names_are_resumed_as_they_were(make_trainer, tiny, tmp_path, case):
+    def build():
+        model = named(tiny(), **ADAPTERS[case][0])
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and not any(f".{own}." in name for own in ADAPTERS[case][1]):
+                parameter.requires_grad_(False)
+        return model
+
+    straight = make_trainer(build(), max_steps=2, save_strategy="steps", save_steps=1)
+    straight.train()
+    resumed = make_trainer(build(), max_steps=2, output_dir=str(tmp_path / "again"))
+    trained = {n for n, p in resumed.model.named_parameters() if p.requires_grad}
+    assert trained
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert resumed.model.active_adapters == list(ADAPTERS[case][0])
+    assert {n for n, p in resumed.model.named_parameters() if p.requires_grad} == trained
+    ends = [trainer.model.state_dict() for trainer in (straight, resumed)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_the_best_checkpoint_of_an_adapter_with_a_name_is_loaded(make_trainer, tiny, monkeypatch):
+    model = named(tiny(), policy=["q_proj"])
+    trainer = make_trainer(
+        model,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    weights = {}
+
+    def evaluate(*args, **kwargs):
+        step = trainer.state.global_step
+        weights[step] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        metrics = {"eval_accuracy_greedy": 1.0 if step == 1 else 0.0}
+        trainer.log(metrics)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    trainer.train()
+    best, last = weights[1], weights[2]
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    assert all(torch.equal(p, best[name]) for name, p in model.named_parameters())
+
+
 def test_the_seed_decides_the_adapter(make_trainer, tiny):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
     one, same, other = (

@@ -118,6 +118,48 @@ def test_logprobs_leave_padding_out() -> None:
     assert (logp[1] < 0).all()
 
 
+@pytest.mark.parametrize("left", [0, 1, 4])
+def test_padding_at_the_left_adds_no_token(left: int) -> None:
+    """A row's first token has none before it, so a row has the same sum wherever it is padded."""
+    model = model_of("llama")
+    ids, _ = batch()
+    mask = torch.ones_like(ids)
+    mask[0, :left] = 0
+    own = ids[:1, left:]
+    log_p = copy.deepcopy(model).double()(own).logits[:, :-1].log_softmax(-1)
+    truth = log_p.gather(2, own[:, 1:, None]).squeeze()
+    logp = fused_head(model).logprobs(ids, attention_mask=mask)[0].double()
+    assert (logp[:left] == 0).all()
+    torch.testing.assert_close(logp[left:], truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [1, 2]}}]
+)
+def test_an_adapter_that_lies_on_the_head_already_is_refused(options: dict[str, Any]) -> None:
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, **{"target_modules": ["q_proj"], **options}
+    )
+    adapted = peft.get_peft_model(model_of("llama"), config).get_base_model()
+    with pytest.raises(ValueError, match=r"^model: expected a head without an adapter"):
+        fused_head(adapted)
+
+
+def test_a_head_that_an_adapter_trains_whole_is_the_one_that_scores() -> None:
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = peft.get_peft_model(model_of("llama"), config).get_base_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2)
+
+    def loss(each: Any) -> Tensor:
+        ids, labels = batch()
+        return each(ids, labels=labels).loss
+
+    compare(model, loss, loss)
+
+
 def test_other_labels_and_keywords_are_transformers_own() -> None:
     model = model_of("llama")
     fused = fused_head(copy.deepcopy(model))
