@@ -1,5 +1,7 @@
 """The exact KL of two heads over the vocabulary, and back: `linear_kl` beside plain PyTorch.
 
+Beside it the KL from the 20 likeliest tokens of one of the two, `linear_topk_kl`.
+
     python benchmarks/linear_kl.py --out benchmarks/results/ops
 
 `common.ops` says what the columns hold; ops.json in --out has all numbers, with those of the other
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 
 from benchmarks.common.ops import BACKENDS, Op, Sizes, differentiated, run
 from benchmarks.common.problem import DTYPES
-from latro_kernels import linear_kl
+from latro_kernels import linear_kl, linear_topk_kl
 
 
 def plain(
@@ -38,10 +40,26 @@ def fused(hidden_p: Tensor, hidden_q: Tensor, weight: Tensor, backend: str) -> T
     return linear_kl(hidden_p, weight, hidden_q, weight, backend=backend)
 
 
+def plain_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    token: Tensor,
+    log_prob: Tensor,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    log_q = torch.log_softmax((hidden @ weight.to(hidden.dtype).t()).to(out_dtype), -1)
+    of_rest = log_q.scatter(-1, token, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.cat([log_q.gather(-1, token), of_rest], -1)
+    p = log_prob.to(out_dtype).exp()
+    p = torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1)
+    return torch.nn.functional.kl_div(log_q, p, reduction="none").sum(-1)
+
+
 def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
     """Make the op in each dtype: two states, [N, H], at one head, [V, H], that is not trained.
 
-    It is there twice, with the gradient of p's states and with that of q's.
+    It is there twice, with the gradient of p's states and with that of q's; and once from p's
+    likeliest tokens, with the gradient of q's.
     """
     for dtype in ("fp32", "bf16"):
         states = {
@@ -69,6 +87,24 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
                 moved={},
                 truth=plain(**in_fp64, weight=weight, out_dtype=torch.float64),
             )
+        log_p = torch.log_softmax(states["hidden_p"].float() @ weight.float().t(), -1)
+        log_prob, token = log_p.topk(20)
+        del log_p
+        teacher = {"weight": weight, "token": token, "log_prob": log_prob}
+        hidden_q = states["hidden_q"]
+        topk_ways = {
+            "latro": partial(linear_topk_kl, **teacher),
+            "plain": partial(plain_topk, **teacher),
+        }
+        yield Op(
+            name="linear_topk_kl",
+            dtype=dtype,
+            ways={
+                way: differentiated(function, hidden_q, grad) for way, function in topk_ways.items()
+            },
+            moved={},
+            truth=plain_topk(hidden_q.double(), **teacher, out_dtype=torch.float64),
+        )
 
 
 def _at(

@@ -14,6 +14,7 @@ from latro_kernels.group_advantage.formulas import (
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.linear_sample import LinearSample, linear_sample
+from latro_kernels.linear_topk import linear_topk_kl, linear_topk_logprob
 from latro_kernels.native import BackendUnavailableError
 from latro_kernels.row_statistics import RowStatistics
 
@@ -35,6 +36,8 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "linear_sample",
+    "linear_topk_kl",
+    "linear_topk_logprob",
     "segment_of_rows",
     "segment_sums",
 ]

@@ -136,8 +136,15 @@ def check_ignore_index(ignore_index: object) -> None:
         check_int("ignore_index", ignore_index)
 
 
-def check_target_values(target: Tensor, V: int | Tensor, ignore_index: int | None = None) -> None:
-    """Raise unless all values are in 0..V − 1 or `ignore_index`.
+def check_target_values(
+    target: Tensor,
+    V: int | Tensor,
+    ignore_index: int | None = None,
+    *,
+    name: str = "target",
+    per_row: int = 1,
+) -> None:
+    """Raise unless all values are in 0..V − 1 or `ignore_index`; `per_row` of them are of one row.
 
     A GPU's values cannot be read without a wait: there the device stops. Fake tensors and those of
     the meta device have no values, and are not checked.
@@ -148,11 +155,12 @@ def check_target_values(target: Tensor, V: int | Tensor, ignore_index: int | Non
     if target.device.type != "cpu" or isinstance(target, FakeTensor):
         # A V that lies on the device is not read for its message either.
         last = "V - 1" if isinstance(V, Tensor) else V - 1
-        torch._assert_async(~bad.any(), f"target: expected values in 0..{last}")
+        torch._assert_async(~bad.any(), f"{name}: expected values in 0..{last}")
     elif bool(bad.any()):
-        row = int(bad.flatten().nonzero()[0])
+        first = int(bad.flatten().nonzero()[0])
         raise ValueError(
-            f"target: expected values in 0..{V - 1}, got {int(target.flatten()[row])} in row {row}"
+            f"{name}: expected values in 0..{V - 1}, got {int(target.flatten()[first])} "
+            f"in row {first // per_row}"
         )
 
 

@@ -1,0 +1,179 @@
+"""The raw ops of `linear_topk`: tiles of logits by torch's products, on every device.
+
+A tile holds the logits of a block of rows over a slice of the vocabulary. The forward takes the
+tokens' logits out of it, puts −inf in their place, and adds the rest to each row's running maximum
+and sum of exponentials. The backward makes the tile again and turns it into the gradient with
+respect to its products, of which `head_gradient` makes gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latro_kernels.checks import check_target_values
+from latro_kernels.head import Head, absent
+from latro_kernels.head_gradient import (
+    Gradient,
+    Tile,
+    add_product,
+    operand_dtype,
+    row_blocks,
+    slices,
+    sweep,
+    tile_shape,
+)
+
+NO_TOKEN = -1
+# On a CPU a tile is 1 MiB, which its caches hold; on a GPU one stands beside its gradient.
+_CPU_ROWS, _CPU_COLUMNS = 512, 512
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token, float temperature, float softcap"
+_RESULTS = "(Tensor of_tokens, Tensor row_max, Tensor sum_exp)"
+torch.library.define("latro_kernels::linear_topk", f"({_HEAD}) -> {_RESULTS}")
+torch.library.define(
+    "latro_kernels::linear_topk_backward",
+    f"({_HEAD}, Tensor row_max, Tensor sum_exp, Tensor grad_of_tokens, Tensor grad_rest, "
+    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+)
+
+
+def check_token_values(token: Tensor, V: int) -> None:
+    """Raise unless all tokens are in 0..V − 1 or −1."""
+    check_target_values(token, V, NO_TOKEN, name="token", per_row=max(1, token.shape[-1]))
+
+
+@torch.library.impl("latro_kernels::linear_topk", ("cpu", "cuda"))
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token: Tensor,
+    temperature: float,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    check_token_values(token, len(weight))
+    head = Head(hidden, weight, bias, temperature, softcap, backend="torch")
+    of_tokens, row_max, sum_exp = _empty(hidden, token)
+    of_tokens.fill_(-torch.inf)
+    row_max.fill_(-torch.inf)
+    sum_exp.zero_()
+    height, width = _shape(head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for columns, slice_weight, slice_bias in slices(head, width):
+            for rows in row_blocks(len(hidden), height):
+                x = hidden[rows].to(operand_dtype(head))
+                tile, _ = _logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
+                place, is_here = _places(token[rows], columns)
+                of_tokens[rows] = torch.where(is_here, tile.gather(1, place), of_tokens[rows])
+                _mask(tile, place, is_here)
+                new_max = torch.maximum(row_max[rows], tile.amax(1))
+                # A row that is -inf so far has no maximum to subtract.
+                shift = new_max.masked_fill(new_max == -torch.inf, 0)
+                sum_exp[rows] *= torch.exp(row_max[rows] - shift)
+                sum_exp[rows] += tile.sub_(shift[:, None]).exp_().sum(1)
+                row_max[rows] = new_max
+    return of_tokens, row_max, sum_exp
+
+
+@torch.library.register_fake("latro_kernels::linear_topk")
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, token: Tensor, *_: float
+) -> tuple[Tensor, ...]:
+    return _empty(hidden, token)
+
+
+@torch.library.impl("latro_kernels::linear_topk_backward", ("cpu", "cuda"))
+def _backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token: Tensor,
+    temperature: float,
+    softcap: float,
+    row_max: Tensor,
+    sum_exp: Tensor,
+    grad_of_tokens: Tensor,
+    grad_rest: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    head = Head(hidden, weight, bias, temperature, softcap, backend="torch")
+    # Where all logits are -inf, each of their exponentials is 0.
+    shift = row_max.masked_fill(row_max == -torch.inf, 0)
+    scale = torch.where(sum_exp == 0, 0, grad_rest / sum_exp)
+    rows = None
+    if hidden.device.type == "cpu":
+        # Rows without an upstream gradient are left out; a GPU would have to be waited for.
+        has_gradient = (grad_rest != 0) | (grad_of_tokens != 0).any(1)
+        rows = has_gradient.nonzero().flatten()
+
+    def make(tile: Tile) -> Gradient:
+        z, tanh = _logits(head, tile)
+        place, is_here = _places(token[tile.rows], tile.columns)
+        dz = _mask(z, place, is_here).sub_(shift[tile.rows, None]).exp_()
+        dz *= scale[tile.rows, None]
+        # Tokens of other slices have a place, too, and add nothing there.
+        dz.scatter_add_(1, place, torch.where(is_here, grad_of_tokens[tile.rows], 0))
+        if tanh is not None:
+            dz *= 1 - tanh.square_()
+        dz /= temperature
+        return Gradient(dz.to(operand_dtype(head)))
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        dx, dw, db = sweep(head, tuple(needs), _shape(head), make, rows)
+    gradients = (None if dx is None else dx.to(hidden.dtype), dw, db)
+    return tuple(absent(hidden) if g is None else g for g in gradients)
+
+
+@torch.library.register_fake("latro_kernels::linear_topk_backward")
+def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        hidden.new_empty(shape) if needed else absent(hidden)
+        for shape, needed in zip(shapes, others[-1], strict=True)
+    )
+
+
+def _empty(hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
+    """Return room for the logits of tokens, and the rest's maximum and sum of exponentials."""
+    shapes = (token.shape, token.shape[:1], token.shape[:1])
+    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _shape(head: Head) -> tuple[int, int]:
+    """Return rows and columns of a tile."""
+    if head.hidden.device.type == "cuda":
+        return tile_shape(head, tiles=2)
+    return max(1, min(_CPU_ROWS, head.hidden.shape[0])), min(_CPU_COLUMNS, head.weight.shape[0])
+
+
+def _logits(head: Head, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Return the logits of a tile, in fp32, and the tanh that a softcap makes of them, or None."""
+    z = tile.hidden.new_empty(len(tile.hidden), len(tile.weight), dtype=torch.float32)
+    add_product(z, tile.hidden, tile.weight.t(), first=True)
+    if tile.bias is not None:
+        z += tile.bias
+    tanh = None
+    if head.softcap:
+        tanh = z.div_(head.softcap).tanh_()
+        z = tanh * head.softcap
+    return z.div_(head.temperature), tanh
+
+
+def _places(token: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Return columns of a tile, int64 [M, k], and whether the tokens are there; any if not."""
+    is_here = (token >= columns.start) & (token < columns.stop)
+    return torch.where(is_here, token - columns.start, 0), is_here
+
+
+def _mask(z: Tensor, place: Tensor, is_here: Tensor) -> Tensor:
+    """Put -inf where tokens are, and return the tile."""
+    # By a minimum, since tokens that are not here have places, too, maybe of one that is.
+    value = torch.where(is_here, -torch.inf, torch.inf).to(z.dtype)
+    return z.scatter_reduce_(1, place, value, reduce="amin")
+
+
+forward = torch.ops.latro_kernels.linear_topk
+backward = torch.ops.latro_kernels.linear_topk_backward
