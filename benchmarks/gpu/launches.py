@@ -19,8 +19,10 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "kept": ("WITH_CACHED", "IS_CACHED"),
 }
+# Of `forward_kernel` with a frozen head.
+EXPONENTIALS = ("WITH_EXP",)
 POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}
-FLOATS = ("softcap", "temperature", "grad_filter")
+FLOATS = ("softcap", "temperature", "grad_filter", "limit", "factor")
 
 
 def parameters(kernel: Any) -> list[Any]:
@@ -43,7 +45,7 @@ def signature(
         if name in ("hidden", "weight"):
             of_block = "*{0}" if described is None else "tensordesc<{0}[{1}, {2}]>"
             types[name] = of_block.format(dtype, *(described or {}).get(name, ()))
-        elif name in ("a_ptr", "b_ptr", "dz_ptr"):
+        elif name in ("a_ptr", "b_ptr", "dz_ptr", "exp_ptr"):
             types[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
             types[name] = POINTERS.get(name, "*fp32")
@@ -58,7 +60,7 @@ def launch(
     """Return types, constants and options of a launch in bf16, all lengths multiples of 16.
 
     Args:
-        kernel: `forward_kernel` or `grad_kernel`.
+        kernel: `forward_kernel`, `grad_kernel` or `redo_kernel`.
         flags: the constexprs that are true.
         capability: 80, 90 or 100.
         by_descriptor: whether hidden and weight are given by descriptor.

@@ -35,7 +35,7 @@ from benchmarks.common.ops import SIZES
 from benchmarks.common.problem import GPU_SHAPES, Shape
 from benchmarks.common.providers import BUDGETS
 from benchmarks.gpu.compiled import compile_kernel, resident_threads
-from benchmarks.gpu.launches import FEATURES, launch
+from benchmarks.gpu.launches import EXPONENTIALS, FEATURES, launch
 from latro_kernels.head_gradient import row_blocks
 from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET, cached_columns
 from latro_kernels.linear_logprob.triton import blocks, fused
@@ -153,19 +153,21 @@ class Time:
 
 
 Counts = Mapping[str, Count]
-"""By kernel: "forward", "forward, kept" where products are kept, and "grad"."""
+"""By kernel: "forward", "forward, kept" where products are kept, "forward, exponentials" where the
+head is frozen, and "grad"."""
 
 
 def count(capability: int) -> dict[str, Count]:
     """Compile the kernels for a GPU that need not be there, and count."""
     found = {}
-    for name, kernel, features in (
-        ("forward", forward_kernel, "plain"),
-        ("forward, kept", forward_kernel, "kept"),
-        ("grad", grad_kernel, "plain"),
+    for name, kernel, flags in (
+        ("forward", forward_kernel, FEATURES["plain"]),
+        ("forward, kept", forward_kernel, FEATURES["kept"]),
+        ("forward, exponentials", forward_kernel, EXPONENTIALS),
+        ("grad", grad_kernel, FEATURES["plain"]),
     ):
         types, constants, options = launch(
-            kernel, FEATURES[features], capability, by_descriptor=capability >= 90
+            kernel, flags, capability, by_descriptor=capability >= 90
         )
         resources = compile_kernel(kernel, types, constants, capability, **options)
         resident = resident_threads(resources, capability) // (_WARP * options["num_warps"])
@@ -266,21 +268,24 @@ def backward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
 
 
 def frozen(chip: Chip, shape: Shape, kernels: Counts) -> Time:
-    """Return the time of forward and backward with a frozen head."""
+    """Return the time of forward and backward with a frozen head.
+
+    No maximum is so far above its row's shift that exponentials are made again.
+    """
     H = shape.h
-    # The backward turns the sum into dx.
-    time = memory_bound(chip, (FP32 + BF16) * shape.n * H)
-    for rows in row_blocks(shape.n, fused.FROZEN_TILE_ROWS):
+    # The shift reads hidden states and the weight of their targets, the sum is brought to the
+    # maximum, and the backward turns it into dx.
+    time = memory_bound(chip, (2 * BF16 + 2 * FP32 + FP32 + BF16) * shape.n * H)
+    for rows in row_blocks(shape.n, fused.TILE_ROWS):
         M = rows.stop - rows.start
         for C, _ in _slices(shape.v):
             time += fused_kernel(
                 chip,
-                kernels["forward, kept"],
+                kernels["forward, exponentials"],
                 (M, C, H),
                 tiles=fused.TILES,
-                written=FP32 * M * C,
+                written=BF16 * M * C,
             )
-            time += memory_bound(chip, (FP32 + BF16) * M * C)
             time += _dx(chip, M, C, H)
     return time
 

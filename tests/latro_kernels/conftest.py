@@ -66,6 +66,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(of_samples, "PART", 64)
     block = blocks.Config(rows=4, columns=32, depth=32, warps=4, stages=1)
     monkeypatch.setattr(blocks, "_INTERPRETED", block)
-    sizes = {"TILE_ROWS": 6, "TILE_COLUMNS": 64, "FROZEN_TILE_ROWS": 6, "TILES": 2, "GROUP": 2}
+    sizes = {"TILE_ROWS": 6, "TILE_COLUMNS": 64, "TILES": 2, "GROUP": 2}
     for name, size in sizes.items():
         monkeypatch.setattr(fused, name, size)

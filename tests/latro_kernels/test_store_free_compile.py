@@ -16,17 +16,24 @@ from tests.latro_kernels.gpu_resources import compile_kernel, violations
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.launches import FEATURES, launch, parameters, signature
+from benchmarks.gpu.launches import EXPONENTIALS, FEATURES, launch, parameters, signature
 from latro_kernels.linear_logprob.triton import blocks, sparse_product
 from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
-from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, rescale_kernel
+from latro_kernels.linear_logprob.triton.fused_frozen import (
+    redo_kernel,
+    rescale_kernel,
+    shift_kernel,
+)
+from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
 
 # Bytes of a thread, where 128 sums stand in its registers.
 MAX_STACK = 320
 # Instructions of a warp of an H100 for 128 x 256 logits, in a block that is neither the last of the
 # vocabulary nor holds a target, without bias, softcap and entropy.
 MAX_EPILOGUE = {forward_kernel: 900, grad_kernel: 950}
+# Likewise, of a frozen head: the exponentials are stored as well.
+MAX_FROZEN_EPILOGUE = 1250
 # From sm_90 on operands are given by descriptor.
 LAUNCHES = [(capability, features) for capability in CAPABILITIES for features in FEATURES]
 # What of a launch is no multiple of 16, or is 1, where strides are not those of most models.
@@ -58,6 +65,25 @@ def test_products_fit(kernel: Any, capability: int, features: str) -> None:
             # The path that is counted takes the exponential of each of a thread's logits.
             logits = config.rows * config.columns // (32 * config.warps)
             assert logits < found.epilogue <= MAX_EPILOGUE[kernel]
+
+
+@pytest.mark.parametrize(
+    ("capability", "full"), [(80, False), (90, False), (90, True), (100, False)]
+)
+@pytest.mark.parametrize("kernel", [forward_kernel, redo_kernel], ids=["forward", "redo"])
+def test_exponentials_of_a_frozen_head_fit(kernel: Any, capability: int, full: bool) -> None:
+    flags = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY") if full else ()
+    types, constants, options = launch(
+        kernel, (*EXPONENTIALS, *flags), capability, by_descriptor=capability >= 90
+    )
+    found = compile_kernel(kernel, types, constants, capability, **options)
+    limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK if full else 0}
+    assert violations(found, capability, **limits) == []
+    assert found.spills_in_products == 0
+    if capability == 90:
+        assert found.waits_in_products == 0
+        if kernel is forward_kernel and not full:
+            assert 128 < found.epilogue <= MAX_FROZEN_EPILOGUE
 
 
 def given_strides(
@@ -145,7 +171,12 @@ def test_the_small_ones_fit(capability: int) -> None:
         )
         assert violations(found, capability) == []
     types = signature(rescale_kernel, "fp32", None)
-    assert (
-        violations(compile_kernel(rescale_kernel, types, {"BLOCK_H": 1024}, capability), capability)
-        == []
-    )
+    constants = {"HAS_SUM": True, "BLOCK_H": 1024}
+    found = compile_kernel(rescale_kernel, types, constants, capability)
+    assert violations(found, capability) == []
+    types = signature(shift_kernel, "bf16", None)
+    types |= {"hidden_ptr": "*bf16:16", "weight_ptr": "*bf16:16"}
+    constants = {"HAS_BIAS": True, "HAS_SOFTCAP": True, "BLOCK_H": 1024}
+    constants |= {"stride_xh": 1, "stride_wh": 1}
+    found = compile_kernel(shift_kernel, types, constants, capability)
+    assert violations(found, capability) == []

@@ -2,8 +2,8 @@
 
 The forward is one launch over the whole vocabulary and one that merges. The backward makes dz of a
 tile in one launch, from products that it makes again or that were cached, and leaves the rest to
-`head_gradient`. With a frozen head the forward goes slice by slice, keeps a slice's products just
-long enough to make exp(z − row_max) of them, and multiplies that with the weight.
+`head_gradient`. With a frozen head the forward goes slice by slice, and multiplies a slice's
+exponentials with the weight; `fused_frozen` says how it makes them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,23 @@ from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.blocks import Config
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel, merge_kernel
-from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel, rescale_kernel
+from latro_kernels.linear_logprob.triton.fused_frozen import (
+    redo_kernel,
+    rescale_kernel,
+    shift_kernel,
+)
+from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
 from latro_kernels.linear_logprob.triton.sparse_product import SparseGradient
 
 # Of dz. The columns are the same for any N: a sum over them has the same parts. Many of both make
 # few sums of dx and dw; dz then passes through memory, at a tenth of its products' time.
 TILE_ROWS, TILE_COLUMNS = 8192, 8192
-# With a frozen head products and exponentials stand side by side, in 6 bytes instead of 2.
-FROZEN_TILE_ROWS = 2048
 # Blocks of columns that a program folds, and row blocks that share a block of the weight.
 TILES, GROUP = 4, 16
+# Nats that a row's maximum may be above what is subtracted of its logits: exponentials are then
+# below e^40, and their sum over a vocabulary, times weights, far below 2^128, where fp32 and bf16
+# end; fp16 ends below e^12.
+_MAX_RISE, _MAX_RISE_OF_FP32 = {torch.float16: 8.0}, 40.0
 # Bytes, of which a descriptor wants rows to begin at multiples.
 _ALIGNMENT = 16
 _MERGE_ROWS, _RESCALE_COLUMNS = 64, 1024
@@ -54,7 +61,7 @@ def forward(head: Head, state: State, config: Config | None = None) -> None:
     if N == 0:
         return
     if state.dx_sum is not None:
-        for rows in row_blocks(N, FROZEN_TILE_ROWS):
+        for rows in row_blocks(N, TILE_ROWS):
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return
     cached = state.cached.view(N, -1) if state.cached.numel() else None
@@ -65,26 +72,88 @@ def forward(head: Head, state: State, config: Config | None = None) -> None:
 
 def _forward_with_dx(head: Head, state: State, config: Config) -> None:
     """Fold every slice of the vocabulary into `state`, its `dx_sum` too."""
-    M, width = len(head.hidden), min(TILE_COLUMNS, len(head.weight))
-    dx_sum = state.dx_sum
+    (M, H), width = head.hidden.shape, min(TILE_COLUMNS, len(head.weight))
+    dx_sum, dtype = state.dx_sum, head.hidden.dtype
+    limit = _MAX_RISE.get(dtype, _MAX_RISE_OF_FP32)
     assert dx_sum is not None
     x = _fitting(head.hidden.to(operand_dtype(head)))
-    buffer = torch.empty(M, width, dtype=torch.float32, device=x.device)
+    shift = _logit_of_target(head, state.target)
+    # Rows that begin at multiples of 128 bytes are stored and read fastest.
+    buffer = torch.empty(M, -(-width // 64) * 64, dtype=x.dtype, device=x.device)
+
+    def rescale(dx_sum: Tensor | None, limit: float, factor: float) -> None:
+        with torch.cuda.device_of(x):
+            rescale_kernel[(M,)](
+                dx_sum_ptr=dx_sum,
+                shift_ptr=shift,
+                row_max_ptr=state.row_max,
+                H=H,
+                limit=limit,
+                temperature=head.temperature,
+                factor=factor,
+                BLOCK_H=_RESCALE_COLUMNS,
+            )
+
     for columns, weight, bias in slices(head, width):
-        tile = Tile(rows=slice(0, M), columns=columns, hidden=x, weight=_fitting(weight), bias=bias)
-        old_max, products = state.row_max.clone(), buffer[:, : len(weight)]
-        _fold(head, tile, state, products, config)
-        e = _dz(head, tile, RowGrad.of_exponentials(state), config, cached=products).dz
-        # Bring the sum of dx to the new maximum, and add this slice's part of it.
-        if columns.start > 0:
-            with torch.cuda.device_of(x):
-                rescale_kernel[(M,)](
-                    dx_sum_ptr=dx_sum,
-                    factor_ptr=state.rescaling(old_max),
-                    H=dx_sum.shape[1],
-                    BLOCK_H=_RESCALE_COLUMNS,
-                )
-        add_product(dx_sum, e, weight, first=columns.start == 0)
+        tile = Tile(slice(0, M), columns, hidden=x, weight=_fitting(weight), bias=bias)
+        e, is_first = buffer[:, : len(weight)], columns.start == 0
+        _fold(head, tile, state, None, config, exponentials=(e, shift))
+        _redo(head, tile, state, config, exponentials=(e, shift), limit=limit)
+        rescale(None if is_first else dx_sum, limit, factor=1.0)
+        # A GPU has rounded as it stored; Triton's interpreter, which multiplies in fp32, has not.
+        add_product(dx_sum, e.to(dtype).to(x.dtype), weight, first=is_first)
+    rescale(dx_sum, -torch.inf, factor=1.0 / head.temperature)
+
+
+def _logit_of_target(head: Head, target: Tensor) -> Tensor:
+    """Return a logit of each row, [N], before it is divided by the temperature."""
+    shift = torch.empty(len(target), dtype=torch.float32, device=target.device)
+    with torch.cuda.device_of(shift):
+        shift_kernel[(len(target),)](
+            hidden_ptr=head.hidden,
+            weight_ptr=head.weight,
+            bias_ptr=None if head.bias is None else head.bias.float().contiguous(),
+            target_ptr=target,
+            shift_ptr=shift,
+            H=head.hidden.shape[1],
+            V=len(head.weight),
+            stride_xn=head.hidden.stride(0),
+            stride_xh=head.hidden.stride(1),
+            stride_wv=head.weight.stride(0),
+            stride_wh=head.weight.stride(1),
+            softcap=head.softcap,
+            BLOCK_H=_RESCALE_COLUMNS,
+        )
+    return shift
+
+
+def _redo(
+    head: Head,
+    tile: Tile,
+    state: State,
+    config: Config,
+    *,
+    exponentials: tuple[Tensor, Tensor],
+    limit: float,
+) -> None:
+    """Make exponentials again of rows whose maximum is more than `limit` above their shift."""
+    e, shift = exponentials
+    row_blocks = triton.cdiv(len(e), config.rows)
+    splits = triton.cdiv(len(tile.weight), TILES * config.columns)
+    with torch.cuda.device_of(e):
+        redo_kernel[(row_blocks * splits,)](
+            target_ptr=state.target,
+            shift_ptr=shift,
+            row_max_ptr=state.row_max,
+            exp_ptr=e,
+            N=len(e),
+            stride_en=e.stride(0),
+            row_blocks=row_blocks,
+            splits=splits,
+            limit=limit,
+            TILES=TILES,
+            **product_arguments(head, tile, config),
+        )
 
 
 def tiles(head: Head) -> Iterator[tuple[slice, Tile]]:
@@ -141,13 +210,25 @@ def backward(
     return sweep(head, needs, (TILE_ROWS, TILE_COLUMNS), make, rows)
 
 
-def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: Config) -> None:
-    """Add a tile of all rows to `state`; `cached` receives products of its first columns."""
+def _fold(
+    head: Head,
+    tile: Tile,
+    state: State,
+    cached: Tensor | None,
+    config: Config,
+    *,
+    exponentials: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """Add a tile of all rows to `state`; `cached` receives products of its first columns.
+
+    exponentials: room for those of the tile, and the rows' shift.
+    """
     M, begin, end = len(tile.hidden), tile.columns.start, tile.columns.stop
     if cached is not None and not cached.shape[1]:
         cached = None
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
+    e, shift = exponentials
     with_entropy = state.weighted_sum is not None
     part_shape = (4 if with_entropy else 3, splits, M)
     parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
@@ -156,11 +237,14 @@ def _fold(head: Head, tile: Tile, state: State, cached: Tensor | None, config: C
             target_ptr=state.target,
             parts_ptr=parts,
             cached_ptr=cached,
+            exp_ptr=e,
+            shift_ptr=shift,
             block_max_ptr=state.block_max,
             N=M,
             V=len(head.weight),
             cached_end=begin if cached is None else begin + cached.shape[1],
             stride_cn=0 if cached is None else cached.stride(0),
+            stride_en=0 if e is None else e.stride(0),
             stride_part=parts.stride(0),
             row_blocks=row_blocks,
             splits=splits,

@@ -18,15 +18,21 @@ from latro_kernels.linear_logprob.triton.products import (
     block_ptr,
     capped_products,
     descriptors,
-    fold_part,
+    fold_exponentials,
     place,
     quarters,
+    store_exponentials,
 )
 from latro_kernels.triton.softmax import flags
 
 
 @triton.heuristics(
-    flags(HAS_BIAS="bias_ptr", WITH_CACHED="cached_ptr", WITH_BLOCK_MAX="block_max_ptr")
+    flags(
+        HAS_BIAS="bias_ptr",
+        WITH_CACHED="cached_ptr",
+        WITH_EXP="exp_ptr",
+        WITH_BLOCK_MAX="block_max_ptr",
+    )
     | descriptors
 )
 # Triton compiles anew for an integer that is 1 or a multiple of 16. These change no load and no
@@ -39,6 +45,8 @@ def forward_kernel(
     target_ptr,
     parts_ptr,
     cached_ptr,
+    exp_ptr,
+    shift_ptr,
     block_max_ptr,
     N,
     H,
@@ -51,6 +59,7 @@ def forward_kernel(
     stride_wh,
     cached_end,
     stride_cn,
+    stride_en,
     stride_part,
     row_blocks,
     splits,
@@ -60,6 +69,7 @@ def forward_kernel(
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
     WITH_CACHED: tl.constexpr,
+    WITH_EXP: tl.constexpr,
     WITH_BLOCK_MAX: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,7 +80,8 @@ def forward_kernel(
 ):
     """Fold columns begin .. end, of which weight and bias_ptr hold a slice.
 
-    Products of those below cached_end go to cached_ptr[N, stride_cn].
+    Products of those below cached_end go to cached_ptr[N, stride_cn]; exponentials, as
+    `store_exponentials` stores them, under the rows' shift go to exp_ptr[N, stride_en].
     """
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     first_row = row_block * BLOCK_N
@@ -86,6 +97,10 @@ def forward_kernel(
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
     target_logit = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
+    shift = tl.zeros((BLOCK_N,), tl.float32)
+    if WITH_EXP:
+        shift = tl.load(shift_ptr + i, mask=in_rows, other=0.0)
+        shift = tl.where(shift == float("-inf"), 0.0, shift)
     shape = (N, end - begin, H)
     strides = (stride_xn, stride_xh, stride_wv, stride_wh)
     PART: tl.constexpr = BLOCK_V // 4
@@ -128,9 +143,27 @@ def forward_kernel(
                 target_logit = tl.where(is_in_part, of_target, target_logit)
             part_max = tl.max(capped, 1)
             largest = tl.maximum(largest, part_max)
-            row_max, sum_exp, weighted_sum = fold_part(
+            row_max, sum_exp, weighted_sum, e = fold_exponentials(
                 capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY
             )
+            if WITH_EXP:
+                # From the maximum to the shift, which takes no second exponential of each logit.
+                rise = tl.exp2((row_max - shift) * scale)
+                e *= tl.where(row_max == float("-inf"), 0.0, rise)[:, None]
+                store_exponentials(
+                    exp_ptr,
+                    stride_en,
+                    (first_row, left),
+                    e,
+                    capped,
+                    local - quarter * PART,
+                    in_rows[:, None] & in_range[None, :],
+                    has_target,
+                    softcap,
+                    HAS_SOFTCAP,
+                    BLOCK_N,
+                    PART,
+                )
         if WITH_BLOCK_MAX:
             blocks = tl.cdiv(V, BLOCK_V)
             block_max = block_max_ptr + i.to(tl.int64) * blocks + column // BLOCK_V

@@ -171,15 +171,3 @@ def grad_kernel(
         to = block_ptr(dz_ptr, end - begin, first_row, column - begin, BLOCK_N, BLOCK_V)
         nothing = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         tl.store(to, nothing, mask=in_rows[:, None] & in_range[None, :])
-
-
-@triton.jit
-def rescale_kernel(dx_sum_ptr, factor_ptr, H, BLOCK_H: tl.constexpr):
-    """Multiply dx_sum[row] by factor[row]; a row whose factor is 1 costs nothing."""
-    row = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factor_ptr + row)
-    if factor != 1.0:
-        for begin in range(0, H, BLOCK_H):
-            h = begin + tl.arange(0, BLOCK_H)
-            at = dx_sum_ptr + row * H + h
-            tl.store(at, tl.load(at, mask=h < H, other=0.0) * factor, mask=h < H)

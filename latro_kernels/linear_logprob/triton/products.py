@@ -106,6 +106,17 @@ def fold_part(capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTR
     LOG2_E / temperature, which does that and makes exp(x) of 2^x; weighted_sum is LOG2_E times too
     large.
     """
+    row_max, sum_exp, weighted_sum, _ = fold_exponentials(
+        capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY
+    )
+    return row_max, sum_exp, weighted_sum
+
+
+@triton.jit
+def fold_exponentials(
+    capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY: tl.constexpr
+):
+    """Do as `fold_part` does, and return the exponentials, under the new row_max, as well."""
     new_max = tl.maximum(row_max, part_max)
     # A row that is -inf so far has no maximum to subtract.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -119,7 +130,35 @@ def fold_part(capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTR
         moment = tl.sum(e * tl.maximum(below, -256.0), 1)
         weighted_sum = shrink * (weighted_sum + drop * sum_exp)
         weighted_sum = tl.where(shrink == 0.0, 0.0, weighted_sum) + moment
-    return new_max, sum_exp * shrink + tl.sum(e, 1), weighted_sum
+    return new_max, sum_exp * shrink + tl.sum(e, 1), weighted_sum, e
+
+
+@triton.jit
+def store_exponentials(
+    exp_ptr,
+    stride_en,
+    corner,
+    e,
+    capped,
+    target,
+    mask,
+    has_target,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Store e · (1 − tanh²), the slope of the softcap, and 0 in the column `target` of each row.
+
+    corner: the first row and column in exp_ptr; has_target: whether any row may have one here.
+    """
+    if HAS_SOFTCAP:
+        tanh = capped * (1.0 / softcap)
+        e *= 1.0 - tanh * tanh
+    if has_target:
+        e = tl.where(tl.arange(0, COLUMNS)[None, :] == target[:, None], 0.0, e)
+    first_row, first_column = corner
+    tl.store(block_ptr(exp_ptr, stride_en, first_row, first_column, ROWS, COLUMNS), e, mask=mask)
 
 
 @triton.jit
