@@ -60,24 +60,37 @@ _STRATEGIES = {
 def by_precedence(*sources: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that hold, from `sources` in order, the weakest first."""
     settings: dict[str, Any] = {}
-    for source in sources:
-        for name in _giving_way(settings, source):
+    # The number of the source that each is from.
+    given_by: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        for name in list(_giving_way(settings, given_by, source)):
             settings.pop(name, None)
-        settings.update(_strategies(source))
-        settings.update(source)
+        given = {**_strategies(source), **source}
+        settings.update(given)
+        given_by.update(dict.fromkeys(given, number))
     return settings
 
 
-def _giving_way(settings: Mapping[str, Any], source: Mapping[str, Any]) -> Iterator[str]:
+def _giving_way(
+    settings: Mapping[str, Any], given_by: Mapping[str, int], source: Mapping[str, Any]
+) -> Iterator[str]:
+    def belonging_to(name: str) -> Iterator[str]:
+        # What is given later than the setting that it belongs to is for the one that follows.
+        for other in _BELONGS_TO.get(name, ()):
+            if other in settings and given_by[other] <= given_by[name]:
+                yield other
+
     for name, value in source.items():
         yield from _OVERRULED_BY.get(name, ())
-        if name not in settings or settings[name] != value:
-            yield from _BELONGS_TO.get(name, ())
+        if name in settings and settings[name] != value:
+            yield from belonging_to(name)
         if name == "lr_scheduler_type" and value in NO_WARMUP:
             yield "warmup_steps"
         for pair in _EXCLUSIVE:
             if name in pair and value:
-                yield from (other for other in pair if other != name)
+                for other in pair:
+                    if other != name and other in settings:
+                        yield from (other, *belonging_to(other))
 
 
 def _strategies(source: Mapping[str, Any]) -> dict[str, str]:

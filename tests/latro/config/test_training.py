@@ -436,6 +436,32 @@ def test_the_command_line_beats_what_would_overrule_it_in_a_file(tmp_path, given
     assert {name: values[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize(
+    ("file", "given", "expected"),
+    [
+        ("lora_r: 8", "--use_peft true", {"lora_r": 8}),
+        ("grader: exact", "--dataset_name data.jsonl", {"grader": "exact"}),
+        ("model_revision: v2", "--model_name_or_path m", {"model_revision": "v2"}),
+        ("importance_cap: 2", "--rollout_engine vllm", {"importance_cap": 2.0}),
+        ("optim_args: rank=1", "--optim sgd", {"optim_args": "rank=1"}),
+        (
+            "lr_scheduler_kwargs: {min_lr: 1e-7}",
+            "--lr_scheduler_type cosine_with_min_lr",
+            {"lr_scheduler_kwargs": {"min_lr": 1e-7}},
+        ),
+    ],
+)
+def test_a_file_may_leave_it_to_the_command_line_what_its_settings_are_for(
+    tmp_path, file, given, expected
+):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{file}\n")
+    argv = ("--config", str(path), "--use_cpu", "true", *given.split())
+    parsed = parse_arguments(CLASSES_OF_A_RUN, argv, prog="latro")
+    values = {name: value for part in parsed for name, value in vars(part).items()}
+    assert {name: values[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("name", ["constant", "reduce_lr_on_plateau", "greedy"])
 def test_a_warm_up_that_a_schedule_does_not_have_is_refused(tmp_path, name):
     settings = {"output_dir": str(tmp_path), "lr_scheduler_type": name}
