@@ -24,7 +24,13 @@ from latro.engines.transformers import TransformersEngine
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.loading import check_vocabulary
 from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper
-from latro.model.distribution import gathered, is_sharded, keep_fp32_weights, keep_output_dtype
+from latro.model.distribution import (
+    check_whole,
+    gathered,
+    is_sharded,
+    keep_fp32_weights,
+    keep_output_dtype,
+)
 from latro.model.dropout import disable_dropout
 from latro.model.packing import Group
 from latro.model.quantized import check_shardable, check_trainable
@@ -106,6 +112,7 @@ class AnswerTrainer(LongRunTrainer):
     ) -> None:
         _check_types(model, processing_class, task)
         _check_precision(args)
+        check_whole(model)
         if peft_config is not None:
             # The Trainer would seed only after the adapter's weights are drawn.
             set_seed(args.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -22,6 +20,7 @@ from latro.config.model import ModelArguments, PeftArguments
 from latro.config.training import SMALL_MODEL, DataArguments, LatroConfig
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
+from tests.latro.engines_on_cpu import MODULES, engines
 from tests.warm_process import WarmProcess, free_port, no_picture
 
 pytestmark = pytest.mark.long
@@ -32,8 +31,6 @@ RUNS = sorted(RECIPES.glob("*.yaml"))
 ARCHITECTURES = {"llama": "llama", "mistral": "mistral", "phi-3.5": "phi3"}
 """The architecture of a model, by a part of its name."""
 ENGINES = {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
-MODULES = {"fsdp2": "tests.latro.fsdp_on_cpu"}
-"""The module to start instead of latro.train where a CPU needs one."""
 LAUNCHER = "accelerate.commands.launch"
 SAVE = ("sh", "-c", 'env -0 > "$0/environment-$RANK"')
 """A command that saves its environment in the folder that is its argument."""
@@ -123,30 +120,24 @@ def test_zero3_saves_weights_and_clips_gradients():
     assert made["gradient_clipping"] == "auto"
 
 
-@pytest.mark.parametrize("name", ENGINES)
-def test_a_recipe_starts_under_each_engine(tmp_path, warm, name):
-    if name == "zero3" and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed, and no dependency of the tests")
-    if name == "zero3" and torch.cuda.device_count() < 2:
-        pytest.skip("DeepSpeed needs two GPUs: on a CPU accelerate has each process by itself")
+@engines
+def test_a_recipe_starts_under_each_engine(tmp_path, warm, engine):
     launch = (
-        *("--config_file", str(RECIPES / "accelerate" / f"{name}.yaml")),
+        *("--config_file", str(RECIPES / "accelerate" / f"{engine}.yaml")),
         # Without bf16, which a CPU may not support.
         *("--num_processes", "2", "--main_process_port", "0", "--mixed_precision", "no"),
     )
-    arguments = [
-        *("--config", str(RUNS[0]), *SMALL, "--output_dir", str(tmp_path / "run")),
-        *([] if name == "zero3" else ["--use_cpu", "true"]),
-    ]
-    if name == "fsdp2":
+    arguments = ["--config", str(RUNS[0]), *SMALL, "--output_dir", str(tmp_path / "run")]
+    arguments += ["--use_cpu", "true"]
+    if engine == "fsdp2":
         # Started as forks: `ddp` starts processes as users do.
         launched = warm.start(LAUNCHER, [*launch, "--no_python", *SAVE, tmp_path], tmp_path / "out")
         assert launched.wait(120).code == 0
         # The launcher has ended, and its store with it: the first process makes one.
         own = {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(free_port())}
-        stdout = run_as_launched(warm, MODULES[name], arguments, tmp_path, **own)
+        stdout = run_as_launched(warm, MODULES[engine], arguments, tmp_path, **own)
     else:
-        stdout = run([sys.executable, "-m", LAUNCHER, *launch, "-m", "latro.train", *arguments])
+        stdout = run([sys.executable, "-m", LAUNCHER, *launch, "-m", MODULES[engine], *arguments])
     assert_two_updates(tmp_path / "run", stdout)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch.distributed import is_torchelastic_launched
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -103,7 +104,8 @@ class AnswerConfig(TrainingArguments):
         ):
             # The Trainer's own default is the loss on held-out rows, which is not computed here.
             self.metric_for_best_model = BEST_MODEL_METRICS[0]
-        if not self.deepspeed and not torch.accelerator.is_available():
+        launched = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if not (self.deepspeed or launched or torch.accelerator.is_available()):
             # Without this the Trainer would not group processes that have no GPU: each would be a
             # separate run, all of them in one folder.
             self.use_cpu = True

@@ -106,6 +106,19 @@ def whole_on_load() -> Iterator[None]:
         hf_deepspeed.set_hf_deepspeed_config(handle)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model that transformers sharded as it loaded it.
+
+    It does so where a config with ZeRO-3 was made before the model.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "model: expected whole weights, which the trainer shards, got weights that ZeRO-3 "
+            "sharded when they were loaded; load the model before you make args, or by "
+            "latro.loading.load_model"
+        )
+
+
 @contextlib.contextmanager
 def gathered(scorer: Scorer, accelerator: Accelerator) -> Iterator[None]:
     """Keep every weight of the scorer's model whole, so that no forward waits for other processes.
@@ -121,15 +134,33 @@ def gathered(scorer: Scorer, accelerator: Accelerator) -> Iterator[None]:
         elif not is_sharded(accelerator):
             yield
         elif accelerator.distributed_type == DistributedType.DEEPSPEED:
-            from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
-
-            with unwrap_model_for_generation(wrapper):
+            with _unwrapped(wrapper):
                 yield
         else:
             with _unsharded(scorer.model, accelerator):
                 yield
     finally:
         scorer.caller = wrapper
+
+
+@contextlib.contextmanager
+def _unwrapped(engine: Any) -> Iterator[None]:
+    """Keep the weights of a DeepSpeed engine's model whole, and its hooks away."""
+    from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    with unwrap_model_for_generation(engine):
+        # DeepSpeed (0.19) leaves one hook on the model, which compares the processes' orders of
+        # layers as a forward begins. It would wait for a process that has nothing to decode.
+        coordinator.reset_step = _do_nothing
+        try:
+            yield
+        finally:
+            del coordinator.reset_step
+
+
+def _do_nothing() -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`tests.latro.last_batches FOLDER [--fsdp]`: short trainings with a ragged end of each epoch.
+"""`tests.latro.last_batches FOLDER [ENGINE]`: short trainings with a ragged end of each epoch.
 
 Each of `CASES` writes into a folder of its own. `WarmProcess.run_together` runs them in several
 processes; a test calls `train_case` in a single process, and compares.
@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro import LatroConfig, LatroTrainer
 from latro.config.training import SMALL_MODEL, SftConfig
+from latro.model.distribution import whole_on_load
 from latro.sft_trainer import SftTrainer
 from latro.tasks import get_task
+from tests.latro import zero3_on_cpu
 from tests.latro.fsdp_on_cpu import ShardingState
 
 PROCESSES = 3
@@ -45,7 +47,9 @@ def train_case(name: str, folder: Path, processes: int, **more: Any) -> Path:
     is_sft = name.startswith("sft")
     task = get_task("arithmetic")
     rows = task.load("train", num_examples=prompts, seed=3)
-    model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
+    # The case before may have asked for ZeRO-3.
+    with whole_on_load():
+        model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
     output = folder / name.replace(" ", "-")
     settings = {
@@ -79,10 +83,13 @@ def main() -> None:
     """Train the cases, and resume one in the middle of its second epoch."""
     folder = Path(sys.argv[1])
     names: Sequence[str] = tuple(CASES)
-    more = {}
-    if "--fsdp" in sys.argv:
+    more: dict[str, Any] = {}
+    if "fsdp2" in sys.argv:
         accelerator.AcceleratorState = ShardingState
         names, more = SHARDED, {"fsdp": True}
+    if "zero3" in sys.argv:
+        zero3_on_cpu.name_the_backend()
+        names, more = SHARDED, {"use_cpu": False, "deepspeed": zero3_on_cpu.settings()}
     for name in names:
         train_case(name, folder, PROCESSES, **more)
     checkpoint = str(folder / "one-is-left" / "checkpoint-3")

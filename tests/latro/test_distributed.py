@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from latro.config.training import SMALL_MODEL
 from latro.train import train
+from tests.latro.engines_on_cpu import MODULES, engines, sharded
 
 pytestmark = pytest.mark.long
 
@@ -24,9 +25,6 @@ OPTIONS = (
     *("--learning_rate", "1e-3", "--use_cpu", "true", "--max_steps", "3"),
     *("--save_strategy", "steps", "--save_steps", "2"),
 )
-ENGINES = {"ddp": (), "fsdp2": ("--fsdp",)}
-MODULES = {True: "tests.latro.fsdp_on_cpu", False: "latro.train"}
-"""The module to start, by whether weights are sharded, which accelerate refuses on a CPU."""
 
 
 def arguments(processes: int, output: Path, *more: str) -> list[str]:
@@ -41,10 +39,10 @@ def arguments(processes: int, output: Path, *more: str) -> list[str]:
 def launch(warm, tmp_path):
     """Return `launch(processes, output, *more)`, which runs the command in several processes."""
 
-    def run(processes: int, output: Path, *more: str) -> None:
+    def run(processes: int, output: Path, *more: str, engine: str = "ddp") -> None:
         done = warm.run_together(
-            MODULES["--fsdp" in more],
-            arguments(processes, output, *more),
+            MODULES[engine],
+            arguments(processes, output, *more, *["--fsdp"] * (engine == "fsdp2")),
             tmp_path / f"printed by {output.name}",
             processes=processes,
         )
@@ -87,33 +85,27 @@ def one_process(tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@engines
 def test_two_processes_and_their_checkpoint_in_one(tmp_path, one_process, launch, engine):
     output = tmp_path / "two"
     # The budget cuts the two processes' groups into different numbers of pieces.
-    launch(2, output, *ENGINES[engine], "--token_budget", "100")
+    launch(2, output, "--token_budget", "100", engine=engine)
     assert_same_run(output, one_process)
     resumed = tmp_path / "resumed"
-    if engine == "fsdp2":
-        # The Trainer reads such a checkpoint only under FSDP, even in one process.
-        checkpoint = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
-        launch(1, resumed, *ENGINES[engine], *checkpoint)
-        assert_same_run(resumed, one_process)
-        return
-    train(
-        [
-            *(*OPTIONS, "--per_device_train_batch_size", str(PROMPTS)),
-            *("--output_dir", str(resumed)),
-            *("--resume_from_checkpoint", str(output / "checkpoint-2")),
-        ]
-    )
+    checkpoint = ("--resume_from_checkpoint", str(output / "checkpoint-2"))
+    if engine == "ddp":
+        prompts = ("--per_device_train_batch_size", str(PROMPTS))
+        train([*OPTIONS, *prompts, "--output_dir", str(resumed), *checkpoint])
+    else:
+        # A checkpoint in shards is read by its engine only: by DeepSpeed in as many processes.
+        launch({"fsdp2": 1, "zero3": 2}[engine], resumed, *checkpoint, engine=engine)
     assert_same_run(resumed, one_process)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@engines
 def test_four_processes(tmp_path, one_process, launch, engine):
     output = tmp_path / "four"
-    launch(4, output, *ENGINES[engine], "--report_to", "tensorboard")
+    launch(4, output, "--report_to", "tensorboard", engine=engine)
     assert_same_run(output, one_process)
     # The one histogram of a log covers all processes' sequences.
     (folder,) = (output / "runs").iterdir()
@@ -121,12 +113,13 @@ def test_four_processes(tmp_path, one_process, launch, engine):
     assert advantages[-1].histogram_value.num == PROMPTS * 4
 
 
-def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path, launch):
+@sharded
+def test_an_exact_kl_reads_the_head_that_the_engine_gathers(tmp_path, launch, engine):
     one, two = tmp_path / "one", tmp_path / "two"
     exact = ("--kl", "exact", "--beta", "0.5")
     prompts = ("--per_device_train_batch_size", str(PROMPTS))
     train([*OPTIONS, *prompts, *exact, "--output_dir", str(one)])
-    launch(2, two, *ENGINES["fsdp2"], *exact)
+    launch(2, two, *exact, engine=engine)
     assert_same_run(two, one)
     assert metrics(two, "kl")[0] == 0.0
 
@@ -134,7 +127,7 @@ def test_an_exact_kl_reads_the_head_that_fsdp_gathers(tmp_path, launch):
 def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path, launch):
     # The kernels would refuse log-probs of another dtype.
     output = tmp_path / "two"
-    launch(2, output, *ENGINES["fsdp2"], "--bf16", "true")
+    launch(2, output, "--bf16", "true", engine="fsdp2")
     assert metrics(output, "kl")[0] == 0.0
 
 
@@ -161,13 +154,13 @@ def adapter_in_one_process(tmp_path_factory):
     return options, folder / "one"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@engines
 def test_the_reference_of_a_trained_adapter(tmp_path, adapter_in_one_process, launch, engine):
     options, one = adapter_in_one_process
     two, resumed = tmp_path / "two", tmp_path / "resumed"
-    launch(2, two, *ENGINES[engine], *options)
+    launch(2, two, *options, engine=engine)
     checkpoint = ("--resume_from_checkpoint", str(two / "checkpoint-1"))
-    launch(2, resumed, *ENGINES[engine], *options, *checkpoint)
+    launch(2, resumed, *options, *checkpoint, engine=engine)
     assert metrics(one, "kl")[0] == metrics(two, "kl")[0] == 0.0
     assert metrics(one, "kl")[1] > 0.0
     for output in (two, resumed):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.latro.engines_on_cpu import engines, sharded
 from tests.latro.last_batches import CASES, PROCESSES, SHARDED, train_case
 
 pytestmark = pytest.mark.long
@@ -70,11 +71,13 @@ def test_several_processes_train_what_one_does(launch, alone, name):
     assert_same_run(launch() / name.replace(" ", "-"), alone(name))
 
 
+@sharded
 @pytest.mark.parametrize("name", SHARDED)
-def test_several_processes_with_weights_in_shards_train_what_one_does(launch, alone, name):
-    assert_same_run(launch("--fsdp") / name.replace(" ", "-"), alone(name))
+def test_several_processes_with_weights_in_shards_train_what_one_does(launch, alone, name, engine):
+    assert_same_run(launch(engine) / name.replace(" ", "-"), alone(name))
 
 
-@pytest.mark.parametrize("options", [(), ("--fsdp",)])
-def test_resumed_in_the_middle_of_an_epoch(launch, alone, options):
+@engines
+def test_resumed_in_the_middle_of_an_epoch(launch, alone, engine):
+    options = () if engine == "ddp" else (engine,)
     assert_same_run(launch(*options) / "resumed" / "one-is-left", alone("one is left"))

@@ -549,6 +549,14 @@ def test_evaluations_in_training_tell_what_rationales_are_worth(make_trainer):
     assert told[-1]["eval_rationale_gain"] == pytest.approx(gain, abs=1e-4)
 
 
+def test_weights_that_zero_3_sharded_as_they_were_loaded_are_refused(make_trainer, tiny):
+    model = tiny()
+    # What tells such a weight, which is empty.
+    model.get_input_embeddings().weight.ds_id = 0
+    with pytest.raises(ValueError, match="model: expected whole weights, which the trainer shards"):
+        make_trainer(model)
+
+
 def test_predictions_are_the_records_of_an_evaluation(make_trainer):
     trainer = make_trainer()
     rows = trainer.eval_dataset.select([2, 0])
