@@ -16,6 +16,8 @@ from tests.latro_kernels.gpu_resources import compile_kernel, violations
 
 pytest.importorskip("triton")
 
+import triton
+
 from benchmarks.gpu.launches import EXPONENTIALS, FEATURES, launch, parameters, signature
 from latro_kernels.linear_logprob.triton import blocks, sparse_product
 from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
@@ -32,8 +34,9 @@ MAX_STACK = 320
 # Instructions of a warp of an H100 for 128 x 256 logits, in a block that is neither the last of the
 # vocabulary nor holds a target, without bias, softcap and entropy.
 MAX_EPILOGUE = {forward_kernel: 900, grad_kernel: 950}
-# Likewise, of a frozen head: the exponentials are stored as well.
-MAX_FROZEN_EPILOGUE = 1250
+# Likewise, of a frozen head: the exponentials are stored as well. Triton 3.6 takes them twice, once
+# for the sum and once for the store.
+MAX_FROZEN_EPILOGUE = 1900 if triton.__version__.startswith("3.6.") else 1250
 # From sm_90 on operands are given by descriptor.
 LAUNCHES = [(capability, features) for capability in CAPABILITIES for features in FEATURES]
 # What of a launch is no multiple of 16, or is 1, where strides are not those of most models.

@@ -100,7 +100,6 @@ def forward_kernel(
     shift = tl.zeros((BLOCK_N,), tl.float32)
     if WITH_EXP:
         shift = tl.load(shift_ptr + i, mask=in_rows, other=0.0)
-        shift = tl.where(shift == float("-inf"), 0.0, shift)
     shape = (N, end - begin, H)
     strides = (stride_xn, stride_xh, stride_wv, stride_wh)
     PART: tl.constexpr = BLOCK_V // 4
@@ -148,6 +147,7 @@ def forward_kernel(
             )
             if WITH_EXP:
                 # From the maximum to the shift, which takes no second exponential of each logit.
+                # Where the shift is -inf, what comes of it is made again.
                 rise = tl.exp2((row_max - shift) * scale)
                 e *= tl.where(row_max == float("-inf"), 0.0, rise)[:, None]
                 store_exponentials(
