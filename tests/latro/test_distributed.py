@@ -124,10 +124,11 @@ def test_an_exact_kl_reads_the_head_that_the_engine_gathers(tmp_path, launch, en
     assert metrics(two, "kl")[0] == 0.0
 
 
-def test_log_probs_are_fp32_where_fsdp_runs_in_bf16(tmp_path, launch):
+@sharded
+def test_log_probs_are_fp32_where_the_engine_runs_in_bf16(tmp_path, launch, engine):
     # The kernels would refuse log-probs of another dtype.
     output = tmp_path / "two"
-    launch(2, output, "--bf16", "true", engine="fsdp2")
+    launch(2, output, "--bf16", "true", engine=engine)
     assert metrics(output, "kl")[0] == 0.0
 
 

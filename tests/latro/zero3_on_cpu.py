@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from accelerate import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
+from transformers import training_args
 
 from latro import train
 
@@ -48,6 +49,8 @@ def name_the_backend() -> None:
         return (found, kind) if found else ("gloo", DistributedType.MULTI_CPU)
 
     PartialState._prepare_backend = over_gloo
+    # DeepSpeed computes in bf16 on a CPU; transformers looks for a GPU that does.
+    training_args.is_torch_bf16_gpu_available = lambda: True
     # Its own reduction in shared memory, which it would take in place of gloo's. The package has
     # torch under the name of the module.
     sys.modules[f"{comm.__name__}.torch"].build_shm_op = lambda: None
