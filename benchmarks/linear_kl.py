@@ -1,6 +1,7 @@
 """The exact KL of two heads over the vocabulary, and back: `linear_kl` beside plain PyTorch.
 
-Beside it the KL from the 20 likeliest tokens of one of the two, `linear_topk_kl`.
+Beside it their Jensen-Shannon divergence, `linear_jsd`, and the KL from the 20 likeliest tokens of
+one of the two, `linear_topk_kl`.
 
     python benchmarks/linear_kl.py --out benchmarks/results/ops
 
@@ -10,6 +11,7 @@ ops.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -22,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 
 from benchmarks.common.ops import BACKENDS, Op, Sizes, differentiated, run
 from benchmarks.common.problem import DTYPES
-from latro_kernels import linear_kl, linear_topk_kl
+from latro_kernels import linear_jsd, linear_kl, linear_topk_kl
 
 
 def plain(
@@ -38,6 +40,20 @@ def plain(
 
 def fused(hidden_p: Tensor, hidden_q: Tensor, weight: Tensor, backend: str) -> Tensor:
     return linear_kl(hidden_p, weight, hidden_q, weight, backend=backend)
+
+
+def plain_jsd(
+    hidden_q: Tensor, hidden_p: Tensor, weight: Tensor, out_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    at = weight.to(hidden_p.dtype).t()
+    log_p, log_q = (torch.log_softmax((h @ at).to(out_dtype), -1) for h in (hidden_p, hidden_q))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    kl_div = partial(torch.nn.functional.kl_div, reduction="none", log_target=True)
+    return (0.5 * kl_div(log_m, log_p) + 0.5 * kl_div(log_m, log_q)).sum(-1)
+
+
+def fused_jsd(hidden_q: Tensor, hidden_p: Tensor, weight: Tensor) -> Tensor:
+    return linear_jsd(hidden_p, weight, hidden_q, weight)
 
 
 def plain_topk(
@@ -58,8 +74,8 @@ def plain_topk(
 def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
     """Make the op in each dtype: two states, [N, H], at one head, [V, H], that is not trained.
 
-    It is there twice, with the gradient of p's states and with that of q's; and once from p's
-    likeliest tokens, with the gradient of q's.
+    It is there twice, with the gradient of p's states and with that of q's; the divergence and the
+    KL from p's likeliest tokens are there with the gradient of q's.
     """
     for dtype in ("fp32", "bf16"):
         states = {
@@ -87,11 +103,22 @@ def ops(sizes: Sizes, device: torch.device) -> Iterator[Op]:
                 moved={},
                 truth=plain(**in_fp64, weight=weight, out_dtype=torch.float64),
             )
+        hidden_q, of_p = states["hidden_q"], {"hidden_p": states["hidden_p"], "weight": weight}
+        jsd_ways = {"latro": partial(fused_jsd, **of_p), "plain": partial(plain_jsd, **of_p)}
+        of_p |= {"hidden_p": in_fp64["hidden_p"]}
+        yield Op(
+            name="linear_jsd",
+            dtype=dtype,
+            ways={
+                way: differentiated(function, hidden_q, grad) for way, function in jsd_ways.items()
+            },
+            moved={},
+            truth=plain_jsd(in_fp64["hidden_q"], **of_p, out_dtype=torch.float64),
+        )
         log_p = torch.log_softmax(states["hidden_p"].float() @ weight.float().t(), -1)
         log_prob, token = log_p.topk(20)
         del log_p
         teacher = {"weight": weight, "token": token, "log_prob": log_prob}
-        hidden_q = states["hidden_q"]
         topk_ways = {
             "latro": partial(linear_topk_kl, **teacher),
             "plain": partial(plain_topk, **teacher),

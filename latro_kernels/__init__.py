@@ -11,6 +11,7 @@ from latro_kernels.group_advantage.formulas import (
     segment_of_rows,
     segment_sums,
 )
+from latro_kernels.linear_jsd import linear_jsd
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.linear_sample import LinearSample, linear_sample
@@ -33,6 +34,7 @@ __all__ = [
     "gather_logprob",
     "group_advantage",
     "leave_one_out",
+    "linear_jsd",
     "linear_kl",
     "linear_logprob",
     "linear_sample",

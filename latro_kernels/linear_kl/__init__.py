@@ -43,16 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latro_kernels.checks import (
-    check_device,
-    check_float_dtype,
-    check_same_dtype,
-    check_scales,
-    check_tensor,
-    check_type,
-)
-from latro_kernels.head import autocast_dtype
 from latro_kernels.linear_kl import ops
+from latro_kernels.linear_kl.arguments import checked, scales_of_heads, settings_of_heads
 
 
 def reference(
@@ -82,7 +74,7 @@ def reference(
             z = softcap * torch.tanh(z / softcap)
         return torch.log_softmax(z / temperature, dim=-1)
 
-    of_p, of_q = _scales_of_heads(temperature, softcap)
+    of_p, of_q = scales_of_heads(temperature, softcap)
     log_p = log_softmax(hidden_p, weight_p, bias_p, *of_p)
     log_q = log_softmax(hidden_q, weight_q, bias_q, *of_q)
     p = log_p.exp()
@@ -171,71 +163,14 @@ def linear_kl(
         ValueError: an argument of the wrong shape, device or value, or an unknown backend.
         BackendUnavailableError: the backend cannot run here.
     """
-    tensors: dict[str, Any] = {"hidden_p": hidden_p, "weight_p": weight_p, "bias_p": bias_p}
-    tensors |= {"hidden_q": hidden_q, "weight_q": weight_q, "bias_q": bias_q}
-    absent = {name for name in ("bias_p", "bias_q") if tensors[name] is None}
-    given = {name: tensor for name, tensor in tensors.items() if name not in absent}
-    _check_tensors(given)
-    _check_shapes(given)
-    scales = _scales_of_heads(temperature, softcap)
-    for of_head in scales:
-        check_scales(*of_head)
-    check_type("backend", backend, str)
-    dtype = autocast_dtype(hidden_p.device)
-    if dtype is not None:
-        given = {name: tensor.to(dtype) for name, tensor in given.items()}
-    _check_dtypes(given, backend)
-    tensors |= given
+    tensors = checked(
+        {"hidden_p": hidden_p, "weight_p": weight_p, "bias_p": bias_p},
+        {"hidden_q": hidden_q, "weight_q": weight_q, "bias_q": bias_q},
+        temperature,
+        softcap,
+        backend,
+    )
     if backend == "reference":
         return reference(**tensors, temperature=temperature, softcap=softcap)
-    (temperature_p, softcap_p), (temperature_q, softcap_q) = (
-        (float(temperature), float(softcap or 0.0)) for temperature, softcap in scales
-    )
-    settings = (temperature_p, softcap_p, temperature_q, softcap_q, backend)
+    settings = (*settings_of_heads(temperature, softcap), backend)
     return _LinearKl.apply(settings, *tensors.values())
-
-
-def _scales_of_heads(temperature: Any, softcap: Any) -> list[tuple[Any, Any]]:
-    """Return temperature and softcap of p, and those of q; each is given as one or as a pair."""
-    pairs = []
-    for name, given in (("temperature", temperature), ("softcap", softcap)):
-        pair = given if isinstance(given, (tuple, list)) else (given, given)
-        if len(pair) != 2:
-            raise ValueError(
-                f"{name}: expected one for both heads or a pair, of p and of q, got {given!r}"
-            )
-        pairs.append(pair)
-    return list(zip(*pairs, strict=True))
-
-
-def _check_tensors(given: dict[str, Tensor]) -> None:
-    """Check types, dimensions and devices."""
-    for name, tensor in given.items():
-        check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
-        check_device(name, tensor, "hidden_p", given["hidden_p"])
-
-
-def _check_shapes(given: dict[str, Tensor]) -> None:
-    N, V = len(given["hidden_p"]), len(given["weight_p"])
-    if len(given["hidden_q"]) != N:
-        raise ValueError(
-            f"hidden_q: expected {N} rows, as hidden_p has, got {len(given['hidden_q'])}"
-        )
-    for head, expected in (("p", "V > 0"), ("q", f"V = {V}, as in weight_p,")):
-        H, weight = given[f"hidden_{head}"].shape[1], given[f"weight_{head}"]
-        if V == 0 or H == 0 or weight.shape != (V, H):
-            raise ValueError(
-                f"weight_{head}: expected shape [V, H] with {expected} and H = {H} > 0, as in "
-                f"hidden_{head}, got {tuple(weight.shape)}"
-            )
-        bias = given.get(f"bias_{head}")
-        if bias is not None and len(bias) != V:
-            raise ValueError(
-                f"bias_{head}: expected shape ({V},), as weight_{head} has rows, got {len(bias)}"
-            )
-
-
-def _check_dtypes(given: dict[str, Tensor], backend: str) -> None:
-    check_float_dtype("hidden_p", given["hidden_p"], backend)
-    for name, tensor in given.items():
-        check_same_dtype(name, tensor, "hidden_p", given["hidden_p"])

@@ -18,17 +18,14 @@ from latro_kernels.head import Head, absent
 from latro_kernels.head_gradient import (
     Gradient,
     Tile,
-    add_product,
     operand_dtype,
     row_blocks,
     slices,
     sweep,
-    tile_shape,
 )
+from latro_kernels.logit_tiles import fold, logits, shape
 
 NO_TOKEN = -1
-# On a CPU a tile is 1 MiB, which its caches hold; on a GPU one stands beside its gradient.
-_CPU_ROWS, _CPU_COLUMNS = 512, 512
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token, float temperature, float softcap"
 _RESULTS = "(Tensor of_tokens, Tensor row_max, Tensor sum_exp)"
@@ -60,21 +57,16 @@ def _forward(
     of_tokens.fill_(-torch.inf)
     row_max.fill_(-torch.inf)
     sum_exp.zero_()
-    height, width = _shape(head)
+    height, width = shape(head)
     with torch.autocast(hidden.device.type, enabled=False):
         for columns, slice_weight, slice_bias in slices(head, width):
             for rows in row_blocks(len(hidden), height):
                 x = hidden[rows].to(operand_dtype(head))
-                tile, _ = _logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
+                tile, _ = logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
                 place, is_here = _places(token[rows], columns)
                 of_tokens[rows] = torch.where(is_here, tile.gather(1, place), of_tokens[rows])
                 _mask(tile, place, is_here)
-                new_max = torch.maximum(row_max[rows], tile.amax(1))
-                # A row that is -inf so far has no maximum to subtract.
-                shift = new_max.masked_fill(new_max == -torch.inf, 0)
-                sum_exp[rows] *= torch.exp(row_max[rows] - shift)
-                sum_exp[rows] += tile.sub_(shift[:, None]).exp_().sum(1)
-                row_max[rows] = new_max
+                fold(tile, row_max[rows], sum_exp[rows])
     return of_tokens, row_max, sum_exp
 
 
@@ -110,7 +102,7 @@ def _backward(
         rows = has_gradient.nonzero().flatten()
 
     def make(tile: Tile) -> Gradient:
-        z, tanh = _logits(head, tile)
+        z, tanh = logits(head, tile)
         place, is_here = _places(token[tile.rows], tile.columns)
         dz = _mask(z, place, is_here).sub_(shift[tile.rows, None]).exp_()
         dz *= scale[tile.rows, None]
@@ -122,7 +114,7 @@ def _backward(
         return Gradient(dz.to(operand_dtype(head)))
 
     with torch.autocast(hidden.device.type, enabled=False):
-        dx, dw, db = sweep(head, tuple(needs), _shape(head), make, rows)
+        dx, dw, db = sweep(head, tuple(needs), shape(head), make, rows)
     gradients = (None if dx is None else dx.to(hidden.dtype), dw, db)
     return tuple(absent(hidden) if g is None else g for g in gradients)
 
@@ -140,26 +132,6 @@ def _empty(hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
     """Return room for the logits of tokens, and the rest's maximum and sum of exponentials."""
     shapes = (token.shape, token.shape[:1], token.shape[:1])
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-def _shape(head: Head) -> tuple[int, int]:
-    """Return rows and columns of a tile."""
-    if head.hidden.device.type == "cuda":
-        return tile_shape(head, tiles=2)
-    return max(1, min(_CPU_ROWS, head.hidden.shape[0])), min(_CPU_COLUMNS, head.weight.shape[0])
-
-
-def _logits(head: Head, tile: Tile) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of a tile, in fp32, and the tanh that a softcap makes of them, or None."""
-    z = tile.hidden.new_empty(len(tile.hidden), len(tile.weight), dtype=torch.float32)
-    add_product(z, tile.hidden, tile.weight.t(), first=True)
-    if tile.bias is not None:
-        z += tile.bias
-    tanh = None
-    if head.softcap:
-        tanh = z.div_(head.softcap).tanh_()
-        z = tanh * head.softcap
-    return z.div_(head.temperature), tanh
 
 
 def _places(token: Tensor, columns: slice) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import log_softmax
 
-from latro_kernels import linear_kl, linear_topk_kl, linear_topk_logprob
+from latro_kernels import linear_kl, linear_topk_kl, linear_topk_logprob, logit_tiles
 from tests.latro_kernels.ops.linear_topk import OF_KL, OF_LOGPROB, kl_problem, problem
 from tests.latro_kernels.ops.op import Op, assert_same, check, each_dtype
 from tests.latro_kernels.test_memory import LargestTensor
@@ -33,10 +33,8 @@ each_form = pytest.mark.parametrize(
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows and slices of the vocabulary."""
-    from latro_kernels.linear_topk import ops
-
-    monkeypatch.setattr(ops, "_CPU_ROWS", 24)
-    monkeypatch.setattr(ops, "_CPU_COLUMNS", 192)
+    monkeypatch.setattr(logit_tiles, "CPU_ROWS", 24)
+    monkeypatch.setattr(logit_tiles, "CPU_COLUMNS", 192)
 
 
 @each_backend

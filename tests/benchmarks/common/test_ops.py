@@ -26,7 +26,9 @@ def test_a_quick_run_writes_the_op_in_every_dtype(name, tmp_path, capsys):
     assert path.name == "ops.json"
     result = json.loads(path.read_text())
     assert result.keys() == {"sizes", "rows", "environment"}
-    names = {name, "linear_kl of q", "linear_topk_kl"} if name == "linear_kl" else {name}
+    names = (
+        {name, "linear_kl of q", "linear_jsd", "linear_topk_kl"} if name == "linear_kl" else {name}
+    )
     assert {row["op"] for row in result["rows"]} == names
     assert list(dict.fromkeys(row["dtype"] for row in result["rows"])) == dtypes
     assert all(row["error"] < 1e-2 for row in result["rows"])

@@ -1,0 +1,93 @@
+"""The arguments of ops of two heads: what is wrong with them, and what they are together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from latro_kernels.checks import (
+    check_device,
+    check_float_dtype,
+    check_same_dtype,
+    check_scales,
+    check_tensor,
+    check_type,
+)
+from latro_kernels.head import autocast_dtype
+
+
+def checked(
+    p: dict[str, Any], q: dict[str, Any], temperature: object, softcap: object, backend: str
+) -> dict[str, Any]:
+    """Return p's hidden, weight and bias and those of q, in the dtype of products.
+
+    Raise for what is wrong with them, or with the scales of either.
+    """
+    tensors = p | q
+    given = {name: t for name, t in tensors.items() if t is not None or "bias" not in name}
+    _check_tensors(given)
+    _check_shapes(given)
+    for of_head in scales_of_heads(temperature, softcap):
+        check_scales(*of_head)
+    check_type("backend", backend, str)
+    dtype = autocast_dtype(given["hidden_p"].device)
+    if dtype is not None:
+        given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    _check_dtypes(given, backend)
+    return tensors | given
+
+
+def settings_of_heads(temperature: Any, softcap: Any) -> tuple[float, float, float, float]:
+    """Return p's temperature and softcap, and those of q, as raw ops take them."""
+    p, q = (
+        (float(of_head[0]), float(of_head[1] or 0.0))
+        for of_head in scales_of_heads(temperature, softcap)
+    )
+    return (*p, *q)
+
+
+def scales_of_heads(temperature: Any, softcap: Any) -> list[tuple[Any, Any]]:
+    """Return temperature and softcap of p, and those of q; each is given as one or as a pair."""
+    pairs = []
+    for name, given in (("temperature", temperature), ("softcap", softcap)):
+        pair = given if isinstance(given, (tuple, list)) else (given, given)
+        if len(pair) != 2:
+            raise ValueError(
+                f"{name}: expected one for both heads or a pair, of p and of q, got {given!r}"
+            )
+        pairs.append(pair)
+    return list(zip(*pairs, strict=True))
+
+
+def _check_tensors(given: dict[str, Tensor]) -> None:
+    """Check types, dimensions and devices."""
+    for name, tensor in given.items():
+        check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
+        check_device(name, tensor, "hidden_p", given["hidden_p"])
+
+
+def _check_shapes(given: dict[str, Tensor]) -> None:
+    N, V = len(given["hidden_p"]), len(given["weight_p"])
+    if len(given["hidden_q"]) != N:
+        raise ValueError(
+            f"hidden_q: expected {N} rows, as hidden_p has, got {len(given['hidden_q'])}"
+        )
+    for head, expected in (("p", "V > 0"), ("q", f"V = {V}, as in weight_p,")):
+        H, weight = given[f"hidden_{head}"].shape[1], given[f"weight_{head}"]
+        if V == 0 or H == 0 or weight.shape != (V, H):
+            raise ValueError(
+                f"weight_{head}: expected shape [V, H] with {expected} and H = {H} > 0, as in "
+                f"hidden_{head}, got {tuple(weight.shape)}"
+            )
+        bias = given.get(f"bias_{head}")
+        if bias is not None and len(bias) != V:
+            raise ValueError(
+                f"bias_{head}: expected shape ({V},), as weight_{head} has rows, got {len(bias)}"
+            )
+
+
+def _check_dtypes(given: dict[str, Tensor], backend: str) -> None:
+    check_float_dtype("hidden_p", given["hidden_p"], backend)
+    for name, tensor in given.items():
+        check_same_dtype(name, tensor, "hidden_p", given["hidden_p"])
