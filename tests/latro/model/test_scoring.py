@@ -152,6 +152,28 @@ def test_a_model_with_logits_of_its_own_making_is_refused(tiny):
         Scorer(model)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size", "temperature"), [(torch.float32, 200, 1e-3), (torch.bfloat16, 20, 0.05)]
+)
+def test_a_low_temperature_multiplies_rounding_and_refuses_no_model(tiny, dtype, size, temperature):
+    model = tiny().to(dtype)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(size)
+    assert Scorer(model, temperature=temperature).temperature == temperature
+
+    class Shifted(type(model)):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            if getattr(output, "logits", None) is not None:
+                output.logits[..., 0] += 1
+            return output
+
+    model = tiny().to(dtype)
+    model.__class__ = Shifted
+    with pytest.raises(ValueError, match="does not compute its logits as"):
+        Scorer(model, temperature=temperature)
+
+
 def test_the_checks_of_a_model_are_not_of_tf32(tiny):
     """TF32 rounds by more than a check of an fp32 model allows."""
     matmul = torch.backends.cuda.matmul
