@@ -276,7 +276,10 @@ def predicted(result: dict[str, Any]) -> str:
         | {f"`{op}` {lap}": time for (op, lap), time in model.predict_ops(chip).items()}
         for chip in chips
     ]
-    rows = [[name, *(f"{1e3 * of[name].whole:.3g}" for of in columns)] for name in columns[0]]
+    rows = [
+        [name, *(f"{1e3 * of[name].whole:.3g}" if name in of else "–" for of in columns)]
+        for name in columns[0]
+    ]
     return (
         markdown(["predicted, not measured: ms", *(chip.name for chip in chips)], rows)
         + f"\n\nbf16, N = {shape.n}, H = {shape.h}, V = {shape.v}, 2²⁰ rows of group_advantage. "

@@ -151,4 +151,5 @@ def test_no_function_takes_more_than_eight_positional_arguments(path):
 def _is_kernel(node: ast.FunctionDef) -> bool:
     """Return whether Triton compiles a function or torch calls it, which set its parameters."""
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-    return any("triton.jit" in text or "torch.library" in text for text in decorators)
+    compiled = ("triton.jit", "gluon.jit", "torch.library")
+    return any(name in text for text in decorators for name in compiled)

@@ -162,7 +162,8 @@ def compile_kernel(
     """Compile a Triton kernel for a GPU that need not be there.
 
     Args:
-        function: a `triton.jit` function, or one with heuristics, whose results are given here.
+        function: a function of `triton.jit` or `gluon.jit`, or one with heuristics, whose results
+            are given here.
         signature: by parameter, "fp32", "i64", "*bf16" or "tensordesc<bf16[128, 64]>" (a
             `TensorDescriptor` with that block); see `aligned`. What a kernel does not specialise
             on counts as no multiple of 16, as in a launch.
@@ -203,6 +204,7 @@ def compile_for(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime import Heuristics
 
     function = function.fn if isinstance(function, Heuristics) else function
@@ -220,7 +222,8 @@ def compile_for(
         for place, name in enumerate(function.arg_names)
         if given[name].endswith(":16") and name not in plain
     }
-    source = ASTSource(function, types, constexprs=constants, attrs=multiples)
+    source_of = GluonASTSource if function.is_gluon() else ASTSource
+    source = source_of(function, types, constexprs=constants, attrs=multiples)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

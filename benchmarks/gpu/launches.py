@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.compiled import aligned
-from latro_kernels.linear_logprob.triton import blocks
+from latro_kernels.linear_logprob.triton import blocks, warp_specialized
 from latro_kernels.linear_logprob.triton.fused import GROUP, TILES
 
 FEATURES: dict[str, tuple[str, ...]] = {
@@ -30,6 +30,11 @@ def parameters(kernel: Any) -> list[Any]:
     return kernel.params if hasattr(kernel, "params") else kernel.fn.params
 
 
+def is_gluon(kernel: Any) -> bool:
+    """Return whether a kernel, which may be one with heuristics, is written in Gluon."""
+    return (kernel if hasattr(kernel, "is_gluon") else kernel.fn).is_gluon()
+
+
 def signature(
     kernel: Any, dtype: str, described: dict[str, tuple[int, int]] | None
 ) -> dict[str, str]:
@@ -43,8 +48,10 @@ def signature(
         if parameter.is_constexpr or name in ("stride_xh", "stride_wh"):
             continue
         if name in ("hidden", "weight"):
-            of_block = "*{0}" if described is None else "tensordesc<{0}[{1}, {2}]>"
-            types[name] = of_block.format(dtype, *(described or {}).get(name, ()))
+            of_block = "*{0}" if described is None else "tensordesc<{0}[{1}, {2}]{3}>"
+            # In Gluon a launch says as well how blocks lie in shared memory.
+            layout = f",{warp_specialized.LAYOUT!r}" if is_gluon(kernel) else ""
+            types[name] = of_block.format(dtype, *(described or {}).get(name, ()), layout)
         elif name in ("a_ptr", "b_ptr", "dz_ptr", "exp_ptr"):
             types[name] = f"*{dtype}"
         elif name.endswith("_ptr"):
@@ -60,7 +67,7 @@ def launch(
     """Return types, constants and options of a launch in bf16, all lengths multiples of 16.
 
     Args:
-        kernel: `forward_kernel`, `grad_kernel` or `redo_kernel`.
+        kernel: `forward_kernel`, `warp_specialized_kernel`, `grad_kernel` or `redo_kernel`.
         flags: the constexprs that are true.
         capability: 80, 90 or 100.
         by_descriptor: whether hidden and weight are given by descriptor.
@@ -77,10 +84,14 @@ def launch(
         "BLOCK_H": config.depth,
         "GROUP": GROUP,
         "TILES": TILES,
+        "STAGES": config.stages,
+        "LEAD": warp_specialized.LEAD,
     }
     constants = {
         p.name: named.get(p.name, p.name in flags) for p in parameters(kernel) if p.is_constexpr
     }
-    constants |= {"stride_xh": 1, "stride_wh": 1}
+    constants |= {p.name: 1 for p in parameters(kernel) if p.name in ("stride_xh", "stride_wh")}
     types = signature(kernel, "bf16", described if by_descriptor else None)
+    if is_gluon(kernel):
+        return types, constants, dict(warp_specialized.OPTIONS)
     return types, constants, {"num_warps": config.warps, "num_stages": config.stages}

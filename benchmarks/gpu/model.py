@@ -6,7 +6,8 @@
 A kernel that multiplies takes the longer of its products, at a share of the chip's peak, and its
 bytes, at a share of the bandwidth. What is made of a block's sums, the epilogue, comes on top where
 a multiprocessor holds one block of threads: warps have to be issued the instructions that the
-compiler has made, and each logit takes an exponential. Its instructions are counted in the compiled
+compiler has made, and each logit takes an exponential. In the warp-specialised form one half of the
+block multiplies while the other is in its epilogue. Its instructions are counted in the compiled
 kernels, as `compiled.Resources` says, and stand in `results/gpu/compiled.json`. Launches and waits
 are left out, as are what little the kernels do per row.
 
@@ -41,6 +42,7 @@ from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET, cached_col
 from latro_kernels.linear_logprob.triton import blocks, fused
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel
 from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
+from latro_kernels.linear_logprob.triton.warp_specialized import warp_specialized_kernel
 
 COUNTS = Path(__file__).resolve().parents[1] / "results" / "gpu" / "compiled.json"
 BF16, FP32 = 2, 4
@@ -50,6 +52,7 @@ _EXPONENTIALS = 16
 Programming Guide, for compute capabilities 8.0 and 9.0; a scheduler issues one warp's instruction a
 clock."""
 DEFAULT, FROZEN = "full, 512 MiB", "full, frozen head"
+SPECIALIZED = "forward, warp-specialised"
 FULL = {
     DEFAULT: DEFAULT_MEMORY_BUDGET["cuda"],
     "full, 3 GiB": BUDGETS["3gib"],
@@ -125,7 +128,8 @@ class Count:
 
     Attributes:
         epilogue: instructions of a warp for the sums of a block, see `compiled.Resources`.
-        resident: how many blocks of threads a multiprocessor holds at a time.
+        resident: how many blocks of threads a multiprocessor holds at a time; of the
+            warp-specialised form, how many halves of its block.
     """
 
     epilogue: int
@@ -154,7 +158,7 @@ class Time:
 
 Counts = Mapping[str, Count]
 """By kernel: "forward", "forward, kept" where products are kept, "forward, exponentials" where the
-head is frozen, and "grad"."""
+head is frozen, "grad", and `SPECIALIZED`."""
 
 
 def count(capability: int) -> dict[str, Count]:
@@ -172,6 +176,12 @@ def count(capability: int) -> dict[str, Count]:
         resources = compile_kernel(kernel, types, constants, capability, **options)
         resident = resident_threads(resources, capability) // (_WARP * options["num_warps"])
         found[name] = Count(epilogue=resources.epilogue, resident=resident)
+    if capability == 90:
+        types, constants, options = launch(
+            warp_specialized_kernel, FEATURES["plain"], capability, by_descriptor=True
+        )
+        resources = compile_kernel(warp_specialized_kernel, types, constants, capability, **options)
+        found[SPECIALIZED] = Count(epilogue=resources.epilogue, resident=2)
     return found
 
 
@@ -229,6 +239,8 @@ def fused_kernel(
 def predict(chip: Chip, shape: Shape, kernels: Counts) -> Iterator[tuple[str, Time]]:
     """Yield forms of `linear_logprob` in bf16 by the names that the table has, and their times."""
     yield "forward", forward(chip, shape, kernels, budget=0)
+    if SPECIALIZED in kernels:
+        yield SPECIALIZED, forward(chip, shape, {"forward": kernels[SPECIALIZED]}, budget=0)
     for name, budget in FULL.items():
         whole = forward(chip, shape, kernels, budget=budget)
         yield name, whole + backward(chip, shape, kernels, budget=budget)

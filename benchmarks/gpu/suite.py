@@ -9,7 +9,8 @@ It takes the checkout as it is, without network and without installing it. Stage
 
 - build: `csrc/`, in place and for this GPU alone, where a source is newer than a library;
 - chip: copy bandwidth and bf16 GEMM rate of this GPU (`gpu.chip`);
-- tuning: the best block of products on this GPU, for the stages that follow;
+- tuning: the best block of products on this GPU, for the stages that follow, and on sm_90 whether
+  the warp-specialised forward is right and faster;
 - head: `logprob_bench` of both GPU backends at GPU shapes in bf16;
 - peers: the same beside other libraries, from the wheels in --peers;
 - ops: `gather_logprob` and `group_advantage` beside a copy;
@@ -234,8 +235,9 @@ def saved_blocks(work: Path) -> Any | None:
 def fastest_block(saved: Sequence[Mapping[str, Any]]) -> str:
     """Name the last shape that was saved."""
     block = saved[-1]["config"]
+    form = ", warp-specialised" if block.get("warp_specialized") else ""
     return (
-        f"{block['rows']} × {block['columns']} × {block['depth']}, {block['stages']} stages: "
+        f"{block['rows']} × {block['columns']} × {block['depth']}, {block['stages']} stages{form}: "
         f"{saved[-1]['milliseconds']:.2f} ms"
     )
 

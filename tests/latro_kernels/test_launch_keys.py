@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from latro_kernels import GroupLayout
+from latro_kernels import GroupLayout, head_gradient
 
 pytest.importorskip("triton")
 
@@ -26,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from latro_kernels.group_advantage import triton as group_kernels
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import RowGrad, Wanted
-from latro_kernels.linear_logprob.triton import blocks, fused, sparse_product
+from latro_kernels.linear_logprob.triton import blocks, fused, sparse_product, warp_specialized
 from latro_kernels.linear_sample.state import Draw
 from latro_kernels.linear_sample.triton import draw
 from latro_kernels.linear_sample.triton import fused as sample_fused
@@ -51,8 +52,15 @@ class Recorder:
         self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         self.keys: dict[Key, set[Key]] = {}
         self.launched: list[dict[str, Any]] = []
+        self.grids: list[Any] = []
+
+    @property
+    def fn(self) -> Recorder:
+        """What has the parameters, as of a kernel with heuristics."""
+        return self
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
+        self.grids.append(grid)
         return self.launch
 
     def launch(self, **given: Any) -> None:
@@ -92,10 +100,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
     return recorders
 
 
-def head_of(N: int, V: int = V, H: int = H) -> Head:
+def head_of(N: int, V: int = V, H: int = H, dtype: torch.dtype = torch.float32) -> Head:
     return Head(
-        hidden=torch.zeros(N, H),
-        weight=torch.zeros(V, H),
+        hidden=torch.zeros(N, H, dtype=dtype),
+        weight=torch.zeros(V, H, dtype=dtype),
         bias=None,
         temperature=1.0,
         softcap=0.0,
@@ -159,6 +167,27 @@ def test_ragged_batches_share_their_kernels(form: str, recorded: dict[str, Recor
     for name in launched:
         for keys in recorded[name].keys.values():
             assert len(keys) == 1, f"{name} is compiled for {keys}"
+
+
+def test_ragged_batches_share_the_warp_specialised_kernel(
+    recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(warp_specialized.warp_specialized_kernel)
+    monkeypatch.setattr(warp_specialized, "warp_specialized_kernel", recorder)
+    monkeypatch.setattr(blocks, "_INTERPRETED", blocks.WARP_SPECIALIZED)
+    for module in (fused, head_gradient):  # as on a GPU
+        monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
+    multiprocessors = SimpleNamespace(multi_processor_count=60)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: multiprocessors)
+    wanted = Wanted(weighted_sum=False, dx_sum=False, block_max=False, memory_budget=0)
+    for N in RAGGED:
+        head = head_of(N, dtype=torch.bfloat16)
+        fused.forward(head, fused.empty_state(head, torch.zeros(N, dtype=torch.int64), wanted))
+    (keys,) = recorder.keys.values()
+    assert len(keys) == 1
+    assert not recorded["forward_kernel"].launched
+    # As many programs as there is work for, and no more than run at a time.
+    assert set(recorder.grids) == {(1,), (60,)}
 
 
 def test_ragged_batches_are_sampled_by_the_same_kernels(recorded: dict[str, Recorder]) -> None:

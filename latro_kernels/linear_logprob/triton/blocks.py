@@ -6,7 +6,7 @@ It is one that `tuning` has measured and saved, or else a start that compiles fo
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -20,13 +20,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Config:
-    """The rows, columns and depth of a block of products, and the compiler's options."""
+    """The rows, columns and depth of a block of products, and the compiler's options.
+
+    warp_specialized: whether the forward is that of `warp_specialized`, for sm_90, but where the
+    head is frozen.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    warp_specialized: bool = False
 
 
 # A block's operands pass through shared memory `stages` times over; its sums stand in registers, 64
@@ -38,6 +43,8 @@ _START = {
     10: Config(rows=128, columns=256, depth=64, warps=8, stages=4),
 }
 _FP32 = Config(rows=64, columns=64, depth=32, warps=8, stages=3)
+# The one shape of the warp-specialised forward; dz is made by the same blocks, in their usual way.
+WARP_SPECIALIZED = Config(128, 256, 64, 8, 4, warp_specialized=True)
 # For Triton's interpreter, which has no chip.
 _INTERPRETED = Config(rows=32, columns=64, depth=64, warps=4, stages=1)
 
@@ -48,6 +55,8 @@ def config(device: torch.device, dtype: torch.dtype, H: int, V: int) -> Config:
         return _INTERPRETED
     name = torch.cuda.get_device_name(device)
     found = _nearest(name, next(key for key, of in DTYPES.items() if of == dtype), H, V)
+    if found and found.warp_specialized and not has_gluon():
+        found = replace(found, warp_specialized=False)
     return found or start(torch.cuda.get_device_capability(device)[0], dtype)
 
 
@@ -61,6 +70,16 @@ def start(generation: int, dtype: torch.dtype) -> Config:
 def has_descriptors(device: torch.device) -> bool:
     """Return whether the chip copies blocks of a tensor by itself (TMA)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+@cache
+def has_gluon() -> bool:
+    """Return whether this Triton has what `warp_specialized` needs of its Gluon, an experiment."""
+    try:
+        from latro_kernels.linear_logprob.triton import warp_specialized  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def saved_path() -> Path:
@@ -91,3 +110,12 @@ def candidates(dtype: torch.dtype) -> list[Config]:
         Config(128, columns, depth, 8, stages)
         for columns, depth, stages in product((128, 256), (32, 64), (3, 4))
     ]
+
+
+def can_warp_specialize(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `WARP_SPECIALIZED` can be timed beside the candidates."""
+    return (
+        torch.cuda.get_device_capability(device) == (9, 0)
+        and dtype != torch.float32
+        and has_gluon()
+    )

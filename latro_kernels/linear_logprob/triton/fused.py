@@ -232,26 +232,31 @@ def _fold(
     with_entropy = state.weighted_sum is not None
     part_shape = (4 if with_entropy else 3, splits, M)
     parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
+    arguments = product_arguments(head, tile, config) | {
+        "target_ptr": state.target,
+        "parts_ptr": parts,
+        "cached_ptr": cached,
+        "exp_ptr": e,
+        "shift_ptr": shift,
+        "block_max_ptr": state.block_max,
+        "N": M,
+        "V": len(head.weight),
+        "cached_end": begin if cached is None else begin + cached.shape[1],
+        "stride_cn": 0 if cached is None else cached.stride(0),
+        "stride_en": 0 if e is None else e.stride(0),
+        "stride_part": parts.stride(0),
+        "row_blocks": row_blocks,
+        "splits": splits,
+        "WITH_ENTROPY": with_entropy,
+        "TILES": TILES,
+    }
     with torch.cuda.device_of(tile.hidden):
-        forward_kernel[(row_blocks * splits,)](
-            target_ptr=state.target,
-            parts_ptr=parts,
-            cached_ptr=cached,
-            exp_ptr=e,
-            shift_ptr=shift,
-            block_max_ptr=state.block_max,
-            N=M,
-            V=len(head.weight),
-            cached_end=begin if cached is None else begin + cached.shape[1],
-            stride_cn=0 if cached is None else cached.stride(0),
-            stride_en=0 if e is None else e.stride(0),
-            stride_part=parts.stride(0),
-            row_blocks=row_blocks,
-            splits=splits,
-            WITH_ENTROPY=with_entropy,
-            TILES=TILES,
-            **product_arguments(head, tile, config),
-        )
+        if config.warp_specialized and e is None:
+            from latro_kernels.linear_logprob.triton import warp_specialized
+
+            warp_specialized.launch(row_blocks * splits, arguments)
+        else:
+            forward_kernel[(row_blocks * splits,)](**arguments)
     merge(parts, tile.columns, state, config)
 
 

@@ -1,7 +1,7 @@
 """`linear_sample` in Triton without a tile of logits in memory: the loops around its kernels.
 
 They are those of `linear_logprob.triton.fused`: the same blocks, folded and merged in the same
-order, so that a row's log-prob has the bits that it has there.
+order, so that a row's log-prob has the bits that it has there, but in the warp-specialised form.
 """
 
 from __future__ import annotations

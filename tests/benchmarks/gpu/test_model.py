@@ -42,6 +42,9 @@ def test_the_counts_are_those_of_the_compiler(capability: int) -> None:
 def test_no_form_is_faster_than_its_products(chip: model.Chip) -> None:
     found = whole(chip)
     of_forms = dict.fromkeys(model.FULL, 3) | {"forward": 1, model.FROZEN: 2}
+    if chip.capability == 90:
+        of_forms[model.SPECIALIZED] = 1
+        assert found[model.SPECIALIZED] < found["forward"]
     assert set(found) == set(of_forms)
     for name, products in of_forms.items():
         assert found[name] > products * UNIT / (chip.flops * chip.gemm)
@@ -69,6 +72,15 @@ def test_an_epilogue_comes_on_top_or_under_the_next_block() -> None:
     )
     assert beside.epilogue == 0
     assert beside.products == pytest.approx(alone.products)
+
+
+def test_a_warp_specialised_block_is_in_its_epilogue_by_halves() -> None:
+    kernels = model.counts(H100)
+    whole = model.forward(H100, LLAMA, {"forward": kernels["forward"]}, budget=0)
+    halves = model.forward(H100, LLAMA, {"forward": kernels[model.SPECIALIZED]}, budget=0)
+    assert kernels[model.SPECIALIZED].resident == 2
+    assert halves.products == pytest.approx(whole.products)
+    assert halves.epilogue == 0
 
 
 def test_few_instructions_leave_the_exponentials() -> None:
@@ -113,6 +125,18 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert found["gather_logprob", "forward"].measured == pytest.approx(0.7)
     assert found[H100.name, "bf16 GEMM"].measured == pytest.approx(800)
     assert found["mistral-7b", "forward"].measured is None
+
+
+def test_the_forward_that_was_measured_is_the_one_that_was_chosen() -> None:
+    for chosen in (False, True):
+        tuning = {"tuning": [{"config": {"warp_specialized": chosen}}]}
+        found = {
+            of.what: of
+            for of in predicted.compared(RESULTS | tuning, H100.device)
+            if of.where == LLAMA.name
+        }
+        forms = ("forward", model.SPECIALIZED)
+        assert [found[form].measured is not None for form in forms] == [not chosen, chosen]
 
 
 def test_nothing_measured_is_still_predicted() -> None:

@@ -166,6 +166,9 @@ def test_the_best_block_is_kept_and_named(tmp_path, monkeypatch):
     found = gpu_suite.saved_blocks(tmp_path)
     assert found == json.loads((tmp_path / "tuned.json").read_text())
     assert gpu_suite.fastest_block(found) == "128 × 256 × 64, 3 stages: 12.35 ms"
+    found[-1]["config"]["warp_specialized"] = True
+    said = "128 × 256 × 64, 3 stages, warp-specialised: 12.35 ms"
+    assert gpu_suite.fastest_block(found) == said
 
 
 def sampled(tmp_path, part: str) -> set[str]:

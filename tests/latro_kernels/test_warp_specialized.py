@@ -1,0 +1,280 @@
+"""The warp-specialised forward: compiled for sm_90, run in the simulator, and on a GPU of sm_90.
+
+That the simulator finds an order of barriers that is wrong is tested as well, with kernels in which
+one line is another.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from benchmarks.gpu.compiled import SHARED_OPT_IN
+from benchmarks.gpu.launches import FEATURES, launch
+from latro_kernels import head_gradient
+from latro_kernels.head import Head
+from latro_kernels.linear_logprob.state import State, Wanted
+from latro_kernels.linear_logprob.triton import blocks, fused, warp_specialized
+from latro_kernels.linear_logprob.triton.blocks import Config
+from latro_kernels.linear_logprob.triton.warp_specialized import warp_specialized_kernel
+from tests.latro_kernels.gluon_simulator import DeadlockError, Simulator
+from tests.latro_kernels.gpu_resources import compile_kernel, violations
+from tests.latro_kernels.ops.linear_logprob import OP, problem
+from tests.latro_kernels.ops.op import Problem, assert_same, check, gate
+
+# Instructions of a warp for 64 x 256 logits, as in test_store_free_compile.py, and with entropy.
+MAX_EPILOGUE = {(): 700, ("WITH_ENTROPY",): 1_050}
+# Bytes of a thread, for what a block's sums meet once: bias, softcap, products that are kept.
+MAX_STACK = 128
+SMALL = Config(rows=16, columns=32, depth=16, warps=8, stages=4, warp_specialized=True)
+# Blocks of rows and of columns, steps of H: several of each, and the last not full.
+SHAPE = (37, 72, 203)
+
+
+@pytest.mark.parametrize(
+    "chosen", [(), ("WITH_ENTROPY",), FEATURES["kept"], FEATURES["all"]], ids="+".join
+)
+def test_it_fits(chosen: tuple[str, ...]) -> None:
+    types, constants, options = launch(warp_specialized_kernel, chosen, 90, by_descriptor=True)
+    found = compile_kernel(warp_specialized_kernel, types, constants, 90, **options)
+    stack = 0 if chosen in MAX_EPILOGUE else MAX_STACK
+    assert violations(found, 90, shared_limit=SHARED_OPT_IN[90], stack_limit=stack) == []
+    # Two consumers and the producer, each of four warps' registers.
+    assert found.threads == 3 * 32 * options["num_warps"]
+    assert found.spills_in_products == 0
+    assert found.waits_in_products == 0
+    if chosen in MAX_EPILOGUE:
+        # A thread takes the exponential of each of its logits.
+        logits = constants["BLOCK_N"] // 2 * constants["BLOCK_V"] // (32 * options["num_warps"])
+        assert logits < found.epilogue <= MAX_EPILOGUE[chosen]
+
+
+def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
+    """Do what `fused.merge` does, for a state that is empty."""
+    peak, total, picked, *moment = parts.double()
+    largest = peak.amax(0)
+    drop = peak - largest
+    state.row_max.copy_(largest)
+    state.sum_exp.copy_((drop.exp() * total).sum(0))
+    state.target_logit.copy_(picked.amax(0))
+    if state.weighted_sum is not None:
+        # 0 * -inf counts as 0.
+        of_parts = drop.exp() * (moment[0] + drop * total)
+        state.weighted_sum.copy_(of_parts.where(drop > -torch.inf, 0).sum(0))
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
+    for module in (fused, head_gradient):  # as on a GPU
+        monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
+    monkeypatch.setattr(fused, "merge", merge)
+    monkeypatch.setattr(fused, "TILES", 2)
+    monkeypatch.setattr(fused, "GROUP", 2)
+    return monkeypatch
+
+
+def forward(
+    given: Problem, simulator: Simulator, config: Config = SMALL, *, cached: bool = False
+) -> State:
+    """Return the state after a forward in the simulator."""
+    bias = given["bias"]
+    head = Head(
+        hidden=given["hidden"],
+        weight=given["weight"],
+        bias=None if bias is None else bias.float(),
+        temperature=given["temperature"],
+        softcap=given["softcap"] or 0.0,
+        backend="triton",
+    )
+    wanted = Wanted(
+        weighted_sum="entropy" in given.upstream,
+        dx_sum=False,
+        block_max=cached,
+        memory_budget=2**30 if cached else 0,
+    )
+    state = State.empty(head, given["target"], wanted, cached_step=1, block_columns=config.columns)
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(warp_specialized, "launch", simulator.launch)
+        fused.forward(head, state, config)
+    assert simulator.launched
+    return state
+
+
+def results(state: State) -> dict[str, Tensor]:
+    log_sum = state.sum_exp.log()
+    found = {"logp": (state.target_logit - state.row_max) - log_sum}
+    if state.weighted_sum is not None:
+        found["entropy"] = log_sum - state.weighted_sum / state.sum_exp
+    return found
+
+
+def check_forward(given: Problem, state: State) -> None:
+    truth, unfused = given.truth(), given.unfused()
+    for name, value in results(state).items():
+        gate(name, value, truth[name], unfused[name])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_order_of_events_gives_the_same_bits(seed: int, simulated: None) -> None:
+    given = problem(SHAPE, torch.bfloat16, entropy=True)
+    state = forward(given, Simulator(seed))
+    check_forward(given, state)
+    assert_same(results(state), results(forward(given, Simulator(seed + 1000))))
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 2, 1000])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        (SHAPE, torch.float16, {"bias": True, "temperature": 1.3, "softcap": 5.0}),
+        (SHAPE, torch.bfloat16, {"rows": "peaked", "entropy": True}),
+        (SHAPE, torch.bfloat16, {"rows": "flat", "entropy": True, "temperature": 0.7}),
+        # Rows that no descriptor takes as they are.
+        ((37, 70, 203), torch.bfloat16, {}),
+        # One row, one column, one step; fewer steps than the lead.
+        ((1, 8, 1), torch.bfloat16, {}),
+        ((33, 16, 65), torch.bfloat16, {"bias": True}),
+        ((16, 64, 64), torch.bfloat16, {"entropy": True}),
+    ],
+)
+def test_it_passes_the_gate(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    multiprocessors: int,
+    simulated: None,
+) -> None:
+    given = problem(shape, dtype, **options)
+    check_forward(given, forward(given, Simulator(0, multiprocessors=multiprocessors)))
+
+
+def test_blocks_of_the_size_that_is_launched(simulated: None) -> None:
+    given = problem((150, 136, 1100), torch.bfloat16, entropy=True)
+    check_forward(given, forward(given, Simulator(0), blocks.WARP_SPECIALIZED))
+
+
+def test_what_the_backward_needs_is_kept(simulated: None) -> None:
+    given = problem(SHAPE, torch.bfloat16, bias=True, temperature=0.7)
+    state = forward(given, Simulator(0), cached=True)
+    check_forward(given, state)
+    products = given["hidden"].double() @ given["weight"].double().T
+    torch.testing.assert_close(state.cached.view(products.shape), products.float())
+    logits = ((products + given["bias"]) / 0.7).split(SMALL.columns, 1)
+    largest = torch.stack([part.amax(1) for part in logits], 1)
+    assert state.block_max is not None
+    torch.testing.assert_close(state.block_max, largest.float())
+
+
+def test_columns_of_probability_zero(simulated: None) -> None:
+    given = problem(SHAPE, torch.bfloat16, bias=True, entropy=True)
+    bias = given["bias"].clone()
+    # The whole first part, and all but one column of a block.
+    bias[: 2 * SMALL.columns] = -torch.inf
+    bias[3 * SMALL.columns + 1 : 4 * SMALL.columns] = -torch.inf
+    target = given["target"] % SMALL.columns + 4 * SMALL.columns
+    given = given.but(bias=bias, target=target)
+    truth = given.truth()
+    found = results(forward(given, Simulator(0)))
+    for name, value in found.items():
+        torch.testing.assert_close(value, truth[name].float(), rtol=1e-5, atol=1e-5)
+
+
+DEADLOCKS = {
+    "the first round is waited for": ("(step // STAGES + 1) % 2", "step // STAGES % 2"),
+    "a block's last stage is not given away": (
+        "mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES))",
+        "pass",
+    ),
+    "fewer bytes are expected than land": (
+        "hidden.block_type.nbytes + weight.block_type.nbytes",
+        "weight.block_type.nbytes",
+    ),
+    "the second consumer is not started": ("mbarrier.arrive(start)", "pass"),
+    "the lead is longer than the ring": ("== min(LEAD, steps) - 1", "== STAGES"),
+}
+RACES = {
+    "a stage is filled before it is empty": (
+        "mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)",
+        "pass",
+    ),
+    "a stage is read before it is full": (
+        "mbarrier.wait(full.index(stage), (step + k) // STAGES % 2)",
+        "pass",
+    ),
+    "one consumer empties a stage": ("empty.index(stage), count=2", "empty.index(stage), count=1"),
+    "a stage is given away with its products under way": (
+        "sums = warpgroup_mma_wait(1, deps=[sums])",
+        "pass",
+    ),
+    "a stage is given away a step early": (
+        "(step + k + STAGES - 1) % STAGES), pred=k > 0",
+        "stage), pred=k + 1 < steps",
+    ),
+    "the phase of the next round is waited for": (
+        "(step + k) // STAGES % 2",
+        "((step + k) // STAGES + 1) % 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", DEADLOCKS)
+def test_a_wrong_order_that_hangs_is_found(wrong: str, simulated: None) -> None:
+    given = problem(SHAPE, torch.bfloat16)
+    for seed in range(3):
+        with pytest.raises(DeadlockError):
+            forward(given, Simulator(seed, DEADLOCKS[wrong]))
+
+
+def test_a_lead_of_more_steps_than_there_are_hangs(simulated: None) -> None:
+    """Which is why it is cut short."""
+    given = problem((16, 16, 32), torch.bfloat16)
+    with pytest.raises(DeadlockError):
+        forward(given, Simulator(0, ("min(LEAD, steps) - 1", "LEAD - 1")))
+
+
+@pytest.mark.parametrize("wrong", RACES)
+def test_a_wrong_order_that_gives_wrong_results_is_found(wrong: str, simulated: None) -> None:
+    """By some of the seeds, as an AssertionError of the gate or of a barrier."""
+    given = problem(SHAPE, torch.bfloat16)
+
+    def is_found(seed: int) -> bool:
+        try:
+            check_forward(given, forward(given, Simulator(seed, RACES[wrong])))
+        except (AssertionError, DeadlockError):
+            return True
+        return False
+
+    assert any(map(is_found, range(12)))
+
+
+def _no_hopper() -> bool:
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(_no_hopper(), reason="for sm_90 alone")
+@pytest.mark.timeout(60, method="thread")  # a deadlock on a GPU ends no call
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [sample for sample in OP.samples if sample[1] != torch.float32],
+    ids=str,
+)
+def test_it_passes_the_gate_on_a_gpu(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blocks, "config", lambda *_: blocks.WARP_SPECIALIZED)
+    given = OP.problem(shape, dtype, **options).on("triton")
+    first = check(given, "triton")
+    for _ in range(20):
+        assert_same(given.solve("triton"), first)
+    for memory_budget in (0, 2**30):
+        assert_same(given.solve("triton", memory_budget=memory_budget), first)
