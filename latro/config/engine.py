@@ -73,12 +73,14 @@ class EngineArguments:
         if self.vllm_max_model_length is not None:
             at_least("vllm_max_model_length", self.vllm_max_model_length, 1)
         served = self.rollout_engine == "vllm"
-        if not served and (self.vllm_mode == "colocate" or self.vllm_sync == "nccl"):
-            name = "vllm_mode" if self.vllm_mode == "colocate" else "vllm_sync"
-            raise ValueError(
-                f"{name}: expected rollout_engine='vllm' with {getattr(self, name)}, got "
-                f"{self.rollout_engine!r}"
-            )
+        for field in fields(self):
+            value = getattr(self, field.name)
+            of_vllm = field.name in ("vllm_mode", *_OF_A_SERVER) and value != field.default
+            if of_vllm and not served:
+                raise ValueError(
+                    f"{field.name}: expected rollout_engine='vllm' with {value}, got "
+                    f"{self.rollout_engine!r}"
+                )
         self._check_mode()
         if self.vllm_sync == "nccl":
             self._check_nccl()

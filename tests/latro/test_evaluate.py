@@ -67,11 +67,11 @@ def test_started_again_it_goes_on_from_its_lines(output, monkeypatch):
 
 
 def test_a_vllm_server_gives_the_same_evaluation(output, tmp_path, fake, small_tokenizer):
-    argv = [*FEW, "--batch_size", "2", "--majority", "2"]
-    here = evaluate([*argv, "--output", str(tmp_path / "here.json")])
+    own = [*FEW, "--batch_size", "2", "--majority", "2"]
+    here = evaluate([*own, "--output", str(tmp_path / "here.json")])
     fake.tokenizer = small_tokenizer
     sample_for_real(fake, [seed_of(42, index) for index in range(5)])
-    argv += ["--rollout_engine", "vllm", "--vllm_url", fake.url, "--output", str(output)]
+    argv = [*own, "--rollout_engine", "vllm", "--vllm_url", fake.url, "--output", str(output)]
     served = evaluate(argv)
     assert served["metrics"] == pytest.approx(here["metrics"], rel=1e-5)
     lines = output.with_suffix(".jsonl")
@@ -95,7 +95,7 @@ def test_a_vllm_server_gives_the_same_evaluation(output, tmp_path, fake, small_t
     assert lines.read_bytes() == kept
     assert len(fake.of("/v1/completions")) == 2 * 3
     with pytest.raises(ValueError, match=r"settings\.rollout_engine 'vllm' there, 'transformers'"):
-        evaluate([*argv, "--rollout_engine", "transformers"])
+        evaluate([*own, "--output", str(output)])
 
 
 def test_a_server_without_the_model_s_tokenizer_is_refused(output, fake):

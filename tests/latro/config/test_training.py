@@ -382,6 +382,7 @@ activation_checkpointing: true
 use_peft: true
 lora_r: 8
 rollout_engine: vllm
+vllm_url: http://h:1
 importance_cap: 2
 """
 
@@ -418,7 +419,10 @@ importance_cap: 2
         ("--gradient_checkpointing false", {"activation_checkpointing": False}),
         ("--use_peft false", {"use_peft": False, "lora_r": 16}),
         ("--use_peft true", {"lora_r": 8}),
-        ("--rollout_engine transformers", {"importance_cap": None}),
+        (
+            "--rollout_engine transformers",
+            {"importance_cap": None, "vllm_url": "http://127.0.0.1:8000"},
+        ),
         (
             "--rollout_engine transformers --rollout_dtype auto --importance_cap 2",
             {"rollout_dtype": "auto", "importance_cap": 2.0},
@@ -443,6 +447,7 @@ def test_the_command_line_beats_what_would_overrule_it_in_a_file(tmp_path, given
         ("grader: exact", "--dataset_name data.jsonl", {"grader": "exact"}),
         ("model_revision: v2", "--model_name_or_path m", {"model_revision": "v2"}),
         ("importance_cap: 2", "--rollout_engine vllm", {"importance_cap": 2.0}),
+        ("vllm_url: http://h:1", "--rollout_engine vllm", {"vllm_url": "http://h:1"}),
         ("optim_args: rank=1", "--optim sgd", {"optim_args": "rank=1"}),
         (
             "lr_scheduler_kwargs: {min_lr: 1e-7}",
@@ -460,6 +465,14 @@ def test_a_file_may_leave_it_to_the_command_line_what_its_settings_are_for(
     parsed = parse_arguments(CLASSES_OF_A_RUN, argv, prog="latro")
     values = {name: value for part in parsed for name, value in vars(part).items()}
     assert {name: values[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["vllm_url", "vllm_weights_dir"])
+def test_a_server_s_settings_are_refused_without_it(tmp_path, name):
+    settings = {"output_dir": str(tmp_path), name: "http://h:1"}
+    with pytest.raises(ValueError, match=rf"^{name}: expected rollout_engine='vllm' with http"):
+        LatroConfig(**settings)
+    assert getattr(LatroConfig(**settings, rollout_engine="vllm"), name) == "http://h:1"
 
 
 @pytest.mark.parametrize("name", ["constant", "reduce_lr_on_plateau", "greedy"])
