@@ -191,7 +191,8 @@ def grad_kernel(
             dz = tl.where(p == 0.0, 0.0, grad_kl * p * (((zp - zq) - at_anchor) - mean))
         # From the logits to the products that they were made of.
         if HAS_SOFTCAP_Q if OF_Q else HAS_SOFTCAP_P:
-            tanh = (zq if OF_Q else zp) * temperature / softcap
+            # Divided first: a division for each logit would take more registers than there are.
+            tanh = (zq if OF_Q else zp) * (temperature / softcap)
             dz *= 1.0 - tanh * tanh
         tl.store(dz_ptr + row * columns + j, dz / temperature, mask=mask)
 
