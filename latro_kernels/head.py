@@ -63,6 +63,17 @@ def cast(
     return hidden, weight, bias
 
 
+def reference_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None = None
+) -> Tensor:
+    """Return logits [..., V], not yet divided by a temperature, in fp32, or fp64 for fp64."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    z = hidden.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        z = z + bias.to(dtype)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
 def absent(like: Tensor) -> Tensor:
     """Return what stands for an output that was not asked for: an op returns no None."""
     return like.new_empty(0, dtype=torch.float32)

@@ -32,7 +32,7 @@ from torch.nn.functional import kl_div
 
 from latro_kernels.checks import check_choice, check_number
 from latro_kernels.linear_jsd import ops
-from latro_kernels.linear_kl.arguments import checked, scales_of_heads, settings_of_heads
+from latro_kernels.linear_kl.arguments import checked, reference_log_softmax, settings_of_heads
 
 BACKENDS = ("auto", "reference")
 Settings = tuple[float, float, float, float, float]
@@ -52,25 +52,9 @@ def reference(
     softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
     """Return JSD [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
-    dtype = torch.promote_types(hidden_p.dtype, torch.float32)
-
-    def log_softmax(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-    ) -> Tensor:
-        z = hidden.to(dtype) @ weight.to(dtype).t()
-        if bias is not None:
-            z = z + bias.to(dtype)
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        return torch.log_softmax(z / temperature, dim=-1)
-
-    scales_p, scales_q = scales_of_heads(temperature, softcap)
-    log_p = log_softmax(hidden_p, weight_p, bias_p, *scales_p)
-    log_q = log_softmax(hidden_q, weight_q, bias_q, *scales_q)
+    log_p, log_q = reference_log_softmax(
+        (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), temperature, softcap
+    )
     # Where both are 0 the mixture's logarithm has a gradient of NaN, which nothing multiplies away.
     neither = (log_p == -torch.inf) & (log_q == -torch.inf)
     part = log_p.new_tensor(beta)

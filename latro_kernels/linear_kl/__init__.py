@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels.linear_kl import ops
-from latro_kernels.linear_kl.arguments import checked, scales_of_heads, settings_of_heads
+from latro_kernels.linear_kl.arguments import checked, reference_log_softmax, settings_of_heads
 
 
 def reference(
@@ -58,25 +58,9 @@ def reference(
     softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
     """Return KL [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
-    dtype = torch.promote_types(hidden_p.dtype, torch.float32)
-
-    def log_softmax(
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        temperature: float,
-        softcap: float | None,
-    ) -> Tensor:
-        z = hidden.to(dtype) @ weight.to(dtype).t()
-        if bias is not None:
-            z = z + bias.to(dtype)
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        return torch.log_softmax(z / temperature, dim=-1)
-
-    of_p, of_q = scales_of_heads(temperature, softcap)
-    log_p = log_softmax(hidden_p, weight_p, bias_p, *of_p)
-    log_q = log_softmax(hidden_q, weight_q, bias_q, *of_q)
+    log_p, log_q = reference_log_softmax(
+        (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), temperature, softcap
+    )
     p = log_p.exp()
     # Where p is 0 the difference may be -inf or NaN, and the limit of the product is 0.
     return (p * torch.where(p == 0, 0, log_p - log_q)).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
@@ -14,7 +15,7 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.head import autocast_dtype
+from latro_kernels.head import autocast_dtype, reference_logits
 
 
 def checked(
@@ -58,6 +59,19 @@ def scales_of_heads(temperature: Any, softcap: Any) -> list[tuple[Any, Any]]:
             )
         pairs.append(pair)
     return list(zip(*pairs, strict=True))
+
+
+def reference_log_softmax(
+    p: tuple[Tensor, Tensor, Tensor | None],
+    q: tuple[Tensor, Tensor, Tensor | None],
+    temperature: Any,
+    softcap: Any,
+) -> list[Tensor]:
+    """Return log p and log q [N, V] of hidden, weight and bias of each, by plain PyTorch."""
+    return [
+        torch.log_softmax(reference_logits(*head, of_head[1]) / of_head[0], dim=-1)
+        for head, of_head in zip((p, q), scales_of_heads(temperature, softcap), strict=True)
+    ]
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:

@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import check_target_values
-from latro_kernels.head import cast
+from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_logprob import ops, vocab_parallel
 from latro_kernels.linear_logprob.options import Options, check, check_options, options_for
 from latro_kernels.row_statistics import (
@@ -81,11 +81,7 @@ def reference(
             softcap,
         )
         return without_ignored(found, ignored)
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    a = hidden.to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        a = a + bias.to(dtype)
-    return of_logits(a, target, temperature, softcap)
+    return of_logits(reference_logits(hidden, weight, bias), target, temperature, softcap)
 
 
 class _LinearLogprob(torch.autograd.Function):

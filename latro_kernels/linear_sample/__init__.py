@@ -43,7 +43,7 @@ from latro_kernels.checks import (
     check_type,
     check_vector,
 )
-from latro_kernels.head import cast
+from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_logprob import vocab_parallel
 from latro_kernels.linear_sample import noise, ops
 
@@ -72,16 +72,10 @@ def reference(
     softcap: float | None = None,
 ) -> LinearSample:
     """Return tokens, logp and entropy by plain PyTorch, in fp32 or fp64, without any checks."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        z = z + bias.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    score = z
+    z = score = reference_logits(hidden, weight, bias, softcap)
     if temperature > 0:
         z = z / temperature
-        score = z + noise.gumbel(noise.words(seed, position, len(weight)), dtype)
+        score = z + noise.gumbel(noise.words(seed, position, len(weight)), z.dtype)
     log_p = torch.log_softmax(z, dim=-1)
     # The first of several maxima. Where there is no distribution, log-probs are NaN.
     token = score.argmax(-1).masked_fill(log_p.isnan().any(-1), 0)

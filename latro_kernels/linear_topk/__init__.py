@@ -37,7 +37,7 @@ from latro_kernels.checks import (
     check_scales,
     check_type,
 )
-from latro_kernels.head import cast
+from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_topk import ops
 from latro_kernels.linear_topk.ops import NO_TOKEN, check_token_values
 
@@ -53,12 +53,7 @@ def reference(
     softcap: float | None = None,
 ) -> Tensor:
     """Return log-probs [..., k + 1] by plain PyTorch, in fp32 or fp64, without any checks."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    z = hidden.to(dtype) @ weight.to(dtype).t()
-    if bias is not None:
-        z = z + bias.to(dtype)
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    z = reference_logits(hidden, weight, bias, softcap)
     log_p = torch.log_softmax(z / temperature, dim=-1)
     absent = token == NO_TOKEN
     # One more column takes what is scattered for no token.
