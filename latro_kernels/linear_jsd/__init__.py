@@ -32,7 +32,8 @@ from torch.nn.functional import kl_div
 
 from latro_kernels.checks import check_choice, check_number
 from latro_kernels.linear_jsd import ops
-from latro_kernels.linear_kl.arguments import checked, reference_log_softmax, settings_of_heads
+from latro_kernels.linear_kl import two_heads
+from latro_kernels.linear_kl.two_heads import checked, reference_log_softmax, settings_of_heads
 
 BACKENDS = ("auto", "reference")
 Settings = tuple[float, float, float, float, float]
@@ -83,20 +84,7 @@ class _LinearJsd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_jsd: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let a gradient penalty go by with a gradient of zero.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_jsd has no double backward; use backend='reference' for create_graph"
-            )
-        heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        wanted: list[Tensor | None] = []
-        # The inputs are the settings, then hidden, weight and bias of p and those of q.
-        for of_q, needs in ((False, ctx.needs_input_grad[1:4]), (True, ctx.needs_input_grad[4:])):
-            gradients = (None,) * 3
-            if any(needs):
-                gradients = ops.backward(*heads, *ctx.settings, *rows, grad_jsd, of_q, needs)
-            wanted += (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return None, *wanted
+        return two_heads.backward("linear_jsd", ops.backward, ctx, grad_jsd)
 
 
 def linear_jsd(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from latro_kernels.head import Head, absent
 from latro_kernels.head_gradient import Gradient, Tile, operand_dtype, row_blocks, slices, sweep
+from latro_kernels.linear_kl.two_heads import empty_gradients
 from latro_kernels.logit_tiles import fold, logits, shape
 
 _HEADS = (
@@ -98,15 +99,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(absent(own.hidden) if g is None else g for g in gradients)
 
 
-@torch.library.register_fake("latro_kernels::linear_jsd_backward")
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *_, of_q, needs = arguments
-    hidden, weight = arguments[3:5] if of_q else arguments[:2]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        hidden.new_empty(shape) if needed else absent(hidden)
-        for shape, needed in zip(shapes, needs, strict=True)
-    )
+torch.library.register_fake("latro_kernels::linear_jsd_backward")(empty_gradients)
 
 
 def _heads(*arguments: Any) -> tuple[Head, Head]:

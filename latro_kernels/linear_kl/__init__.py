@@ -43,8 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latro_kernels.linear_kl import ops
-from latro_kernels.linear_kl.arguments import checked, reference_log_softmax, settings_of_heads
+from latro_kernels.linear_kl import ops, two_heads
+from latro_kernels.linear_kl.two_heads import checked, reference_log_softmax, settings_of_heads
 
 
 def reference(
@@ -80,20 +80,7 @@ class _LinearKl(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable would let a gradient penalty go by with a gradient of zero.
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_kl has no double backward; use backend='reference' for create_graph"
-            )
-        heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        wanted: list[Tensor | None] = []
-        # The inputs are the settings, then hidden, weight and bias of p and those of q.
-        for of_q, needs in ((False, ctx.needs_input_grad[1:4]), (True, ctx.needs_input_grad[4:])):
-            gradients = (None,) * 3
-            if any(needs):
-                gradients = ops.backward(*heads, *ctx.settings, *rows, grad_kl, of_q, needs)
-            wanted += (g if needed else None for g, needed in zip(gradients, needs, strict=True))
-        return None, *wanted
+        return two_heads.backward("linear_kl", ops.backward, ctx, grad_kl)
 
 
 def linear_kl(

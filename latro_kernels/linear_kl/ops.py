@@ -15,6 +15,7 @@ from latro_kernels.dispatch import resolve
 from latro_kernels.head import Head, absent
 from latro_kernels.linear_kl import cpu, tiles
 from latro_kernels.linear_kl.state import KlGrad, empty_results
+from latro_kernels.linear_kl.two_heads import empty_gradients
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
@@ -52,15 +53,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(absent(p.hidden) if g is None else g for g in gradients)
 
 
-@torch.library.register_fake("latro_kernels::linear_kl_backward")
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    *_, of_q, needs = arguments
-    hidden, weight = arguments[3:5] if of_q else arguments[:2]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        hidden.new_empty(shape) if needed else absent(hidden)
-        for shape, needed in zip(shapes, needs, strict=True)
-    )
+torch.library.register_fake("latro_kernels::linear_kl_backward")(empty_gradients)
 
 
 def _heads(*arguments: Any) -> tuple[Head, Head]:

@@ -1,7 +1,8 @@
-"""The arguments of ops of two heads: what is wrong with them, and what they are together."""
+"""What ops of two heads share: checks of their arguments, the reference, the backward."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.head import autocast_dtype, reference_logits
+from latro_kernels.head import absent, autocast_dtype, reference_logits
 
 
 def checked(
@@ -72,6 +73,48 @@ def reference_log_softmax(
         torch.log_softmax(reference_logits(*head, of_head[1]) / of_head[0], dim=-1)
         for head, of_head in zip((p, q), scales_of_heads(temperature, softcap), strict=True)
     ]
+
+
+def backward(
+    name: str, op: Callable[..., Sequence[Tensor]], ctx: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return what an autograd function's `backward` does, of the settings and of both heads.
+
+    Args:
+        name: the name of the op, for a message.
+        op: the raw op of the backward.
+        ctx: has saved hidden, weight and bias of p and of q, and what the forward found of rows;
+            and has `settings`, all else that the raw op of the forward took.
+        grad: [N], the upstream gradient.
+
+    Raises:
+        RuntimeError: a gradient of the gradients is asked for.
+    """
+    # once_differentiable would let a gradient penalty go by with a gradient of zero.
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} has no double backward; use backend='reference' for create_graph"
+        )
+    heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    wanted: list[Tensor | None] = []
+    # The inputs are the settings, then hidden, weight and bias of p and those of q.
+    for of_q, needs in ((False, ctx.needs_input_grad[1:4]), (True, ctx.needs_input_grad[4:])):
+        gradients: Sequence[Tensor | None] = (None,) * 3
+        if any(needs):
+            gradients = op(*heads, *ctx.settings, *rows, grad, of_q, needs)
+        wanted += (g if needed else None for g, needed in zip(gradients, needs, strict=True))
+    return None, *wanted
+
+
+def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return room for the gradients of one head, given the arguments of a raw backward op."""
+    *_, of_q, needs = arguments
+    hidden, weight = arguments[3:5] if of_q else arguments[:2]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(
+        hidden.new_empty(shape) if needed else absent(hidden)
+        for shape, needed in zip(shapes, needs, strict=True)
+    )
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:
