@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from latro import LatroTrainer
+from latro import LatroConfig, LatroTrainer
 from latro.engines.ahead import ROLLOUTS_FILE, Lookahead
 from latro.engines.transformers import seed_of
 from latro.train import train
@@ -29,6 +29,8 @@ SEED = 42
 UPDATES, PLACES = 16, 4
 LONGEST = 8
 """Tokens of a rationale, at most, in these tests."""
+NO_SERVER = LatroConfig.vllm_url
+"""The address that settings have where nobody named one."""
 
 
 class Server:
@@ -316,7 +318,7 @@ def test_an_interrupted_run_leaves_no_request_behind(make: Any, server: Server) 
         ({"async_rollouts": 2}, "async_rollouts: expected 0 or 1, got 2"),
         ({"async_rollouts": -1}, "async_rollouts: expected 0 or 1, got -1"),
         (
-            {"rollout_engine": "transformers", "importance_cap": None},
+            {"rollout_engine": "transformers", "vllm_url": NO_SERVER, "importance_cap": None},
             "async_rollouts: expected rollout_engine='vllm' and .*; got 'transformers' and",
         ),
         ({"importance_cap": None}, "async_rollouts: expected importance_cap with 1, .*; got none"),
