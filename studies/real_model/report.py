@@ -24,7 +24,6 @@ from studies.real_model.study import (
     MODEL,
     TARGETS,
     TRAINED_BY_LATRO,
-    TRIAL_TASK,
 )
 from studies.records import Record, Study
 from studies.report import commands_section, discussion, effort, write_sections
@@ -221,15 +220,15 @@ def _draw(records: Sequence[Record], path: Path) -> None:
 
 def _trials_section(study: Study) -> str:
     header = (
-        *("method", "changed", "greedy", _MAJ, "log π(y∣x⊕z), z greedy", "gain"),
+        *("task", "method", "changed", "greedy", _MAJ, "log π(y∣x⊕z), z greedy", "gain"),
         *("rationale, tokens", "unfinished", "KL, last updates"),
     )
     rows = [_trial(record) for record in study.part("trial")]
     return f"""## Trials
 
-{paragraphs(f"LaTRO and SFT on {TRIAL_TASK}, validation problems, one seed.")}
+{paragraphs("One setting changed each; validation problems, one seed.")}
 
-{table(header, rows, left=2)}"""
+{table(header, rows, left=3)}"""
 
 
 def _trial(record: Record) -> tuple[str, ...]:
@@ -239,6 +238,7 @@ def _trial(record: Record) -> tuple[str, ...]:
     what = listed(f"{name} = {value}" for name, value in changed.items())
     kl = record["training"].get("kl")
     return (
+        record["task"],
         METHODS[record["method"]],
         f"{what} (as in main cells)" if usual else what,
         f"{metrics['accuracy_greedy']:.1%}",

@@ -58,7 +58,8 @@ SFT = MappingProxyType({"per_device_train_batch_size": 32, "learning_rate": 1e-5
 WARM_START = MappingProxyType({**SFT, "max_steps": 20})
 """The SFT on worked rationales before LaTRO: long enough for the form."""
 
-TRIAL_TASK = "arithmetic"
+TRIAL_TASKS = ("arithmetic", "arc_challenge")
+"""A task whose rationales run into the limit, and one whose rationales end and do harm."""
 TRIALS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "learning_rate": (1e-6, 3e-6, 1e-5),
@@ -114,21 +115,28 @@ def cells(scale: Scale) -> list[Cell]:
     for seed in scale.seeds:
         for task in LIMITS:
             for method in METHODS:
-                if task != "arc_challenge" or method not in WORKED:
+                if _has(task, method):
                     name = f"main-{task}-{method}-{seed}"
                     start = Cell(name, "main", MODEL, task, method, seed, base=base)
                     everything.append(_with_commands(start, scale))
-    for method, setting, value in _trials():
-        name = f"trial-{method}-{setting}={value}-{scale.seeds[0]}"
-        start = Cell(name, "trial", MODEL, TRIAL_TASK, method, scale.seeds[0], base=base)
-        everything.append(_with_commands(start, scale, {setting: value}))
+    seed = scale.seeds[0]
+    for task in TRIAL_TASKS:
+        for method, setting, value in (t for t in _trials() if _has(task, t[0])):
+            name = f"trial-{task}-{method}-{setting}={value}-{seed}"
+            start = Cell(name, "trial", MODEL, task, method, seed, base=base)
+            everything.append(_with_commands(start, scale, {setting: value}))
     return everything
+
+
+def _has(task: str, method: str) -> bool:
+    """Whether the task has what the method learns from."""
+    return task != "arc_challenge" or method not in WORKED
 
 
 def _trials() -> Iterator[tuple[str, str, Any]]:
     for setting, values in TRIALS.items():
         for value in values:
-            # The main cell of this task was evaluated on test problems; so its settings are run
+            # The main cell of a task was evaluated on test problems; so its settings are run
             # once more, as the trial of the first setting.
             if value != LATRO[setting] or setting == next(iter(TRIALS)):
                 yield "latro", setting, value

@@ -75,10 +75,16 @@ def test_seeds_and_tasks_are_not_compared_with_each_other(record, tmp_path):
 
 def test_trials_name_the_main_setting(record, tmp_path):
     values = [-1.0, -2.0]
-    names = ["trial-latro-learning_rate=3e-06-1", "trial-latro-beta=0.0-1", f"{MAIN}-base-1"]
+    names = [
+        "trial-arithmetic-latro-learning_rate=3e-06-1",
+        "trial-arithmetic-latro-beta=0.0-1",
+        f"{MAIN}-base-1",
+    ]
     text = write([record(name, values, values) for name in names], tmp_path)
-    assert line(text, "LaTRO", "learning_rate = 3e-06 (as in main cells)").endswith("| 1.25 |")
-    assert line(text, "LaTRO", "beta = 0.0")
+    assert line(text, "arithmetic", "LaTRO", "learning_rate = 3e-06 (as in main cells)").endswith(
+        "| 1.25 |"
+    )
+    assert line(text, "arithmetic", "LaTRO", "beta = 0.0")
     assert "training.png" not in text
 
 
@@ -89,7 +95,7 @@ def test_the_discussion_beside_the_report_is_in_it(record, tmp_path):
 
 
 def test_there_is_no_report_without_a_main_cell(record, tmp_path):
-    trial = record("trial-latro-beta=0.0-1", [-1.0, -2.0], [-1.0, -2.0])
+    trial = record("trial-arithmetic-latro-beta=0.0-1", [-1.0, -2.0], [-1.0, -2.0])
     with pytest.raises(ValueError, match="expected a finished main cell"):
         write([trial], tmp_path)
     assert not (tmp_path / "README.md").exists()
