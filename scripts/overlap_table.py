@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-from scripts.readme_tables import ROOT, fill, markdown, rewrite
+from scripts.tables import ROOT, fill, markdown, rewrite
 
 PAGE = ROOT / "docs" / "many-devices.md"
 UPDATES, EPOCHS, RATIONALES, LIMIT = 100, 20, 48, 500

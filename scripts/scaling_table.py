@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from scripts.readme_tables import ROOT, fill, markdown, rewrite
 from scripts.scaling_sizes import (
     BF16,
     BUDGET,
@@ -30,6 +29,7 @@ from scripts.scaling_sizes import (
     Qlora,
     Work,
 )
+from scripts.tables import ROOT, fill, markdown, rewrite
 
 PAGE = ROOT / "docs" / "scaling.md"
 

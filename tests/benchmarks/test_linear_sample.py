@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import linear_sample
 from benchmarks.linear_sample import Case, Inputs, providers
-from scripts.readme_tables import sample
+from scripts.kernel_tables import sample
 
 CPU = torch.device("cpu")
 CASE = Case(N=4, H=32, V=200, dtype="bf16")

@@ -9,7 +9,7 @@ pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
 from benchmarks import trl_step
 from benchmarks.updates.problem import QUICK
 from latro_kernels.integrations.trl import LinearLogprob
-from scripts.readme_tables import trl_step as table
+from scripts.training_tables import trl_step as table
 
 # TRL uses the old name of a setting that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")

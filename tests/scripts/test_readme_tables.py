@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from scripts.readme_tables import PAGES, ROOT, TABLES, main, markdown, render
+from scripts.readme_tables import PAGES, TABLES, main, render
+from scripts.tables import ROOT, markdown
 
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 

@@ -23,9 +23,9 @@ from latro.model.packing import Size, plan
 from latro.rollout.sequences import Rollout
 from latro.tasks import get_task
 from scripts import scaling_table
-from scripts.readme_tables import ROOT
 from scripts.scaling_sizes import LLAMA_1B, LLAMA_8B, LLAMA_70B, Model, Qlora, Work
 from scripts.scaling_table import main, render
+from scripts.tables import ROOT
 
 TINY = Model("tiny", 32, 80, 2, heads=4, kv_heads=2, head_dim=8, vocab=120)
 WORK = Work(G=3, K=4, P=11, R=7, L=7, A=5)
