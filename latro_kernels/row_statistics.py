@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowStatistics:
-    """What `linear_logprob` and `gather_logprob` return where `statistics` are asked for.
+    """What `linear_logprob` and `gather_logprob` return where `statistics` are given.
 
     Each is of the shape of target; None where it was not asked for, and 0 or False where the target
     is ignored.
@@ -67,6 +67,8 @@ def check_statistics(statistics: object, return_entropy: object) -> frozenset[st
     """Return the names that are asked for in either way; raise for what is none."""
     if not isinstance(return_entropy, bool):
         raise TypeError(f"return_entropy: expected a bool, got {type(return_entropy).__name__}")
+    if statistics is None:
+        return frozenset({"entropy"} if return_entropy else ())
     if isinstance(statistics, str) or not isinstance(statistics, Collection):
         raise TypeError(
             f"statistics: expected a collection of names, such as {NAMES[:1]}, got {statistics!r}"
@@ -76,21 +78,23 @@ def check_statistics(statistics: object, return_entropy: object) -> frozenset[st
             raise ValueError(
                 f"statistics: expected names among {', '.join(map(repr, NAMES))}, got {name!r}"
             )
-    if statistics and return_entropy:
+    if return_entropy:
         raise ValueError(
             "return_entropy: expected False with statistics, among which 'entropy' is, got True"
         )
-    return frozenset(statistics) | (frozenset({"entropy"}) if return_entropy else frozenset())
+    return frozenset(statistics)
 
 
-def returned(found: RowStatistics, asked: frozenset[str], return_entropy: bool) -> Returned:
+def returned(
+    found: RowStatistics, statistics: Collection[str] | None, return_entropy: bool
+) -> Returned:
     """Return what a caller gets that has asked for these statistics."""
     if return_entropy:
         assert found.entropy is not None
         return found.logp, found.entropy
-    if not asked:
+    if statistics is None:
         return found.logp
-    unasked: dict[str, Any] = {name: None for name in NAMES if name not in asked}
+    unasked: dict[str, Any] = {name: None for name in NAMES if name not in statistics}
     return replace(found, **unasked)
 
 

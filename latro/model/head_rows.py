@@ -176,7 +176,7 @@ def _head_forward() -> Callable[..., Any]:
             **head_rows.form.kernel_settings(head_rows.temperature),
             "backend": head_rows.backend,
         }
-        both = linear_logprob(
+        logp, entropy = linear_logprob(
             hidden,
             weight,
             head_rows.batch.target,
@@ -185,8 +185,6 @@ def _head_forward() -> Callable[..., Any]:
             memory_budget=HEAD_BUDGET,
             **settings,
         )
-        assert isinstance(both, tuple)
-        logp, entropy = both
         if reference is None:
             return logp, entropy.detach()
         row_kl = linear_kl(

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ from latro_kernels.row_statistics import (
     upstream,
     without_ignored,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def reference(
@@ -133,6 +136,60 @@ class _GatherLogprob(torch.autograd.Function):
         return ops.backward(*arguments), None, None, None, None, None
 
 
+class _Settings(TypedDict, total=False):
+    """The keyword arguments of `gather_logprob` on which the type of its result does not depend."""
+
+    temperature: float
+    softcap: float | None
+    ignore_index: int | None
+    inplace_backward: bool
+    backend: str
+
+
+@overload
+def gather_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> Tensor: ...
+
+
+@overload
+def gather_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def gather_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    statistics: Collection[str],
+    **settings: Unpack[_Settings],
+) -> RowStatistics: ...
+
+
+@overload
+def gather_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: bool,
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def gather_logprob(
     logits: Tensor,
     target: Tensor,
@@ -143,7 +200,7 @@ def gather_logprob(
     return_entropy: bool = False,
     inplace_backward: bool = False,
     backend: str = "auto",
-    statistics: Collection[str] = (),
+    statistics: Collection[str] | None = None,
 ) -> Returned:
     """Return the log-probability of `target` under `logits`, differentiable.
 
@@ -175,7 +232,7 @@ def gather_logprob(
         backend: "auto", "reference" (plain PyTorch, keeps all log-probs), "cpu", "triton" or
             "cuda".
         statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
-            "is_top1", which `RowStatistics` describes; none: logp alone.
+            "is_top1", which `RowStatistics` describes. None: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
@@ -198,7 +255,7 @@ def gather_logprob(
     if backend == "reference":
         check_target_values(target, logits.shape[-1], ignore_index)
         found = reference(logits, target, temperature, softcap, ignore_index)
-        return returned(found, asked, return_entropy)
+        return returned(found, statistics, return_entropy)
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     flat = target.flatten()
@@ -206,7 +263,7 @@ def gather_logprob(
     settings = (float(temperature), float(softcap or 0.0), backend)
     of_rows = _GatherLogprob.apply(rows, flat, kept, settings, asked, inplace_backward)
     found = changed(RowStatistics(*of_rows), lambda statistic: statistic.view(target.shape))
-    return returned(found, asked, return_entropy)
+    return returned(found, statistics, return_entropy)
 
 
 def _check(

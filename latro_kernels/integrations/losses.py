@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from latro_kernels.gather_logprob import gather_logprob
 from latro_kernels.linear_logprob import linear_logprob
-from latro_kernels.row_statistics import RowStatistics
 
 
 def linear_cross_entropy(
@@ -62,7 +61,6 @@ def linear_cross_entropy(
     # Where each target is predicted; the last places predict none.
     following = nn.functional.pad(targets, (0, shift), value=ignore_index)[..., shift:]
     logp = linear_logprob(e, c, following, bias=bias, softcap=softcap, ignore_index=ignore_index)
-    assert isinstance(logp, Tensor)
     if reduction == "none":
         # The zeros of the last places become those of the first, which nothing predicts.
         return -logp.roll(shift, -1)
@@ -96,7 +94,6 @@ def liger_fused_linear_cross_entropy(
         ignore_index=ignore_index,
         statistics=("log_sum_exp",),
     )
-    assert isinstance(found, RowStatistics)
     assert found.log_sum_exp is not None
     loss = -found.logp
     if lse_square_scale != 0:
@@ -183,7 +180,6 @@ def selective_log_softmax(
         ignore_index=ignore_index,
         backend=_backend(logits),
     )
-    assert isinstance(logp, Tensor)
     if columns.shape[-1] > 1:
         # log p_k − log p_j = z_k − z_j, in which the sum of exponentials is not needed again.
         z = z.to(logp.dtype) / temperature
@@ -205,7 +201,6 @@ def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """
     target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     found = gather_logprob(logits, target, statistics=("entropy",), backend=_backend(logits))
-    assert isinstance(found, RowStatistics)
     assert found.entropy is not None
     return found.entropy
 

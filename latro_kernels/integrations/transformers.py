@@ -220,7 +220,6 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:
         return_entropy=asked.return_entropy,
         **fused.form.kernel_settings(asked.temperature),
     )
-    assert isinstance(scores, (Tensor, tuple))
     asked.logp, asked.entropy = scores if isinstance(scores, tuple) else (scores, None)
     # No view: what comes behind the head may work in place.
     return asked.logp[..., None][..., :0].clone()

@@ -25,7 +25,6 @@ from torch import Tensor
 from latro_kernels.head import autocast_dtype
 from latro_kernels.integrations.logits import LogitForm
 from latro_kernels.linear_logprob import linear_logprob
-from latro_kernels.row_statistics import RowStatistics
 
 _VERSION = f"TRL {trl.__version__}"
 _KNOWN = "that of TRL 1.16, which this version of latro_kernels knows"
@@ -78,9 +77,6 @@ class LinearLogprob:
             statistics=[name for name in ("entropy", "is_top1") if name in outputs],
             **form.kernel_settings(temperature),
         )
-        if isinstance(found, Tensor):
-            found = RowStatistics(found)
-        assert isinstance(found, RowStatistics)
         log_sum_squares = None
         if "log_sum_sq_probs" in outputs:
             # Of logits twice as large, logp is 2z − log Σ exp(2z); Σ p² is Σ exp(2z) / (Σ exp z)².
@@ -92,7 +88,6 @@ class LinearLogprob:
                     bias=bias,
                     **form.kernel_settings(temperature / 2),
                 )
-                assert isinstance(doubled, Tensor)
                 log_sum_squares = 2 * found.logp - doubled
         mean = None
         if "mean_logits" in outputs:

@@ -62,7 +62,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction: expected one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if dist_process_group is not None:
         hidden = _Share.apply(hidden, dist_process_group.size())
-    both = linear_logprob(
+    logp, entropy = linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
         labels.reshape(-1),
@@ -70,8 +70,6 @@ def linear_cross_entropy(
         return_entropy=True,
         group=dist_process_group,
     )
-    assert isinstance(both, tuple)
-    logp, entropy = both
     return logp if name == "none" else getattr(logp, name)(), entropy
 
 

@@ -38,7 +38,7 @@ what a driver is given.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ from latro_kernels.row_statistics import (
     upstream,
     without_ignored,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def reference(
@@ -214,6 +217,67 @@ class _LinearLogprob(torch.autograd.Function):
         return *wanted, None, None
 
 
+class _Settings(TypedDict, total=False):
+    """The keyword arguments of `linear_logprob` on which the type of its result does not depend."""
+
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+    ignore_index: int | None
+    backend: str
+    memory_budget: int | None
+    grad_filter: float
+    group: ProcessGroup | None
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[True],
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    statistics: Collection[str],
+    **settings: Unpack[_Settings],
+) -> RowStatistics: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    return_entropy: bool,
+    statistics: None = None,
+    **settings: Unpack[_Settings],
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -228,7 +292,7 @@ def linear_logprob(
     memory_budget: int | None = None,
     grad_filter: float = 0.0,
     group: ProcessGroup | None = None,
-    statistics: Collection[str] = (),
+    statistics: Collection[str] | None = None,
 ) -> Returned:
     """Return the log-probability of `target` under the LM head, without a tensor of logits.
 
@@ -291,7 +355,7 @@ def linear_logprob(
             same hidden and target (numbered over the whole vocabulary), gets the same result and
             the whole dx, and its own slice's dw and db.
         statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
-            "is_top1", which `RowStatistics` describes; none: logp alone.
+            "is_top1", which `RowStatistics` describes. None: logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both
@@ -312,7 +376,7 @@ def linear_logprob(
     if backend == "reference":
         check_target_values(target, len(weight), ignore_index)
         found = reference(hidden, weight, target, bias, temperature, softcap, ignore_index)
-        return returned(found, asked, return_entropy)
+        return returned(found, statistics, return_entropy)
     options = options_for(
         (hidden, weight, bias),
         temperature=temperature,
@@ -325,4 +389,4 @@ def linear_logprob(
         ignore_index=ignore_index,
     )
     found = RowStatistics(*_LinearLogprob.apply(hidden, weight, bias, target, options))
-    return returned(found, asked, return_entropy)
+    return returned(found, statistics, return_entropy)

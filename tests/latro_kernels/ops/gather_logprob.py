@@ -55,7 +55,7 @@ def problem(
         },
         upstream=upstream,
         trained=("logits",),
-        options={"return_entropy": entropy, "statistics": statistics} | options,
+        options={"return_entropy": entropy, "statistics": statistics or None} | options,
     )
 
 

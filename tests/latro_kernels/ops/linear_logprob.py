@@ -73,7 +73,7 @@ def problem(
         arguments=arguments,
         upstream=upstream,
         trained=("hidden",) if frozen else ("hidden", "weight", "bias"),
-        options={"return_entropy": entropy, "statistics": statistics} | options,
+        options={"return_entropy": entropy, "statistics": statistics or None} | options,
     )
 
 
