@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -17,16 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PredictionOutput, TrainOutput
+from transformers.trainer_utils import TrainOutput
 
 from latro.config.training import AnswerConfig, DataArguments
-from latro.engines.transformers import TransformersEngine
-from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
+from latro.evaluating_trainer import EvaluatingTrainer
 from latro.loading import check_vocabulary
 from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper
 from latro.model.distribution import (
     check_whole,
-    gathered,
     is_sharded,
     keep_fp32_weights,
     keep_output_dtype,
@@ -36,14 +34,13 @@ from latro.model.packing import Group
 from latro.model.quantized import check_shardable, check_trainable
 from latro.model.scoring import Scorer
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
-from latro.reporting.held_out_samples import SAMPLES_FILE, HeldOutSamples
+from latro.reporting.held_out_samples import HeldOutSamples
 from latro.reporting.model_card import CARD_FILE, is_own_card, write_card
 from latro.reporting.run_summary import run_of
 from latro.rollout.prompts import check_dataset
-from latro.rollout.sequences import AnswerJoin, RolloutEngine, eos_token_ids
+from latro.rollout.sequences import AnswerJoin, eos_token_ids
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts
-from latro.run.resumable import LongRunTrainer
 from latro.tasks import Task
 from latro.update import metrics as statistics
 from latro.update.coefficients import Coefficients
@@ -56,7 +53,7 @@ if TYPE_CHECKING:
 RESULTS_FILE = "results.json"
 
 
-class AnswerTrainer(LongRunTrainer):
+class AnswerTrainer(EvaluatingTrainer):
     """Trains a causal language model on prompts, and evaluates it by the answers it states.
 
     An update is two choices: where rollouts come from, which is `_rollouts`, and what their rows
@@ -87,12 +84,8 @@ class AnswerTrainer(LongRunTrainer):
             computes differently in training than in evaluation.
     """
 
-    run_files = (*LongRunTrainer.run_files, CARD_FILE, SAMPLES_FILE, METRICS_FILE, PLOT_FILE)
-    run_files += (RESULTS_FILE,)
+    run_files = (*EvaluatingTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, RESULTS_FILE)
     panels: ClassVar[Panels]
-    args: AnswerConfig
-    model: PreTrainedModel | PeftModel
-    processing_class: PreTrainedTokenizerBase
     targets: str
     data: DataArguments | None = None
 
@@ -129,7 +122,6 @@ class AnswerTrainer(LongRunTrainer):
                 eval_dataset,
                 name="eval_dataset",
                 model=model,
-                tokenizer=processing_class,
                 join=self.join,
                 max_completion_length=args.max_completion_length,
             )
@@ -295,12 +287,6 @@ class AnswerTrainer(LongRunTrainer):
         self._end_step(finding)
         return loss
 
-    def _set_optimizer_mode(self, mode: Literal["train", "eval"]) -> None:
-        # Schedule-free optimisers put the weights of training or of evaluation into the model.
-        switch = getattr(self.optimizer, mode, None)
-        if callable(switch):
-            switch()
-
     def _end_step(self, finding: Finding) -> None:
         """Do what else there is to do after an accumulation step; for classes that inherit."""
 
@@ -321,90 +307,6 @@ class AnswerTrainer(LongRunTrainer):
             logs = {**logs, **averages, "peak_memory_gib": sums["peak_memory_gib"]}
             self._sums.clear()
         super().log(logs, start_time)
-
-    # Evaluation.
-
-    @property
-    def evaluation_settings(self) -> EvaluationSettings:
-        """The settings of `evaluate`."""
-        return EvaluationSettings(
-            max_completion_length=self.args.max_completion_length,
-            batch_size=self.args.per_device_eval_batch_size,
-            temperature=self.scorer.temperature,
-            seed=self.args.seed,
-            token_budget=self.update.token_budget,
-            rationale_gain=True,
-        )
-
-    def _evaluation_engine(self) -> RolloutEngine:
-        """Return the engine that samples in an evaluation, with the model's weights."""
-        return TransformersEngine(self.model, self.processing_class)
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Return accuracies on held-out rows, and what rationales add to the answers' likelihood.
-
-        The metrics are those of `latro.evaluation.accuracy.evaluate_model`.
-
-        Raises:
-            ValueError: neither the call nor the trainer has an evaluation dataset.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if dataset is None:
-            raise ValueError("eval_dataset: expected a dataset, got None")
-        metrics, records = self._evaluated(dataset, metric_key_prefix)
-        if dataset is self.eval_dataset and self.is_world_process_zero():
-            HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        return metrics
-
-    def predict(
-        self,
-        test_dataset: Dataset,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "test",
-    ) -> PredictionOutput:
-        """Return the completions of a dataset's prompts, its answers and the metrics.
-
-        `predictions` are the records of `latro.evaluation.accuracy.evaluate_model`, one a row, and
-        `label_ids` the rows' answers. As in the Trainer, nothing is logged.
-
-        Raises:
-            ValueError: the dataset has no row, lacks a column, or has a row that does not fit.
-        """
-        metrics, records = self._evaluated(test_dataset, metric_key_prefix)
-        self.control = self.callback_handler.on_predict(
-            self.args, self.state, self.control, metrics
-        )
-        return PredictionOutput(records, [record["answer"] for record in records], metrics)
-
-    def _evaluated(
-        self, dataset: Dataset, prefix: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Return the metrics of a dataset, their names with the prefix, and its records."""
-        started = time.perf_counter()
-        self._set_optimizer_mode("eval")
-        self.scorer.caller = self.model_wrapped
-        engine = self._evaluation_engine()
-        with self.accelerator.autocast(), gathered(self.scorer, self.accelerator):
-            metrics, records = evaluate_model(
-                self.scorer,
-                tokenizer=self.processing_class,
-                task=self.task,
-                dataset=dataset,
-                settings=self.evaluation_settings,
-                engine=engine,
-                accelerator=self.accelerator,
-            )
-        metrics["runtime"] = time.perf_counter() - started
-        return {f"{prefix}_{name}": value for name, value in metrics.items()}, records
 
     # The model card.
 

@@ -92,7 +92,6 @@ class SftTrainer(AnswerTrainer):
             dataset,
             name="train_dataset",
             model=model,
-            tokenizer=self.join.tokenizer,
             join=self.join,
             max_completion_length=0,
         )

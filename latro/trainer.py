@@ -224,7 +224,6 @@ class LatroTrainer(AnswerTrainer):
             dataset,
             name="train_dataset",
             model=model,
-            tokenizer=self.join.tokenizer,
             join=self.join,
             max_completion_length=args.max_completion_length,
         )

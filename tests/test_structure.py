@@ -23,6 +23,7 @@ LAYERS = (
     {"evaluation"},
     {"reporting"},
     {"loading"},
+    {"evaluating_trainer"},
     {"base_trainer"},
     {"sft_trainer", "trainer"},
     {"cli"},

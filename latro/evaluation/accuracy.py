@@ -133,7 +133,6 @@ def evaluate_model(
         dataset,
         name="dataset",
         model=model,
-        tokenizer=tokenizer,
         join=join,
         max_completion_length=settings.max_completion_length,
     )
@@ -147,7 +146,6 @@ def evaluate_model(
             shown,
             name="dataset",
             model=model,
-            tokenizer=tokenizer,
             join=join,
             max_completion_length=settings.max_completion_length,
         )

@@ -114,7 +114,6 @@ def probe_model(
         dataset,
         name="dataset",
         model=model,
-        tokenizer=tokenizer,
         join=join,
         max_completion_length=settings.max_completion_length,
     )

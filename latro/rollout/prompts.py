@@ -93,7 +93,6 @@ def check_dataset(
     dataset: Dataset,
     name: str,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     join: AnswerJoin,
     max_completion_length: int,
 ) -> Longest:
@@ -103,8 +102,7 @@ def check_dataset(
         dataset: rows with the columns prompt and answer.
         name: the name of the dataset in messages.
         model: the model, whose `max_position_embeddings` is the limit.
-        tokenizer: the model's tokenizer.
-        join: makes the answer's tokens.
+        join: makes the prompt's and the answer's tokens.
         max_completion_length: the longest rationale, in tokens.
 
     Returns:
@@ -128,6 +126,7 @@ def check_dataset(
         )
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
+    tokenizer = join.tokenizer
     longest = Longest(0, 0)
     boundary = long_rope_boundary(model)
     rendered = _Rendered(join.frame, name)

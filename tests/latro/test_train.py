@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_what_a_run_ends_with(
         metrics, records = evaluation.evaluate_model(*args, **options)
         return metrics | {"accuracy_greedy": next(planted)}, records
 
-    monkeypatch.setattr("latro.base_trainer.evaluate_model", evaluate_model)
+    monkeypatch.setattr("latro.evaluating_trainer.evaluate_model", evaluate_model)
     results = train(
         [
             *(*SMALL, "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "1"),
@@ -166,7 +166,7 @@ def test_an_impossible_answer_is_no_error_at_the_end(tmp_path, monkeypatch, caps
         metrics, records = evaluation.evaluate_model(*args, **options)
         return metrics | {"answer_logp": -math.inf}, records
 
-    monkeypatch.setattr("latro.base_trainer.evaluate_model", evaluate_model)
+    monkeypatch.setattr("latro.evaluating_trainer.evaluate_model", evaluate_model)
     output = tmp_path / "run"
     train([*SMALL, "--max_steps", "1", "--save_strategy", "no", "--output_dir", str(output)])
     results = json.loads((output / "results.json").read_text())

@@ -635,7 +635,7 @@ def test_an_optimizer_shows_the_weights_of_each_mode(make_trainer, monkeypatch):
         seen.append(optimizer.face)
         return {}, []
 
-    monkeypatch.setattr("latro.base_trainer.evaluate_model", evaluate_model)
+    monkeypatch.setattr("latro.evaluating_trainer.evaluate_model", evaluate_model)
     rollout = trainer.rollout
     trainer.rollout = lambda examples: seen.append(optimizer.face) or rollout(examples)
     trainer.train()

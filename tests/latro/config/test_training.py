@@ -307,7 +307,7 @@ def test_a_scheduler_by_the_metric_is_told_that_more_is_better(tmp_path, name):
 def test_a_plateau_of_accuracy_lowers_the_learning_rate(make_trainer, monkeypatch):
     planted = iter([0.1, 0.2, 0.2, 0.2])
     monkeypatch.setattr(
-        "latro.base_trainer.evaluate_model",
+        "latro.evaluating_trainer.evaluate_model",
         lambda *args, **options: ({"accuracy_greedy": next(planted)}, []),
     )
     trainer = make_trainer(

@@ -109,11 +109,11 @@ def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_
     model = tiny(vocab_size=len(with_bos))
     join = AnswerJoin(with_bos, "The answer is", [with_bos.eos_token_id])
     dataset = Dataset.from_list([{"prompt": p, "answer": "3"} for p in ([USER], [SYSTEM, USER])])
-    check_dataset(dataset.select([0]), "train_dataset", model, with_bos, join, 8)
+    check_dataset(dataset.select([0]), "train_dataset", model, join, 8)
     with pytest.raises(
         ValueError, match=r"train_dataset: row 1: the chat template .*System role not supported"
     ):
-        check_dataset(dataset, "train_dataset", model, with_bos, join, 8)
+        check_dataset(dataset, "train_dataset", model, join, 8)
 
 
 LONG = "Tom has many pens. " * 9
@@ -126,12 +126,12 @@ def test_a_row_that_does_not_fit_is_named_by_how_its_prompt_begins(tiny, tokeniz
     rows = Dataset.from_list([{"prompt": prompt, "answer": "3", "rationale": "So. " * 60}])
     begins = f"its prompt begins '{LONG[:60]}'$"
     with pytest.raises(ValueError, match=rf"data: row 0: a prompt of .* drop the row; {begins}"):
-        check_dataset(rows, "data", model, tokenizer, join, 64)
+        check_dataset(rows, "data", model, join, 64)
     with pytest.raises(ValueError, match=rf"data: row 0: prompt, .* drop the row; {begins}"):
         check_rationales(rows, "data", model, join)
     empty = Dataset.from_list([{"prompt": prompt, "answer": " "}])
     with pytest.raises(ValueError, match=rf"row 0: expected a non-empty answer, .*; {begins}"):
-        check_dataset(empty, "data", model, tokenizer, join, 64)
+        check_dataset(empty, "data", model, join, 64)
 
 
 @pytest.mark.parametrize("answer", ["The answer is 3", " the answer is: 3"])
@@ -139,7 +139,7 @@ def test_an_answer_that_has_the_template_already_is_refused(tiny, tokenizer, ans
     join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
     rows = [{"prompt": "How many?", "answer": a} for a in ("The answer isn't 3", answer)]
     with pytest.raises(ValueError, match=r"data: row 1: expected an answer without the answer tem"):
-        check_dataset(Dataset.from_list(rows), "data", tiny(), tokenizer, join, 8)
+        check_dataset(Dataset.from_list(rows), "data", tiny(), join, 8)
 
 
 def test_a_prompt_as_text():
@@ -155,7 +155,7 @@ def test_a_rationale_that_would_change_its_rotary_frequencies_is_refused(tiny, t
 
     def check(prompt_ids, max_completion_length):
         dataset = Dataset.from_list([{"prompt": tokenizer.decode(prompt_ids), "answer": "7"}])
-        check_dataset(dataset, "data", model, tokenizer, join, max_completion_length)
+        check_dataset(dataset, "data", model, join, max_completion_length)
 
     word = tokenizer.encode(" pens")
     (token,) = word
@@ -178,7 +178,7 @@ def refusal(tiny, tokenizer, template, *prompts):
     rows = Dataset.from_list([{"prompt": prompt, "answer": "3"} for prompt in prompts])
     join = AnswerJoin(made, "The answer is", [made.eos_token_id])
     with pytest.raises(ValueError, match="the chat template of the tokenizer org/hostile") as error:
-        check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+        check_dataset(rows, "data", tiny(vocab_size=len(made)), join, 8)
     return str(error.value)
 
 
@@ -213,7 +213,7 @@ def test_prompts_that_say_the_same_may_be_rendered_as_the_same(tiny, tokenizer):
         ]
     )
     join = AnswerJoin(made, "The answer is", [made.eos_token_id])
-    check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+    check_dataset(rows, "data", tiny(vocab_size=len(made)), join, 8)
 
 
 # The process that renders is the same for every tokenizer.
