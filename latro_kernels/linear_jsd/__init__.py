@@ -33,7 +33,12 @@ from torch.nn.functional import kl_div
 from latro_kernels.checks import check_choice, check_number
 from latro_kernels.linear_jsd import ops
 from latro_kernels.linear_kl import two_heads
-from latro_kernels.linear_kl.two_heads import checked, reference_log_softmax, settings_of_heads
+from latro_kernels.linear_kl.two_heads import (
+    checked,
+    reference_log_softmax,
+    rows_of,
+    settings_of_heads,
+)
 
 BACKENDS = ("auto", "reference")
 Settings = tuple[float, float, float, float, float]
@@ -52,7 +57,7 @@ def reference(
     temperature: float | tuple[float, float] = 1.0,
     softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
-    """Return JSD [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
+    """Return JSD [...] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
     log_p, log_q = reference_log_softmax(
         (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), temperature, softcap
     )
@@ -120,9 +125,10 @@ def linear_jsd(
     bias are cast as `linear` casts them. There is no double backward.
 
     Args:
-        hidden_p: [N, Hp] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
+        hidden_p: [..., Hp], such as [N, Hp] or [B, T, Hp]; fp32, bf16 or fp16
+            (backend="reference": fp64 too); any strides.
         weight_p: [V, Hp], dtype and device of hidden_p; any strides.
-        hidden_q: [N, Hq], dtype and device of hidden_p; any strides.
+        hidden_q: [..., Hq], leading dimensions, dtype and device of hidden_p; any strides.
         weight_q: [V, Hq] likewise.
         beta: β, the part of p in the mixture, above 0 and below 1.
         bias_p: [V], dtype and device of hidden_p; None for none.
@@ -134,7 +140,7 @@ def linear_jsd(
         backend: "auto", or "reference" (makes all logits).
 
     Returns:
-        jsd [N], fp32, nats.
+        jsd of hidden_p's leading dimensions, fp32, nats.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -154,4 +160,5 @@ def linear_jsd(
     if backend == "reference":
         return reference(**tensors, beta=beta, temperature=temperature, softcap=softcap)
     settings = (*settings_of_heads(temperature, softcap), float(beta))
-    return _LinearJsd.apply(settings, *tensors.values())
+    jsd = _LinearJsd.apply(settings, *rows_of(tensors).values())
+    return jsd.view(hidden_p.shape[:-1])

@@ -44,7 +44,12 @@ import torch
 from torch import Tensor
 
 from latro_kernels.linear_kl import ops, two_heads
-from latro_kernels.linear_kl.two_heads import checked, reference_log_softmax, settings_of_heads
+from latro_kernels.linear_kl.two_heads import (
+    checked,
+    reference_log_softmax,
+    rows_of,
+    settings_of_heads,
+)
 
 
 def reference(
@@ -57,7 +62,7 @@ def reference(
     temperature: float | tuple[float, float] = 1.0,
     softcap: float | tuple[float | None, float | None] | None = None,
 ) -> Tensor:
-    """Return KL [N] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
+    """Return KL [...] by plain PyTorch, in fp32, or fp64 for fp64; nothing is checked."""
     log_p, log_q = reference_log_softmax(
         (hidden_p, weight_p, bias_p), (hidden_q, weight_q, bias_q), temperature, softcap
     )
@@ -113,9 +118,10 @@ def linear_kl(
     0. Where q is 0 and p is not the KL is infinite.
 
     Args:
-        hidden_p: [N, Hp] fp32, bf16 or fp16 (backend="reference": fp64 too); any strides.
+        hidden_p: [..., Hp], such as [N, Hp] or [B, T, Hp]; fp32, bf16 or fp16
+            (backend="reference": fp64 too); any strides.
         weight_p: [V, Hp], dtype and device of hidden_p; any strides.
-        hidden_q: [N, Hq], dtype and device of hidden_p; any strides.
+        hidden_q: [..., Hq], leading dimensions, dtype and device of hidden_p; any strides.
         weight_q: [V, Hq] likewise. The same tensor as weight_p, or one detached from it: each slice
             of it is read, and on the CPU packed, once for both heads.
         bias_p: [V], dtype and device of hidden_p; None for none.
@@ -127,7 +133,7 @@ def linear_kl(
         backend: "auto", "reference" (makes all logits), "cpu", "triton" or "cuda".
 
     Returns:
-        kl [N], fp32, nats.
+        kl of hidden_p's leading dimensions, fp32, nats.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -144,4 +150,5 @@ def linear_kl(
     if backend == "reference":
         return reference(**tensors, temperature=temperature, softcap=softcap)
     settings = (*settings_of_heads(temperature, softcap), backend)
-    return _LinearKl.apply(settings, *tensors.values())
+    kl = _LinearKl.apply(settings, *rows_of(tensors).values())
+    return kl.view(hidden_p.shape[:-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
+    check_batch,
     check_device,
     check_float_dtype,
     check_same_dtype,
@@ -68,11 +69,17 @@ def reference_log_softmax(
     temperature: Any,
     softcap: Any,
 ) -> list[Tensor]:
-    """Return log p and log q [N, V] of hidden, weight and bias of each, by plain PyTorch."""
+    """Return log p and log q [..., V] of hidden, weight and bias of each, by plain PyTorch."""
     return [
         torch.log_softmax(reference_logits(*head, of_head[1]) / of_head[0], dim=-1)
         for head, of_head in zip((p, q), scales_of_heads(temperature, softcap), strict=True)
     ]
+
+
+def rows_of(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Return the tensors with hidden states [N, H], of which there may be more dimensions."""
+    hidden = ((name, tensors[name]) for name in ("hidden_p", "hidden_q"))
+    return tensors | {name: h.reshape(-1, h.shape[-1]) for name, h in hidden}
 
 
 def backward(
@@ -120,18 +127,23 @@ def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
 def _check_tensors(given: dict[str, Tensor]) -> None:
     """Check types, dimensions and devices."""
     for name, tensor in given.items():
-        check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
+        if name.startswith("hidden"):
+            check_batch(name, tensor)
+        else:
+            check_tensor(name, tensor, 1 if name.startswith("bias") else 2)
         check_device(name, tensor, "hidden_p", given["hidden_p"])
 
 
 def _check_shapes(given: dict[str, Tensor]) -> None:
-    N, V = len(given["hidden_p"]), len(given["weight_p"])
-    if len(given["hidden_q"]) != N:
+    V = len(given["weight_p"])
+    batch, other = (given[name].shape[:-1] for name in ("hidden_p", "hidden_q"))
+    if other != batch:
         raise ValueError(
-            f"hidden_q: expected {N} rows, as hidden_p has, got {len(given['hidden_q'])}"
+            f"hidden_q: expected shape {(*batch, 'Hq')}, as hidden_p has rows, "
+            f"got {tuple(given['hidden_q'].shape)}"
         )
     for head, expected in (("p", "V > 0"), ("q", f"V = {V}, as in weight_p,")):
-        H, weight = given[f"hidden_{head}"].shape[1], given[f"weight_{head}"]
+        H, weight = given[f"hidden_{head}"].shape[-1], given[f"weight_{head}"]
         if V == 0 or H == 0 or weight.shape != (V, H):
             raise ValueError(
                 f"weight_{head}: expected shape [V, H] with {expected} and H = {H} > 0, as in "

@@ -243,7 +243,7 @@ def test_a_token_of_the_vocabulary_may_be_ignored(op: Op, backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("shape", [(), (2, 3), (1, 2, 3), (3, 1, 2), (2, 0, 3)], ids=str)
-@each_op([LINEAR_LOGPROB, GATHER_LOGPROB])
+@each_op(DIFFERENTIABLE)
 def test_rows_have_any_leading_dimensions(op: Op, shape: tuple[int, ...], backend: str) -> None:
     """Results have their shape and the bits of one row after the other, slices' too."""
     flat = op.plain(math.prod(shape)).on(backend)

@@ -74,6 +74,19 @@ def test_it_is_what_trl_makes_of_logits(beta: float) -> None:
     torch.testing.assert_close(linear_jsd(**given.arguments).sum(), expected)
 
 
+@each_backend
+@pytest.mark.parametrize("shape", [(), (2, 3), (3, 1, 2), (2, 0)], ids=str)
+def test_rows_have_any_leading_dimensions(shape: tuple[int, ...], backend: str) -> None:
+    flat = problem((math.prod(shape), 16, 300), bias=True)
+    batch = flat.but(**{name: flat[name].view(*shape, 16) for name in OP.rows})
+    batch = replace(batch, upstream={"jsd": flat.upstream["jsd"].view(shape)})
+    expected, got = flat.solve(backend), batch.solve(backend)
+    assert got["jsd"].shape == shape
+    for name in ("jsd", "dx", "dx_q"):
+        got[name] = got[name].view_as(expected[name])
+    torch.testing.assert_close(got, expected)
+
+
 def test_it_tends_to_the_kl_of_either_direction() -> None:
     given = problem((20, 16, 300), apart=0.3)
     heads = [given[f"{name}_{head}"] for head in "pq" for name in ("hidden", "weight")]

@@ -216,8 +216,9 @@ GOOD = {
 BAD = [
     ({"hidden_p": [1.0]}, TypeError, "hidden_p: expected a tensor, got list"),
     ({"weight_q": None}, TypeError, "weight_q: expected a tensor, got NoneType"),
-    ({"hidden_q": torch.zeros(1, 4, 2)}, ValueError, "hidden_q: expected 2 dimensions, got"),
-    ({"hidden_q": torch.zeros(3, 2)}, ValueError, "hidden_q: expected 4 rows, .*got 3"),
+    ({"hidden_p": torch.tensor(1.0)}, ValueError, "hidden_p: expected 1 dimension or more, got"),
+    ({"hidden_q": torch.zeros(1, 4, 2)}, ValueError, r"hidden_q: .*\(4, 'Hq'\), .*got \(1, 4, 2\)"),
+    ({"hidden_q": torch.zeros(3, 2)}, ValueError, r"hidden_q: .*\(4, 'Hq'\), as .*got \(3, 2\)"),
     ({"weight_p": torch.zeros(5, 2)}, ValueError, r"weight_p: expected shape \[V, H\].*H = 3"),
     ({"weight_p": torch.zeros(0, 3)}, ValueError, "weight_p: .*V > 0"),
     ({"weight_q": torch.zeros(6, 2)}, ValueError, r"weight_q: .*V = 5, as in weight_p.*\(6, 2"),
