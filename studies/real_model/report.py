@@ -48,10 +48,13 @@ def write_report(study: Study, folder: Path) -> None:
         raise ValueError("output_dir: expected a finished main cell in the study, got none")
     sections = [_head(study), _main_section(study), _differences_section(study)]
     # SFT is evaluated in training too, on other problems and without the limit.
-    trained = [r for r in study.part("main") if "evaluations" in r and r["method"] not in TARGETS]
-    if trained:
-        _draw(trained, folder / PICTURE_FILE)
-        sections.append(_training_section(trained))
+    main, trials = (
+        [r for r in study.part(part) if "evaluations" in r and r["method"] not in TARGETS]
+        for part in ("main", "trial")
+    )
+    if main:
+        _draw(main, folder / PICTURE_FILE)
+        sections.append(_training_section([*main, *trials]))
     if study.part("trial"):
         sections.append(_trials_section(study))
     sections += [*discussion(folder), _commands_section(study)]
@@ -182,7 +185,7 @@ def _training_section(records: Sequence[Record]) -> str:
     )
     rows = [
         (
-            *(record["task"], METHODS[record["method"]], str(record["seed"]), str(at["step"])),
+            *(record["task"], _with_changes(record), str(record["seed"]), str(at["step"])),
             f"{at['eval_answer_logp']:.2f}",
             f"{at['eval_rationale_gain']:+.2f}",
             f"{at['eval_accuracy_greedy']:.1%}",
@@ -194,7 +197,7 @@ def _training_section(records: Sequence[Record]) -> str:
     ]
     return f"""## While it trains
 
-{paragraphs("Validation problems, which are none of the test table's.")}
+{paragraphs("Validation problems, which are none of the test table's. The picture has main cells.")}
 
 {table(header, rows, left=2)}
 
@@ -226,7 +229,7 @@ def _trials_section(study: Study) -> str:
     rows = [_trial(record) for record in study.part("trial")]
     return f"""## Trials
 
-{paragraphs("One setting changed each; validation problems, one seed.")}
+{paragraphs("Settings that differ from the main cells'; validation problems, one seed.")}
 
 {table(header, rows, left=3)}"""
 
@@ -235,7 +238,7 @@ def _trial(record: Record) -> tuple[str, ...]:
     metrics, of = record["metrics"], record["likelihood"]["summary"]
     changed: Mapping[str, Any] = record["changed"]
     usual = record["method"] == "latro" and all(LATRO[k] == v for k, v in changed.items())
-    what = listed(f"{name} = {value}" for name, value in changed.items())
+    what = _changes(record)
     kl = record["training"].get("kl")
     return (
         record["task"],
@@ -249,6 +252,16 @@ def _trial(record: Record) -> tuple[str, ...]:
         f"{metrics['unfinished']:.0%}",
         "" if kl is None else f"{kl:.2f}",
     )
+
+
+def _with_changes(record: Record) -> str:
+    """Return the method, and what a trial changes of its settings."""
+    method = METHODS[record["method"]]
+    return f"{method} with {_changes(record)}" if record["changed"] else method
+
+
+def _changes(record: Record) -> str:
+    return listed(f"{name} = {value}" for name, value in record["changed"].items())
 
 
 def _with_error(figure: Mapping[str, float]) -> str:

@@ -1,8 +1,9 @@
 """Define the study: cells, each a chain of commands, and their common settings.
 
 The main cells are methods × tasks × seeds, and are evaluated on test problems. A trial changes one
-setting of LaTRO or the learning rate of SFT; trials are judged on validation problems, which for
-GSM8K and ARC-Challenge are rows of train and of dev, so that no choice has seen a test problem.
+setting of LaTRO, or two that belong together, or the learning rate of SFT; trials are judged on
+validation problems, which for GSM8K and ARC-Challenge are rows of train and of dev, so that no
+choice has seen a test problem.
 """
 
 from __future__ import annotations
@@ -71,6 +72,10 @@ TRIALS: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     }
 )
 """Values of LaTRO's settings that are tried, the main cells' one among them."""
+TOGETHER: tuple[Mapping[str, Any], ...] = (
+    MappingProxyType({"reward_tokens": "answer", "unfinished": "exclude"}),
+)
+"""Settings that are tried together: these take away both of what makes short rationales pay."""
 SFT_LEARNING_RATES = (3e-6, 1e-5, 3e-5)
 
 MAJORITY = (1, 8)
@@ -121,10 +126,18 @@ def cells(scale: Scale) -> list[Cell]:
                     everything.append(_with_commands(start, scale))
     seed = scale.seeds[0]
     for task in TRIAL_TASKS:
-        for method, setting, value in (t for t in _trials() if _has(task, t[0])):
-            name = f"trial-{task}-{method}-{setting}={value}-{seed}"
-            start = Cell(name, "trial", MODEL, task, method, seed, base=base)
-            everything.append(_with_commands(start, scale, {setting: value}))
+        for method, changed in (trial for trial in _trials() if _has(task, trial[0])):
+            what = ",".join(f"{setting}={value}" for setting, value in changed.items())
+            start = Cell(
+                f"trial-{task}-{method}-{what}-{seed}",
+                "trial",
+                MODEL,
+                task,
+                method,
+                seed,
+                base=base,
+            )
+            everything.append(_with_commands(start, scale, changed))
     return everything
 
 
@@ -133,16 +146,19 @@ def _has(task: str, method: str) -> bool:
     return task != "arc_challenge" or method not in WORKED
 
 
-def _trials() -> Iterator[tuple[str, str, Any]]:
+def _trials() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield each trial's method and what it changes."""
     for setting, values in TRIALS.items():
         for value in values:
             # The main cell of a task was evaluated on test problems; so its settings are run
             # once more, as the trial of the first setting.
             if value != LATRO[setting] or setting == next(iter(TRIALS)):
-                yield "latro", setting, value
+                yield "latro", {setting: value}
+    for changed in TOGETHER:
+        yield "latro", changed
     for method in TARGETS:
         for rate in SFT_LEARNING_RATES:
-            yield method, "learning_rate", rate
+            yield method, {"learning_rate": rate}
 
 
 def _with_commands(cell: Cell, scale: Scale, changed: Mapping[str, Any] | None = None) -> Cell:

@@ -88,6 +88,14 @@ def test_trials_name_the_main_setting(record, tmp_path):
     assert "training.png" not in text
 
 
+def test_trials_stand_beside_the_main_cell_while_they_train(record, tmp_path):
+    names = (f"{MAIN}-latro-1", "trial-arithmetic-latro-beta=0.0-1")
+    text = write([record(name, [-1.0, -2.0], [-1.0, -2.0]) for name in names], tmp_path)
+    curves = text[text.index("## While it trains") : text.index("![")]
+    for method in ("LaTRO", "LaTRO with beta = 0.0"):
+        assert line(curves, "arithmetic", method, "1", "20")
+
+
 def test_the_discussion_beside_the_report_is_in_it(record, tmp_path):
     (tmp_path / "discussion.md").write_text("What it means.\n")
     text = write([record(f"{MAIN}-base-1", [-1.0, -2.0], [-2.0, -3.0])], tmp_path)

@@ -13,6 +13,7 @@ from studies.real_model.study import (
     METHODS,
     SFT_LEARNING_RATES,
     SYSTEM_PROMPT,
+    TOGETHER,
     TRIAL_TASKS,
     TRIALS,
     WORKED,
@@ -58,22 +59,23 @@ def test_main_cells_are_judged_on_test_and_trials_on_other_problems(named):
 
 def test_trials_have_every_value_once():
     trials = [cell for cell in cells(Scale()) if cell.part == "trial"]
-    tried = Counter((c.task, c.method, *item) for c in trials for item in c.changed.items())
+    tried = Counter((c.task, c.method, *c.changed.items()) for c in trials)
     latro = {
-        (task, "latro", setting, value)
+        (task, "latro", (setting, value))
         for task in TRIAL_TASKS
         for setting, values in TRIALS.items()
         for value in values
         if value != LATRO[setting] or setting == "learning_rate"
     }
+    together = {(task, "latro", *changed.items()) for task in TRIAL_TASKS for changed in TOGETHER}
     sft = {
-        (task, method, "learning_rate", rate)
+        (task, method, ("learning_rate", rate))
         for task in TRIAL_TASKS
         for method in ("sft-answer", "sft-rationale")
         if (task, method) != ("arc_challenge", "sft-rationale")
         for rate in SFT_LEARNING_RATES
     }
-    assert tried == Counter(latro | sft)
+    assert tried == Counter(latro | together | sft)
     assert all(LATRO[setting] in values for setting, values in TRIALS.items())
 
 
