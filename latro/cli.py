@@ -17,8 +17,9 @@ from latro.config.model import ModelArguments, PeftArguments
 from latro.config.training import AnswerConfig, DataArguments
 from latro.errors import TrainingInterrupted
 from latro.files import write_json
-from latro.loading import load_model, load_splits, load_task
+from latro.loading import load_model
 from latro.model.adapters import lora_config
+from latro.problems import load_splits, load_task
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE
 from latro.reporting.model_card import CARD_FILE
 from latro.run.checkpoints import check_checkpoint, last_whole_checkpoint

@@ -22,14 +22,16 @@ from latro.config.engine import EngineArguments
 from latro.config.fields import setting
 from latro.config.model import ModelArguments
 from latro.config.training import DataArguments
+from latro.engines.make import load_engine
 from latro.errors import exit_with
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples
 from latro.evaluation.metrics import intervals_of
 from latro.evaluation.resume import Journal, crc32, weights_crc32
 from latro.files import check_output, write_json
-from latro.loading import load_engine, load_held_out, load_model, load_task, load_train
+from latro.loading import load_model
 from latro.model.scoring import Scorer
+from latro.problems import load_held_out, load_task, load_train
 from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 

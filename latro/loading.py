@@ -1,4 +1,4 @@
-"""Load a model, its tokenizer, an engine and a task's problems; errors say what to fix."""
+"""Load a model and its tokenizer; errors say what to fix."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import math
 import struct
 import textwrap
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
-from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -35,18 +33,12 @@ from transformers.utils import (
     has_file,
 )
 
-from latro.config.engine import EngineArguments
 from latro.config.model import ModelArguments
-from latro.config.training import SMALL_MODEL, DataArguments
-from latro.engines.make import make_engine
-from latro.engines.vllm import VllmEngine
+from latro.config.training import SMALL_MODEL
 from latro.model.adapters import require_peft
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
 from latro.model.quantized import prepare_layers, quantization_config
-from latro.rollout.prompts import prompt_text
-from latro.rollout.sequences import RolloutEngine
-from latro.tasks import TASKS, Task, get_task, read_own_data
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,7 +76,7 @@ def load_model(
         )
     name, revision = args.model_name_or_path or str(SMALL_MODEL), args.model_revision
     model: PreTrainedModel | PeftModel
-    with _Reading(repr(name), args.trust_remote_code):
+    with _reading(repr(name), args.trust_remote_code):
         # PEFT would take the path of a file for a hub id.
         config = None if is_gguf(name) else find_adapter_config_file(name, revision=revision)
     named = None if config is not None else _named_adapter(name)
@@ -115,8 +107,9 @@ def check_vocabulary(
         )
 
 
-class _Reading:
-    """A context manager that turns libraries' errors about a model's files into one line.
+@contextmanager
+def _reading(model: str, trusted: bool, place: Place | None = None) -> Iterator[None]:
+    """Turn libraries' errors about a model's files, within the block, into one line.
 
     Warnings are not shown, since later checks refuse what matters.
 
@@ -129,48 +122,37 @@ class _Reading:
         ValueError: instead of any error that a library raises about a malformed config, tokenizer
             or weights file.
     """
-
-    def __init__(self, model: str, trusted: bool, place: Place | None = None) -> None:
-        self.model = model
-        self.trusted = trusted
-        self.place = place
-
-    def __enter__(self) -> None:
-        self._warnings = warnings.catch_warnings()
-        self._warnings.__enter__()
-        warnings.filterwarnings("ignore", category=UserWarning)
-        # PEFT asks the model for this attribute by its old name.
-        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        self._warnings.__exit__(None, None, None)
-        if kind is None or issubclass(kind, torch.OutOfMemoryError):
-            return
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning)
+            # PEFT asks the model for this attribute by its old name.
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated")
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         # tokenizers raises exactly Exception.
-        if not issubclass(kind, _OF_FILES) and kind is not Exception:
-            return
-        if not self.trusted and "trust_remote_code" in str(error):
+        if not isinstance(error, _OF_FILES) and type(error) is not Exception:
+            raise
+        if not trusted and "trust_remote_code" in str(error):
             raise ValueError(
-                f"model_name_or_path: {self.model} comes with code of its own, which would run "
-                "with all your rights; if you have read it and trust it, pass --trust_remote_code "
-                "true"
+                f"model_name_or_path: {model} comes with code of its own, which would run with all "
+                "your rights; if you have read it and trust it, pass --trust_remote_code true"
             ) from error
         reason = str(error)
         expected = (
             "a hub id or a directory with config.json, safetensors weights and a tokenizer, or "
             "with an adapter of PEFT; or a GGUF file"
         )
-        if self.place is not None and self.place.gguf:
+        if place is not None and place.gguf:
             # The folder is a temporary one.
-            reason = reason.replace(f"{self.place.name}/", "")
+            reason = reason.replace(f"{place.name}/", "")
             expected = "a GGUF file that is whole, of a language model that transformers reads"
         reason = textwrap.shorten(reason, _SHOWN_CHARACTERS, placeholder=" …").rstrip(".")
-        if not issubclass(kind, (OSError, ValueError)):
-            reason = f"{kind.__name__}: {reason}"
+        if not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(
-            f"model_name_or_path: cannot load {self.model}: {reason}. Expected {expected}"
+            f"model_name_or_path: cannot load {model}: {reason}. Expected {expected}"
         ) from error
 
 
@@ -181,7 +163,7 @@ def _load_weights(
     told_name = repr(name) if adapter is None else f"{name!r}, the base model of {adapter!r}"
     with place_of(name, args.gguf_file, revision) as place:
         options = _quantised(args, place)
-        with _Reading(told_name, args.trust_remote_code, place), whole_on_load():
+        with _reading(told_name, args.trust_remote_code, place), whole_on_load():
             model, told = AutoModelForCausalLM.from_pretrained(
                 place.name,
                 **options,
@@ -256,7 +238,7 @@ def _check_weights(
 def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTrainedTokenizerBase:
     with (
         place_of(name, args.gguf_file, revision) as place,
-        _Reading(repr(name), args.trust_remote_code, place),
+        _reading(repr(name), args.trust_remote_code, place),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
             place.name, **place.gguf, revision=revision, trust_remote_code=args.trust_remote_code
@@ -294,7 +276,7 @@ def _load_adapter(
     require_peft("model_name_or_path")
     from peft import PeftConfig, PeftModel
 
-    with _Reading(repr(name), args.trust_remote_code):
+    with _reading(repr(name), args.trust_remote_code):
         config = PeftConfig.from_pretrained(name, revision=args.model_revision)
         # Without this file PEFT itself would read a pickled one.
         cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
@@ -303,7 +285,7 @@ def _load_adapter(
         raise ValueError(f"model_name_or_path: the adapter {name!r} does not name its base model")
     base_revision = config.revision or "main"
     weights = _load_weights(base, base_revision, args, adapter=name)
-    with _Reading(repr(name), args.trust_remote_code):
+    with _reading(repr(name), args.trust_remote_code):
         model = PeftModel.from_pretrained(
             weights, name, is_trainable=True, revision=args.model_revision
         )
@@ -339,107 +321,3 @@ def _attention(dtype: str) -> str | None:
     if half and torch.cuda.is_available() and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2"
     return None
-
-
-def load_engine(
-    args: EngineArguments,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    folder: Path,
-    processes: PartialState,
-) -> RolloutEngine:
-    """Return the engine that the arguments name, with the model's weights loaded into it.
-
-    Args:
-        args: the settings.
-        model: the model to sample from; a server takes over its weights, whatever it served before.
-        tokenizer: the model's tokenizer.
-        folder: the output folder.
-        processes: the processes of the command, which all call this.
-
-    Raises:
-        ValueError: the engine cannot sample for this model, or there is no usable server.
-        ConnectionError: the server could not load the weights.
-    """
-    engine = make_engine(args, model=model, tokenizer=tokenizer, folder=folder)
-    if processes.is_main_process or not isinstance(engine, VllmEngine):
-        engine.update_weights(model, 0)
-    processes.wait_for_everyone()
-    return engine
-
-
-def load_task(args: DataArguments) -> Task:
-    """Return the task that the arguments name, or the task of the user's own data.
-
-    Raises:
-        ValueError: there is nothing of that name, a row is malformed, or an argument does not apply
-            to the task.
-    """
-    if args.dataset_name in TASKS:
-        for name in ("dataset_config", "grader"):
-            if getattr(args, name) is not None:
-                raise ValueError(
-                    f"{name}: expected with data of your own only, got {getattr(args, name)!r} "
-                    f"with the task {args.dataset_name}"
-                )
-        task = get_task(args.dataset_name)
-    else:
-        if args.dataset_path is not None:
-            raise ValueError(
-                f"dataset_path: expected with one of {', '.join(sorted(TASKS))} only, got "
-                f"{args.dataset_path!r} with {args.dataset_name!r}"
-            )
-        task = read_own_data(args.dataset_name, config=args.dataset_config, grader=args.grader)
-    if args.answer_template is not None:
-        task.answer_template = args.answer_template
-    task.chat = args.chat
-    return task
-
-
-def load_splits(
-    task: Task, args: DataArguments, seed: int, eval_split: str, num_eval_examples: int | None
-) -> tuple[Dataset, Dataset]:
-    """Return the training problems and the held-out ones, which have no prompt in common.
-
-    Raises:
-        ValueError: `load_train` or `load_held_out` raises it, or they have a prompt in common.
-    """
-    train = load_train(task, args, seed)
-    held_out = load_held_out(task, split=eval_split, args=args, num_examples=num_eval_examples)
-    trained = {prompt_text(prompt) for prompt in train["prompt"]}
-    seen = sum(prompt_text(prompt) in trained for prompt in held_out["prompt"])
-    if seen:
-        raise ValueError(
-            f"eval_split: expected problems that are not trained on; {seen} of the "
-            f"{len(held_out)} of {eval_split!r} are"
-        )
-    return train, held_out
-
-
-def load_train(task: Task, args: DataArguments, seed: int) -> Dataset:
-    """Return the training problems that the arguments name, drawn with `seed`.
-
-    Raises:
-        ValueError: a file is missing or a row is malformed.
-    """
-    return _load(task, "train", args, args.num_train_examples, seed)
-
-
-def load_held_out(task: Task, split: str, args: DataArguments, num_examples: int | None) -> Dataset:
-    """Return problems of "validation" or "test", the same for every seed of a run.
-
-    Raises:
-        ValueError: a file is missing, a row is malformed, or the split is unknown.
-    """
-    return _load(task, split, args, num_examples, seed=0)
-
-
-def _load(
-    task: Task, split: str, args: DataArguments, num_examples: int | None, seed: int
-) -> Dataset:
-    path = args.dataset_path
-    try:
-        return task.load(split, dataset_path=path, num_examples=num_examples, seed=seed)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error

@@ -21,11 +21,13 @@ from latro.config.engine import EngineArguments
 from latro.config.fields import setting
 from latro.config.model import ModelArguments
 from latro.config.training import DataArguments
+from latro.engines.make import load_engine
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
 from latro.files import check_output, replacing, write_json
-from latro.loading import load_engine, load_held_out, load_model, load_task
+from latro.loading import load_model
 from latro.model.scoring import Scorer
+from latro.problems import load_held_out, load_task
 from latro.run.folder import lock_of, locked_by_all
 from latro.terminal import Terminal
 

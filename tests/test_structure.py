@@ -22,7 +22,7 @@ LAYERS = (
     {"integrations"},
     {"evaluation"},
     {"reporting"},
-    {"loading"},
+    {"loading", "problems"},
     {"evaluating_trainer"},
     {"base_trainer"},
     {"sft_trainer", "trainer"},

@@ -1,10 +1,11 @@
-"""Make the engine that the settings name."""
+"""Make the engine that the settings name, or load the weights into it too."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.config.engine import EngineArguments
@@ -77,3 +78,31 @@ def make_engine(
         vocab_size=model.config.get_text_config().vocab_size,
         weights_dir=written if args.vllm_sync == "files" else None,
     )
+
+
+def load_engine(
+    args: EngineArguments,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    folder: Path,
+    processes: PartialState,
+) -> RolloutEngine:
+    """Return the engine that the arguments name, with the model's weights loaded into it.
+
+    Args:
+        args: the settings.
+        model: the model to sample from; a server takes over its weights, whatever it served before.
+        tokenizer: the model's tokenizer.
+        folder: the output folder.
+        processes: the processes of the command, which all call this.
+
+    Raises:
+        ValueError: the engine cannot sample for this model, or there is no usable server.
+        ConnectionError: the server could not load the weights.
+    """
+    engine = make_engine(args, model=model, tokenizer=tokenizer, folder=folder)
+    if processes.is_main_process or not isinstance(engine, VllmEngine):
+        engine.update_weights(model, 0)
+    processes.wait_for_everyone()
+    return engine

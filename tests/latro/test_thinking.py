@@ -13,9 +13,9 @@ from latro.engines.transformers import TransformersEngine
 from latro.evaluate import evaluate
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.likelihood import ProbeSettings, probe_model
-from latro.loading import load_task
 from latro.model.scoring import Scorer
 from latro.probe import probe
+from latro.problems import load_task
 from latro.reporting.run_summary import run_of
 from latro.rollout.frame import Chat
 from latro.rollout.sequences import Sample, decode
