@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from latro.config.training import AnswerConfig, DataArguments
+from latro.config.data import DataArguments
+from latro.config.training import AnswerConfig
 from latro.evaluating_trainer import EvaluatingTrainer
 from latro.loading import check_vocabulary
 from latro.model.adapters import add_adapter, check_adapter, has_adapter, without_wrapper

@@ -13,8 +13,9 @@ from transformers.utils import logging as transformers_logging
 
 from latro.base_trainer import RESULTS_FILE, AnswerTrainer
 from latro.config.command_line import parse_arguments
+from latro.config.data import DataArguments
 from latro.config.model import ModelArguments, PeftArguments
-from latro.config.training import AnswerConfig, DataArguments
+from latro.config.training import AnswerConfig
 from latro.errors import TrainingInterrupted
 from latro.files import write_json
 from latro.loading import load_model

@@ -17,10 +17,10 @@ from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
 from latro.config.command_line import parse_arguments
+from latro.config.data import DataArguments
 from latro.config.engine import EngineArguments
 from latro.config.fields import setting
 from latro.config.model import ModelArguments
-from latro.config.training import DataArguments
 from latro.engines.make import load_engine
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
-from latro.config.training import DataArguments
+from latro.config.data import DataArguments
 from latro.rollout.prompts import prompt_text
 from latro.tasks import TASKS, Task, get_task, read_own_data
 

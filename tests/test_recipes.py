@@ -16,8 +16,9 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DeepSpeedPlugin
 
 from latro.config.command_line import parse_arguments
+from latro.config.data import DataArguments
 from latro.config.model import ModelArguments, PeftArguments
-from latro.config.training import SMALL_MODEL, DataArguments, LatroConfig
+from latro.config.training import SMALL_MODEL, LatroConfig
 from latro.train import train
 from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.engines_on_cpu import MODULES, engines

@@ -15,7 +15,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, TrainerState, TrainingArguments
 
-from latro.config.training import SMALL_MODEL, AnswerConfig, DataArguments, LatroConfig
+from latro.config.data import DataArguments
+from latro.config.training import SMALL_MODEL, AnswerConfig, LatroConfig
 from latro.evaluation.accuracy import EvaluationSettings
 from latro.model.adapters import has_adapter
 from latro.model.quantized import loading_options

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from latro.config.training import DataArguments
+from latro.config.data import DataArguments
 from latro.problems import load_held_out, load_splits, load_task
 from tests.latro.conftest import Sums
 

@@ -8,7 +8,7 @@ import shlex
 import pytest
 
 from latro import LatroConfig, LatroTrainer, SftConfig, SftTrainer
-from latro.config.training import DataArguments
+from latro.config.data import DataArguments
 from latro.engines.transformers import TransformersEngine
 from latro.evaluate import evaluate
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model

@@ -9,8 +9,9 @@ from transformers.training_args import OptimizerNames
 
 from latro import LatroConfig
 from latro.config.command_line import parse_arguments
+from latro.config.data import DataArguments
 from latro.config.model import ModelArguments, PeftArguments
-from latro.config.training import DataArguments, SftConfig
+from latro.config.training import SftConfig
 from latro.config.unsupported import _REFUSED
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from huggingface_hub import ModelCard
 
-from latro.config.training import DataArguments
+from latro.config.data import DataArguments
 from latro.reporting.run_summary import run_of
 from latro.tasks import OwnData
 
