@@ -60,7 +60,7 @@ from latro_kernels.row_statistics import (
 )
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing import Unpack  # of Python 3.11, or of the type checker that reads this
 
 
 def reference(
