@@ -128,7 +128,13 @@ class LatroTrainer(AnswerTrainer):
         )
         self.targets = f"{args.num_generations} rationales each"
         self.update.ref_scorer = self._make_ref_scorer(ref_model)
-        self.engine = self._make_engine()
+        self.engine = make_engine(
+            args,
+            model=self.model,
+            tokenizer=processing_class,
+            folder=args.output_dir,
+            sharded=is_sharded(self.accelerator),
+        )
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
@@ -356,21 +362,6 @@ class LatroTrainer(AnswerTrainer):
             [self.join(request.prompt, sample, example["answer"]) for sample in group]
             for request, group, example in zip(requests, samples, examples, strict=True)
         ]
-
-    def _make_engine(self) -> RolloutEngine:
-        served = self.args.rollout_engine == "vllm"
-        if served and is_sharded(self.accelerator) and has_adapter(self.model):
-            raise ValueError(
-                "rollout_engine: expected transformers where a model with an adapter is in shards, "
-                "got vllm, which is handed whole weights with the adapter merged into them"
-            )
-        return make_engine(
-            self.args,
-            model=self.model,
-            tokenizer=self.processing_class,
-            folder=self.args.output_dir,
-            sharded=is_sharded(self.accelerator),
-        )
 
     def _evaluation_engine(self) -> RolloutEngine:
         # Schedule-free optimisers put other weights into the model here than in training.

@@ -12,7 +12,7 @@ from latro.config.engine import EngineArguments
 from latro.engines.cast import CastEngine, rollout_dtype
 from latro.engines.transformers import TransformersEngine
 from latro.engines.vllm import VllmEngine
-from latro.model.adapters import check_ties
+from latro.model.adapters import check_ties, has_adapter
 from latro.model.quantized import check_servable
 from latro.rollout.sequences import RolloutEngine, eos_token_ids
 
@@ -45,6 +45,11 @@ def make_engine(
         if dtype is None:
             return TransformersEngine(model, tokenizer)
         return CastEngine(model, tokenizer, dtype)
+    if sharded and has_adapter(model):
+        raise ValueError(
+            "rollout_engine: expected transformers where a model with an adapter is in shards, "
+            "got vllm, which is handed whole weights with the adapter merged into them"
+        )
     check_ties(model)
     check_servable(model)
     if args.vllm_mode == "colocate":

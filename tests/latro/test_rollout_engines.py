@@ -13,6 +13,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from latro.config.engine import EngineArguments
+from latro.engines.make import make_engine
 from latro.rollout.answer_template import stop_strings
 from latro.rollout.sequences import Rollout, Sample
 from tests.latro.fake_vllm import FakeVllm
@@ -250,6 +252,16 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
 def test_bad_settings(make_trainer: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(**settings)
+
+
+def test_an_adapter_on_weights_in_shards_is_not_for_vllm(
+    tiny: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(target_modules="all-linear"))
+    args = EngineArguments(rollout_engine="vllm")
+    with pytest.raises(ValueError, match="expected transformers where a model with an adapter is"):
+        make_engine(args, model, tokenizer, tmp_path, sharded=True)
 
 
 @pytest.mark.parametrize(
