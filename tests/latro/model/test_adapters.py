@@ -13,8 +13,8 @@ from latro.model.adapters import head_parameters
 from latro.model.initial import AdapterOff
 from latro.model.scoring import Scorer
 from latro.train import train
+from tests.latro.formula import formula_loss
 from tests.latro.model.test_scoring import full_logits_logp
-from tests.latro.test_trainer import formula_loss
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
 

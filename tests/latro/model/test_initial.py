@@ -13,6 +13,7 @@ from latro.model.initial import INITIAL_FILE, AdapterOff, InitialAdapter, adds_n
 from latro.model.scoring import Scorer
 from latro.train import train
 from latro.update.coefficients import ObjectiveCoefficients
+from tests.latro.formula import formula_loss
 from tests.latro.model.test_adapters import (  # noqa: F401
     HEADS,
     SMALL,
@@ -23,7 +24,6 @@ from tests.latro.model.test_adapters import (  # noqa: F401
     model_dir,
     moved,
 )
-from tests.latro.test_trainer import formula_loss
 
 peft = pytest.importorskip("peft", reason="the package peft is not installed")
 
