@@ -225,12 +225,39 @@ def writable(
         with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=0):
             yield
         return
+    # Some are whole from a forward that no backward followed.
+    _reshard(model)
+    yield
+
+
+def _reshard(model: nn.Module) -> None:
     modules: Iterator[nn.Module] = model.modules()
     for module in modules:
         if isinstance(module, FSDPModule):
-            # Some are whole from a forward that no backward followed.
             module.reshard()
-    yield
+
+
+def forget_forwards(model: nn.Module, accelerator: Accelerator) -> None:
+    """Let an engine forget the forwards so far, which called the head as a module.
+
+    For forwards that read the head's weight without calling the head, as TRL's do. All processes
+    must call this together.
+    """
+    if not torch.is_grad_enabled():
+        # FSDP2 leaves the head whole for a backward. Whoever read it then would lose it at the
+        # backward of another forward, whose hooks shard it.
+        _reshard(model)
+    if not is_sharded(accelerator) or accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if accelerator.deepspeed_engine_wrapped is not None:
+        # By the order of one forward's layers DeepSpeed gathers ahead in the next. A head that is
+        # on its way is taken for one that is there.
+        optimizer = accelerator.deepspeed_engine_wrapped.engine.optimizer
+        # Without an optimiser, in an evaluation, DeepSpeed has the offload in its place.
+        offload = getattr(optimizer, "parameter_offload", optimizer)
+        coordinator = offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
 
 def prepare_reference(ref_scorer: Scorer, accelerator: Accelerator) -> None:

@@ -46,6 +46,13 @@ class Reference:
     """[V], of its head, without gradient."""
 
 
+class Returned:
+    """What a head returned. It is no dataclass, of which FSDP2 would hand the head a copy."""
+
+    def __init__(self) -> None:
+        self.tensors: tuple[Tensor, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class HeadRows:
     """Asks a model's forward for (logp, entropy[, row_kl]) at the N head rows of a batch.
@@ -63,6 +70,8 @@ class HeadRows:
     """The backend of `linear_logprob` and `linear_kl`."""
     reference: Reference | None = None
     """π_0 at the same rows, where their KL to it is wanted."""
+    own: Returned = field(default_factory=Returned)
+    """Where the head leaves what it returns, which an engine may cast."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,8 +194,9 @@ def _head_forward() -> Callable[..., Any]:
             memory_budget=HEAD_BUDGET,
             **settings,
         )
+        head_rows.own.tensors = logp, entropy.detach()
         if reference is None:
-            return logp, entropy.detach()
+            return head_rows.own.tensors
         row_kl = linear_kl(
             hidden,
             weight,
@@ -196,7 +206,8 @@ def _head_forward() -> Callable[..., Any]:
             bias_q=reference.bias,
             **settings,
         )
-        return logp, entropy.detach(), row_kl
+        head_rows.own.tensors += (row_kl,)
+        return head_rows.own.tensors
 
     return forward
 

@@ -24,7 +24,7 @@ from latro.model.attention import (
 )
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, install_head_rows, read
-from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of
+from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of, whole_shape
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _try(causal: PreTrainedModel) -> SamplingForm | str:
 def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> str | None:
     """Compare decoded hidden states with those of whole sequences, by `hidden_difference`."""
     device = causal.device
-    V = causal.get_output_embeddings().weight.shape[0]
+    V, _ = whole_shape(causal.get_output_embeddings().weight)
     prompts = [[1, 2, 3, 4, 5], [6, 7, 8]]
     branches = [(0, [9, 10, 11]), (1, [12, 13, 14]), (0, [15, 16, 17])]
     prompts = [[i % V for i in prompt] for prompt in prompts]

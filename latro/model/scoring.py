@@ -26,7 +26,7 @@ from latro.model.packing import Batch, Group, collate
 from latro.model.sampling_form import hidden_difference, sampling_form, without_tf32
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
-from latro_kernels.integrations.logits import LogitForm, logit_form
+from latro_kernels.integrations.logits import LogitForm, logit_form, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,13 @@ class Scorer:
     def __call__(self, batch: Batch, reference: Reference | None = None) -> Scores:
         """Return log-prob and entropy at every head row of a batch, and its KL to `reference`."""
         rows = self._rows(batch, reference)
-        return Scores(*self.caller(input_ids=batch.input_ids, head_rows=rows))
+        returned = self.caller(input_ids=batch.input_ids, head_rows=rows)
+        own = rows.own.tensors
+        if returned[0].dtype != own[0].dtype:
+            # FSDP2 casts what modules return under mixed precision. Sums of none of it are 0, and
+            # let its hooks on what was returned see a gradient.
+            returned = [x + cast[:0].sum() for x, cast in zip(own, returned, strict=True)]
+        return Scores(*returned)
 
     def _rows(self, batch: Batch, reference: Reference | None = None) -> HeadRows:
         return HeadRows(
@@ -152,7 +158,7 @@ class Scorer:
     @property
     def vocab_size(self) -> int:
         """V, the number of rows of the head's weight."""
-        return self.causal.get_output_embeddings().weight.shape[0]
+        return whole_shape(self.causal.get_output_embeddings().weight)[0]
 
     # Checks of the model, once.
 

@@ -103,6 +103,40 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
     return LogitForm(hidden_scale, scale, softcap)
 
 
+def whole_shape(weight: Tensor) -> torch.Size:
+    """Return the shape of a weight, which ZeRO-3 may have sharded as it was loaded."""
+    return getattr(weight, "ds_shape", weight.shape)
+
+
+@contextlib.contextmanager
+def layers_gathered(model: nn.Module) -> Iterator[None]:
+    """Let the layers of a model that ZeRO-3 sharded as it was loaded be called within.
+
+    transformers loads models so after a config with ZeRO-3 was made. Until DeepSpeed's engine takes
+    the model over nothing gathers its weights; here each layer's are, while its forward runs. All
+    processes must call the same layers.
+    """
+    with contextlib.ExitStack() as stack:
+        modules: Iterator[nn.Module] = model.modules()
+        for module in modules:
+            sharded = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
+            if not sharded:
+                continue
+            import deepspeed
+
+            gather = deepspeed.zero.GatheredParameters(sharded)
+
+            def before(*_: Any, gather: Any = gather) -> None:
+                gather.__enter__()
+
+            def behind(*_: Any, gather: Any = gather) -> None:
+                gather.__exit__(None, None, None)
+
+            stack.callback(module.register_forward_pre_hook(before).remove)
+            stack.callback(module.register_forward_hook(behind, always_call=True).remove)
+        yield
+
+
 def adds_to(layer: nn.Module) -> bool:
     """Return whether an adapter of PEFT's adds something to a layer's weights, or to rows of them.
 
@@ -137,7 +171,7 @@ def _run_with_known_numbers(
 
     The head's input is None where the model does not call its head.
     """
-    V, H = head.weight.shape
+    V, H = whole_shape(head.weight)
     device = causal.device
     ids = torch.arange(_NUM_TOKENS, device=device)[None] % V
     # No two rows are of one length, so that a norm between trunk and head would show.

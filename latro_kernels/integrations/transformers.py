@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from latro_kernels.integrations.logits import LogitForm, adds_to, logit_form
+from latro_kernels.integrations.logits import LogitForm, adds_to, layers_gathered, logit_form
 from latro_kernels.linear_logprob import linear_logprob
 
 
@@ -86,7 +86,7 @@ def fused_head(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"model: expected the loss of causal language models, got {model.loss_function}"
         )
-    with _evaluation(model):
+    with _evaluation(model), layers_gathered(model):
         form = logit_form(model)
         _check_loss(model)
     before = (_kept(model, "forward", "_loss_function"), _kept(head, "forward"))

@@ -29,11 +29,13 @@ from latro.config.fields import one_of
 from latro.integrations.trl.images import image_inputs, image_rows
 from latro.integrations.trl.seam import SCORES, check_seam, trainer_of
 from latro.model.adapters import without_wrapper
+from latro.model.distribution import forget_forwards
 from latro.model.packing import plan
 from latro.model.scoring import Scorer
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample, eos_token_ids
 from latro.update.processes import agreed_pieces
 from latro_kernels import floored
+from latro_kernels.integrations.logits import layers_gathered
 
 OBJECTIVES = ("latro", "verifree", "rlpr")
 UNFINISHED = ("floor", "exclude")
@@ -86,7 +88,8 @@ class AnswerLikelihood:
         self.objective = objective
         self.unfinished = unfinished
         self.token_budget = token_budget
-        self.scorer = Scorer(model)
+        with layers_gathered(model):
+            self.scorer = Scorer(model)
         self.join = AnswerJoin(tokenizer, answer_template, eos_token_ids(model, tokenizer))
         self.rollouts: list[Rollout] = []
 
@@ -184,6 +187,7 @@ class AnswerLikelihood:
             members = [rollout for group in piece for rollout in group]
             rows = logp.split([len(rollout.own_rows) for rollout in members])
             found.update(zip(map(id, members), rows, strict=True))
+        forget_forwards(scorer.model, accelerator)
         logps = [found[id(rollout)] for rollout in rollouts]
         if count > len(pieces):
             # Every forward takes part in a backward, as it does in the other processes.

@@ -53,7 +53,9 @@ class SharedPrefix:
         self._policy_scorer = BranchScorer(self.model, temperature=self.temperature)
         self._reference_scorer = None
         if self.ref_model is not None:
-            self._reference_scorer = self._policy_scorer.of_another(self.ref_model)
+            # DeepSpeed's engine, where it is one.
+            reference = self.accelerator.unwrap_model(self.ref_model)
+            self._reference_scorer = self._policy_scorer.of_another(reference)
 
     def _get_per_token_logps_and_entropies(
         self,
