@@ -12,8 +12,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from latro.config.training import SMALL_MODEL
+from latro.engines.transformers import seed_of
 from latro.train import train
 from tests.latro.engines_on_cpu import MODULES, engines, sharded
+from tests.latro.fake_vllm import sample_for_real
 
 pytestmark = pytest.mark.long
 
@@ -175,4 +177,20 @@ def test_every_process_samples_from_a_copy_of_each_updates_weights(tmp_path, lau
     prompts = ("--per_device_train_batch_size", str(PROMPTS))
     train([*OPTIONS, *prompts, "--rollout_dtype", "bfloat16", "--output_dir", str(one)])
     launch(2, two, "--rollout_dtype", "bfloat16")
+    assert_same_run(two, one)
+
+
+@sharded
+def test_a_server_is_handed_whole_weights(tmp_path, fake, small_tokenizer, launch, engine):
+    one, two = tmp_path / "one", tmp_path / "two"
+    fake.tokenizer = small_tokenizer
+    seeds = [seed_of(42, step, place) for step in range(2) for place in range(PROMPTS)]
+    sample_for_real(fake, [*seeds, seed_of(42, 0)], "The answer is")
+    served = (
+        *("--rollout_engine", "vllm", "--vllm_url", fake.url, "--max_completion_length", "16"),
+        *("--max_steps", "2", "--num_eval_examples", "1", "--save_strategy", "no"),
+    )
+    prompts = ("--per_device_train_batch_size", str(PROMPTS))
+    train([*OPTIONS, *prompts, *served, "--output_dir", str(one)])
+    launch(2, two, *served, engine=engine)
     assert_same_run(two, one)
