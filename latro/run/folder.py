@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -109,30 +109,28 @@ def locked_by_all(path: Path, used: str) -> Iterator[None]:
         OSError: it cannot be made; the other processes raise ValueError.
     """
     with ExitStack() as stack:
-        error: ValueError | OSError | None = None
-        if PartialState().is_main_process:
-            try:
-                stack.enter_context(locked(path, used))
-            except (ValueError, OSError) as refused:
-                error = refused
-        raise_in_all(error)
+        in_main_process(lambda: stack.enter_context(locked(path, used)))
         yield
 
 
-def raise_in_all(error: ValueError | OSError | None) -> None:
-    """Raise the main process's error in every process, so that none waits for a process that ended.
-
-    Args:
-        error: the main process's error or None; that of other processes is ignored.
+def in_main_process(act: Callable[[], object]) -> None:
+    """Call `act` in the main process, and raise its error in all: none waits for one that ended.
 
     Raises:
-        ValueError: in the other processes, with the error's text.
+        ValueError: `act` raises it; in the other processes also where it raises an OSError.
+        OSError: `act` raises it, in the main process.
     """
     processes = PartialState()
+    error: ValueError | OSError | None = None
+    if processes.is_main_process:
+        try:
+            act()
+        except (ValueError, OSError) as refused:
+            error = refused
     told: list[str | None] = [None if error is None else str(error)]
     if processes.num_processes > 1:
         broadcast_object_list(told)
-    if error is not None and processes.is_main_process:
+    if error is not None:
         raise error
     if told[0] is not None:
         raise ValueError(told[0])

@@ -34,7 +34,7 @@ from latro.run.checkpoints import (
     rotate,
 )
 from latro.run.due import GoingOn, evaluation_due
-from latro.run.folder import LOCK_FILE, delete, locked_by_all, raise_in_all, to_replace
+from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
 from latro.run.identity import Facts, check_identity, settings_of, write_identity
 from latro.run.rehearsal import try_saving, try_schedule
 from latro.run.signals import Interruption
@@ -163,16 +163,6 @@ class LongRunTrainer(Trainer):
             finally:
                 self._holds_output = False
 
-    def _check_output_together(self) -> None:
-        """Call `_check_output` in the main process, and raise its error in all processes."""
-        error: ValueError | None = None
-        if self.is_world_process_zero():
-            try:
-                self._check_output()
-            except ValueError as refused:
-                error = refused
-        raise_in_all(error)
-
     def _check_output(self) -> None:
         """Check that the trained model can be saved, without overwriting files of another run.
 
@@ -259,7 +249,7 @@ class LongRunTrainer(Trainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         # Checked now, as the Trainer has set the model's special tokens, which are saved with it.
-        self._check_output_together()
+        in_main_process(self._check_output)
         going_on = None
         if resume_from_checkpoint is not None:
             # The run has had its first evaluation.
