@@ -48,7 +48,7 @@ class SharedPrefix:
         if is_sharded(self.accelerator):
             raise ValueError(
                 "SharedPrefix: expected whole weights in every process, got an engine that shards "
-                "them"
+                "them; train by DDP or ZeRO-2, or leave it out"
             )
         self._policy_scorer = BranchScorer(self.model, temperature=self.temperature)
         self._reference_scorer = None

@@ -155,6 +155,14 @@ def test_a_model_that_cannot_share_a_prefix_is_refused(
         make_trl(PackedRLOO, small_model, lengths)
 
 
+def test_weights_in_shards_are_refused(
+    small_model: Any, make_trl: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latro.integrations.trl.shared_prefix.is_sharded", lambda _: True)
+    with pytest.raises(ValueError, match="got an engine that shards them; train by DDP or ZeRO-2"):
+        make_trl(PackedRLOO, small_model, lengths)
+
+
 def test_images_are_refused(small_model: Any, make_trl: Callable[..., Any]) -> None:
     trainer = make_trl(PackedRLOO, small_model, lengths)
     with pytest.raises(NotImplementedError, match="got prompts with image_sizes, pixel_values"):
