@@ -76,7 +76,9 @@ def update(folder: str, processes: int, rank: int, engine: str, case: str) -> di
     )
     # After the arguments, since ZeRO-3 then shards it as it is loaded.
     model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL if case == "RLOO" else untied(folder))
-    reward = AnswerLikelihood(model, tokenizer, token_budget=50)
+    # For GRPO in one piece, whose layers DeepSpeed would expect of TRL's forward behind it.
+    budget = 500 if case == "GRPO" else 50
+    reward = AnswerLikelihood(model, tokenizer, token_budget=budget)
     score, scores = reward.score, []
 
     def kept(*given: Any) -> list[Tensor]:
