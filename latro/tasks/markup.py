@@ -130,13 +130,14 @@ def first_sentence(statement: str) -> str:
     A sentence ends with its line, unless that ends in a colon, or at ".", "!" or "?".
     """
     rest = statement.lstrip(" \t\r\n:")
-    sentence = _SENTENCE_END.split(rest, maxsplit=1)[0]
-    while sentence.rstrip().endswith(":") and len(sentence) < len(rest):
-        following = rest[len(sentence) :].lstrip()
-        before = sentence
-        sentence = f"{sentence.rstrip()} {_SENTENCE_END.split(following, maxsplit=1)[0]}"
-        rest = f"{before.rstrip()} {following}"
-    return sentence.strip()
+    parts: list[str] = []
+    while not parts or parts[-1].endswith(":"):
+        part = _SENTENCE_END.split(rest, maxsplit=1)[0]
+        if not part.strip():
+            break
+        parts.append(part.strip())
+        rest = rest[len(part) :].lstrip()
+    return " ".join(parts)
 
 
 def _repeated(
