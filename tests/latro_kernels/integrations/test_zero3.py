@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from latro_kernels.integrations.transformers import fused_head
 from tests.latro_kernels.integrations.models import TOKENIZER, model_of
 from tests.warm_process import WarmProcess
+
+pytest.importorskip("datasets", reason="needs datasets, of pip install '.[test]'")
+
+from transformers import Trainer, TrainingArguments
 
 pytestmark = [
     pytest.mark.long,
