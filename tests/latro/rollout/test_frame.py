@@ -238,7 +238,7 @@ def test_what_a_template_cannot_do_is_refused(tokenizer, template, chat, message
 def check(tiny, made, chat, *prompts):
     rows = Dataset.from_list([{"prompt": prompt, "answer": "3"} for prompt in prompts])
     join = AnswerJoin(made, TEMPLATE, [made.eos_token_id], chat)
-    check_dataset(rows, "data", tiny(vocab_size=len(made)), made, join, 8)
+    check_dataset(rows, "data", tiny(vocab_size=len(made)), join, 8)
 
 
 def test_a_row_that_does_not_fit_the_frame_is_named(tiny, tokenizer):
