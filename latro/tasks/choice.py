@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from .base import SEVERAL, Task
-from .markup import TAG, first_sentence, folded, unmarked
+from .markup import TAG, first_line, first_sentence, folded, unmarked
 
 _MARKS = " .!?*_$\"'`“”‘’"
 _CLOSING = _MARKS + ")]}>」】»"
@@ -304,15 +304,6 @@ class _Options:
             yield from (
                 (label, spelled) for spelled in {_bare(text), _bare(_plain(text))} if spelled
             )
-
-
-def first_line(text: str) -> str:
-    """Return the first line of a text, with the next line too where it ends in a colon."""
-    line, _, rest = text.partition("\n")
-    while line.rstrip().endswith(":") and rest.strip():
-        following, _, rest = rest.lstrip().partition("\n")
-        line = f"{line.rstrip()} {following}"
-    return line.strip()
 
 
 @lru_cache(maxsize=4096)

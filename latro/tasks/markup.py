@@ -70,6 +70,7 @@ _MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d
 _SENTENCE_END = re.compile(
     r"[.!](?=[\"'”’)\]]*(?:\s|$)|[A-Z][a-z])(?!\s*=)|\?(?=[\"'”’)\]]*[ \t]*(?:\n|$))|\u3002|\n"
 )
+_LINE_END = re.compile("\n")
 
 
 def unmarked(text: str) -> str:
@@ -129,10 +130,20 @@ def first_sentence(statement: str) -> str:
 
     A sentence ends with its line, unless that ends in a colon, or at ".", "!" or "?".
     """
-    rest = statement.lstrip(" \t\r\n:")
+    return _through_colons(statement.lstrip(" \t\r\n:"), _SENTENCE_END)
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text, with the next line too where it ends in a colon."""
+    return _through_colons(text, _LINE_END)
+
+
+def _through_colons(text: str, ends: re.Pattern[str]) -> str:
+    """Return the text up to the first of `ends`, and up to the next while it ends in a colon."""
+    rest = text
     parts: list[str] = []
     while not parts or parts[-1].endswith(":"):
-        part = _SENTENCE_END.split(rest, maxsplit=1)[0]
+        part = ends.split(rest, maxsplit=1)[0]
         if not part.strip():
             break
         parts.append(part.strip())

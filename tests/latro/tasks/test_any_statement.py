@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latro.tasks import get_task
-from latro.tasks.choice import first_line
-from latro.tasks.markup import first_sentence
+from latro.tasks.markup import first_line, first_sentence
 
 CHOICES = {"label": list("ABCD"), "text": ["oxygen", "light energy", "3", "78° F"]}
 EXAMPLES = {
