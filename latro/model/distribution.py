@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from latro.model.scoring import Scorer
+from latro_kernels.integrations.logits import is_shard
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +112,7 @@ def check_whole(model: nn.Module) -> None:
 
     It does so where a config with ZeRO-3 was made before the model.
     """
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+    if any(is_shard(parameter) for parameter in model.parameters()):
         raise ValueError(
             "model: expected whole weights, which the trainer shards, got weights that ZeRO-3 "
             "sharded when they were loaded; load the model before you make args, or by "

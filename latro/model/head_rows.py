@@ -47,7 +47,7 @@ class Reference:
 
 
 class Returned:
-    """What a head returned. It is no dataclass, of which FSDP2 would hand the head a copy."""
+    """Holds what a head returned. It is no dataclass: FSDP2 would hand the head a copy of one."""
 
     def __init__(self) -> None:
         self.tensors: tuple[Tensor, ...] = ()
@@ -194,20 +194,20 @@ def _head_forward() -> Callable[..., Any]:
             memory_budget=HEAD_BUDGET,
             **settings,
         )
-        head_rows.own.tensors = logp, entropy.detach()
-        if reference is None:
-            return head_rows.own.tensors
-        row_kl = linear_kl(
-            hidden,
-            weight,
-            reference.hidden,
-            reference.weight,
-            bias_p=bias,
-            bias_q=reference.bias,
-            **settings,
-        )
-        head_rows.own.tensors += (row_kl,)
-        return head_rows.own.tensors
+        returned: tuple[Tensor, ...] = logp, entropy.detach()
+        if reference is not None:
+            row_kl = linear_kl(
+                hidden,
+                weight,
+                reference.hidden,
+                reference.weight,
+                bias_p=bias,
+                bias_q=reference.bias,
+                **settings,
+            )
+            returned += (row_kl,)
+        head_rows.own.tensors = returned
+        return returned
 
     return forward
 

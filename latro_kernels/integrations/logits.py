@@ -103,6 +103,11 @@ def logit_form(causal: PreTrainedModel) -> LogitForm:
     return LogitForm(hidden_scale, scale, softcap)
 
 
+def is_shard(weight: Tensor) -> bool:
+    """Return whether ZeRO-3 has a weight in shards, by the attribute that it marks those with."""
+    return hasattr(weight, "ds_id")
+
+
 def whole_shape(weight: Tensor) -> torch.Size:
     """Return the shape of a weight, which ZeRO-3 may have sharded as it was loaded."""
     return getattr(weight, "ds_shape", weight.shape)
@@ -119,7 +124,7 @@ def layers_gathered(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         modules: Iterator[nn.Module] = model.modules()
         for module in modules:
-            sharded = [p for p in module.parameters(recurse=False) if hasattr(p, "ds_id")]
+            sharded = [p for p in module.parameters(recurse=False) if is_shard(p)]
             if not sharded:
                 continue
             import deepspeed

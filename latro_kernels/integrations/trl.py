@@ -23,7 +23,7 @@ import trl
 from torch import Tensor
 
 from latro_kernels.head import autocast_dtype
-from latro_kernels.integrations.logits import LogitForm
+from latro_kernels.integrations.logits import LogitForm, is_shard
 from latro_kernels.linear_logprob import linear_logprob
 
 _VERSION = f"TRL {trl.__version__}"
@@ -134,7 +134,7 @@ def _is_ours(
     return (
         weight.device.type in ("cpu", "cuda")
         and dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and not hasattr(weight, "ds_id")
+        and not is_shard(weight)
         and (softcap is None or "mean_logits" not in outputs)
     )
 
