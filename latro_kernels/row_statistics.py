@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowStatistics:
-    """What `linear_logprob` and `gather_logprob` return where `statistics` are given.
+    """Holds what `linear_logprob` and `gather_logprob` return where `statistics` are given.
 
     Each is of the shape of target; None where it was not asked for, and 0 or False where the target
     is ignored.

@@ -1,4 +1,4 @@
-"""What ops of two heads share: checks of their arguments, the reference, the backward."""
+"""Check the arguments of ops of two heads; give their reference and their backward."""
 
 from __future__ import annotations
 

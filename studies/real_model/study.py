@@ -126,28 +126,21 @@ def cells(scale: Scale) -> list[Cell]:
                     everything.append(_with_commands(start, scale))
     seed = scale.seeds[0]
     for task in TRIAL_TASKS:
-        for method, changed in (trial for trial in _trials() if _has(task, trial[0])):
+        for method, changed in _trials(task):
             what = ",".join(f"{setting}={value}" for setting, value in changed.items())
-            start = Cell(
-                f"trial-{task}-{method}-{what}-{seed}",
-                "trial",
-                MODEL,
-                task,
-                method,
-                seed,
-                base=base,
-            )
+            name = f"trial-{task}-{method}-{what}-{seed}"
+            start = Cell(name, "trial", MODEL, task, method, seed, base=base)
             everything.append(_with_commands(start, scale, changed))
     return everything
 
 
 def _has(task: str, method: str) -> bool:
-    """Whether the task has what the method learns from."""
+    """Return whether the task has what the method learns from."""
     return task != "arc_challenge" or method not in WORKED
 
 
-def _trials() -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield each trial's method and what it changes."""
+def _trials(task: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the method of each trial on a task, and what it changes."""
     for setting, values in TRIALS.items():
         for value in values:
             # The main cell of a task was evaluated on test problems; so its settings are run
@@ -156,7 +149,7 @@ def _trials() -> Iterator[tuple[str, Mapping[str, Any]]]:
                 yield "latro", {setting: value}
     for changed in TOGETHER:
         yield "latro", changed
-    for method in TARGETS:
+    for method in (target for target in TARGETS if _has(task, target)):
         for rate in SFT_LEARNING_RATES:
             yield method, {"learning_rate": rate}
 
