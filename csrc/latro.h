@@ -82,7 +82,8 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
  *
  * forward fills peak[N], the maximum of z; total[N], the sum of exp(z - peak); picked[N], z at the
  * target, -inf where it is no column; and, each or null, weighted[N], the sum of
- * exp(z - peak) * (z - peak); pull[N, H], the sum over j other than the target of
+ * exp(z - peak) * (z - peak); with it, both or none, square_total[N], the sum of exp(z - peak)^2,
+ * and logit_total[N], the sum of z; pull[N, H], the sum over j other than the target of
  * exp(z_j - peak) * (dz_j / dproduct_j) * weight_j; kept[N, kept_cols], the products of the first
  * kept_cols columns, a multiple of 192 or V; block_peak[N, ceil(V / 96)], the maximum of z over
  * each 96 columns.
@@ -90,12 +91,15 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
  * backward goes over the M rows whose numbers `rows` names (null: all, 0 .. M - 1), from the
  * forward's results, log_total being log(total). With p the exponential of log_p,
  *
- *     dz_j = grad_logp * ((j is the target) - p_j) - p_j * (grad_entropy * log_p_j + offset)
+ *     dz_j = grad_logp * ((j is the target) - p_j)
+ *            - p_j * (grad_entropy * log_p_j + offset - grad_square * p_j)
  *
- * where offset is grad_entropy * entropy less the upstream gradient of log(sum of exp(z));
- * grad_entropy and offset are null where neither of the two has a gradient. It fills dx[., H] in
- * those rows, dw[V, H] in `dtype` and db[V], each or null. With block_peak, 12 of its rows by 96
- * columns are left out where they hold no target and no entry of dz reaches grad_filter.
+ * where grad_square is 2 q / (sum of p^2) for the upstream gradient q of log(sum of p^2), null
+ * where that has none; offset is grad_entropy * entropy + 2 q less the upstream gradient of
+ * log(sum of exp(z)); grad_entropy and offset are null where none of the three has a gradient. It
+ * fills dx[., H] in those rows, dw[V, H] in `dtype` and db[V], each or null. With block_peak, 12 of
+ * its rows by 96 columns are left out where they hold no target and no entry of dz reaches
+ * grad_filter.
  */
 LATRO_API int32_t latro_cpu_bf16_products_supported(void);
 
@@ -103,17 +107,18 @@ LATRO_API int32_t latro_cpu_linear_logprob_forward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, float* peak, float* total, float* picked,
-    float* weighted, float* pull, float* kept, int64_t kept_cols, float* block_peak, int64_t N,
-    int64_t H, int64_t V, float softcap, float temperature, int64_t threads);
+    float* weighted, float* square_total, float* logit_total, float* pull, float* kept,
+    int64_t kept_cols, float* block_peak, int64_t N, int64_t H, int64_t V, float softcap,
+    float temperature, int64_t threads);
 
 LATRO_API int32_t latro_cpu_linear_logprob_backward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, const int64_t* rows, const float* grad_logp,
-    const float* grad_entropy, const float* logp, const float* offset, const float* peak,
-    const float* log_total, const float* kept, int64_t kept_cols, const float* block_peak,
-    float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
-    float softcap, float temperature, int64_t threads);
+    const float* grad_entropy, const float* logp, const float* offset, const float* grad_square,
+    const float* peak, const float* log_total, const float* kept, int64_t kept_cols,
+    const float* block_peak, float grad_filter, float* dx, void* dw, float* db, int64_t M,
+    int64_t H, int64_t V, float softcap, float temperature, int64_t threads);
 
 /* linear_sample, whole, on the CPU: a token drawn from each row's distribution.
  *
@@ -164,25 +169,28 @@ LATRO_API int32_t latro_cpu_decode_attention(
  * first_col + cols; bias[cols] or null is added to them, and z is made of them as above.
  *
  * fold: adds the tile to the rows' running state: peak[rows] (start: -inf), total[rows] (start: 0),
- * weighted[rows] or null (start: 0); picked[rows] is written when the target is met.
+ * weighted[rows] or null (start: 0), with it square_total[rows] and logit_total[rows], both or none
+ * (start: 0); picked[rows] is written when the target is met.
  *
  * grad: turns the tile into the gradient with respect to the products, written to dtile in the
  * dtype of the products to come (dtile may be the tile where that is fp32). log_total is
- * log(total); grad_entropy and offset are as in latro_cpu_linear_logprob_backward.
+ * log(total); grad_entropy, offset and grad_square are as in latro_cpu_linear_logprob_backward.
  */
 LATRO_API int32_t latro_cuda_linear_logprob_fold(const float* tile, const float* bias,
                                                  const int64_t* target, float* peak, float* total,
-                                                 float* picked, float* weighted, int64_t rows,
-                                                 int64_t cols, int64_t first_col, float softcap,
-                                                 float temperature, void* stream);
+                                                 float* picked, float* weighted,
+                                                 float* square_total, float* logit_total,
+                                                 int64_t rows, int64_t cols, int64_t first_col,
+                                                 float softcap, float temperature, void* stream);
 
 LATRO_API int32_t latro_cuda_linear_logprob_grad(const float* tile, void* dtile, int32_t dtype,
                                                  const float* bias, const int64_t* target,
                                                  const float* grad_logp, const float* grad_entropy,
                                                  const float* logp, const float* offset,
-                                                 const float* peak, const float* log_total,
-                                                 int64_t rows, int64_t cols, int64_t first_col,
-                                                 float softcap, float temperature, void* stream);
+                                                 const float* grad_square, const float* peak,
+                                                 const float* log_total, int64_t rows, int64_t cols,
+                                                 int64_t first_col, float softcap,
+                                                 float temperature, void* stream);
 
 /* linear_sample on CUDA: the column of a tile of products that has the highest z + noise.
  *
@@ -208,38 +216,35 @@ LATRO_API int32_t latro_cuda_linear_sample_draw(const float* tile, const float* 
  * alignment is asked for beyond an element's. dlogits may be logits, with the same step.
  * softcap 0 means none. z = softcap * tanh(logit / softcap) / temperature.
  *
- * forward: target[rows], in 0 .. cols - 1; writes logp[rows], entropy[rows] unless null,
- * peak[rows], the maximum of z, log_total[rows], log of the sum of exp(z - peak), and picked[rows],
- * z at the target. A row whose target is below 0 is not read, and gets zeros.
+ * forward: target[rows], in 0 .. cols - 1; writes logp[rows]; peak[rows], the maximum of z;
+ * log_total[rows], log of the sum of exp(z - peak); picked[rows], z at the target; entropy[rows]
+ * unless null; with it, both or none, log_sum_p_squared[rows], log of the sum of softmax(z)^2, and
+ * mean_logit[rows], the mean of z. A row whose target is below 0 is not read, and gets zeros.
  *
- * backward: takes logp, peak and log_total back; grad_entropy and offset are as in
+ * backward: takes logp, peak and log_total back; grad_entropy, offset and grad_square are as in
  * latro_cpu_linear_logprob_backward. A row in which these and grad_logp are 0 is not read.
  */
-LATRO_API int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype,
-                                                   int64_t row_step, const int64_t* target,
-                                                   float* logp, float* entropy, float* peak,
-                                                   float* log_total, float* picked, int64_t rows,
-                                                   int64_t cols, float softcap, float temperature,
-                                                   int64_t threads);
+LATRO_API int32_t latro_cpu_gather_logprob_forward(
+    const void* logits, int32_t dtype, int64_t row_step, const int64_t* target, float* logp,
+    float* entropy, float* log_sum_p_squared, float* mean_logit, float* peak, float* log_total,
+    float* picked, int64_t rows, int64_t cols, float softcap, float temperature, int64_t threads);
 
 LATRO_API int32_t latro_cpu_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* offset, const float* peak, const float* log_total, int64_t rows, int64_t cols,
-    float softcap, float temperature, int64_t threads);
+    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    int64_t rows, int64_t cols, float softcap, float temperature, int64_t threads);
 
-LATRO_API int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype,
-                                                    int64_t row_step, const int64_t* target,
-                                                    float* logp, float* entropy, float* peak,
-                                                    float* log_total, float* picked, int64_t rows,
-                                                    int64_t cols, float softcap, float temperature,
-                                                    void* stream);
+LATRO_API int32_t latro_cuda_gather_logprob_forward(
+    const void* logits, int32_t dtype, int64_t row_step, const int64_t* target, float* logp,
+    float* entropy, float* log_sum_p_squared, float* mean_logit, float* peak, float* log_total,
+    float* picked, int64_t rows, int64_t cols, float softcap, float temperature, void* stream);
 
 LATRO_API int32_t latro_cuda_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* offset, const float* peak, const float* log_total, int64_t rows, int64_t cols,
-    float softcap, float temperature, void* stream);
+    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    int64_t rows, int64_t cols, float softcap, float temperature, void* stream);
 
 /* linear_kl, whole, on the CPU: KL(p || q) of N rows of two heads over one vocabulary.
  *

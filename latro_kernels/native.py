@@ -160,7 +160,8 @@ def runs_on(device: torch.device) -> bool:
     row = torch.zeros(4, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)
     # Only a launch tells: the fold of one logit.
-    inputs, state, sizes = (row, None, target), (row[1:], row[2:], row[3:], None), (1, 1, 0)
+    inputs, sizes = (row, None, target), (1, 1, 0)
+    state = (row[1:], row[2:], row[3:], None, None, None)
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         try:

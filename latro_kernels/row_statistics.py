@@ -3,14 +3,22 @@
 With a row's logits z, after softcap and temperature, p = softmax(z) and t the target
 
     logp = z_t − L        log_sum_exp L = log Σ_j exp(z_j)        entropy H = −Σ_j p_j·log p_j
+    log_sum_p_squared S = log Σ_j p_j² = log Σ_j exp(2·z_j) − 2·L        mean_logit = Σ_j z_j / V
 
-For upstream gradients g of logp, h of the entropy and e of log_sum_exp
+All come from one pass: with m the largest logit so far, Σ exp(z_j − m)² is a sum beside that of
+exp(z_j − m), and takes no exponential more.
 
-    ∂/∂z_j = g·(1[j = t] − p_j) − h·p_j·(log p_j + H) + e·p_j
-           = g·(1[j = t] − p_j) − p_j·(h·log p_j + c)              c = h·H − e
+For upstream gradients g of logp, h of the entropy, e of log_sum_exp and q of log_sum_p_squared
 
-so that a backward that knows the entropy's gradient has that of log_sum_exp for nothing: it takes
-g, h and c of each row, of which `upstream` makes the last two, or g alone.
+    ∂/∂z_j = g·(1[j = t] − p_j) − h·p_j·(log p_j + H) + e·p_j + 2·q·(p_j²·exp(−S) − p_j)
+           = g·(1[j = t] − p_j) − p_j·(h·log p_j + c − r·p_j)
+
+    c = h·H − e + 2·q        r = 2·q·exp(−S)
+
+so that a backward that knows the entropy's gradient has that of log_sum_exp for nothing, and that
+of log_sum_p_squared for one multiplication and addition more: it takes g, h, c and r of each row,
+which `upstream` makes; of these it takes no r where log_sum_p_squared has no upstream gradient, and
+g alone where logp alone has one. As Σ_j p_j² is at least 1/V, exp(−S) is at most V.
 """
 
 from __future__ import annotations
@@ -37,30 +45,41 @@ class RowStatistics:
         log_sum_exp: log Σ_j exp(z_j) of the logits z after softcap and temperature, as
             `torch.logsumexp(z, -1)`, fp32, nats, differentiable: what a z-loss squares.
         is_top1: whether no logit of the row is above the target's, bool.
+        log_sum_p_squared: log Σ_j p_j² of the row's distribution p, as
+            `torch.logsumexp(2 * torch.log_softmax(z, -1), -1)`, fp32, nats, differentiable: the
+            Rényi entropy of order 2 times −1, from −log V of a flat row to 0 of a certain one.
+        mean_logit: the mean of z over the vocabulary, fp32, without a gradient; −∞ where one of
+            the logits is.
     """
 
     logp: Tensor
     entropy: Tensor | None = None
     log_sum_exp: Tensor | None = None
     is_top1: Tensor | None = None
+    log_sum_p_squared: Tensor | None = None
+    mean_logit: Tensor | None = None
 
 
 NAMES = tuple(field.name for field in fields(RowStatistics) if field.name != "logp")
+# What takes further sums than the entropy does. Those are made together: each is an addition.
+OF_FURTHER_SUMS = frozenset({"log_sum_p_squared", "mean_logit"})
 Returned = Tensor | tuple[Tensor, Tensor] | RowStatistics
 
 
 class Upstream(NamedTuple):
-    """The upstream gradients of rows, fp32 [N] each; h and c are None where c is 0 for every row.
+    """The upstream gradients of rows, fp32 [N] each.
 
     Args:
         grad_logp: g.
-        grad_entropy: h.
-        offset: c.
+        grad_entropy: h, None where logp alone has a gradient.
+        offset: c, likewise.
+        grad_square: r, None where log_sum_p_squared has no gradient.
     """
 
     grad_logp: Tensor
     grad_entropy: Tensor | None
     offset: Tensor | None
+    grad_square: Tensor | None
 
 
 def check_statistics(statistics: object, return_entropy: object) -> frozenset[str]:
@@ -113,6 +132,8 @@ def of_logits(
         entropy=-terms.sum(-1),
         log_sum_exp=torch.logsumexp(z, dim=-1),
         is_top1=(z.gather(-1, column) >= z.amax(-1, keepdim=True)).squeeze(-1),
+        log_sum_p_squared=torch.logsumexp(2 * log_p, dim=-1),
+        mean_logit=z.detach().mean(-1),
     )
 
 
@@ -122,6 +143,12 @@ def changed(found: RowStatistics, change: Callable[[Tensor], Tensor]) -> RowStat
     return RowStatistics(**made)
 
 
+def as_outputs(ctx: Any, found: RowStatistics) -> tuple[Tensor | None, ...]:
+    """Return the statistics in the order of their fields, as an autograd function does."""
+    ctx.mark_non_differentiable(*(s for s in (found.is_top1, found.mean_logit) if s is not None))
+    return tuple(vars(found).values())
+
+
 def without_ignored(found: RowStatistics, ignored: Tensor) -> RowStatistics:
     """Return the statistics with 0, or False, in rows that are ignored."""
     return changed(found, lambda statistic: statistic.masked_fill(ignored, 0))
@@ -129,22 +156,26 @@ def without_ignored(found: RowStatistics, ignored: Tensor) -> RowStatistics:
 
 def upstream(
     logp: Tensor,
-    entropy: Tensor | None,
     kept: Tensor | None,
     *,
+    entropy: Tensor | None,
+    log_sum_p_squared: Tensor | None,
     grad_logp: Tensor | None,
     grad_entropy: Tensor | None,
     grad_log_sum_exp: Tensor | None,
+    grad_log_sum_p_squared: Tensor | None,
 ) -> Upstream:
     """Return what the backward takes, from gradients of any shape or None.
 
     Args:
         logp: fp32 [N], from the forward.
-        entropy: likewise; None where it was not asked for.
         kept: bool [N], or None for all; the other rows' gradients are 0.
+        entropy: as logp; None where it was not asked for.
+        log_sum_p_squared: likewise.
         grad_logp: g, None for 0.
         grad_entropy: h, likewise.
         grad_log_sum_exp: e, likewise.
+        grad_log_sum_p_squared: q, likewise.
     """
 
     def of_kept(gradient: Tensor | None) -> Tensor:
@@ -154,11 +185,16 @@ def upstream(
         return flat if kept is None else flat.masked_fill(~kept, 0)
 
     g = of_kept(grad_logp)
-    if grad_entropy is None and grad_log_sum_exp is None:
-        return Upstream(g, None, None)
-    h, offset = of_kept(grad_entropy), -of_kept(grad_log_sum_exp)
+    if grad_entropy is None and grad_log_sum_exp is None and grad_log_sum_p_squared is None:
+        return Upstream(g, None, None, None)
+    h, offset, r = of_kept(grad_entropy), -of_kept(grad_log_sum_exp), None
     if grad_entropy is not None:
         assert entropy is not None
         # The entropy of a row that nobody asks about may be NaN.
         offset = offset + torch.where(h == 0, 0, h * entropy)
-    return Upstream(g, h, offset)
+    if grad_log_sum_p_squared is not None:
+        assert log_sum_p_squared is not None
+        twice_q = 2 * of_kept(grad_log_sum_p_squared)
+        offset = offset + twice_q
+        r = torch.where(twice_q == 0, 0, twice_q * torch.exp(-log_sum_p_squared))
+    return Upstream(g, h, offset, r)

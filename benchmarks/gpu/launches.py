@@ -19,6 +19,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     ),
     "kept": ("WITH_CACHED", "IS_CACHED"),
 }
+FEATURES["squares"] = (*FEATURES["all"], "WITH_FURTHER_SUMS", "WITH_SQUARE")
 # Of `forward_kernel` with a frozen head.
 EXPONENTIALS = ("WITH_EXP",)
 POINTERS = {"target_ptr": "*i64", "rows_ptr": "*i64", "active_ptr": "*i8"}

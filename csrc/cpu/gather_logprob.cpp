@@ -14,6 +14,7 @@ using latro::bfloat16;
 using latro::float16;
 using latro::kBlock;
 using latro::RowGrad;
+using latro::RowGradArrays;
 using latro::State;
 using latro::Transform;
 
@@ -26,50 +27,63 @@ struct Rows {
   T* row(int64_t i) const { return data + i * row_step; }
 };
 
+// What the forward writes of each row. entropy, log_sum_p_squared and mean_logit may be null, the
+// last two together, and are if entropy is.
+struct Outputs {
+  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *peak, *log_total, *picked;
+
+  void clear(int64_t i) const {
+    for (float* rows : {logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked}) {
+      if (rows != nullptr) rows[i] = 0.0f;
+    }
+  }
+};
+
 template <typename T>
-void forward_rows(Rows<const T> logits, const int64_t* target, float* logp, float* entropy,
-                  float* peak, float* log_total, float* picked, int64_t rows, int64_t cols,
-                  Transform transform, int64_t threads) {
+void forward_rows(Rows<const T> logits, const int64_t* target, const Outputs& out, int64_t rows,
+                  int64_t cols, Transform transform, int64_t threads) {
+  const latro::Sums sums = out.mean_logit != nullptr ? latro::kAllSums
+                           : out.entropy != nullptr  ? latro::kEntropy
+                                                     : latro::kTotal;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] < 0) {  // ignored
-      logp[i] = peak[i] = log_total[i] = picked[i] = 0.0f;
-      if (entropy != nullptr) entropy[i] = 0.0f;
+      out.clear(i);
       continue;
     }
     const T* row = logits.row(i);
     float z[kBlock];
-    State state{-latro::kInfinity, 0.0f, 0.0f};
+    State state;
     for (int64_t begin = 0; begin < cols; begin += kBlock) {
       const int64_t n = std::min(cols - begin, kBlock);
       transform.logits(row + begin, nullptr, n, z);
-      state.add(z, n, entropy != nullptr);
+      state.add(z, n, sums);
       // The very number that was added: made once more, it might be rounded otherwise.
       const int64_t hit = target[i] - begin;
-      if (hit >= 0 && hit < n) picked[i] = z[hit];
+      if (hit >= 0 && hit < n) out.picked[i] = z[hit];
     }
-    peak[i] = state.peak;
-    log_total[i] = std::log(state.total);
-    logp[i] = (picked[i] - state.peak) - log_total[i];
-    if (entropy != nullptr) entropy[i] = log_total[i] - state.weighted / state.total;
+    const float log_total = std::log(state.total);
+    out.peak[i] = state.peak;
+    out.log_total[i] = log_total;
+    out.logp[i] = (out.picked[i] - state.peak) - log_total;
+    if (out.entropy != nullptr) out.entropy[i] = log_total - state.weighted / state.total;
+    if (out.mean_logit != nullptr) {
+      out.log_sum_p_squared[i] = std::log(state.square_total) - 2.0f * log_total;
+      out.mean_logit[i] = state.logit_total / static_cast<float>(cols);
+    }
   }
 }
 
 template <typename T>
 void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
-                   const float* grad_logp, const float* grad_entropy, const float* logp,
-                   const float* offset, const float* peak, const float* log_total, int64_t rows,
-                   int64_t cols, Transform transform, int64_t threads) {
+                   const RowGradArrays& grads, int64_t rows, int64_t cols, Transform transform,
+                   int64_t threads) {
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     const T* row = logits.row(i);
     T* drow = dlogits.row(i);
-    const bool has_offset = offset != nullptr;
-    const RowGrad grad{grad_logp[i], has_offset ? grad_entropy[i] : 0.0f,
-                       logp[i],      has_offset ? offset[i] : 0.0f,
-                       peak[i],      log_total[i],
-                       has_offset};
-    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f && grad.offset == 0.0f) {
+    const RowGrad grad = grads.row(i);
+    if (grad.is_zero()) {
       std::fill(drow, drow + cols, T{});
       continue;
     }
@@ -89,13 +103,14 @@ void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
 
 int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                          const int64_t* target, float* logp, float* entropy,
-                                         float* peak, float* log_total, float* picked, int64_t rows,
+                                         float* log_sum_p_squared, float* mean_logit, float* peak,
+                                         float* log_total, float* picked, int64_t rows,
                                          int64_t cols, float softcap, float temperature,
                                          int64_t threads) {
+  const Outputs out{logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked};
   const auto run = [&](auto element) {
     const Rows<const decltype(element)> x{static_cast<const decltype(element)*>(logits), row_step};
-    forward_rows(x, target, logp, entropy, peak, log_total, picked, rows, cols,
-                 Transform{softcap, temperature}, threads);
+    forward_rows(x, target, out, rows, cols, Transform{softcap, temperature}, threads);
     return LATRO_OK;
   };
   if (dtype == LATRO_F32) return run(float{});
@@ -104,19 +119,17 @@ int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int6
   return LATRO_BAD_DTYPE;
 }
 
-int32_t latro_cpu_gather_logprob_backward(const void* logits, void* dlogits, int32_t dtype,
-                                          int64_t row_step, int64_t drow_step,
-                                          const int64_t* target, const float* grad_logp,
-                                          const float* grad_entropy, const float* logp,
-                                          const float* offset, const float* peak,
-                                          const float* log_total, int64_t rows, int64_t cols,
-                                          float softcap, float temperature, int64_t threads) {
+int32_t latro_cpu_gather_logprob_backward(
+    const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
+    const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
+    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    int64_t rows, int64_t cols, float softcap, float temperature, int64_t threads) {
+  const RowGradArrays grads{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total};
   const auto run = [&](auto element) {
     using T = decltype(element);
     backward_rows(Rows<const T>{static_cast<const T*>(logits), row_step},
-                  Rows<T>{static_cast<T*>(dlogits), drow_step}, target, grad_logp, grad_entropy,
-                  logp, offset, peak, log_total, rows, cols, Transform{softcap, temperature},
-                  threads);
+                  Rows<T>{static_cast<T*>(dlogits), drow_step}, target, grads, rows, cols,
+                  Transform{softcap, temperature}, threads);
     return LATRO_OK;
   };
   if (dtype == LATRO_F32) return run(float{});

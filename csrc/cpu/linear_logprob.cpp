@@ -25,10 +25,43 @@ namespace {
 
 using namespace latro;
 
-// What the forward fills in; all [N] but pull [N, H] and block_peak [N, blocks].
+// What the forward fills in; all [N] but pull [N, H] and block_peak [N, blocks]. From `weighted` on
+// each may be null; square_total and logit_total are so together, and are if weighted is.
 struct RowState {
   float *peak, *total, *picked;
-  float *weighted, *pull, *block_peak;  // each may be null
+  float *weighted, *square_total, *logit_total, *pull, *block_peak;
+
+  void clear(int64_t N) const {
+    std::fill_n(peak, N, -kInfinity);
+    std::fill_n(picked, N, -kInfinity);
+    for (float* sum : {total, weighted, square_total, logit_total}) {
+      if (sum != nullptr) std::fill_n(sum, N, 0.0f);
+    }
+  }
+
+  void add(int64_t row, const float* z, int64_t n) const {
+    State folded;
+    folded.peak = peak[row];
+    folded.total = total[row];
+    Sums sums = kTotal;
+    if (weighted != nullptr) {
+      folded.weighted = weighted[row];
+      sums = kEntropy;
+    }
+    if (square_total != nullptr) {
+      folded.square_total = square_total[row];
+      folded.logit_total = logit_total[row];
+      sums = kAllSums;
+    }
+    folded.add(z, n, sums);
+    peak[row] = folded.peak;
+    total[row] = folded.total;
+    if (weighted != nullptr) weighted[row] = folded.weighted;
+    if (square_total != nullptr) {
+      square_total[row] = folded.square_total;
+      logit_total[row] = folded.logit_total;
+    }
+  }
 };
 
 // Asks for large pages behind memory that is about to be written for the first time: faults of 4
@@ -54,19 +87,6 @@ struct Kept {
   float* at(int64_t row, int64_t column) const { return data + row * cols + column; }
 };
 
-// What the backward is given; all [N], by the number of the row in `hidden`.
-struct RowGrads {
-  const float *grad_logp, *grad_entropy, *logp, *offset, *peak, *log_total;
-
-  RowGrad row(int64_t i) const {
-    const bool has_offset = offset != nullptr;
-    return {grad_logp[i], has_offset ? grad_entropy[i] : 0.0f,
-            logp[i],      has_offset ? offset[i] : 0.0f,
-            peak[i],      log_total[i],
-            has_offset};
-  }
-};
-
 struct Filter {
   const float* block_peak;  // [N, blocks], or null: nothing is left out
   float threshold;
@@ -76,12 +96,14 @@ struct Filter {
   // `largest`. NaN reaches it.
   bool is_below(const RowGrad& grad, float largest) const {
     const float log_p = (largest - grad.peak) - grad.log_total;
+    const float p = std::exp(log_p);
     float weight = std::fabs(grad.grad_logp + grad.offset);
     if (grad.has_offset) {
       // exp(x) |x| grows up to x = -1 and is bounded by this beyond.
       weight += std::fabs(grad.grad_entropy) * std::max(-log_p, 1.0f);
+      weight += std::fabs(grad.grad_square) * p;
     }
-    return weight * std::exp(log_p) < threshold;
+    return weight * p < threshold;
   }
 };
 
@@ -100,12 +122,7 @@ struct RowFold {
   void operator()(int64_t row, const float* products, int64_t column, int64_t n, float* z) const {
     if (kept.has(column)) std::copy_n(products, n, kept.at(row, column));
     head.transform.logits(products, head.bias_at(column), n, z);
-    State folded{state.peak[row], state.total[row],
-                 state.weighted != nullptr ? state.weighted[row] : 0.0f};
-    folded.add(z, n, state.weighted != nullptr);
-    state.peak[row] = folded.peak;
-    state.total[row] = folded.total;
-    if (state.weighted != nullptr) state.weighted[row] = folded.weighted;
+    state.add(row, z, n);
     const int64_t hit = head.target[row] - column;
     if (hit >= 0 && hit < n) state.picked[row] = z[hit];
     if (state.block_peak == nullptr) return;
@@ -205,13 +222,13 @@ struct Forward : Sweep<Gemm, T> {
 template <typename Gemm, typename T>
 struct Backward {
   const Head<T>& head;
-  const RowGrads grads;
+  const RowGradArrays grads;
   const Kept kept;
   const Filter filter;
   Sweep<Gemm, T> sweep;
   HeadGradient<Gemm, T> gradient;
 
-  Backward(const Head<T>& head, const int64_t* rows, int64_t M, const RowGrads& grads,
+  Backward(const Head<T>& head, const int64_t* rows, int64_t M, const RowGradArrays& grads,
            const Kept& kept, const Filter& filter, const Gradients& out, int64_t threads)
       : head(head),
         grads(grads),
@@ -282,8 +299,9 @@ int32_t latro_cpu_linear_logprob_forward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, float* peak, float* total, float* picked,
-    float* weighted, float* pull, float* kept, int64_t kept_cols, float* block_peak, int64_t N,
-    int64_t H, int64_t V, float softcap, float temperature, int64_t threads) {
+    float* weighted, float* square_total, float* logit_total, float* pull, float* kept,
+    int64_t kept_cols, float* block_peak, int64_t N, int64_t H, int64_t V, float softcap,
+    float temperature, int64_t threads) {
   return with_types(dtype, bf16_products, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Head<T> head{{static_cast<const T*>(hidden), hidden_row_step, hidden_col_step},
@@ -293,12 +311,10 @@ int32_t latro_cpu_linear_logprob_forward(
                        H,
                        V,
                        Transform{softcap, temperature}};
-    std::fill_n(peak, N, -kInfinity);
-    std::fill_n(total, N, 0.0f);
-    std::fill_n(picked, N, -kInfinity);
-    if (weighted != nullptr) std::fill_n(weighted, N, 0.0f);
-    const RowFold<T> fold(head, RowState{peak, total, picked, weighted, pull, block_peak},
-                          Kept{kept, kept_cols});
+    const RowState state{peak,         total,       picked, weighted,
+                         square_total, logit_total, pull,   block_peak};
+    state.clear(N);
+    const RowFold<T> fold(head, state, Kept{kept, kept_cols});
     expect_large_pages(kept, N * kept_cols);
     if (N <= kFewRows && pull == nullptr) {
       const bool ok = few_rows_sweep<decltype(gemm)>(
@@ -319,10 +335,10 @@ int32_t latro_cpu_linear_logprob_backward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,
     int64_t weight_row_step, int64_t weight_col_step, int32_t dtype, int32_t bf16_products,
     const float* bias, const int64_t* target, const int64_t* rows, const float* grad_logp,
-    const float* grad_entropy, const float* logp, const float* offset, const float* peak,
-    const float* log_total, const float* kept, int64_t kept_cols, const float* block_peak,
-    float grad_filter, float* dx, void* dw, float* db, int64_t M, int64_t H, int64_t V,
-    float softcap, float temperature, int64_t threads) {
+    const float* grad_entropy, const float* logp, const float* offset, const float* grad_square,
+    const float* peak, const float* log_total, const float* kept, int64_t kept_cols,
+    const float* block_peak, float grad_filter, float* dx, void* dw, float* db, int64_t M,
+    int64_t H, int64_t V, float softcap, float temperature, int64_t threads) {
   return with_types(dtype, bf16_products, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Head<T> head{{static_cast<const T*>(hidden), hidden_row_step, hidden_col_step},
@@ -333,7 +349,8 @@ int32_t latro_cpu_linear_logprob_backward(
                        V,
                        Transform{softcap, temperature}};
     Backward<decltype(gemm), T> backward(
-        head, rows, M, RowGrads{grad_logp, grad_entropy, logp, offset, peak, log_total},
+        head, rows, M,
+        RowGradArrays{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total},
         Kept{const_cast<float*>(kept), kept_cols},
         Filter{block_peak, grad_filter, ceil_div(V, kFilterCols)}, Gradients{dx, dw, db}, threads);
     if (!backward.ok()) return LATRO_OUT_OF_MEMORY;

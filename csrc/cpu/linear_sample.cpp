@@ -93,7 +93,7 @@ struct RowFold {
     float z[kGroupCols];
     head.transform.logits(products, head.bias_at(column), n, z);
     State folded{state.peak[row], state.total[row], state.weighted[row]};
-    folded.add(z, n, true);
+    folded.add(z, n, latro::kEntropy);
     state.peak[row] = folded.peak;
     state.total[row] = folded.total;
     state.weighted[row] = folded.weighted;

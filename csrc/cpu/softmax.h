@@ -94,27 +94,41 @@ struct Transform {
   }
 };
 
-// The running state of one row. `weighted` is the sum of exp(z - peak) * (z - peak).
-struct State {
-  float peak, total, weighted;
+// How many of a row's sums are made: of total, weighted, square_total and logit_total the first.
+enum Sums { kTotal = 1, kEntropy = 2, kAllSums = 4 };
 
-  void add(const float* z, int64_t n, bool entropy) {
+// The running state of one row. Of exp(z - peak), `total` is the sum, `weighted` the sum of its
+// products with z - peak, `square_total` that of its squares; `logit_total` is the sum of z.
+struct State {
+  float peak = -kInfinity, total = 0.0f, weighted = 0.0f, square_total = 0.0f, logit_total = 0.0f;
+
+  void add(const float* z, int64_t n, Sums sums) {
     const float largest = latro::largest(z, n, peak);
     // A row that is -inf so far has no peak to subtract.
     const float shift = largest == -kInfinity ? 0.0f : largest;
     const float drop = peak - shift;
     const float shrink = std::exp(drop);
-    float sum = 0.0f, moment = 0.0f;
+    float sum = 0.0f, moment = 0.0f, square = 0.0f, plain = 0.0f;
     for (int64_t begin = 0; begin < n; begin += kStretch) {
       const int64_t end = std::min(begin + kStretch, n);
-      float some = 0.0f, of_some = 0.0f;
-      if (entropy) {
-#pragma omp simd reduction(+ : some, of_some)
+      float some = 0.0f, of_some = 0.0f, some_squares = 0.0f, some_logits = 0.0f;
+      if (sums == kAllSums) {
+#pragma omp simd reduction(+ : some, of_some, some_squares, some_logits)
         for (int64_t j = begin; j < end; ++j) {
           const float distance = z[j] - shift;
           const float e = exp_vec(distance);
           some += e;
           of_some += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
+          some_squares += e * e;
+          some_logits += z[j];
+        }
+      } else if (sums == kEntropy) {
+#pragma omp simd reduction(+ : some, of_some)
+        for (int64_t j = begin; j < end; ++j) {
+          const float distance = z[j] - shift;
+          const float e = exp_vec(distance);
+          some += e;
+          of_some += e == 0.0f ? 0.0f : e * distance;
         }
       } else {
 #pragma omp simd reduction(+ : some)
@@ -122,32 +136,43 @@ struct State {
       }
       sum += some;
       moment += of_some;
+      square += some_squares;
+      plain += some_logits;
     }
-    if (entropy) {
+    if (sums >= kEntropy) {
       weighted = shrink == 0.0f ? moment : shrink * (weighted + drop * total) + moment;
+    }
+    if (sums == kAllSums) {
+      square_total = square_total * (shrink * shrink) + square;
+      logit_total += plain;
     }
     total = total * shrink + sum;
     peak = largest;
   }
 };
 
-// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
+// What the backward knows of one row; the formulas stand in latro_kernels/row_statistics.
 struct RowGrad {
   float grad_logp, grad_entropy;  // upstream
-  float logp, offset, peak, log_total;
-  bool has_offset;  // else grad_entropy and offset are 0
+  float logp, offset, grad_square, peak, log_total;
+  bool has_offset;  // else grad_entropy, offset and grad_square are 0
+
+  bool is_zero() const {
+    return grad_logp == 0.0f && grad_entropy == 0.0f && offset == 0.0f && grad_square == 0.0f;
+  }
 
   // The gradient with respect to n logits z; `hit` is the target's place, anywhere outside 0 .. n
   // where it is not among them.
   void logits(const float* z, int64_t n, int64_t hit, float* dz) const {
-    const float g = grad_logp, h = grad_entropy, shift = peak, log_sum = log_total;
+    const float g = grad_logp, h = grad_entropy, r = grad_square;
+    const float shift = peak, log_sum = log_total;
     if (has_offset) {
       const float constant = g + offset;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
         const float log_p = (z[j] - shift) - log_sum;
         const float p = exp_vec(log_p);
-        dz[j] = p == 0.0f ? 0.0f : -p * (constant + h * log_p);
+        dz[j] = p == 0.0f ? 0.0f : -p * (constant + h * log_p - r * p);
       }
     } else {
 #pragma omp simd
@@ -157,8 +182,19 @@ struct RowGrad {
       // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
       dz[hit] = -g * std::expm1(logp);
       const float p = std::exp(logp);
-      if (p > 0.0f) dz[hit] -= p * (h * logp + offset);  // 0 * -inf counts as 0
+      if (p > 0.0f) dz[hit] -= p * (h * logp + offset - r * p);  // 0 * -inf counts as 0
     }
+  }
+};
+
+// The same of every row, by its number; the arrays from grad_entropy to grad_square may be null.
+struct RowGradArrays {
+  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *peak, *log_total;
+
+  RowGrad row(int64_t i) const {
+    const auto at = [i](const float* rows) { return rows != nullptr ? rows[i] : 0.0f; };
+    return {grad_logp[i],    at(grad_entropy), logp[i],      at(offset),
+            at(grad_square), peak[i],          log_total[i], offset != nullptr};
   }
 };
 

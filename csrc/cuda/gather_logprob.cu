@@ -15,18 +15,21 @@ using latro::Pack;
 using latro::RowGrad;
 using latro::RowGrads;
 using latro::State;
+using latro::Sums;
+using latro::Terms;
 using latro::Transform;
 
 // Blocks that a multiprocessor holds at a time: 1024 threads, which keep its memory busy. The
 // compiler keeps to the registers that leaves.
 constexpr int kResident = 4;
 
-// What the forward writes of each row; entropy is null where none is asked for.
+// What the forward writes of each row. entropy, log_sum_p_squared and mean_logit may be null, the
+// last two together, and are if entropy is.
 struct Outputs {
-  float *logp, *entropy, *peak, *log_total, *picked;
+  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *peak, *log_total, *picked;
 };
 
-template <bool kEntropy, typename T>
+template <Sums kSums, typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(const T* logits, int64_t row_step, const int64_t* target, Outputs out,
                    int64_t rows, int64_t cols, Transform transform) {
@@ -34,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
     if (target[i] < 0) {  // ignored
       if (threadIdx.x == 0) {
         out.logp[i] = out.peak[i] = out.log_total[i] = out.picked[i] = 0.0f;
-        if (kEntropy) out.entropy[i] = 0.0f;
+        if (kSums >= latro::kEntropy) out.entropy[i] = 0.0f;
+        if (kSums == latro::kAllSums) out.log_sum_p_squared[i] = out.mean_logit[i] = 0.0f;
       }
       continue;
     }
@@ -45,9 +49,9 @@ __global__ void __launch_bounds__(kThreads)
       float z[n];
       for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
       transform.logits(z);
-      state.add<kEntropy>(z);
+      state.add<kSums>(z);
     });
-    state = merge_block(state);
+    state = latro::merge_block<kSums>(state);
     if (threadIdx.x == 0) {
       float picked[] = {static_cast<float>(row[target[i]])};
       transform.logits(picked);
@@ -56,12 +60,16 @@ __global__ void __launch_bounds__(kThreads)
       out.log_total[i] = log_total;
       out.picked[i] = picked[0];
       out.logp[i] = (picked[0] - state.peak) - log_total;
-      if (kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
+      if (kSums >= latro::kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
+      if (kSums == latro::kAllSums) {
+        out.log_sum_p_squared[i] = logf(state.square_total) - 2.0f * log_total;
+        out.mean_logit[i] = state.logit_total / static_cast<float>(cols);
+      }
     }
   }
 }
 
-template <bool kOffset, typename T>
+template <Terms kTerms, typename T>
 __global__ void __launch_bounds__(kThreads, kResident)
     backward_kernel(const T* logits, T* dlogits, int64_t row_step, int64_t drow_step,
                     const int64_t* target, RowGrads grads, int64_t rows, int64_t cols,
@@ -69,8 +77,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* row = logits + i * row_step;
     T* drow = dlogits + i * drow_step;
-    const RowGrad grad = grads.row<kOffset>(i);
-    if (grad.grad_logp == 0.0f && grad.grad_entropy == 0.0f && grad.offset == 0.0f) {
+    const RowGrad grad = grads.row<kTerms>(i);
+    if (grad.is_zero()) {
       for (int64_t j = threadIdx.x; j < cols; j += kThreads) drow[j] = static_cast<T>(0.0f);
       continue;
     }
@@ -80,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       float z[n], dz[n];
       for (int k = 0; k < n; ++k) z[k] = static_cast<float>(pack.at[k]);
       transform.logits(z);
-      grad.logits<kOffset>(z, hit - j, dz);
+      grad.logits<kTerms>(z, hit - j, dz);
       transform.gradients(z, dz);
       Pack<T, n> gradient;
       for (int k = 0; k < n; ++k) gradient.at[k] = static_cast<T>(dz[k]);
@@ -108,32 +116,35 @@ int32_t for_dtype(int32_t dtype, Run run) {
 
 int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                           const int64_t* target, float* logp, float* entropy,
-                                          float* peak, float* log_total, float* picked,
-                                          int64_t rows, int64_t cols, float softcap,
-                                          float temperature, void* stream) {
+                                          float* log_sum_p_squared, float* mean_logit, float* peak,
+                                          float* log_total, float* picked, int64_t rows,
+                                          int64_t cols, float softcap, float temperature,
+                                          void* stream) {
   if (rows == 0) return LATRO_OK;
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    auto* kernel = entropy != nullptr ? forward_kernel<true, T> : forward_kernel<false, T>;
+    auto* kernel = mean_logit != nullptr ? forward_kernel<latro::kAllSums, T>
+                   : entropy != nullptr  ? forward_kernel<latro::kEntropy, T>
+                                         : forward_kernel<latro::kTotal, T>;
     kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const T*>(logits), row_step, target,
-        Outputs{logp, entropy, peak, log_total, picked}, rows, cols,
+        Outputs{logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked}, rows, cols,
         Transform{softcap, temperature});
   });
 }
 
-int32_t latro_cuda_gather_logprob_backward(const void* logits, void* dlogits, int32_t dtype,
-                                           int64_t row_step, int64_t drow_step,
-                                           const int64_t* target, const float* grad_logp,
-                                           const float* grad_entropy, const float* logp,
-                                           const float* offset, const float* peak,
-                                           const float* log_total, int64_t rows, int64_t cols,
-                                           float softcap, float temperature, void* stream) {
+int32_t latro_cuda_gather_logprob_backward(
+    const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
+    const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
+    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    int64_t rows, int64_t cols, float softcap, float temperature, void* stream) {
   if (rows == 0) return LATRO_OK;
-  const RowGrads grads{grad_logp, grad_entropy, logp, offset, peak, log_total};
+  const RowGrads grads{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total};
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    auto* kernel = offset != nullptr ? backward_kernel<true, T> : backward_kernel<false, T>;
+    auto* kernel =
+        grads.choose(backward_kernel<latro::kLogp, T>, backward_kernel<latro::kOffset, T>,
+                     backward_kernel<latro::kSquare, T>);
     kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const T*>(logits), static_cast<T*>(dlogits), row_step, drow_step, target, grads,
         rows, cols, Transform{softcap, temperature});

@@ -75,19 +75,25 @@ __device__ inline float fast_exp(float x) {
   return power;
 }
 
-// What a part of a row comes to. `weighted` is
-// the sum of exp(z - peak) * (z - peak).
-struct State {
-  float peak = -kInfinity, total = 0.0f, weighted = 0.0f;
+// How many of a row's sums are made: of total, weighted, square_total and logit_total the first.
+enum Sums { kTotal = 1, kEntropy = 2, kAllSums = 4 };
 
-  template <bool kEntropy, int n>
+// What a part of a row comes to. Of exp(z - peak), `total` is the sum, `weighted` the sum of its
+// products with z - peak, `square_total` that of its squares; `logit_total` is the sum of z.
+struct State {
+  float peak = -kInfinity, total = 0.0f, weighted = 0.0f, square_total = 0.0f, logit_total = 0.0f;
+
+  template <Sums kSums, int n>
   __device__ void add(const float (&z)[n]) {
     float largest = peak;
     for (int k = 0; k < n; ++k) largest = fmaxf(largest, z[k]);
     if (largest > peak) {
       const float drop = peak - largest;
       const float shrink = expf(drop);
-      if (kEntropy) weighted = shrink == 0.0f ? 0.0f : shrink * (weighted + drop * total);
+      if (kSums >= kEntropy) {
+        weighted = shrink == 0.0f ? 0.0f : shrink * (weighted + drop * total);
+      }
+      if (kSums == kAllSums) square_total *= shrink * shrink;
       total *= shrink;
       peak = largest;
     }
@@ -96,12 +102,17 @@ struct State {
       const float below = z[k] - shift;
       const float e = fast_exp(below);
       total += e;
-      if (kEntropy && e != 0.0f) weighted += e * below;  // 0 * -inf counts as 0
+      if (kSums >= kEntropy && e != 0.0f) weighted += e * below;  // 0 * -inf counts as 0
+      if (kSums == kAllSums) {
+        square_total += e * e;
+        logit_total += z[k];
+      }
     }
   }
 };
 
-__device__ inline State merge(State a, State b) {
+template <Sums kSums>
+__device__ State merge(State a, State b) {
   State sum;
   sum.peak = a.peak > b.peak ? a.peak : b.peak;
   const float drop_a = distance(a.peak, sum.peak), drop_b = distance(b.peak, sum.peak);
@@ -110,29 +121,45 @@ __device__ inline State merge(State a, State b) {
   // 0 * -inf counts as 0.
   if (shrink_a != 0.0f) sum.weighted += shrink_a * (a.weighted + drop_a * a.total);
   if (shrink_b != 0.0f) sum.weighted += shrink_b * (b.weighted + drop_b * b.total);
+  if (kSums == kAllSums) {
+    sum.square_total =
+        a.square_total * (shrink_a * shrink_a) + b.square_total * (shrink_b * shrink_b);
+    sum.logit_total = a.logit_total + b.logit_total;
+  }
   return sum;
 }
 
-__device__ inline State merge_warp(State state) {
+template <Sums kSums>
+__device__ State merge_warp(State state) {
   for (int offset = 16; offset > 0; offset /= 2) {
     State other;
     other.peak = __shfl_xor_sync(kAllLanes, state.peak, offset);
     other.total = __shfl_xor_sync(kAllLanes, state.total, offset);
     other.weighted = __shfl_xor_sync(kAllLanes, state.weighted, offset);
-    state = merge(state, other);
+    if (kSums == kAllSums) {
+      other.square_total = __shfl_xor_sync(kAllLanes, state.square_total, offset);
+      other.logit_total = __shfl_xor_sync(kAllLanes, state.logit_total, offset);
+    }
+    state = merge<kSums>(state, other);
   }
   return state;
 }
 
 // The state of the whole block's part of a row; right in the first warp.
-__device__ inline State merge_block(State state) {
+template <Sums kSums>
+__device__ State merge_block(State state) {
   __shared__ float peak[kWarps], total[kWarps], weighted[kWarps];
+  __shared__ float square_total[kWarps], logit_total[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  state = merge_warp(state);
+  state = merge_warp<kSums>(state);
   if (lane == 0) {
     peak[warp] = state.peak;
     total[warp] = state.total;
     weighted[warp] = state.weighted;
+    if (kSums == kAllSums) {
+      square_total[warp] = state.square_total;
+      logit_total[warp] = state.logit_total;
+    }
   }
   __syncthreads();
   state = State{};
@@ -140,45 +167,70 @@ __device__ inline State merge_block(State state) {
     state.peak = peak[lane];
     state.total = total[lane];
     state.weighted = weighted[lane];
+    if (kSums == kAllSums) {
+      state.square_total = square_total[lane];
+      state.logit_total = logit_total[lane];
+    }
   }
   __syncthreads();  // the arrays are free for the next row
-  return merge_warp(state);
+  return merge_warp<kSums>(state);
 }
 
-// What the backward knows of one row; the formulas stand in latro_kernels/linear_logprob.
+// What has an upstream gradient: logp alone; entropy or log(sum of exp(z)) as well; and
+// log(sum of p^2) as well.
+enum Terms { kLogp, kOffset, kSquare };
+
+// What the backward knows of one row; the formulas stand in latro_kernels/row_statistics.
 struct RowGrad {
-  float grad_logp, grad_entropy, logp, offset, peak, log_total;
+  float grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total;
+
+  __device__ bool is_zero() const {
+    return grad_logp == 0.0f && grad_entropy == 0.0f && offset == 0.0f && grad_square == 0.0f;
+  }
 
   // The gradient with respect to the logits z, `target` of which is the target's, if 0 <= target <
   // n.
-  template <bool kOffset, int n>
+  template <Terms kTerms, int n>
   __device__ void logits(const float (&z)[n], int64_t target, float (&dz)[n]) const {
     for (int k = 0; k < n; ++k) {
       const float log_p = (z[k] - peak) - log_total;
       const float p = fast_exp(log_p);
-      dz[k] = with_offset<kOffset>(-grad_logp * p, p, log_p);
+      dz[k] = with_offset<kTerms>(-grad_logp * p, p, log_p);
     }
     if (target < 0 || target >= n) return;
     // 1 - p by expm1: exact where p is close to 1.
-    const float dtarget = with_offset<kOffset>(-grad_logp * expm1f(logp), expf(logp), logp);
+    const float dtarget = with_offset<kTerms>(-grad_logp * expm1f(logp), expf(logp), logp);
     for (int k = 0; k < n; ++k) dz[k] = k == target ? dtarget : dz[k];
   }
 
-  template <bool kOffset>
+  template <Terms kTerms>
   __device__ float with_offset(float dz, float p, float log_p) const {
-    return kOffset && p != 0.0f ? dz - p * (grad_entropy * log_p + offset) : dz;
+    if (kTerms == kLogp || p == 0.0f) return dz;
+    float factor = grad_entropy * log_p + offset;
+    if (kTerms == kSquare) factor -= grad_square * p;
+    return dz - p * factor;
   }
 };
 
-// The same of every row; grad_entropy and offset are null where there is none.
+// The same of every row; grad_entropy, offset and grad_square are null where there is none.
 struct RowGrads {
-  const float *grad_logp, *grad_entropy, *logp, *offset, *peak, *log_total;
+  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *peak, *log_total;
 
-  template <bool kOffset>
+  template <Terms kTerms>
   __device__ RowGrad row(int64_t i) const {
-    return {grad_logp[i], kOffset ? grad_entropy[i] : 0.0f,
-            logp[i],      kOffset ? offset[i] : 0.0f,
-            peak[i],      log_total[i]};
+    return {grad_logp[i],
+            kTerms >= kOffset ? grad_entropy[i] : 0.0f,
+            logp[i],
+            kTerms >= kOffset ? offset[i] : 0.0f,
+            kTerms == kSquare ? grad_square[i] : 0.0f,
+            peak[i],
+            log_total[i]};
+  }
+
+  // Returns one of a kernel's three forms: the one for these terms.
+  template <typename Kernel>
+  Kernel* choose(Kernel* of_logp, Kernel* with_offset, Kernel* with_square) const {
+    return grad_square != nullptr ? with_square : offset != nullptr ? with_offset : of_logp;
   }
 };
 

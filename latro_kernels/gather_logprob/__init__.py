@@ -40,8 +40,10 @@ from latro_kernels.checks import (
 )
 from latro_kernels.gather_logprob import ops
 from latro_kernels.row_statistics import (
+    OF_FURTHER_SUMS,
     Returned,
     RowStatistics,
+    as_outputs,
     changed,
     check_statistics,
     of_logits,
@@ -81,24 +83,30 @@ class _GatherLogprob(torch.autograd.Function):
         asked: frozenset[str],
         in_place: bool,
     ) -> tuple[Tensor | None, ...]:
-        with_entropy = "entropy" in asked
-        logp, entropy, row_max, log_sum, target_logit = ops.forward(
-            logits, target, kept, *settings, with_entropy=with_entropy
+        further = bool(asked & OF_FURTHER_SUMS)
+        logp, entropy, log_sum_p_squared, mean_logit, row_max, log_sum, target_logit = ops.forward(
+            logits,
+            target,
+            kept,
+            *settings,
+            with_entropy="entropy" in asked or further,
+            with_further_sums=further,
         )
         found = RowStatistics(
             logp=logp,
-            entropy=entropy if with_entropy else None,
+            entropy=entropy if "entropy" in asked else None,
             log_sum_exp=row_max + log_sum if "log_sum_exp" in asked else None,
             is_top1=target_logit >= row_max if "is_top1" in asked else None,
+            log_sum_p_squared=log_sum_p_squared if "log_sum_p_squared" in asked else None,
+            mean_logit=mean_logit if "mean_logit" in asked else None,
         )
-        if found.is_top1 is not None:
-            if kept is not None:
-                found = replace(found, is_top1=found.is_top1 & kept)
-            ctx.mark_non_differentiable(found.is_top1)
-        ctx.save_for_backward(logits, target, kept, logp, found.entropy, row_max, log_sum)
+        if found.is_top1 is not None and kept is not None:
+            found = replace(found, is_top1=found.is_top1 & kept)
+        differentiable = (logp, found.entropy, found.log_sum_p_squared)
+        ctx.save_for_backward(logits, target, kept, *differentiable, row_max, log_sum)
         ctx.settings, ctx.in_place, ctx.overwritten = settings, in_place, False
         ctx.set_materialize_grads(False)
-        return found.logp, found.entropy, found.log_sum_exp, found.is_top1
+        return as_outputs(ctx, found)
 
     @staticmethod
     def backward(
@@ -106,7 +114,9 @@ class _GatherLogprob(torch.autograd.Function):
         grad_logp: Tensor | None,
         grad_entropy: Tensor | None,
         grad_log_sum_exp: Tensor | None,
-        _: None,
+        _of_is_top1: None,
+        grad_log_sum_p_squared: Tensor | None,
+        _of_mean_logit: None,
     ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
@@ -118,17 +128,19 @@ class _GatherLogprob(torch.autograd.Function):
                 "gather_logprob: the first backward has overwritten the logits with their "
                 "gradient; use inplace_backward=False to run it twice"
             )
-        logits, target, kept, logp, entropy, row_max, log_sum = ctx.saved_tensors
+        logits, target, kept, logp, entropy, log_sum_p_squared, *others = ctx.saved_tensors
         # The gradient of ignored rows is 0, and those are not read.
         of_rows = upstream(
             logp,
-            entropy,
             kept,
+            entropy=entropy,
+            log_sum_p_squared=log_sum_p_squared,
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_log_sum_exp=grad_log_sum_exp,
+            grad_log_sum_p_squared=grad_log_sum_p_squared,
         )
-        arguments = (logits, *ctx.settings, target, logp, row_max, log_sum, *of_rows)
+        arguments = (logits, *ctx.settings, target, logp, *others, *of_rows)
         if ctx.in_place:
             ops.backward_in_place(*arguments)
             ctx.overwritten = True
@@ -231,8 +243,9 @@ def gather_logprob(
             on: torch refuses a backward that needs them, but not a plain look at them.
         backend: "auto", "reference" (plain PyTorch, keeps all log-probs), "cpu", "triton" or
             "cuda".
-        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
-            "is_top1", which `RowStatistics` describes. None: logp alone.
+        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp",
+            "is_top1", "log_sum_p_squared" and "mean_logit", which `RowStatistics` describes. None:
+            logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both

@@ -12,7 +12,7 @@ from latro_kernels.linear_logprob.state import RowGrad
 def forward(
     logits: Tensor, target: Tensor, rows: list[Tensor | None], temperature: float, softcap: float
 ) -> None:
-    """Fill `rows`: logp, entropy (None: not asked for), row_max, log_sum and target_logit."""
+    """Fill `rows`, which `ops` names; None: not asked for."""
     inputs = (logits, native.dtype_code(logits.dtype), logits.stride(0), target)
     _call("forward", logits.device, *inputs, *rows, *logits.shape, softcap, temperature)
 
@@ -34,6 +34,7 @@ def backward(
         grad.grad_entropy,
         grad.logp,
         grad.offset,
+        grad.grad_square,
         grad.row_max,
         grad.log_sum,
         *logits.shape,

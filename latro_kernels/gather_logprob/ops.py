@@ -1,7 +1,7 @@
 """The raw ops of `gather_logprob`: schemas, the backends behind them, and the shapes they return.
 
 Ops take and return tensors and plain numbers only, so that torch.compile can put them into a graph.
-An entropy that was not asked for is a tensor of no entries.
+A statistic that was not asked for is a tensor of no entries.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from latro_kernels.linear_logprob.state import RowGrad
 _SETTINGS = "float temperature, float softcap, str backend"
 _ROWS = (
     "Tensor target, Tensor logp, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
-    "Tensor? grad_entropy, Tensor? offset"
+    "Tensor? grad_entropy, Tensor? offset, Tensor? grad_square"
 )
 torch.library.define(
     "latro_kernels::gather_logprob",
-    f"(Tensor logits, Tensor target, Tensor? kept, {_SETTINGS}, bool with_entropy) -> "
-    "(Tensor logp, Tensor entropy, Tensor row_max, Tensor log_sum, Tensor target_logit)",
+    f"(Tensor logits, Tensor target, Tensor? kept, {_SETTINGS}, bool with_entropy, "
+    "bool with_further_sums) -> (Tensor logp, Tensor entropy, Tensor log_sum_p_squared, "
+    "Tensor mean_logit, Tensor row_max, Tensor log_sum, Tensor target_logit)",
 )
 torch.library.define(
     "latro_kernels::gather_logprob_backward",
@@ -47,6 +48,7 @@ def _forward(
     softcap: float,
     backend: str,
     with_entropy: bool,
+    with_further_sums: bool,
 ) -> tuple[Tensor, ...]:
     if kept is None:
         check_target_values(target, logits.shape[1])
@@ -54,11 +56,10 @@ def _forward(
         check_target_values(target.masked_fill(~kept, 0), logits.shape[1])
         # The kernels read no row whose target is below 0, and write zeros for it.
         target = target.masked_fill(~kept, -1)
-    logp, entropy, *others = _empty_rows(logits, with_entropy)
-    rows = [logp, entropy if with_entropy else None, *others]
+    rows = _empty_rows(logits, with_entropy, with_further_sums)
     driver = _driver(backend, logits.device)
     driver.forward(logits, target.contiguous(), rows, temperature=temperature, softcap=softcap)
-    return logp, entropy, *others
+    return tuple(absent(logits) if t is None else t for t in rows)
 
 
 @torch.library.register_fake("latro_kernels::gather_logprob")
@@ -70,8 +71,10 @@ def _(
     softcap: float,
     backend: str,
     with_entropy: bool,
+    with_further_sums: bool,
 ) -> tuple[Tensor, ...]:
-    return _empty_rows(logits, with_entropy)
+    rows = _empty_rows(logits, with_entropy, with_further_sums)
+    return tuple(absent(logits) if t is None else t for t in rows)
 
 
 @torch.library.impl("latro_kernels::gather_logprob_backward", ("cpu", "cuda"))
@@ -108,12 +111,13 @@ def _write_gradient(dlogits: Tensor, logits: Tensor, *arguments: Any) -> None:
     )
 
 
-def _empty_rows(logits: Tensor, with_entropy: bool) -> tuple[Tensor, ...]:
-    """Return room for logp, entropy, row_max, log_sum and target_logit, fp32 [N] each."""
-    logp, entropy, *others = (
-        logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(5)
-    )
-    return logp, entropy if with_entropy else absent(logits), *others
+def _empty_rows(logits: Tensor, with_entropy: bool, with_further_sums: bool) -> list[Tensor | None]:
+    """Return room for what a forward makes of each row, fp32 [N] each, None where it does not.
+
+    That is logp, entropy, log_sum_p_squared, mean_logit, row_max, log_sum and target_logit.
+    """
+    made = (True, with_entropy, with_further_sums, with_further_sums, True, True, True)
+    return [logits.new_empty(logits.shape[0], dtype=torch.float32) if m else None for m in made]
 
 
 def _driver(backend: str, device: torch.device) -> ModuleType:

@@ -39,6 +39,10 @@ _PARAMETERS = (
     "outputs"
 )
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# What `linear_logprob` calls them.
+_STATISTICS = dict(
+    zip(_OUTPUTS, ("entropy", "log_sum_p_squared", "mean_logit", "is_top1"), strict=True)
+)
 # What the last arguments of `apply` are without a value of the caller's: softcap, scale, outputs.
 _DEFAULTS: tuple[Any, ...] = (None, 1.0, _OUTPUTS)
 
@@ -62,7 +66,7 @@ class LinearLogprob:
         """
         softcap, scale, outputs = (*rest, *_DEFAULTS[len(rest) :])
         dtype = autocast_dtype(hidden.device) or hidden.dtype
-        if not _is_ours(weight, dtype, softcap, outputs):
+        if not _is_ours(weight, dtype):
             return chunked_logprob.ChunkedLogProbFunction.apply(
                 hidden, weight, bias, target, temperature, chunk_size, softcap, scale, outputs
             )
@@ -74,25 +78,13 @@ class LinearLogprob:
             weight,
             target,
             bias=bias,
-            statistics=[name for name in ("entropy", "is_top1") if name in outputs],
+            statistics=[ours for theirs, ours in _STATISTICS.items() if theirs in outputs],
             **form.kernel_settings(temperature),
         )
-        log_sum_squares = None
-        if "log_sum_sq_probs" in outputs:
-            # Of logits twice as large, logp is 2z − log Σ exp(2z); Σ p² is Σ exp(2z) / (Σ exp z)².
-            with torch.no_grad():
-                doubled = linear_logprob(
-                    hidden,
-                    weight,
-                    target,
-                    bias=bias,
-                    **form.kernel_settings(temperature / 2),
-                )
-                log_sum_squares = 2 * found.logp - doubled
-        mean = None
-        if "mean_logits" in outputs:
-            mean = _mean_logits(hidden, weight, bias) * (scale / temperature)
-        return found.logp, found.entropy, log_sum_squares, mean, found.is_top1
+        squares = found.log_sum_p_squared
+        # TRL's has no gradient.
+        squares = None if squares is None else squares.detach()
+        return found.logp, found.entropy, squares, found.mean_logit, found.is_top1
 
 
 def patch_trl() -> ExitStack:
@@ -123,30 +115,17 @@ def _leaves_out_ignored(device: torch.device) -> bool:
     return device.type == "cpu" or chunked_logprob._use_triton(device)
 
 
-def _is_ours(
-    weight: Tensor, dtype: torch.dtype, softcap: float | None, outputs: tuple[str, ...]
-) -> bool:
+def _is_ours(weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether we have what TRL asks for.
 
-    We have no mean logit of capped logits, no other devices than CPUs and CUDA's, no fp64; and
-    under ZeRO-3 the backward has to gather the weight again, which TRL's function does.
+    We have no other devices than CPUs and CUDA's, no fp64; and under ZeRO-3 the backward has to
+    gather the weight again, which TRL's function does.
     """
     return (
         weight.device.type in ("cpu", "cuda")
         and dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not is_shard(weight)
-        and (softcap is None or "mean_logits" not in outputs)
     )
-
-
-@torch.no_grad()
-def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the mean over the vocabulary of hidden · weightᵀ + bias, fp32 [N].
-
-    A mean of products with a row is the product with the mean, which takes no [N, V].
-    """
-    mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return mean if bias is None else mean + bias.mean(dtype=torch.float32)
 
 
 def _check_seam() -> None:

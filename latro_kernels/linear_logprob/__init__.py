@@ -21,7 +21,8 @@ In units of N·H·V floating-point operations a matrix product over the head is 
 the backward makes the logits again, 2, and two products with dz, 4. Less is done where
 
 - products that the forward made fit the memory budget: they are cached, and the 2 are saved;
-- the head is frozen, and nobody asks for the entropy's gradient: the forward then makes
+- the head is frozen, and nobody asks for the gradient of the entropy or of log Σ p²: the forward
+  then makes
 
       u = ∂logp/∂x = (1 − p_t)·s_t·w_t − Σ_{j≠t} p_j·s_j·w_j        s_j = ∂z_j/∂a_j
 
@@ -31,8 +32,8 @@ the backward makes the logits again, 2, and two products with dz, 4. Less is don
   probability for some rows: they are left out.
 
 With each rank of a process group holding a slice of the vocabulary, ranks exchange three numbers a
-row forward (four with the entropy), and sum dx backward. `ops` chooses the driver; `state` says
-what a driver is given.
+row forward (four with the entropy, six with log Σ p² or the mean logit), and sum dx backward. `ops`
+chooses the driver; `state` says what a driver is given.
 """
 
 from __future__ import annotations
@@ -49,8 +50,10 @@ from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_logprob import ops, vocab_parallel
 from latro_kernels.linear_logprob.options import Options, check, check_options, options_for
 from latro_kernels.row_statistics import (
+    OF_FURTHER_SUMS,
     Returned,
     RowStatistics,
+    as_outputs,
     changed,
     check_statistics,
     of_logits,
@@ -103,10 +106,12 @@ class _LinearLogprob(torch.autograd.Function):
         if kept is not None:
             # Any column: what comes of these rows is overwritten.
             target = target.masked_fill(~kept, 0)
+        V: int | Tensor = weight.shape[0]
         if options.group is not None:
             first, V = vocab_parallel.place(weight, options.group)
             check_target_values(target, V)
             target = target - first
+        further_sums = bool(options.asked & OF_FURTHER_SUMS)
         *state, dx_sum, cached, block_max = ops.forward(
             hidden=hidden,
             weight=weight,
@@ -117,15 +122,16 @@ class _LinearLogprob(torch.autograd.Function):
             softcap=options.softcap,
             backend=options.backend,
             is_whole=options.group is None,
-            weighted_sum="entropy" in options.asked,
+            weighted_sum="entropy" in options.asked or further_sums,
             dx_sum=options.frozen,
             block_max=options.grad_filter > 0,
             memory_budget=options.memory_budget,
+            further_sums=further_sums,
         )
         own_max = state[0]
         if options.group is not None:
             state = vocab_parallel.merge(state, options.group)
-        row_max, sum_exp, target_logit, weighted_sum = state
+        row_max, sum_exp, target_logit, weighted_sum, square_sum, logit_sum = state
         log_sum = sum_exp.log()
         logp = (target_logit - row_max) - log_sum
         found = RowStatistics(
@@ -133,20 +139,23 @@ class _LinearLogprob(torch.autograd.Function):
             entropy=log_sum - weighted_sum / sum_exp if "entropy" in options.asked else None,
             log_sum_exp=row_max + log_sum if "log_sum_exp" in options.asked else None,
             is_top1=target_logit >= row_max if "is_top1" in options.asked else None,
+            log_sum_p_squared=square_sum.log() - 2 * log_sum
+            if "log_sum_p_squared" in options.asked
+            else None,
+            mean_logit=logit_sum / V if "mean_logit" in options.asked else None,
         )
         if kept is not None:
             found = without_ignored(found, ~kept)
         # What makes probabilities of the exponentials in dx_sum, which are under this rank's max.
         scale = torch.exp(own_max - row_max) / sum_exp
         inputs = (hidden, weight, target, kept, bias)
-        of_rows = (found.logp, found.entropy, row_max, log_sum, target_logit, scale)
+        differentiable = (found.logp, found.entropy, found.log_sum_p_squared)
+        of_rows = (*differentiable, row_max, log_sum, target_logit, scale)
         ctx.save_for_backward(*inputs, *of_rows, dx_sum, cached, block_max)
         ctx.options = options
         ctx.set_materialize_grads(False)
         found = changed(found, lambda statistic: statistic.view(batch))
-        if found.is_top1 is not None:
-            ctx.mark_non_differentiable(found.is_top1)
-        return found.logp, found.entropy, found.log_sum_exp, found.is_top1
+        return as_outputs(ctx, found)
 
     @staticmethod
     def backward(
@@ -154,7 +163,9 @@ class _LinearLogprob(torch.autograd.Function):
         grad_logp: Tensor | None,
         grad_entropy: Tensor | None,
         grad_log_sum_exp: Tensor | None,
-        _: None,
+        _of_is_top1: None,
+        grad_log_sum_p_squared: Tensor | None,
+        _of_mean_logit: None,
     ) -> tuple[Tensor | None, ...]:
         # once_differentiable would let a gradient penalty go by with a gradient of zero.
         if torch.is_grad_enabled():
@@ -163,18 +174,21 @@ class _LinearLogprob(torch.autograd.Function):
             )
         options: Options = ctx.options
         hidden, weight, target, kept, bias, *found = ctx.saved_tensors
-        logp, entropy, row_max, log_sum, target_logit, scale, dx_sum, cached, block_max = found
+        logp, entropy, log_sum_p_squared, row_max, log_sum, target_logit, *others = found
+        scale, dx_sum, cached, block_max = others
         needs = ctx.needs_input_grad[:3]
-        g, h, offset = upstream(
+        g, h, offset, r = upstream(
             logp,
-            entropy,
             kept,
+            entropy=entropy,
+            log_sum_p_squared=log_sum_p_squared,
             grad_logp=grad_logp,
             grad_entropy=grad_entropy,
             grad_log_sum_exp=grad_log_sum_exp,
+            grad_log_sum_p_squared=grad_log_sum_p_squared,
         )
         dw = db = None
-        if options.frozen and grad_entropy is None:
+        if options.frozen and grad_entropy is None and r is None:
             # dx = Σ_j dz_j·s_j·w_j, of which the forward has left the sum of p_j·s_j·w_j over all
             # columns but the target's.
             e = torch.zeros_like(g) if offset is None else -offset
@@ -204,6 +218,7 @@ class _LinearLogprob(torch.autograd.Function):
                 grad_logp=g,
                 grad_entropy=h,
                 offset=offset,
+                grad_square=r,
                 cached=cached,
                 block_max=block_max if options.grad_filter > 0 else None,
                 grad_filter=options.grad_filter,
@@ -307,8 +322,8 @@ def linear_logprob(
     backward.
 
     Where neither weight nor bias requires a gradient, the forward makes the gradient of hidden as
-    well, in an fp32 tensor [N, H] in place of computing the products again; the entropy's
-    gradient, should anyone ask for it, is then made from the logits again.
+    well, in an fp32 tensor [N, H] in place of computing the products again; the gradients of the
+    entropy and of log Σ p², should anyone ask for them, are then made from the logits again.
 
     Rows whose target is `ignore_index` are left out of the work, forward and backward, whatever
     they hold; the others are copied side by side. On a GPU their number is waited for.
@@ -323,8 +338,8 @@ def linear_logprob(
     whose size does not depend on N or V, and, where hidden is not fp32, an fp32 sum of its
     gradient.
     Where Triton folds products in registers, in bf16, fp16 and with `grad_filter`, the forward
-    temporarily needs three fp32 numbers (four with the entropy) per row for every four blocks of
-    columns.
+    temporarily needs three fp32 numbers (four with the entropy, six with log Σ p² or the mean
+    logit) per row for every four blocks of columns.
 
     Args:
         hidden: [..., H], such as [N, H] or [B, T, H]; fp32, bf16 or fp16 (backend="reference": fp64
@@ -354,8 +369,9 @@ def linear_logprob(
             rank's slice, in the order of ranks; slices may differ in size. Every rank passes the
             same hidden and target (numbered over the whole vocabulary), gets the same result and
             the whole dx, and its own slice's dw and db.
-        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp" and
-            "is_top1", which `RowStatistics` describes. None: logp alone.
+        statistics: names of what to return of each row beside logp: "entropy", "log_sum_exp",
+            "is_top1", "log_sum_p_squared" and "mean_logit", which `RowStatistics` describes. None:
+            logp alone.
 
     Returns:
         logp of the shape of target, fp32, nats; with `return_entropy` the pair logp, entropy, both

@@ -27,6 +27,8 @@ def forward(head: Head, state: State) -> None:
         state.sum_exp,
         state.target_logit,
         state.weighted_sum,
+        state.square_sum,
+        state.logit_sum,
         state.dx_sum,
         state.cached,
         state.cached.numel() // max(1, len(head.hidden)),  # columns
@@ -69,6 +71,7 @@ def backward(
             grad.grad_entropy,
             grad.logp,
             grad.offset,
+            grad.grad_square,
             grad.row_max,
             grad.log_sum,
             cached,

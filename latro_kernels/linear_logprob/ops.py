@@ -28,15 +28,16 @@ _HEAD = (
 )
 torch.library.define(
     "latro_kernels::linear_logprob",
-    f"({_HEAD}, bool is_whole, bool weighted_sum, bool dx_sum, bool block_max, int memory_budget) "
-    "-> (Tensor row_max, Tensor sum_exp, Tensor target_logit, Tensor weighted_sum, Tensor dx_sum, "
-    "Tensor cached, Tensor block_max)",
+    f"({_HEAD}, bool is_whole, bool weighted_sum, bool dx_sum, bool block_max, int memory_budget, "
+    "bool further_sums) -> (Tensor row_max, Tensor sum_exp, Tensor target_logit, "
+    "Tensor weighted_sum, Tensor square_sum, Tensor logit_sum, Tensor dx_sum, Tensor cached, "
+    "Tensor block_max)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_backward",
     f"({_HEAD}, Tensor logp, Tensor row_max, Tensor log_sum, Tensor grad_logp, "
-    "Tensor? grad_entropy, Tensor? offset, Tensor cached, Tensor? block_max, float grad_filter, "
-    "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
+    "Tensor? grad_entropy, Tensor? offset, Tensor? grad_square, Tensor cached, Tensor? block_max, "
+    "float grad_filter, bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
 )
 torch.library.define(
     "latro_kernels::linear_logprob_frozen_backward",

@@ -30,12 +30,14 @@ class Wanted:
         dx_sum: what the gradient of hidden needs where the head is frozen.
         block_max: what the gradient filter needs.
         memory_budget: bytes of products that may be cached for the backward.
+        further_sums: what log Σ p² and the mean logit need; never without `weighted_sum`.
     """
 
     weighted_sum: bool
     dx_sum: bool
     block_max: bool
     memory_budget: int
+    further_sums: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,8 @@ class State:
         sum_exp: [N], Σ exp(z − row_max).
         target_logit: [N], z at the target; −inf where the target is no column of the weight.
         weighted_sum: [N], Σ exp(z − row_max)·(z − row_max), or None.
+        square_sum: [N], Σ exp(z − row_max)², or None with `logit_sum`.
+        logit_sum: [N], Σ z, or None.
         dx_sum: [N, H], Σ over columns j but the target's of exp(z_j − row_max)·(∂z_j/∂a_j)·w_j, or
             None.
         cached: one-dimensional, the products of the first columns; its form is the driver's own.
@@ -59,6 +63,8 @@ class State:
     sum_exp: Tensor
     target_logit: Tensor
     weighted_sum: Tensor | None
+    square_sum: Tensor | None
+    logit_sum: Tensor | None
     dx_sum: Tensor | None
     cached: Tensor
     block_max: Tensor | None
@@ -89,6 +95,8 @@ class State:
             sum_exp=room(N),
             target_logit=room(N),
             weighted_sum=room(N) if wanted.weighted_sum else None,
+            square_sum=room(N) if wanted.further_sums else None,
+            logit_sum=room(N) if wanted.further_sums else None,
             dx_sum=room(N, H) if wanted.dx_sum else None,
             cached=room(N * cached_columns(N, V, wanted.memory_budget, cached_step)),
             block_max=room(N, -(-V // block_columns))
@@ -100,9 +108,9 @@ class State:
         """Set the sums and maxima to those of rows of which nothing was seen yet."""
         self.row_max.fill_(-torch.inf)
         self.target_logit.fill_(-torch.inf)
-        self.sum_exp.zero_()
-        if self.weighted_sum is not None:
-            self.weighted_sum.zero_()
+        for sums in (self.sum_exp, self.weighted_sum, self.square_sum, self.logit_sum):
+            if sums is not None:
+                sums.zero_()
 
     def rows(self, block: slice) -> State:
         """Return the state of some rows, to be changed in place; what is cached stays whole."""
@@ -137,6 +145,8 @@ class RowGrad:
         grad_logp: upstream gradient.
         grad_entropy: upstream gradient, or None with `offset`.
         offset: c of `row_statistics`, or None where logp alone has an upstream gradient.
+        grad_square: r of `row_statistics`, or None where log Σ p² has no upstream gradient; never
+            without `offset`.
     """
 
     target: Tensor
@@ -146,6 +156,7 @@ class RowGrad:
     grad_logp: Tensor
     grad_entropy: Tensor | None
     offset: Tensor | None
+    grad_square: Tensor | None = None
 
     @classmethod
     def of_exponentials(cls, state: State) -> RowGrad:
@@ -177,8 +188,9 @@ class RowGrad:
         Their number has to be waited for, which a CUDA graph cannot: it takes all.
         """
         active = self.grad_logp != 0
-        if self.grad_entropy is not None and self.offset is not None:
-            active = active | (self.grad_entropy != 0) | (self.offset != 0)
+        for others in (self.grad_entropy, self.offset, self.grad_square):
+            if others is not None:
+                active = active | (others != 0)
         if active.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
         return None if bool(active.all()) else active.nonzero().flatten()
@@ -194,8 +206,11 @@ class RowGrad:
         size = self.grad_logp.abs()
         if self.grad_entropy is not None and self.offset is not None:
             size = (self.grad_logp + self.offset).abs() + self.grad_entropy.abs()
-        reach = (block_max - (self.row_max + self.log_sum)[:, None]).exp_().mul_(size[:, None])
-        count = (reach >= grad_filter).sum(1)
+        p = (block_max - (self.row_max + self.log_sum)[:, None]).exp_()
+        size = size[:, None]
+        if self.grad_square is not None:
+            size = size + self.grad_square.abs()[:, None] * p
+        count = (p.mul_(size) >= grad_filter).sum(1)
         if rows is None:
             return count.argsort(stable=True)
         return rows[count[rows].argsort(stable=True)]

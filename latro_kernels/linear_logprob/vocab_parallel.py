@@ -1,11 +1,13 @@
 """`linear_logprob` with the vocabulary split over ranks: what they exchange.
 
-Rank r folds its own columns into the max m_r, the sum of exponentials s_r, the target's logit and
-the weighted sum q_r of each row. With m = max_r m_r and e_r = exp(m_r − m), of all columns
+Rank r folds its own columns into the max m_r, the sum of exponentials s_r, the target's logit, the
+weighted sum q_r, the sum of squares u_r and the sum of logits of each row. With m = max_r m_r and
+e_r = exp(m_r − m), of all columns
 
-    s = Σ e_r·s_r        q = Σ e_r·(q_r + (m_r − m)·s_r)
+    s = Σ e_r·s_r        q = Σ e_r·(q_r + (m_r − m)·s_r)        u = Σ e_r²·u_r
 
-and the target's logit is the one of the rank that has it, the others having −inf.
+sums of logits are added, and the target's logit is the one of the rank that has it, the others
+having −inf.
 """
 
 from __future__ import annotations
@@ -27,11 +29,12 @@ def place(weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def merge(state: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return row_max, sum_exp, target_logit and weighted_sum of all ranks from this rank's.
+    """Return row_max, sum_exp, target_logit and what follows them of all ranks from this rank's.
 
-    The last has length 0 where no entropy is asked for.
+    That is weighted_sum and, if at all, square_sum and logit_sum; each of length 0 where it is not
+    asked for.
     """
-    row_max, sum_exp, target_logit, weighted_sum = state
+    row_max, sum_exp, target_logit, weighted_sum, *further = state
     largest = torch.stack([row_max, target_logit])
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
     top, target_logit = largest.unbind()
@@ -42,8 +45,11 @@ def merge(state: list[Tensor], group: ProcessGroup) -> list[Tensor]:
     if len(weighted_sum):
         moment = drop.exp() * (weighted_sum + drop * sum_exp)
         parts.append(torch.where(is_empty | (drop.exp() == 0), 0, moment))
+    if further and len(further[0]):
+        square_sum, logit_sum = further
+        parts += [torch.where(is_empty, 0, square_sum * (2 * drop).exp()), logit_sum]
     sums = sum_(torch.stack(parts), group)
-    return [top, sums[0], target_logit, sums[1] if len(weighted_sum) else weighted_sum]
+    return [top, sums[0], target_logit, *sums[1:], *state[2 + len(parts) :]]
 
 
 def sum_(tensor: Tensor, group: ProcessGroup) -> Tensor:

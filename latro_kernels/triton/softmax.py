@@ -70,8 +70,18 @@ def row_logits(
 
 
 @triton.jit
-def fold_logits(z, row_max, sum_exp, weighted_sum, WITH_ENTROPY: tl.constexpr):
-    """Add logits to the state of their row."""
+def fold_logits(
+    z,
+    mask,
+    row_max,
+    sum_exp,
+    weighted_sum,
+    square_sum,
+    logit_sum,
+    WITH_ENTROPY: tl.constexpr,
+    WITH_FURTHER_SUMS: tl.constexpr,
+):
+    """Add logits, which are -inf outside of the mask, to the state of their row."""
     new_max = tl.maximum(row_max, tl.max(z, 0))
     # A row that is -inf so far has no maximum to subtract.
     shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -86,7 +96,10 @@ def fold_logits(z, row_max, sum_exp, weighted_sum, WITH_ENTROPY: tl.constexpr):
         weighted_sum = (
             tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp)) + moment
         )
-    return new_max, sum_exp * shrink + tl.sum(e, 0), weighted_sum
+    if WITH_FURTHER_SUMS:
+        square_sum = square_sum * (shrink * shrink) + tl.sum(e * e, 0)
+        logit_sum += tl.sum(tl.where(mask, z, 0.0), 0)
+    return new_max, sum_exp * shrink + tl.sum(e, 0), weighted_sum, square_sum, logit_sum
 
 
 @triton.jit
@@ -99,19 +112,23 @@ def product_grad(
     temperature,
     HAS_SOFTCAP: tl.constexpr,
     WITH_OFFSET: tl.constexpr,
+    WITH_SQUARE: tl.constexpr,
 ):
     """Return the gradient with respect to the products that logits z were made of.
 
-    upstream: the gradients of logp and entropy, and the offset; forward: logp, row_max, log_sum.
+    upstream: grad_logp, grad_entropy, offset and grad_square; forward: logp, row_max, log_sum.
     """
-    grad_logp, grad_entropy, offset = upstream
+    grad_logp, grad_entropy, offset, grad_square = upstream
     logp, row_max, log_sum = forward
     log_p = tl.where(is_target, logp, (z - row_max) - log_sum)
     p = tl.exp(log_p)
     # 1 - p by expm1: exact where p is close to 1.
     dz = grad_logp * tl.where(is_target, -expm1(logp), -p)
     if WITH_OFFSET:
-        dz -= tl.where(p == 0.0, 0.0, p * (grad_entropy * log_p + offset))
+        factor = grad_entropy * log_p + offset
+        if WITH_SQUARE:
+            factor -= grad_square * p
+        dz -= tl.where(p == 0.0, 0.0, p * factor)
     if HAS_SOFTCAP:
         tanh = z * (temperature / softcap)
         dz *= 1.0 - tanh * tanh

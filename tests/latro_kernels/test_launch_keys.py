@@ -115,6 +115,7 @@ def solve(
     head: Head,
     *,
     entropy: bool = False,
+    square: bool = False,
     frozen: bool = False,
     budget: int = 0,
     grad_filter: float = 0.0,
@@ -123,7 +124,8 @@ def solve(
     """Launch a forward and a backward; `unasked` rows have no upstream gradient."""
     N = len(head.hidden)
     wanted = Wanted(
-        weighted_sum=entropy,
+        weighted_sum=entropy or square,
+        further_sums=square,
         dx_sum=frozen,
         block_max=grad_filter > 0,
         memory_budget=budget,
@@ -140,8 +142,9 @@ def solve(
         row_max=rows,
         log_sum=rows,
         grad_logp=rows,
-        grad_entropy=rows if entropy else None,
-        offset=rows if entropy else None,
+        grad_entropy=rows if entropy or square else None,
+        offset=rows if entropy or square else None,
+        grad_square=rows if square else None,
     )
     fused.backward(head, grad, state.cached, state.block_max, grad_filter, (True, True, False))
 
@@ -149,6 +152,7 @@ def solve(
 FORMS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, ("forward", "merge", "grad")),
     "entropy": ({"entropy": True}, ("forward", "merge", "grad")),
+    "square": ({"square": True}, ("forward", "merge", "grad")),
     "some kept": ({"budget": 4 * 8_300 * 512}, ("forward", "merge", "grad")),
     "all kept": ({"budget": 2**30}, ("forward", "merge", "grad")),
     "frozen": ({"frozen": True}, ("shift", "forward", "merge", "redo", "rescale")),
@@ -188,6 +192,10 @@ def test_ragged_batches_share_the_warp_specialised_kernel(
     assert not recorded["forward_kernel"].launched
     # As many programs as there is work for, and no more than run at a time.
     assert set(recorder.grids) == {(1,), (60,)}
+    # It does not make the further sums.
+    wanted = replace(wanted, weighted_sum=True, further_sums=True)
+    fused.forward(head, fused.empty_state(head, torch.zeros(N, dtype=torch.int64), wanted))
+    assert recorded["forward_kernel"].launched
 
 
 def test_ragged_batches_are_sampled_by_the_same_kernels(recorded: dict[str, Recorder]) -> None:

@@ -172,7 +172,7 @@ def test_a_driver_gets_the_rows_that_are_kept(monkeypatch: pytest.MonkeyPatch) -
 
 # The filter.
 
-FILTERED: list[tuple[str, ...]] = [(), ("entropy",), ("log_sum_exp",), STATISTICS]
+FILTERED: list[tuple[str, ...]] = [(), *((name,) for name in STATISTICS), STATISTICS]
 
 
 def like_trained(dtype: torch.dtype, statistics: tuple[str, ...] = ()) -> Problem:

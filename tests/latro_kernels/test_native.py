@@ -32,7 +32,7 @@ def test_types_are_read_from_the_header() -> None:
     result, arguments = native.signatures()["latro_cuda_linear_logprob_fold"]
     pointers, counts = [ctypes.c_void_p], [ctypes.c_int64]
     assert result is ctypes.c_int32
-    assert arguments == pointers * 7 + counts * 3 + [ctypes.c_float] * 2 + pointers
+    assert arguments == pointers * 9 + counts * 3 + [ctypes.c_float] * 2 + pointers
     _, arguments = native.signatures()["latro_cpu_group_advantage_forward"]
     assert arguments[-6:] == [*[ctypes.c_double] * 3, *[ctypes.c_int32] * 2, ctypes.c_int64]
     assert native.signatures()["latro_cuda_error_string"] == (ctypes.c_char_p, [ctypes.c_int32])
@@ -59,12 +59,12 @@ def test_the_library_exports_what_the_header_declares_and_nothing_else(name: str
 
 
 def test_wrong_number_of_arguments() -> None:
-    with pytest.raises(TypeError, match="latro_cpu_linear_logprob_forward takes 24 arguments, got"):
+    with pytest.raises(TypeError, match="latro_cpu_linear_logprob_forward takes 26 arguments, got"):
         native.call("latro_cpu_linear_logprob_forward", 1)
 
 
 def test_a_status_becomes_an_exception() -> None:
-    no_matrix, no_results = (None, 0, 0), [None] * 8
+    no_matrix, no_results = (None, 0, 0), [None] * 10
     sizes = (0, None, 0, 1, 1, 0.0, 1.0, 1)
     arguments = (*no_matrix, *no_matrix, 99, 0, *no_results, *sizes)
     with pytest.raises(RuntimeError, match="latro_cpu_linear_logprob_forward: LATRO_BAD_DTYPE"):
@@ -79,7 +79,7 @@ def test_cuda_says_what_is_wrong_in_words() -> None:
 @needs_cuda_library
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_launch_without_a_gpu_raises() -> None:
-    arguments = [None] * 7 + [1, 1, 0, 0.0, 1.0, None]
+    arguments = [None] * 9 + [1, 1, 0, 0.0, 1.0, None]
     with pytest.raises(RuntimeError, match=r"latro_cuda_linear_logprob_fold: .*(CUDA|device)"):
         native.call("latro_cuda_linear_logprob_fold", *arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,18 @@ from torch import Tensor
 
 from latro_kernels import RowStatistics, gather_logprob, linear_logprob
 from latro_kernels.row_statistics import NAMES
-from tests.latro_kernels.ops.op import ROWS, Op, device_of, each_backend, each_fused_backend
+from tests.latro_kernels.ops.op import (
+    INTERPRETED,
+    ROWS,
+    Op,
+    Problem,
+    check,
+    device_of,
+    each_backend,
+    each_dtype,
+    each_fused_backend,
+    gate,
+)
 from tests.latro_kernels.ops.table import GATHER_LOGPROB, LINEAR_LOGPROB, each_op
 
 pytestmark = [
@@ -115,6 +127,80 @@ def test_the_largest_of_a_row(
     assert trained.grad.any()
 
 
+def of_mean(given: Problem) -> Problem:
+    """Return the problem of the mean logit, which has no gradient."""
+    options = given.options | {"return_entropy": False, "statistics": ("mean_logit",)}
+    return replace(given, upstream={}, trained=(), options=options)
+
+
+@each_backend
+@pytest.mark.parametrize(
+    "form",
+    [
+        *({}, {"softcap": 5.0, "temperature": 0.7}, {"rows": "peaked"}, {"rows": "flat"}),
+        {"batch": True, "temperature": 1.3},
+    ],
+    ids=str,
+)
+@each_dtype
+@each_log_prob
+def test_the_mean_logit(op: Op, dtype: torch.dtype, form: dict[str, Any], backend: str) -> None:
+    """As exact as in fp32 by torch; 0 in rows that are ignored."""
+    V = 71 if INTERPRETED else 1203
+    shape = (10, V) if op is GATHER_LOGPROB else (10, 16, V)
+    bias = {} if op is GATHER_LOGPROB else {"bias": True}
+    given = of_mean(op.problem(shape, dtype, **form, **bias))
+    found = given.on(backend).solve(backend)["mean_logit"].cpu()
+    in_fp32 = given.results(op.reference, torch.float32)["mean_logit"]
+    gate("mean_logit", found, given.truth()["mean_logit"], in_fp32)
+    if "batch" in form:
+        assert not found[given["target"] < 0].any()
+        assert found[given["target"] >= 0].all()
+
+
+@each_backend
+@each_log_prob
+def test_the_mean_with_a_logit_of_minus_infinity(op: Op, backend: str) -> None:
+    """It is −∞, as torch's is; with a softcap such a logit is the lowest that there is."""
+    bias = {} if op is GATHER_LOGPROB else {"bias": True}
+    given = of_mean(op.of_rows(ROWS, **bias))
+    given["logits" if op is GATHER_LOGPROB else "bias"][..., 3] = -torch.inf
+    found = given.on(backend).solve(backend)["mean_logit"]
+    assert (found == -torch.inf).all()
+    capped = given.but(softcap=5.0)
+    found = capped.on(backend).solve(backend)["mean_logit"].cpu()
+    in_fp32 = capped.results(op.reference, torch.float32)["mean_logit"]
+    gate("mean_logit", found, capped.truth()["mean_logit"], in_fp32)
+
+
+@each_backend
+@each_log_prob
+def test_the_mean_has_no_gradient(op: Op, backend: str) -> None:
+    given = op.of_rows(ROWS).on(backend)
+    name = op.rows[0]
+    arguments = given.arguments | {name: given[name].requires_grad_()}
+    found = called(op, arguments, statistics=NAMES, backend=backend)
+    without = {n for n, value in vars(found).items() if not value.requires_grad}
+    assert without == {"is_top1", "mean_logit"}
+
+
+@each_backend
+@each_log_prob
+def test_gradients_whose_offsets_cancel(op: Op, backend: str) -> None:
+    """Of log Σ exp(2·z) = log Σ p² + 2·log Σ exp(z), where c of every row is 0."""
+    statistics = ("log_sum_exp", "log_sum_p_squared")
+    given = op.of_rows(ROWS, softcap=8.0, temperature=0.7, statistics=statistics)
+    q = given.upstream["log_sum_p_squared"]
+    upstream = {"logp": 0 * q, "log_sum_exp": 2 * q, "log_sum_p_squared": q}
+    given = replace(given, upstream=upstream).on(backend)
+    options: list[dict[str, float]] = [{}]
+    if op is LINEAR_LOGPROB and backend in ("cpu", "triton"):
+        options.append({"grad_filter": 1e-30})
+    for option in options:
+        found = check(given, backend, **option)
+        assert found[op.gradients[op.rows[0]]].any(-1).all()
+
+
 @pytest.mark.parametrize("op", ["linear_logprob", "gather_logprob"])
 def test_statistics_compile(op: str) -> None:
     """With a z-loss of them, as one graph."""
@@ -131,7 +217,9 @@ def test_statistics_compile(op: str) -> None:
         assert isinstance(found, RowStatistics)
         assert found.log_sum_exp is not None
         assert found.is_top1 is not None
-        return (0.1 * found.log_sum_exp.square() - found.logp).sum(), found.is_top1
+        assert found.log_sum_p_squared is not None
+        z_loss = 0.1 * found.log_sum_exp.square() + 0.2 * found.log_sum_p_squared
+        return (z_loss - found.logp).sum(), found.is_top1
 
     results = []
     for function in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):

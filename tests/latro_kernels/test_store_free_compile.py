@@ -58,7 +58,7 @@ def test_products_fit(kernel: Any, capability: int, features: str) -> None:
     )
     found = compile_kernel(kernel, types, constants, capability, **options)
     limits = {"shared_limit": SHARED_OPT_IN[capability], "stack_limit": MAX_STACK}
-    if config.columns == 128 or features == "plain":
+    if features == "plain" or (config.columns == 128 and features != "squares"):
         limits["stack_limit"] = 0
     assert violations(found, capability, **limits) == []
     assert found.spills_in_products == 0
@@ -75,7 +75,8 @@ def test_products_fit(kernel: Any, capability: int, features: str) -> None:
 )
 @pytest.mark.parametrize("kernel", [forward_kernel, redo_kernel], ids=["forward", "redo"])
 def test_exponentials_of_a_frozen_head_fit(kernel: Any, capability: int, full: bool) -> None:
-    flags = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY") if full else ()
+    names = ("HAS_BIAS", "HAS_SOFTCAP", "WITH_ENTROPY", "WITH_FURTHER_SUMS")
+    flags = names if full else ()
     types, constants, options = launch(
         kernel, (*EXPONENTIALS, *flags), capability, by_descriptor=capability >= 90
     )
@@ -127,7 +128,7 @@ def test_products_of_any_strides_spill_nothing_in_the_loop(
 def test_products_of_fp32_fit(kernel: Any, capability: int) -> None:
     """They run where there is a filter."""
     config = blocks.start(capability // 10, torch.float32)
-    chosen = (*FEATURES["all"], "HAS_ROWS")
+    chosen = (*FEATURES["squares"], "HAS_ROWS")
     constants = {p.name: p.name in chosen for p in parameters(kernel) if p.is_constexpr}
     constants |= {"BLOCK_N": config.rows, "BLOCK_V": config.columns, "BLOCK_H": config.depth}
     constants |= {"GROUP": GROUP, "stride_xh": 1, "stride_wh": 1}
@@ -167,8 +168,8 @@ def test_a_sparse_product_fits(dtype: str, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_small_ones_fit(capability: int) -> None:
-    for with_entropy in (False, True):
-        constants = {"WITH_ENTROPY": with_entropy, "BLOCK_N": 64}
+    for entropy, further in ((False, False), (True, False), (True, True)):
+        constants = {"WITH_ENTROPY": entropy, "WITH_FURTHER_SUMS": further, "BLOCK_N": 64}
         found = compile_kernel(
             merge_kernel, signature(merge_kernel, "fp32", None), constants, capability
         )

@@ -25,6 +25,8 @@ FOLD = {
     "sum_exp_ptr": ROW,
     "target_logit_ptr": ROW,
     "weighted_sum_ptr": ROW,
+    "square_sum_ptr": ROW,
+    "logit_sum_ptr": ROW,
     "columns": "i32",
     "first_column": "i32",
     "softcap": "fp32",
@@ -38,6 +40,7 @@ GRAD = {
     "grad_logp_ptr": ROW,
     "grad_entropy_ptr": ROW,
     "offset_ptr": ROW,
+    "grad_square_ptr": ROW,
     "logp_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
@@ -51,6 +54,8 @@ GATHER_FORWARD = {
     "target_ptr": "*i64",
     "logp_ptr": ROW,
     "entropy_ptr": ROW,
+    "log_sum_p_squared_ptr": ROW,
+    "mean_logit_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
     "target_logit_ptr": ROW,
@@ -66,6 +71,7 @@ GATHER_BACKWARD = {
     "grad_logp_ptr": ROW,
     "grad_entropy_ptr": ROW,
     "offset_ptr": ROW,
+    "grad_square_ptr": ROW,
     "logp_ptr": ROW,
     "row_max_ptr": ROW,
     "log_sum_ptr": ROW,
@@ -113,6 +119,14 @@ GROUP_COEFFICIENTS = {
     "answer_weight": "fp64",
 }
 
+# A kernel with a softcap, the entropy, log Σ p².
+FLAGS = {
+    "forward": ("HAS_SOFTCAP", "WITH_ENTROPY", "WITH_FURTHER_SUMS"),
+    "backward": ("HAS_SOFTCAP", "WITH_OFFSET", "WITH_SQUARE"),
+}
+FLAGS |= {"fold": FLAGS["forward"], "grad": FLAGS["backward"]}
+SOME_FLAGS = [(False, False), (True, False), (True, True)]
+
 each_gpu = pytest.mark.parametrize("capability", CAPABILITIES)
 # A compiler takes seconds: odd addresses on one chip, and of options none and all.
 each_launch = pytest.mark.parametrize(
@@ -120,6 +134,11 @@ each_launch = pytest.mark.parametrize(
     [*((True, capability) for capability in CAPABILITIES), (False, 90)],
     ids=[*(f"aligned-{capability}" for capability in CAPABILITIES), "odd-90"],
 )
+
+
+def flags(kernel: str, entropy: bool, square: bool) -> dict[str, bool]:
+    """Return a kernel's flags; a softcap is there with the entropy."""
+    return dict(zip(FLAGS[kernel], (entropy, entropy, square), strict=True))
 
 
 def check(
@@ -140,7 +159,8 @@ def test_the_limits_are_read_from_the_compiler() -> None:
     """A kernel that may have too few registers spills, and that is seen."""
     from latro_kernels.gather_logprob import triton as kernels
 
-    constants = {"HAS_SOFTCAP": True, "WITH_ENTROPY": True, "BLOCK_V": kernels.BLOCK_V}
+    constants = dict.fromkeys(("HAS_SOFTCAP", "WITH_ENTROPY", "WITH_FURTHER_SUMS"), True)
+    constants["BLOCK_V"] = kernels.BLOCK_V
     options = {"num_warps": kernels.NUM_WARPS, "maxnreg": 24}
     found = compile_kernel(kernels.forward_kernel, GATHER_FORWARD, constants, 90, **options)
     assert found.registers == 24
@@ -168,7 +188,7 @@ def test_a_signature_names_every_parameter() -> None:
     signature = GATHER_FORWARD | {"surplus": "i32"}
     with pytest.raises(ValueError, match=r"\['BLOCK_V', 'surplus'\]"):
         compile_kernel(
-            kernels.forward_kernel, signature, {"HAS_SOFTCAP": False, "WITH_ENTROPY": False}, 90
+            kernels.forward_kernel, signature, dict.fromkeys(FLAGS["forward"], False), 90
         )
 
 
@@ -181,15 +201,9 @@ def test_linear_logprob_fits(kernel: str, is_aligned: bool, capability: int) -> 
     function = kernels.fold_kernel if name == "fold" else kernels.grad_kernel
     signature = dict(FOLD) if name == "fold" else GRAD | {"dtile_ptr": f"*{dtype}"}
     signature = aligned(signature) if is_aligned else signature
-    flag = "WITH_ENTROPY" if name == "fold" else "WITH_OFFSET"
-    for plain, entropy in [(True, False), (False, True)]:
-        constants = {
-            "HAS_BIAS": not plain,
-            "HAS_SOFTCAP": not plain,
-            flag: entropy,
-            "BLOCK_V": kernels.BLOCK_V,
-        }
-        check(function, signature, constants, capability)
+    for entropy, square in SOME_FLAGS:
+        constants = {"HAS_BIAS": entropy, **flags(name, entropy, square)}
+        check(function, signature, constants | {"BLOCK_V": kernels.BLOCK_V}, capability)
 
 
 @each_launch
@@ -206,18 +220,13 @@ def test_gather_logprob_fits(kernel: str, dtype: str, is_aligned: bool, capabili
         ),
     }[kernel]
     signature = aligned(signature) if is_aligned else signature
-    # Fewer threads do: to each, 16 logits are on their way.
-    resident = 768 if is_aligned else 512
-    for softcap, entropy in [(False, False), (True, True)]:
-        constants = {
-            "HAS_SOFTCAP": softcap,
-            "WITH_ENTROPY" if kernel == "forward" else "WITH_OFFSET": entropy,
-            "BLOCK_V": kernels.BLOCK_V,
-        }
+    for entropy, square in SOME_FLAGS:
+        # Fewer threads do: to each, 16 logits are on their way.
+        resident = 512 if not is_aligned or (square and kernel == "forward") else 768
         check(
             function,
             signature,
-            constants,
+            flags(kernel, entropy, square) | {"BLOCK_V": kernels.BLOCK_V},
             capability,
             resident=resident,
             num_warps=kernels.NUM_WARPS,

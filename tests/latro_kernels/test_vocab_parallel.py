@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.latro_kernels.ops import linear_sample
 from tests.latro_kernels.ops.linear_logprob import STATISTICS, problem
 from tests.latro_kernels.ops.op import Problem, Results, gate
+from tests.latro_kernels.test_row_statistics import of_mean
 
 SHAPE = (30, 130, 403)
 CASES: dict[str, dict[str, Any]] = {
@@ -23,6 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
     "batched, frozen": {"batch": True, "frozen": True},
     "filter": {"grad_filter": 1e-9, "memory_budget": 10_000, "statistics": ("log_sum_exp",)},
     "bf16": {"dtype": torch.bfloat16, "entropy": True},
+    "frozen, of squares": {"frozen": True, "statistics": ("log_sum_p_squared",)},
+    "empty slices": {"bias": True, "empty": True, "statistics": ("log_sum_p_squared",)},
     "frozen, empty slices": {
         **{"frozen": True, "bias": True, "empty": True, "statistics": ("log_sum_exp",)}
     },
@@ -34,6 +37,9 @@ SAMPLES: dict[str, dict[str, Any]] = {
     "sample, arg max": {"temperature": 0, "bias": True},
     "sample, empty slices": {"bias": True, "empty": True},
 }
+
+
+MEANS = ("plain", "everything", "batched, some ignored", "empty slices")
 
 
 def of_case(case: str) -> Problem:
@@ -78,6 +84,8 @@ def run_rank(rank: int, world: int, folder: str) -> None:
     results = {}
     for case in (*SAMPLES, *CASES):
         results[case] = on_slices(of_case(case), columns)
+    for case in MEANS:
+        results[f"mean, {case}"] = on_slices(of_mean(of_case(case)), columns)
     results["no distribution"] = on_slices(no_distribution(), columns)
     with pytest.raises(ValueError, match=r"0\.\.402, got 403 in row 0"):
         on_slices(of_case("plain").but(target=torch.full((30,), 403)), columns)
@@ -104,6 +112,19 @@ def test_ranks_together_match_fp64(case: str, ranks: list[Any]) -> None:
         for part in parts:
             assert torch.equal(part, parts[0]), f"{name}: ranks differ"
         gate(name, parts[0], exact[name], plain[name])
+
+
+@pytest.mark.parametrize("case", MEANS)
+def test_ranks_have_the_mean_logit_of_all_columns(case: str, ranks: list[Any]) -> None:
+    given = of_mean(of_case(case))
+    truth = given.truth()["mean_logit"]
+    in_fp32 = given.results(given.op.reference, torch.float32)["mean_logit"]
+    for results in ranks:
+        found = results[f"mean, {case}"]["mean_logit"]
+        if "empty" in case:
+            assert (found == -torch.inf).all()
+        else:
+            gate("mean_logit", found, truth, in_fp32)
 
 
 @pytest.mark.parametrize("case", SAMPLES)

@@ -229,9 +229,9 @@ def _fold(
     row_blocks = triton.cdiv(M, config.rows)
     splits = triton.cdiv(end - begin, TILES * config.columns)
     e, shift = exponentials
-    with_entropy = state.weighted_sum is not None
-    part_shape = (4 if with_entropy else 3, splits, M)
-    parts = torch.empty(part_shape, dtype=torch.float32, device=tile.hidden.device)
+    sums = (state.weighted_sum, state.square_sum, state.logit_sum)
+    numbers = 3 + sum(made is not None for made in sums)
+    parts = torch.empty(numbers, splits, M, dtype=torch.float32, device=tile.hidden.device)
     arguments = product_arguments(head, tile, config) | {
         "target_ptr": state.target,
         "parts_ptr": parts,
@@ -247,11 +247,12 @@ def _fold(
         "stride_part": parts.stride(0),
         "row_blocks": row_blocks,
         "splits": splits,
-        "WITH_ENTROPY": with_entropy,
+        "WITH_ENTROPY": state.weighted_sum is not None,
+        "WITH_FURTHER_SUMS": state.square_sum is not None,
         "TILES": TILES,
     }
     with torch.cuda.device_of(tile.hidden):
-        if config.warp_specialized and e is None:
+        if config.warp_specialized and e is None and state.square_sum is None:
             from latro_kernels.linear_logprob.triton import warp_specialized
 
             warp_specialized.launch(row_blocks * splits, arguments)
@@ -261,7 +262,7 @@ def _fold(
 
 
 def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
-    """Add the parts of all rows, [3 or 4, splits, N], to `state`."""
+    """Add the parts of all rows, [3, 4 or 6, splits, N], to `state`."""
     _, splits, N = parts.shape
     with torch.cuda.device_of(parts):
         merge_kernel[(triton.cdiv(N, _MERGE_ROWS),)](
@@ -271,6 +272,8 @@ def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
             sum_exp_ptr=state.sum_exp,
             target_logit_ptr=state.target_logit,
             weighted_sum_ptr=state.weighted_sum,
+            square_sum_ptr=state.square_sum,
+            logit_sum_ptr=state.logit_sum,
             N=N,
             begin=columns.start,
             end=columns.stop,

@@ -19,6 +19,7 @@ from latro_kernels.linear_logprob.triton.products import (
     capped_products,
     descriptors,
     fold_exponentials,
+    fold_squares,
     place,
     quarters,
     store_exponentials,
@@ -68,6 +69,7 @@ def forward_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_FURTHER_SUMS: tl.constexpr,
     WITH_CACHED: tl.constexpr,
     WITH_EXP: tl.constexpr,
     WITH_BLOCK_MAX: tl.constexpr,
@@ -82,6 +84,7 @@ def forward_kernel(
 
     Products of those below cached_end go to cached_ptr[N, stride_cn]; exponentials, as
     `store_exponentials` stores them, under the rows' shift go to exp_ptr[N, stride_en].
+    WITH_FURTHER_SUMS, never without WITH_ENTROPY, is for square_sum and logit_sum.
     """
     row_block, split = place(tl.program_id(0), row_blocks, splits, GROUP)
     first_row = row_block * BLOCK_N
@@ -97,6 +100,8 @@ def forward_kernel(
     sum_exp = tl.zeros((BLOCK_N,), tl.float32)
     target_logit = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
+    square_sum = tl.zeros((BLOCK_N,), tl.float32)
+    logit_sum = tl.zeros((BLOCK_N,), tl.float32)
     shift = tl.zeros((BLOCK_N,), tl.float32)
     if WITH_EXP:
         shift = tl.load(shift_ptr + i, mask=in_rows, other=0.0)
@@ -140,11 +145,16 @@ def forward_kernel(
                 of_target = tl.sum(tl.where(is_target, capped, 0.0), 1)
                 is_in_part = (of_part >= 0) & (of_part < PART)
                 target_logit = tl.where(is_in_part, of_target, target_logit)
+            if WITH_FURTHER_SUMS:
+                logit_sum += tl.sum(tl.where(in_range[None, :], capped, 0.0), 1)
             part_max = tl.max(capped, 1)
             largest = tl.maximum(largest, part_max)
+            row_max_before = row_max
             row_max, sum_exp, weighted_sum, e = fold_exponentials(
                 capped, part_max, row_max, sum_exp, weighted_sum, scale, WITH_ENTROPY
             )
+            if WITH_FURTHER_SUMS:
+                square_sum = fold_squares(e, row_max_before, row_max, square_sum, scale)
             if WITH_EXP:
                 # From the maximum to the shift, which takes no second exponential of each logit.
                 # Where the shift is -inf, what comes of it is made again.
@@ -177,9 +187,19 @@ def forward_kernel(
     if WITH_ENTROPY:
         to += stride_part
         tl.store(to, weighted_sum * LN_2, mask=in_rows)
+    if WITH_FURTHER_SUMS:
+        to += stride_part
+        tl.store(to, square_sum, mask=in_rows)
+        to += stride_part
+        tl.store(to, logit_sum * (1.0 / temperature), mask=in_rows)
 
 
-@triton.heuristics({"WITH_ENTROPY": lambda args: args["weighted_sum_ptr"] is not None})
+@triton.heuristics(
+    {
+        "WITH_ENTROPY": lambda args: args["weighted_sum_ptr"] is not None,
+        "WITH_FURTHER_SUMS": lambda args: args["square_sum_ptr"] is not None,
+    }
+)
 @triton.jit(do_not_specialize=["N", "begin", "end", "splits", "split_columns", "stride_part"])
 def merge_kernel(
     parts_ptr,
@@ -188,6 +208,8 @@ def merge_kernel(
     sum_exp_ptr,
     target_logit_ptr,
     weighted_sum_ptr,
+    square_sum_ptr,
+    logit_sum_ptr,
     N,
     begin,
     end,
@@ -195,9 +217,10 @@ def merge_kernel(
     split_columns,
     stride_part,
     WITH_ENTROPY: tl.constexpr,
+    WITH_FURTHER_SUMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Add parts[3 or 4, splits, N], of columns begin .. end, to the state of the rows."""
+    """Add parts[3, 4 or 6, splits, N], of columns begin .. end, to the state of the rows."""
     i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     in_rows = i < N
     row_max = tl.load(row_max_ptr + i, mask=in_rows, other=0.0)
@@ -205,10 +228,17 @@ def merge_kernel(
     weighted_sum = tl.zeros((BLOCK_N,), tl.float32)
     if WITH_ENTROPY:
         weighted_sum = tl.load(weighted_sum_ptr + i, mask=in_rows, other=0.0)
+    square_sum = tl.zeros((BLOCK_N,), tl.float32)
+    logit_sum = tl.zeros((BLOCK_N,), tl.float32)
+    if WITH_FURTHER_SUMS:
+        square_sum = tl.load(square_sum_ptr + i, mask=in_rows, other=0.0)
+        logit_sum = tl.load(logit_sum_ptr + i, mask=in_rows, other=0.0)
     peaks = parts_ptr + i
     totals = peaks + stride_part
     picks = totals + stride_part
     moments = picks + stride_part
+    squares = moments + stride_part
+    logits = squares + stride_part
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     is_here = in_rows & (target >= begin) & (target < end)
     split = tl.where(is_here, (target - begin) // split_columns, 0)
@@ -228,12 +258,21 @@ def merge_kernel(
             weighted_sum = tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp))
             part_weighted = part_shrink * (part_weighted + part_drop * part_total)
             weighted_sum += tl.where(part_shrink == 0.0, 0.0, part_weighted)
+        if WITH_FURTHER_SUMS:
+            part_square = tl.load(squares, mask=in_rows, other=0.0)
+            square_sum = square_sum * (shrink * shrink) + part_square * (part_shrink * part_shrink)
+            logit_sum += tl.load(logits, mask=in_rows, other=0.0)
         sum_exp = sum_exp * shrink + part_total * part_shrink
         row_max = largest
         peaks += N
         totals += N
         moments += N
+        squares += N
+        logits += N
     tl.store(row_max_ptr + i, row_max, mask=in_rows)
     tl.store(sum_exp_ptr + i, sum_exp, mask=in_rows)
     if WITH_ENTROPY:
         tl.store(weighted_sum_ptr + i, weighted_sum, mask=in_rows)
+    if WITH_FURTHER_SUMS:
+        tl.store(square_sum_ptr + i, square_sum, mask=in_rows)
+        tl.store(logit_sum_ptr + i, logit_sum, mask=in_rows)

@@ -22,6 +22,7 @@ from latro_kernels.triton.softmax import expm1, flags
         HAS_ROWS="rows_ptr",
         HAS_BIAS="bias_ptr",
         WITH_OFFSET="offset_ptr",
+        WITH_SQUARE="grad_square_ptr",
         IS_CACHED="cached_ptr",
         WITH_FILTER="block_max_ptr",
     )
@@ -39,6 +40,7 @@ def grad_kernel(
     grad_logp_ptr,
     grad_entropy_ptr,
     offset_ptr,
+    grad_square_ptr,
     logp_ptr,
     row_max_ptr,
     log_sum_ptr,
@@ -64,6 +66,7 @@ def grad_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_OFFSET: tl.constexpr,
+    WITH_SQUARE: tl.constexpr,
     IS_CACHED: tl.constexpr,
     WITH_FILTER: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
@@ -98,6 +101,10 @@ def grad_kernel(
         grad_entropy = tl.load(grad_entropy_ptr + i, mask=in_rows, other=0.0)
         offset = tl.load(offset_ptr + i, mask=in_rows, other=0.0)
     has_gradient = (grad_logp != 0.0) | (grad_entropy != 0.0) | (offset != 0.0)
+    grad_square = tl.zeros((BLOCK_N,), tl.float32)
+    if WITH_SQUARE:
+        grad_square = tl.load(grad_square_ptr + i, mask=in_rows, other=0.0)
+        has_gradient |= grad_square != 0.0
     is_active = True
     if WITH_FILTER:
         # Whether |dz| may reach the threshold in any row, by the block's largest logit.
@@ -108,6 +115,8 @@ def grad_kernel(
         if WITH_OFFSET:
             # exp(x) |x| grows up to x = -1 and is bounded by this beyond.
             size += tl.abs(grad_entropy) * tl.maximum(-log_p, 1.0)
+        if WITH_SQUARE:
+            size += tl.abs(grad_square) * tl.exp(log_p)
         is_target_here = (target >= column) & (target < column + BLOCK_V)
         # NaN reaches the threshold.
         reaches = tl.where(size * tl.exp(log_p) < grad_filter, 0, 1)
@@ -146,6 +155,8 @@ def grad_kernel(
                 # h log p + offset; 0 * -inf counts as 0: exp(-128) is 0 in fp32.
                 at_max = grad_entropy * log_sum - offset - grad_logp
                 factor = at_max[:, None] - tl.maximum(below, -128.0) * grad_entropy[:, None]
+            if WITH_SQUARE:
+                factor += p * grad_square[:, None]
             dz = p * (factor * inverse)
             if has_target:
                 # 1 - p by expm1: exact where p is close to 1.
@@ -153,6 +164,8 @@ def grad_kernel(
                 if WITH_OFFSET:
                     target_p = tl.exp(logp)
                     of_offset = target_p * (grad_entropy * logp + offset)
+                    if WITH_SQUARE:
+                        of_offset -= target_p * target_p * grad_square
                     of_target -= tl.where(target_p == 0.0, 0.0, of_offset)
                 of_part = local - quarter * PART
                 is_target = tl.arange(0, PART)[None, :] == of_part[:, None]

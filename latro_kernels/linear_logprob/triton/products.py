@@ -134,6 +134,14 @@ def fold_exponentials(
 
 
 @triton.jit
+def fold_squares(e, row_max_before, row_max, square_sum, scale):
+    """Add to square_sum what `fold_exponentials` has made e of."""
+    # A row that is -inf so far has summed up nothing.
+    drop = tl.where(row_max == float("-inf"), 0.0, (row_max_before - row_max) * scale)
+    return square_sum * tl.exp2(2.0 * drop) + tl.sum(e * e, 1)
+
+
+@triton.jit
 def store_exponentials(
     exp_ptr,
     stride_en,

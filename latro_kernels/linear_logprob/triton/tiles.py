@@ -19,7 +19,9 @@ from latro_kernels.triton.softmax import flags, fold_logits, product_grad, row_l
 BLOCK_V = 1024
 
 
-@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_ENTROPY="weighted_sum_ptr"))
+@triton.heuristics(
+    flags(HAS_BIAS="bias_ptr", WITH_ENTROPY="weighted_sum_ptr", WITH_FURTHER_SUMS="square_sum_ptr")
+)
 @triton.jit
 def fold_kernel(
     tile_ptr,
@@ -29,6 +31,8 @@ def fold_kernel(
     sum_exp_ptr,
     target_logit_ptr,
     weighted_sum_ptr,
+    square_sum_ptr,
+    logit_sum_ptr,
     columns,
     first_column,
     softcap,
@@ -36,6 +40,7 @@ def fold_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_ENTROPY: tl.constexpr,
+    WITH_FURTHER_SUMS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Add a row of a tile to the row's state."""
@@ -44,20 +49,35 @@ def fold_kernel(
     row_max = tl.load(row_max_ptr + row)
     sum_exp = tl.load(sum_exp_ptr + row)
     weighted_sum = 0.0
+    square_sum = 0.0
+    logit_sum = 0.0
     if WITH_ENTROPY:
         weighted_sum = tl.load(weighted_sum_ptr + row)
+    if WITH_FURTHER_SUMS:
+        square_sum = tl.load(square_sum_ptr + row)
+        logit_sum = tl.load(logit_sum_ptr + row)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
-        z = row_logits(
-            row_ptr, bias_ptr, j, j < columns, softcap, temperature, HAS_BIAS, HAS_SOFTCAP
-        )
-        row_max, sum_exp, weighted_sum = fold_logits(
-            z, row_max, sum_exp, weighted_sum, WITH_ENTROPY=WITH_ENTROPY
+        mask = j < columns
+        z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
+        row_max, sum_exp, weighted_sum, square_sum, logit_sum = fold_logits(
+            z,
+            mask,
+            row_max,
+            sum_exp,
+            weighted_sum,
+            square_sum,
+            logit_sum,
+            WITH_ENTROPY=WITH_ENTROPY,
+            WITH_FURTHER_SUMS=WITH_FURTHER_SUMS,
         )
     tl.store(row_max_ptr + row, row_max)
     tl.store(sum_exp_ptr + row, sum_exp)
     if WITH_ENTROPY:
         tl.store(weighted_sum_ptr + row, weighted_sum)
+    if WITH_FURTHER_SUMS:
+        tl.store(square_sum_ptr + row, square_sum)
+        tl.store(logit_sum_ptr + row, logit_sum)
     hit = tl.load(target_ptr + row) - first_column
     is_here = (hit >= 0) & (hit < columns)
     target_logit = row_logits(
@@ -66,7 +86,9 @@ def fold_kernel(
     tl.store(target_logit_ptr + row, target_logit, mask=is_here)
 
 
-@triton.heuristics(flags(HAS_BIAS="bias_ptr", WITH_OFFSET="offset_ptr"))
+@triton.heuristics(
+    flags(HAS_BIAS="bias_ptr", WITH_OFFSET="offset_ptr", WITH_SQUARE="grad_square_ptr")
+)
 @triton.jit
 def grad_kernel(
     tile_ptr,
@@ -76,6 +98,7 @@ def grad_kernel(
     grad_logp_ptr,
     grad_entropy_ptr,
     offset_ptr,
+    grad_square_ptr,
     logp_ptr,
     row_max_ptr,
     log_sum_ptr,
@@ -86,6 +109,7 @@ def grad_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     WITH_OFFSET: tl.constexpr,
+    WITH_SQUARE: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """Write dz of a row of a tile."""
@@ -98,16 +122,27 @@ def grad_kernel(
     log_sum = tl.load(log_sum_ptr + row)
     grad_entropy = 0.0
     offset = 0.0
+    grad_square = 0.0
     if WITH_OFFSET:
         grad_entropy = tl.load(grad_entropy_ptr + row)
         offset = tl.load(offset_ptr + row)
-    upstream, forward = (grad_logp, grad_entropy, offset), (logp, row_max, log_sum)
+    if WITH_SQUARE:
+        grad_square = tl.load(grad_square_ptr + row)
+    upstream, forward = (grad_logp, grad_entropy, offset, grad_square), (logp, row_max, log_sum)
     for begin in range(0, columns, BLOCK_V):
         j = begin + tl.arange(0, BLOCK_V)
         mask = j < columns
         z = row_logits(row_ptr, bias_ptr, j, mask, softcap, temperature, HAS_BIAS, HAS_SOFTCAP)
         dz = product_grad(
-            z, j == hit, upstream, forward, softcap, temperature, HAS_SOFTCAP, WITH_OFFSET
+            z,
+            j == hit,
+            upstream,
+            forward,
+            softcap,
+            temperature,
+            HAS_SOFTCAP,
+            WITH_OFFSET,
+            WITH_SQUARE,
         )
         tl.store(dtile_ptr + row * columns + j, dz, mask=mask)
 
@@ -123,6 +158,8 @@ def fold(head: Head, tile: Tile, products: Tensor, state: State) -> None:
             sum_exp_ptr=state.sum_exp,
             target_logit_ptr=state.target_logit,
             weighted_sum_ptr=state.weighted_sum,
+            square_sum_ptr=state.square_sum,
+            logit_sum_ptr=state.logit_sum,
             columns=products.shape[1],
             first_column=tile.columns.start,
             softcap=head.softcap,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from latro_kernels import RowStatistics, linear_logprob
 from tests.latro_kernels.integrations.models import MODELS, SMALL_MODEL, TOKENIZER, batch, model_of
 
 trl = pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
@@ -158,6 +159,25 @@ def test_each_output_is_trls_and_only_what_was_asked_for(softcap: float | None) 
             assert (x is None) == (y is None)
             if x is not None:
                 torch.testing.assert_close(x, y)
+
+
+def test_all_outputs_of_capped_logits_are_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (40, 23))
+    target = torch.randint(23, (40,), generator=generator)
+    given = (hidden, weight, None, target, 0.7, 8, 30.0, 0.5)
+    theirs = chunked_logprob.ChunkedLogProbFunction.apply(*given)
+    passes = []
+
+    def counted(*arguments: Any, **settings: Any) -> RowStatistics:
+        passes.append(settings)
+        return linear_logprob(*arguments, **settings)
+
+    monkeypatch.setattr("latro_kernels.integrations.trl.linear_logprob", counted)
+    monkeypatch.delattr(chunked_logprob, "ChunkedLogProbFunction")
+    for x, y in zip(LinearLogprob.apply(*given), theirs, strict=True):
+        torch.testing.assert_close(x, y)
+    assert len(passes) == 1
 
 
 def test_all_labels_ignored_is_a_loss_of_zero_with_a_gradient() -> None:

@@ -14,7 +14,8 @@ from latro_kernels.gather_logprob import reference
 from tests.latro_kernels.ops.op import COLUMNS, DTYPES, INTERPRETED, Op, Problem, Results
 
 IGNORED = -100
-STATISTICS = ("entropy", "log_sum_exp")
+# Those that have a gradient.
+STATISTICS = ("entropy", "log_sum_exp", "log_sum_p_squared")
 
 
 def problem(
@@ -77,7 +78,7 @@ def unfused(
     softcap: float | None,
     ignore_index: int | None,
 ) -> tuple[Tensor, ...]:
-    """Return log-prob, entropy and log-sum-exp in fp32, from logits in the model's dtype."""
+    """Return log-prob and `STATISTICS` in fp32, from logits in the model's dtype."""
     if ignore_index is not None:
         kept = target != ignore_index
         of_kept = unfused(logits[kept], target[kept], temperature, softcap, None)
@@ -88,7 +89,8 @@ def unfused(
     z = z / temperature
     log_p = torch.log_softmax(z, -1)
     logp = log_p.gather(-1, target[..., None]).squeeze(-1)
-    return logp, -(log_p.exp() * log_p).sum(-1), torch.logsumexp(z, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return logp, entropy, torch.logsumexp(z, -1), torch.logsumexp(2 * log_p, -1)
 
 
 def formula(
@@ -106,6 +108,8 @@ def formula(
         "entropy": given.entropy(),
         "log_sum_exp": z.exp().sum(-1).log(),
         "is_top1": z.argmax(-1) == target,
+        "log_sum_p_squared": given.probs.square().sum(-1).log(),
+        "mean_logit": z.sum(-1) / z.shape[-1],
     }
 
 
@@ -208,7 +212,7 @@ OP = Op(
     draws=st.builds(
         problem,
         st.tuples(st.integers(0, 40), st.integers(1, 3000)),
-        statistics=st.sampled_from([(), ("entropy",), ("log_sum_exp",), STATISTICS]),
+        statistics=st.sampled_from([(), *((name,) for name in STATISTICS), STATISTICS]),
         softcap=st.sampled_from([None, 2.0, 50.0]),
         batch=st.booleans(),
         seed=st.integers(0, 1000),

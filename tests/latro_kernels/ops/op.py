@@ -196,9 +196,9 @@ def gate(name: str, got: Tensor, truth: Tensor, unfused: Tensor) -> None:
     """Fail unless `got` is as good as unfused torch in the same dtype.
 
     The largest error against the fp64 truth may be twice that of the unfused computation, plus 1e-5
-    of the truth's largest entry; absolute, not relative, where that entry is above 1. Log-probs and
-    entropies come from the logarithm of a sum that is at least 1: they may be two steps of fp32 at
-    1 off, where a few peaked rows of the unfused computation happen to be nearer.
+    of the truth's largest entry; absolute, not relative, where that entry is above 1. Log-probs,
+    entropies and log Σ p² come from the logarithm of a sum that is at least 1: they may be two
+    steps of fp32 at 1 off, where a few peaked rows of the unfused computation happen to be nearer.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}"
     assert got.isfinite().all(), f"{name}: not finite"
@@ -206,7 +206,7 @@ def gate(name: str, got: Tensor, truth: Tensor, unfused: Tensor) -> None:
         return
     error, of_unfused = ((x.double() - truth).abs().max() for x in (got, unfused))
     floor = 1e-5 * truth.abs().max().clamp(max=1)
-    if name in {"logp", "entropy"}:
+    if name in {"logp", "entropy", "log_sum_p_squared"}:
         floor = floor.clamp(min=2 * torch.finfo(torch.float32).eps)
     bound = 2 * of_unfused + floor
     assert error <= bound, f"{name}: error {error:.3g}, of unfused torch {of_unfused:.3g}"
