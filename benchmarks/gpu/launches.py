@@ -86,7 +86,6 @@ def launch(
         "GROUP": GROUP,
         "TILES": TILES,
         "STAGES": config.stages,
-        "LEAD": warp_specialized.LEAD,
     }
     constants = {
         p.name: named.get(p.name, p.name in flags) for p in parameters(kernel) if p.is_constexpr

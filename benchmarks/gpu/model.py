@@ -42,17 +42,19 @@ from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET, cached_col
 from latro_kernels.linear_logprob.triton import blocks, fused
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel
 from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
-from latro_kernels.linear_logprob.triton.warp_specialized import warp_specialized_kernel
+from latro_kernels.linear_logprob.triton.warp_specialized_forward import warp_specialized_kernel
+from latro_kernels.linear_logprob.triton.warp_specialized_gradient import (
+    warp_specialized_grad_kernel,
+)
 
 COUNTS = Path(__file__).resolve().parents[1] / "results" / "gpu" / "compiled.json"
 BF16, FP32 = 2, 4
-_WARP, _SCHEDULERS = 32, 4
+_SCHEDULERS = 4
 _EXPONENTIALS = 16
 """Exponentials a clock of a multiprocessor, as of "Arithmetic Instructions" in NVIDIA's CUDA C++
 Programming Guide, for compute capabilities 8.0 and 9.0; a scheduler issues one warp's instruction a
 clock."""
 DEFAULT, FROZEN = "full, 512 MiB", "full, frozen head"
-SPECIALIZED = "forward, warp-specialised"
 FULL = {
     DEFAULT: DEFAULT_MEMORY_BUDGET["cuda"],
     "full, 3 GiB": BUDGETS["3gib"],
@@ -60,6 +62,8 @@ FULL = {
     "full, none kept": BUDGETS["recompute"],
 }
 """Bytes of products that the forward may keep for the backward."""
+SPECIALIZED = ", warp-specialised"
+"""What the name of a kernel or a form has at its end where it is warp-specialised."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +132,13 @@ class Count:
 
     Attributes:
         epilogue: instructions of a warp for the sums of a block, see `compiled.Resources`.
-        resident: how many blocks of threads a multiprocessor holds at a time; of the
-            warp-specialised form, how many halves of its block.
+        resident: how many blocks of threads a multiprocessor holds at a time.
+        parts: of a block, each of which is in its epilogue while others multiply.
     """
 
     epilogue: int
     resident: int
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -158,30 +163,35 @@ class Time:
 
 Counts = Mapping[str, Count]
 """By kernel: "forward", "forward, kept" where products are kept, "forward, exponentials" where the
-head is frozen, "grad", and `SPECIALIZED`."""
+head is frozen, and "grad"; the first two and the last also as `SPECIALIZED`."""
 
 
 def count(capability: int) -> dict[str, Count]:
     """Compile the kernels for a GPU that need not be there, and count."""
-    found = {}
-    for name, kernel, flags in (
+    kernels = [
         ("forward", forward_kernel, FEATURES["plain"]),
         ("forward, kept", forward_kernel, FEATURES["kept"]),
         ("forward, exponentials", forward_kernel, EXPONENTIALS),
         ("grad", grad_kernel, FEATURES["plain"]),
-    ):
+    ]
+    if capability == 90:
+        kernels += [
+            (f"forward{SPECIALIZED}", warp_specialized_kernel, FEATURES["plain"]),
+            (f"forward, kept{SPECIALIZED}", warp_specialized_kernel, FEATURES["kept"]),
+            (f"grad{SPECIALIZED}", warp_specialized_grad_kernel, FEATURES["plain"]),
+        ]
+    found = {}
+    for name, kernel, flags in kernels:
         types, constants, options = launch(
             kernel, flags, capability, by_descriptor=capability >= 90
         )
         resources = compile_kernel(kernel, types, constants, capability, **options)
-        resident = resident_threads(resources, capability) // (_WARP * options["num_warps"])
-        found[name] = Count(epilogue=resources.epilogue, resident=resident)
-    if capability == 90:
-        types, constants, options = launch(
-            warp_specialized_kernel, FEATURES["plain"], capability, by_descriptor=True
+        assert resources.threads is not None
+        found[name] = Count(
+            epilogue=resources.epilogue,
+            resident=resident_threads(resources, capability) // resources.threads,
+            parts=2 if name.endswith(SPECIALIZED) else 1,
         )
-        resources = compile_kernel(warp_specialized_kernel, types, constants, capability, **options)
-        found[SPECIALIZED] = Count(epilogue=resources.epilogue, resident=2)
     return found
 
 
@@ -231,19 +241,27 @@ def fused_kernel(
     issued = kernel.epilogue * block.warps / _SCHEDULERS
     exponentials = block.rows * block.columns / _EXPONENTIALS
     epilogue = made * max(issued, exponentials) / chip.clock
-    # Of several blocks, one multiplies while another is in its epilogue.
-    whole = max(busy, epilogue, (busy + epilogue) / kernel.resident)
+    # Of several blocks, or of a block's parts, one multiplies while another is in its epilogue.
+    whole = max(busy, epilogue, (busy + epilogue) / (kernel.resident * kernel.parts))
     return Time(products, busy - products, whole - busy)
 
 
 def predict(chip: Chip, shape: Shape, kernels: Counts) -> Iterator[tuple[str, Time]]:
     """Yield forms of `linear_logprob` in bf16 by the names that the table has, and their times."""
-    yield "forward", forward(chip, shape, kernels, budget=0)
-    if SPECIALIZED in kernels:
-        yield SPECIALIZED, forward(chip, shape, {"forward": kernels[SPECIALIZED]}, budget=0)
+    specialized = {
+        name.removesuffix(SPECIALIZED): count
+        for name, count in kernels.items()
+        if name.endswith(SPECIALIZED)
+    }
+    ends = {"": kernels} | ({SPECIALIZED: specialized} if specialized else {})
+    for end, of in ends.items():
+        yield f"forward{end}", forward(chip, shape, of, budget=0)
+    for end, of in ends.items():
+        yield f"dz, no products kept{end}", dz(chip, shape, of)
     for name, budget in FULL.items():
-        whole = forward(chip, shape, kernels, budget=budget)
-        yield name, whole + backward(chip, shape, kernels, budget=budget)
+        for end, of in ends.items():
+            whole = forward(chip, shape, of, budget=budget)
+            yield f"{name}{end}", whole + backward(chip, shape, of, budget=budget)
     yield FROZEN, frozen(chip, shape, kernels)
 
 
@@ -259,6 +277,20 @@ def forward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
     )
 
 
+def dz(chip: Chip, shape: Shape, kernels: Counts) -> Time:
+    """Return the time of dz of products that are made again."""
+    time = Time()
+    for rows in row_blocks(shape.n, fused.TILE_ROWS):
+        for C, _ in _slices(shape.v):
+            time += _dz_of_tile(chip, kernels, (rows.stop - rows.start, C, shape.h))
+    return time
+
+
+def _dz_of_tile(chip: Chip, kernels: Counts, shape: tuple[int, int, int]) -> Time:
+    M, C, _ = shape
+    return fused_kernel(chip, kernels["grad"], shape, tiles=1, written=BF16 * M * C)
+
+
 def backward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
     """Return the time of dz, and of dx and dw, which the library makes of it."""
     H, time = shape.h, Time()
@@ -271,9 +303,7 @@ def backward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
             if end <= kept:
                 time += memory_bound(chip, (FP32 + BF16) * M * C)
             else:
-                time += fused_kernel(
-                    chip, kernels["grad"], (M, C, H), tiles=1, written=BF16 * M * C
-                )
+                time += _dz_of_tile(chip, kernels, (M, C, H))
             time += _dx(chip, M, C, H)
             time += library_gemm(chip, 2 * M * C * H, BF16 * M * (C + H) + dw_bytes * C * H)
     return time

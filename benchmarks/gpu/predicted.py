@@ -22,14 +22,13 @@ from benchmarks.gpu.model import Chip
 TRITON = "latro-triton"
 PLACES = {
     "forward": ("head", TRITON, "forward"),
-    model.SPECIALIZED: ("head", TRITON, "forward"),
     model.DEFAULT: ("head", TRITON, "full"),
     "full, 3 GiB": ("full", TRITON + THREE_GIB, "full"),
     "full, all products kept": ("full", f"{TRITON}-keep", "full"),
     "full, none kept": ("full", f"{TRITON}-recompute", "full"),
     model.FROZEN: ("frozen", TRITON, "full"),
 }
-"""Stage or section of the head study, provider and phase of each form."""
+"""Stage or section of the head study, provider and phase of each form that is measured."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +104,15 @@ def _head(chip: Chip, results: Mapping[str, Any]) -> Iterator[Compared]:
 
 
 def _milliseconds(results: Mapping[str, Any], shape: str, what: str) -> float | None:
-    # What was measured as the forward is the form that the stage before has chosen.
+    # What was measured was made as the stage before has chosen, but with a frozen head.
     tuned = results.get("tuning") or [{"config": {}}]
     is_specialized = tuned[-1]["config"].get("warp_specialized", False)
-    if what == ("forward" if is_specialized else model.SPECIALIZED):
+    if what != model.FROZEN and what.endswith(model.SPECIALIZED) is not is_specialized:
         return None
-    place, provider, phase = PLACES[what]
+    form = what.removesuffix(model.SPECIALIZED)
+    if form not in PLACES:
+        return None
+    place, provider, phase = PLACES[form]
     rows = rows_of(results, place) if place == "head" else section_of(results, place)
     for row in rows:
         if (row["shape"]["name"], row["provider"]) == (shape, provider) and phase in row["times"]:

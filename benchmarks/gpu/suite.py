@@ -10,7 +10,7 @@ It takes the checkout as it is, without network and without installing it. Stage
 - build: `csrc/`, in place and for this GPU alone, where a source is newer than a library;
 - chip: copy bandwidth and bf16 GEMM rate of this GPU (`gpu.chip`);
 - tuning: the best block of products on this GPU, for the stages that follow, and on sm_90 whether
-  the warp-specialised forward is right and faster;
+  the warp-specialised kernels are right and faster;
 - head: `logprob_bench` of both GPU backends at GPU shapes in bf16;
 - peers: the same beside other libraries, from the wheels in --peers;
 - ops: `gather_logprob` and `group_advantage` beside a copy;
@@ -152,7 +152,7 @@ def stages(
         Stage(
             "tuning",
             [(python, "-m", TUNING, "--hidden", "4096", "--vocab", "128256")],
-            limit_s=60,
+            limit_s=65,
             obstacles=[partial(no_gpu, "cuda")],
             read=partial(saved_blocks, work),
             figure=fastest_block,

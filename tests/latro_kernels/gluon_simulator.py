@@ -2,9 +2,9 @@
 
     monkeypatch.setattr(warp_specialized, "launch", Simulator(seed=0).launch)
 
-Triton's interpreter does not know Gluon. This knows what `warp_specialized` calls, and no more.
-Blocks of threads run one after the other; the partitions of a block take turns. Barriers have the
-counts, phases and bytes of PTX's mbarrier. A copy lands at some time after it was issued, and
+Triton's interpreter does not know Gluon. This knows what the warp-specialised kernels call, and no
+more. Blocks of threads run one after the other; the partitions of a block take turns. Barriers have
+the counts, phases and bytes of PTX's mbarrier. A copy lands at some time after it was issued, and
 products read their operands at some time before they are waited for. A seed draws what happens
 next, and how often that is each partition, a copy or products, so that all may lag far behind.
 Where nothing can happen any more, `DeadlockError` is raised.
@@ -23,14 +23,18 @@ import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FunctionType, SimpleNamespace
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from latro_kernels.linear_logprob.triton import warp_specialized
+from latro_kernels.linear_logprob.triton import (
+    warp_specialized,
+    warp_specialized_forward,
+    warp_specialized_gradient,
+)
 
 
 class DeadlockError(RuntimeError):
@@ -66,6 +70,10 @@ class Shared:
 
     def __init__(self, data: Any) -> None:
         self.data = data
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return tuple(self.data.shape)
 
     def index(self, i: int) -> Any:
         return self.data[i] if isinstance(self.data, list) else Shared(self.data[i])
@@ -108,6 +116,10 @@ class Pointer:
 
     to: Tensor
     offset: Any = 0
+
+    @property
+    def dtype(self) -> Any:
+        return SimpleNamespace(element_ty=self.to.dtype)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.to, self.offset + offset)
@@ -188,7 +200,7 @@ class Simulator:
 
     Args:
         seed: of the order.
-        edits: texts that `warp_specialized` has once, each with what is put in its place.
+        edits: texts that the kernels' modules have once, each with what is put in its place.
         multiprocessors: of the GPU.
     """
 
@@ -196,43 +208,41 @@ class Simulator:
         self.random = random.Random(seed)
         self.multiprocessors = multiprocessors
         self.copies: list[Callable[[], None]] = []
-        self.launched: list[dict[str, Any]] = []
-        text = inspect.getsource(warp_specialized)
+        self.launched: list[tuple[str, dict[str, Any]]] = []
+        modules = (warp_specialized, warp_specialized_forward, warp_specialized_gradient)
+        texts = [inspect.getsource(module) for module in modules]
         for old, new in edits:
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
+            assert sum(text.count(old) for text in texts) == 1, old
+            texts = [text.replace(old, new) for text in texts]
+        self.functions: dict[str, Any] = {}
+        for module, text in zip(modules, texts, strict=True):
+            self.functions |= self._functions(module, text)
+
+    def _functions(self, module: ModuleType, text: str) -> dict[str, Any]:
+        """Return the functions of Gluon in a module, with this text, as functions of Python."""
         tree = ast.parse(text)
-        # Functions of Gluon, which become functions of Python.
         tree.body = [of for of in tree.body if "gluon.jit" in "".join(_decorators(of))]
         language = self._language()
-        names = {k: _plain(value, language) for k, value in vars(warp_specialized).items()}
-        names |= {k: value for k, value in vars(language).items() if k in names}
+        names = {k: _plain(value, language) for k, value in vars(module).items()}
+        for known in (vars(language), self.functions):
+            names |= {k: value for k, value in known.items() if k in names}
         names["gl"] = language
-        exec(compile(tree, str(warp_specialized.__file__), "exec"), names)
-        self.kernel = names["warp_specialized_kernel"]
+        exec(compile(tree, str(module.__file__), "exec"), names)
+        return {of.name: names[of.name] for of in tree.body if isinstance(of, ast.FunctionDef)}
 
-    def launch(self, programs: int, arguments: dict[str, Any]) -> None:
+    def launch(self, kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         """Do what `warp_specialized.launch` does."""
-        self.launched.append(arguments)
+        name = kernel.fn.__name__
+        self.launched.append((name, arguments))
         self.programs = min(programs, self.multiprocessors)
-        flags = {
-            "HAS_BIAS": arguments["bias_ptr"] is not None,
-            "HAS_SOFTCAP": arguments["softcap"] > 0,
-            "WITH_CACHED": arguments["cached_ptr"] is not None,
-            "WITH_BLOCK_MAX": arguments["block_max_ptr"] is not None,
-            "STAGES": arguments["num_stages"],
-            "LEAD": warp_specialized.LEAD,
-        }
-        given = {
-            name: _passed(value)
-            for name, value in (arguments | flags).items()
-            if name in inspect.signature(self.kernel).parameters
-        }
-        for name in ("hidden", "weight"):
-            given[name] = Descriptor(given[name].base, given[name].block_shape)
+        flags = {flag: value(arguments) for flag, value in kernel.values.items()}
+        given = arguments | flags | {"STAGES": arguments["num_stages"]}
+        given = {p.name: _passed(given[p.name]) for p in kernel.fn.params}
+        for operand in ("hidden", "weight"):
+            given[operand] = Descriptor(given[operand].base, given[operand].block_shape)
         for program in range(self.programs):
             self.program = program
-            self.kernel(**given)
+            self.functions[name](**given)
 
     def _weight(self) -> float:
         return 10 ** self.random.uniform(-2, 2)
@@ -303,7 +313,10 @@ class Simulator:
             reduce_or=lambda value, axis: functools.reduce(operator.or_, value.unbind(axis)),
             maximum=lambda a, b: torch.maximum(a, torch.as_tensor(b)),
             minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b)),
-            fma=lambda a, b, c: (a.double() * b + c).float(),
+            fma=lambda a, b, c: (a.double() * torch.as_tensor(b, dtype=a.dtype) + c).float(),
+            reshape=torch.reshape,
+            permute=torch.permute,
+            split=lambda value: value.unbind(-1),
             load=_load,
             store=_store,
             allocate_shared_memory=_allocate,
@@ -332,8 +345,10 @@ def _plain(value: Any, language: SimpleNamespace) -> Any:
     function = getattr(value, "fn", None)
     if not isinstance(function, FunctionType):
         return value
+    names = function.__globals__
+    called = {k: _plain(names[k], language) for k in function.__code__.co_names if k in names}
     return FunctionType(
-        function.__code__, function.__globals__ | {"tl": language}, argdefs=function.__defaults__
+        function.__code__, names | called | {"tl": language}, argdefs=function.__defaults__
     )
 
 

@@ -27,7 +27,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from latro_kernels.group_advantage import triton as group_kernels
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import RowGrad, Wanted
-from latro_kernels.linear_logprob.triton import blocks, fused, sparse_product, warp_specialized
+from latro_kernels.linear_logprob.triton import (
+    blocks,
+    fused,
+    sparse_product,
+    warp_specialized,
+    warp_specialized_forward,
+    warp_specialized_gradient,
+)
 from latro_kernels.linear_sample.state import Draw
 from latro_kernels.linear_sample.triton import draw
 from latro_kernels.linear_sample.triton import fused as sample_fused
@@ -173,29 +180,44 @@ def test_ragged_batches_share_their_kernels(form: str, recorded: dict[str, Recor
             assert len(keys) == 1, f"{name} is compiled for {keys}"
 
 
-def test_ragged_batches_share_the_warp_specialised_kernel(
+def test_ragged_batches_share_the_warp_specialised_kernels(
     recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recorder = Recorder(warp_specialized.warp_specialized_kernel)
-    monkeypatch.setattr(warp_specialized, "warp_specialized_kernel", recorder)
+    specialized = []
+    for module, name in (
+        (warp_specialized_forward, "warp_specialized_kernel"),
+        (warp_specialized_gradient, "warp_specialized_grad_kernel"),
+    ):
+        specialized.append(Recorder(getattr(module, name)))
+        monkeypatch.setattr(module, name, specialized[-1])
     monkeypatch.setattr(blocks, "_INTERPRETED", blocks.WARP_SPECIALIZED)
     for module in (fused, head_gradient):  # as on a GPU
         monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
     multiprocessors = SimpleNamespace(multi_processor_count=60)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: multiprocessors)
-    wanted = Wanted(weighted_sum=False, dx_sum=False, block_max=False, memory_budget=0)
+    monkeypatch.setattr(head_gradient, "add_product", lambda *_, first: None)  # CPUs have no such
     for N in RAGGED:
-        head = head_of(N, dtype=torch.bfloat16)
-        fused.forward(head, fused.empty_state(head, torch.zeros(N, dtype=torch.int64), wanted))
-    (keys,) = recorder.keys.values()
-    assert len(keys) == 1
-    assert not recorded["forward_kernel"].launched
-    # As many programs as there is work for, and no more than run at a time.
-    assert set(recorder.grids) == {(1,), (60,)}
-    # It does not make the further sums.
-    wanted = replace(wanted, weighted_sum=True, further_sums=True)
-    fused.forward(head, fused.empty_state(head, torch.zeros(N, dtype=torch.int64), wanted))
-    assert recorded["forward_kernel"].launched
+        solve(head_of(N, dtype=torch.bfloat16))
+    for recorder in specialized:
+        (keys,) = recorder.keys.values()
+        assert len(keys) == 1
+        # As many programs as there is work for, and no more than run at a time.
+        grids = {programs for (programs,) in recorder.grids}
+        assert min(grids) < max(grids) == 60
+    for name in ("forward_kernel", "grad_kernel"):
+        assert not recorded[name].launched
+
+
+@pytest.mark.parametrize("form", ["square", "all kept", "filtered"])
+def test_what_the_warp_specialised_dz_is_not_for(
+    form: str, recorded: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "_INTERPRETED", blocks.WARP_SPECIALIZED)
+    monkeypatch.setattr(warp_specialized, "launch", lambda *_: None)
+    solve(head_of(300), **FORMS[form][0])
+    assert recorded["grad_kernel"].launched
+    # Nor is the forward for further sums.
+    assert bool(recorded["forward_kernel"].launched) is (form == "square")
 
 
 def test_ragged_batches_are_sampled_by_the_same_kernels(recorded: dict[str, Recorder]) -> None:

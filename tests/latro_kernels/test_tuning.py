@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from latro_kernels.head import Head
-from latro_kernels.linear_logprob.state import State
 from latro_kernels.linear_logprob.triton import blocks, tuning
 from latro_kernels.linear_logprob.triton.blocks import Config
 
@@ -88,36 +88,44 @@ def test_where_the_warp_specialised_form_is_timed(
     assert not blocks.start(capability[0], dtype).warp_specialized
 
 
+@pytest.mark.parametrize("name", ["logp", "entropy", "dx", "dw"])
 @pytest.mark.parametrize(
     ("errors", "is_right"),
     [
-        # Of each run of the trusted shape, then of the other's.
-        ([1e-4, *[1e-4] * 21] * 2, True),
-        ([1e-4, *[1e-3] * 21] * 2, False),
-        ([1e-4, *[torch.nan] * 21] * 2, False),
-        ([1e-4, *[1e-4] * 20, 1.1e-4] * 2, False),
-        ([1e-4, *[1e-4] * 21, 1e-4, *[1e-3] * 21], False),
+        # Of the run of the trusted shape, then of those of the other.
+        ([1e-4, *[1e-4] * 21], True),
+        ([1e-4, *[1e-3] * 21], False),
+        ([1e-4, *[torch.nan] * 21], False),
+        ([1e-4, *[1e-4] * 20, 1.1e-4], False),
     ],
-    ids=["right", "far off", "not a number", "another each time", "wrong entropy"],
+    ids=["right", "far off", "not a number", "another each time"],
 )
 def test_what_is_wrong_is_not_timed(
-    errors: list[float], is_right: bool, monkeypatch: pytest.MonkeyPatch
+    errors: list[float], is_right: bool, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whichever result is wrong, be it only in the runs with an entropy."""
     head = Head(torch.randn(5, 8), torch.randn(7, 8), None, 1.0, 0.0, "triton")
     target = torch.randint(7, (5,))
+    exact, left = tuning.truth(head, target, with_entropy=True), list(errors)
     z = head.hidden.double() @ head.weight.double().T
+    p = z.softmax(1)
+    entropy = -(p * p.log()).sum(1)
+    dz = torch.nn.functional.one_hot(target, 7) - p - p * (p.log() + entropy[:, None])
+    torch.testing.assert_close(exact["dw"], dz.T @ head.hidden.double())
+    torch.testing.assert_close(exact["dx"], dz @ head.weight.double())
+    torch.testing.assert_close(exact["entropy"], entropy)
 
-    def forward(head: Head, state: State, config: Config) -> None:
-        z_max = z.amax(1)
-        below = z - z_max[:, None]
-        state.row_max.copy_(z_max)
-        state.sum_exp.copy_(below.exp().sum(1))
-        state.target_logit.copy_(z.gather(1, target[:, None])[:, 0] + errors.pop(0))
-        if state.weighted_sum is not None:
-            state.weighted_sum.copy_((below.exp() * below).sum(1))
+    def solve(
+        head: Head, target: Tensor, config: Config, *, with_entropy: bool
+    ) -> dict[str, Tensor]:
+        found = tuning.truth(head, target, with_entropy=with_entropy)
+        if with_entropy:
+            found[name] = found[name] + left.pop(0)
+        return found
 
-    monkeypatch.setattr(tuning.fused, "forward", forward)
+    monkeypatch.setattr(tuning, "solve", solve)
     assert tuning.is_right(head, target, blocks.WARP_SPECIALIZED, trusted=WIDE) is is_right
+    assert is_right is False or not left
 
 
 @pytest.mark.parametrize(("generation", "known"), [(7, 8), (8, 8), (9, 9), (10, 10), (12, 10)])

@@ -1,4 +1,4 @@
-"""The warp-specialised forward: compiled for sm_90, run in the simulator, and on a GPU of sm_90.
+"""The warp-specialised forward: compiled for sm_90, and run in the simulator; on a GPU, dz as well.
 
 That the simulator finds an order of barriers that is wrong is tested as well, with kernels in which
 one line is another.
@@ -21,7 +21,7 @@ from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import State, Wanted
 from latro_kernels.linear_logprob.triton import blocks, fused, warp_specialized
 from latro_kernels.linear_logprob.triton.blocks import Config
-from latro_kernels.linear_logprob.triton.warp_specialized import warp_specialized_kernel
+from latro_kernels.linear_logprob.triton.warp_specialized_forward import warp_specialized_kernel
 from tests.latro_kernels.gluon_simulator import DeadlockError, Simulator
 from tests.latro_kernels.gpu_resources import compile_kernel, violations
 from tests.latro_kernels.ops.linear_logprob import OP, problem
@@ -34,6 +34,19 @@ MAX_STACK = 128
 SMALL = Config(rows=16, columns=32, depth=16, warps=8, stages=4, warp_specialized=True)
 # Blocks of rows and of columns, steps of H: several of each, and the last not full.
 SHAPE = (37, 72, 203)
+SHAPES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
+    (SHAPE, torch.float16, {"bias": True, "temperature": 1.3, "softcap": 5.0}),
+    (SHAPE, torch.bfloat16, {"rows": "peaked", "entropy": True}),
+    (SHAPE, torch.bfloat16, {"rows": "flat", "entropy": True, "temperature": 0.7}),
+    # Rows that no descriptor takes as they are.
+    ((37, 70, 203), torch.bfloat16, {}),
+    # One row, one column, one step; fewer steps than the lead.
+    ((1, 8, 1), torch.bfloat16, {}),
+    ((33, 16, 65), torch.bfloat16, {"bias": True}),
+    ((16, 64, 64), torch.bfloat16, {"entropy": True}),
+]
+# In blocks of the size that is launched.
+MORE_THAN_ONE_BLOCK = (150, 136, 1100)
 
 
 @pytest.mark.parametrize(
@@ -129,20 +142,7 @@ def test_any_order_of_events_gives_the_same_bits(seed: int, simulated: None) -> 
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 2, 1000])
-@pytest.mark.parametrize(
-    ("shape", "dtype", "options"),
-    [
-        (SHAPE, torch.float16, {"bias": True, "temperature": 1.3, "softcap": 5.0}),
-        (SHAPE, torch.bfloat16, {"rows": "peaked", "entropy": True}),
-        (SHAPE, torch.bfloat16, {"rows": "flat", "entropy": True, "temperature": 0.7}),
-        # Rows that no descriptor takes as they are.
-        ((37, 70, 203), torch.bfloat16, {}),
-        # One row, one column, one step; fewer steps than the lead.
-        ((1, 8, 1), torch.bfloat16, {}),
-        ((33, 16, 65), torch.bfloat16, {"bias": True}),
-        ((16, 64, 64), torch.bfloat16, {"entropy": True}),
-    ],
-)
+@pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES)
 def test_it_passes_the_gate(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
@@ -155,7 +155,7 @@ def test_it_passes_the_gate(
 
 
 def test_blocks_of_the_size_that_is_launched(simulated: None) -> None:
-    given = problem((150, 136, 1100), torch.bfloat16, entropy=True)
+    given = problem(MORE_THAN_ONE_BLOCK, torch.bfloat16, entropy=True)
     check_forward(given, forward(given, Simulator(0), blocks.WARP_SPECIALIZED))
 
 
@@ -188,23 +188,23 @@ def test_columns_of_probability_zero(simulated: None) -> None:
 DEADLOCKS = {
     "the first round is waited for": ("(step // STAGES + 1) % 2", "step // STAGES % 2"),
     "a block's last stage is not given away": (
-        "mbarrier.arrive(empty.index((step + steps + STAGES - 1) % STAGES))",
+        "mbarrier.arrive(ring.empty.index((step + steps + STAGES - 1) % STAGES))",
         "pass",
     ),
     "fewer bytes are expected than land": (
         "hidden.block_type.nbytes + weight.block_type.nbytes",
         "weight.block_type.nbytes",
     ),
-    "the second consumer is not started": ("mbarrier.arrive(start)", "pass"),
+    "the second consumer is not started": ("mbarrier.arrive(ring.start)", "pass"),
     "the lead is longer than the ring": ("== min(LEAD, steps) - 1", "== STAGES"),
 }
 RACES = {
     "a stage is filled before it is empty": (
-        "mbarrier.wait(empty.index(stage), (step // STAGES + 1) % 2)",
+        "mbarrier.wait(ring.empty.index(stage), (step // STAGES + 1) % 2)",
         "pass",
     ),
     "a stage is read before it is full": (
-        "mbarrier.wait(full.index(stage), (step + k) // STAGES % 2)",
+        "mbarrier.wait(ring.full.index(stage), (step + k) // STAGES % 2)",
         "pass",
     ),
     "one consumer empties a stage": ("empty.index(stage), count=2", "empty.index(stage), count=1"),
@@ -273,8 +273,10 @@ def test_it_passes_the_gate_on_a_gpu(
 ) -> None:
     monkeypatch.setattr(blocks, "config", lambda *_: blocks.WARP_SPECIALIZED)
     given = OP.problem(shape, dtype, **options).on("triton")
-    first = check(given, "triton")
-    for _ in range(20):
-        assert_same(given.solve("triton"), first)
-    for memory_budget in (0, 2**30):
-        assert_same(given.solve("triton", memory_budget=memory_budget), first)
+    logp = []
+    for memory_budget in (0, 2**30):  # dz of products made again, and of those kept
+        first = check(given, "triton", memory_budget=memory_budget)
+        for _ in range(20):
+            assert_same(given.solve("triton", memory_budget=memory_budget), first)
+        logp.append({"logp": first["logp"]})
+    assert_same(*logp)

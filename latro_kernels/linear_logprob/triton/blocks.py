@@ -22,8 +22,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Config:
     """The rows, columns and depth of a block of products, and the compiler's options.
 
-    warp_specialized: whether the forward is that of `warp_specialized`, for sm_90, but where the
-    head is frozen.
+    warp_specialized: whether the forward and dz are those of `warp_specialized`, for sm_90, but
+    where the head is frozen, products were kept, there is a filter, or log Σ p² or the mean logit
+    is asked for.
     """
 
     rows: int
@@ -43,7 +44,7 @@ _START = {
     10: Config(rows=128, columns=256, depth=64, warps=8, stages=4),
 }
 _FP32 = Config(rows=64, columns=64, depth=32, warps=8, stages=3)
-# The one shape of the warp-specialised forward; dz is made by the same blocks, in their usual way.
+# The one shape of the warp-specialised kernels; what they do not make is made by the same blocks.
 WARP_SPECIALIZED = Config(128, 256, 64, 8, 4, warp_specialized=True)
 # For Triton's interpreter, which has no chip.
 _INTERPRETED = Config(rows=32, columns=64, depth=64, warps=4, stages=1)
@@ -74,9 +75,12 @@ def has_descriptors(device: torch.device) -> bool:
 
 @cache
 def has_gluon() -> bool:
-    """Return whether this Triton has what `warp_specialized` needs of its Gluon, an experiment."""
+    """Return whether this Triton has what the warp-specialised kernels need of Gluon."""
     try:
-        from latro_kernels.linear_logprob.triton import warp_specialized  # noqa: F401
+        from latro_kernels.linear_logprob.triton import (  # noqa: F401
+            warp_specialized_forward,
+            warp_specialized_gradient,
+        )
     except (ImportError, AttributeError):
         return False
     return True

@@ -185,9 +185,13 @@ def backward(
     block_max: Tensor | None,
     grad_filter: float,
     needs: tuple[bool, ...],
+    config: Config | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of hidden, in fp32, weight and bias; None where none is needed."""
-    config, N = shape_of_blocks(head), len(head.hidden)
+    """Return the gradients of hidden, in fp32, weight and bias; None where none is needed.
+
+    config: as in `forward`.
+    """
+    config, N = config or shape_of_blocks(head), len(head.hidden)
     rows = grad.active_rows()
     if block_max is not None:
         rows = grad.filter_order(block_max, grad_filter, rows)
@@ -253,9 +257,10 @@ def _fold(
     }
     with torch.cuda.device_of(tile.hidden):
         if config.warp_specialized and e is None and state.square_sum is None:
-            from latro_kernels.linear_logprob.triton import warp_specialized
+            from latro_kernels.linear_logprob.triton import warp_specialized as specialized
+            from latro_kernels.linear_logprob.triton import warp_specialized_forward as form
 
-            warp_specialized.launch(row_blocks * splits, arguments)
+            specialized.launch(form.warp_specialized_kernel, row_blocks * splits, arguments)
         else:
             forward_kernel[(row_blocks * splits,)](**arguments)
     merge(parts, tile.columns, state, config)
@@ -307,22 +312,30 @@ def _dz(
         cached, block_max = (None if t is None else t[tile.rows] for t in (cached, block_max))
     else:
         numbers = tile.rows
+    arguments = product_arguments(head, tile, config) | {
+        "cached_ptr": cached,
+        "rows_ptr": numbers,
+        **grad.pointers(),
+        "block_max_ptr": block_max,
+        "active_ptr": active,
+        "dz_ptr": dz,
+        "M": M,
+        "V": len(head.weight),
+        "stride_cn": 0 if cached is None else cached.stride(0),
+        "row_blocks": row_blocks,
+        "column_blocks": column_blocks,
+        "grad_filter": grad_filter,
+    }
+    programs = row_blocks * column_blocks
+    is_plain = cached is None and block_max is None and grad.grad_square is None
     with torch.cuda.device_of(dz):
-        grad_kernel[(row_blocks * column_blocks,)](
-            cached_ptr=cached,
-            rows_ptr=numbers,
-            **grad.pointers(),
-            block_max_ptr=block_max,
-            active_ptr=active,
-            dz_ptr=dz,
-            M=M,
-            V=len(head.weight),
-            stride_cn=0 if cached is None else cached.stride(0),
-            row_blocks=row_blocks,
-            column_blocks=column_blocks,
-            grad_filter=grad_filter,
-            **product_arguments(head, tile, config),
-        )
+        if config.warp_specialized and is_plain:
+            from latro_kernels.linear_logprob.triton import warp_specialized as specialized
+            from latro_kernels.linear_logprob.triton import warp_specialized_gradient as form
+
+            specialized.launch(form.warp_specialized_grad_kernel, programs, arguments)
+        else:
+            grad_kernel[(programs,)](**arguments)
     return (
         Gradient(dz)
         if active is None

@@ -3,10 +3,12 @@
     python -m latro_kernels.linear_logprob.triton.tuning --hidden 4096 --vocab 128256 --dtype bf16
 
 It is saved in Triton's cache folder, which TRITON_CACHE_DIR, Triton's own variable, may move.
-`blocks.config` looks there first, so that no call waits for a search.
+`blocks.config` looks there first, so that no call waits for a search. Shapes are timed in the
+forward.
 
 The warp-specialised form of sm_90 comes last, when the best of the others is saved: it has never
-run on a GPU, and may hang. It is timed where its results are right, and saved where it is faster.
+run on a GPU, and may hang. It is timed where its log-probs, entropies and gradients are right, and
+saved where forward and backward together, with no products kept, are faster by it.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +26,8 @@ import triton
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.linear_logprob.state import Wanted
+from latro_kernels.linear_logprob import reference
+from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks, fused
 from latro_kernels.linear_logprob.triton.blocks import DTYPES, Config
 
@@ -42,53 +46,98 @@ def problem(dtype: str, N: int, H: int, V: int) -> tuple[Head, Tensor]:
     return head, target
 
 
-def measure(head: Head, target: Tensor, candidates: Iterable[Config]) -> list[tuple[float, Config]]:
-    """Return the milliseconds of the forward with each shape that runs, fastest first."""
-    wanted = Wanted(weighted_sum=False, dx_sum=False, block_max=False, memory_budget=0)
+def forward(head: Head, target: Tensor, config: Config, *, with_entropy: bool = False) -> State:
+    """Return the state after a forward that keeps no products."""
+    wanted = Wanted(with_entropy, dx_sum=False, block_max=False, memory_budget=0)
+    state = fused.empty_state(head, target, wanted)
+    fused.forward(head, state, config)
+    return state
+
+
+def solve(
+    head: Head, target: Tensor, config: Config, *, with_entropy: bool = False
+) -> dict[str, Tensor]:
+    """Return log-probs, entropies if wished, and the gradients of the sum of them all."""
+    state = forward(head, target, config, with_entropy=with_entropy)
+    log_sum = state.sum_exp.log()
+    found = {"logp": (state.target_logit - state.row_max) - log_sum}
+    if state.weighted_sum is not None:
+        found["entropy"] = log_sum - state.weighted_sum / state.sum_exp
+    ones = torch.ones_like(log_sum)
+    grad = RowGrad(
+        target=target,
+        logp=found["logp"],
+        row_max=state.row_max,
+        log_sum=log_sum,
+        grad_logp=ones,
+        grad_entropy=ones if with_entropy else None,
+        offset=found.get("entropy"),
+    )
+    dx, dw, _ = fused.backward(
+        head,
+        grad,
+        cached=state.cached,
+        block_max=None,
+        grad_filter=0.0,
+        needs=(True, True, False),
+        config=config,
+    )
+    assert dx is not None
+    assert dw is not None
+    return found | {"dx": dx, "dw": dw}
+
+
+def measure(
+    run: Callable[[Head, Tensor, Config], Any],
+    head: Head,
+    target: Tensor,
+    candidates: Iterable[Config],
+) -> list[tuple[float, Config]]:
+    """Return the milliseconds of `forward` or `solve` with each shape that runs, fastest first."""
     timed = []
     for candidate in candidates:
-
-        def run(candidate: Config = candidate) -> None:
-            fused.forward(head, fused.empty_state(head, target, wanted), candidate)
-
+        call = partial(run, head, target, candidate)
         try:
-            timed.append((triton.testing.do_bench(run, return_mode="median"), candidate))
+            timed.append((triton.testing.do_bench(call, return_mode="median"), candidate))
         except triton.runtime.errors.OutOfResources as error:
             print(f"{candidate}: {error}")
     return sorted(timed, key=lambda pair: pair[0])
 
 
-def is_right(head: Head, target: Tensor, candidate: Config, trusted: Config) -> bool:
-    """Return whether log-probs and entropies of a candidate are those of every run, and exact.
+def truth(head: Head, target: Tensor, *, with_entropy: bool) -> dict[str, Tensor]:
+    """Return what `solve` does, by the reference in fp64."""
+    hidden, weight = (t.double().requires_grad_() for t in (head.hidden, head.weight))
+    statistics = reference(hidden, weight, target)
+    found = {"logp": statistics.logp}
+    if with_entropy:
+        assert statistics.entropy is not None
+        found["entropy"] = statistics.entropy
+    dx, dw = torch.autograd.grad(torch.stack([*found.values()]).sum(), (hidden, weight))
+    return {name: values.detach() for name, values in found.items()} | {"dx": dx, "dw": dw}
 
-    Their largest error against fp64 may be twice that of the trusted shape, plus 1e-5.
+
+def is_right(head: Head, target: Tensor, candidate: Config, trusted: Config) -> bool:
+    """Return whether all that `solve` returns is the same in every run, and exact.
+
+    Its largest errors against fp64 may be twice those of the trusted shape, plus 1e-5.
     """
     few = slice(0, _CHECKED_ROWS)
     head, target = replace(head, hidden=head.hidden[few]), target[few]
-    z = head.hidden.double() @ head.weight.double().T
-    log_p = z.log_softmax(1)
-    truth = torch.stack([log_p.gather(1, target[:, None])[:, 0], -(log_p.exp() * log_p).sum(1)])
-
-    def results(config: Config, *, with_entropy: bool) -> Tensor:
-        wanted = Wanted(with_entropy, dx_sum=False, block_max=False, memory_budget=0)
-        state = fused.empty_state(head, target, wanted)
-        fused.forward(head, state, config)
-        log_sum = state.sum_exp.log()
-        found = [(state.target_logit - state.row_max) - log_sum]
-        if state.weighted_sum is not None:
-            found.append(log_sum - state.weighted_sum / state.sum_exp)
-        return torch.stack(found)
-
     for with_entropy in (False, True):
-        exact = truth[: 1 + with_entropy]
-        bound = 2 * (results(trusted, with_entropy=with_entropy) - exact).abs().amax(1) + 1e-5
-        first = results(candidate, with_entropy=with_entropy)
-        again = (results(candidate, with_entropy=with_entropy) for _ in range(_REPEATS))
-        # NaN is neither.
-        if not ((first - exact).abs().amax(1) <= bound).all():
+        exact = truth(head, target, with_entropy=with_entropy)
+
+        def errors(found: dict[str, Tensor], exact: dict[str, Tensor] = exact) -> Tensor:
+            return torch.stack([(found[name] - of).abs().max() for name, of in exact.items()])
+
+        bound = 2 * errors(solve(head, target, trusted, with_entropy=with_entropy)) + 1e-5
+        first = solve(head, target, candidate, with_entropy=with_entropy)
+        # NaN is not below it.
+        if not (errors(first) <= bound).all():
             return False
-        if not all(torch.equal(first, other) for other in again):
-            return False
+        for _ in range(_REPEATS):
+            again = solve(head, target, candidate, with_entropy=with_entropy)
+            if not all(torch.equal(first[name], again[name]) for name in first):
+                return False
     return True
 
 
@@ -128,7 +177,7 @@ def main() -> None:
         entry = {"milliseconds": milliseconds, "rows": args.rows, "config": asdict(config)}
         save(key, key | entry)
 
-    timed = measure(head, target, blocks.candidates(dtype))
+    timed = measure(forward, head, target, blocks.candidates(dtype))
     show(timed)
     best = timed[0]
     keep(best)
@@ -136,10 +185,11 @@ def main() -> None:
         form = blocks.WARP_SPECIALIZED
         if not is_right(head, target, form, trusted=best[1]):
             parser.exit(1, f"{form}: its results are wrong, or not the same each time\n")
-        timed = measure(head, target, [form])
+        print("forward and backward:")
+        timed = measure(solve, head, target, [best[1], form])
         show(timed)
-        if timed and timed[0][0] < best[0]:
-            keep(timed[0])
+        if timed[0][1] == form:
+            keep(measure(forward, head, target, [form])[0])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -41,10 +43,12 @@ def test_the_counts_are_those_of_the_compiler(capability: int) -> None:
 @pytest.mark.parametrize("chip", model.CHIPS.values(), ids=list(model.CHIPS))
 def test_no_form_is_faster_than_its_products(chip: model.Chip) -> None:
     found = whole(chip)
-    of_forms = dict.fromkeys(model.FULL, 3) | {"forward": 1, model.FROZEN: 2}
+    of_forms = dict.fromkeys(model.FULL, 3) | {"forward": 1, "dz, no products kept": 1}
     if chip.capability == 90:
-        of_forms[model.SPECIALIZED] = 1
-        assert found[model.SPECIALIZED] < found["forward"]
+        for name in list(of_forms):
+            of_forms[f"{name}{model.SPECIALIZED}"] = of_forms[name]
+            assert found[f"{name}{model.SPECIALIZED}"] < found[name]
+    of_forms[model.FROZEN] = 2
     assert set(found) == set(of_forms)
     for name, products in of_forms.items():
         assert found[name] > products * UNIT / (chip.flops * chip.gemm)
@@ -74,13 +78,17 @@ def test_an_epilogue_comes_on_top_or_under_the_next_block() -> None:
     assert beside.products == pytest.approx(alone.products)
 
 
-def test_a_warp_specialised_block_is_in_its_epilogue_by_halves() -> None:
+@pytest.mark.parametrize(
+    ("name", "run"), [("forward", partial(model.forward, budget=0)), ("grad", model.dz)]
+)
+def test_a_warp_specialised_block_is_in_its_epilogue_by_halves(name: str, run: Any) -> None:
     kernels = model.counts(H100)
-    whole = model.forward(H100, LLAMA, {"forward": kernels["forward"]}, budget=0)
-    halves = model.forward(H100, LLAMA, {"forward": kernels[model.SPECIALIZED]}, budget=0)
-    assert kernels[model.SPECIALIZED].resident == 2
+    of_halves = kernels[f"{name}{model.SPECIALIZED}"]
+    whole = run(H100, LLAMA, {name: kernels[name]})
+    halves = run(H100, LLAMA, {name: of_halves})
+    assert (of_halves.resident, of_halves.parts) == (1, 2)
     assert halves.products == pytest.approx(whole.products)
-    assert halves.epilogue == 0
+    assert halves.epilogue == 0 < whole.epilogue
 
 
 def test_few_instructions_leave_the_exponentials() -> None:
@@ -127,7 +135,7 @@ def test_predictions_stand_beside_what_was_measured() -> None:
     assert found["mistral-7b", "forward"].measured is None
 
 
-def test_the_forward_that_was_measured_is_the_one_that_was_chosen() -> None:
+def test_what_was_measured_was_made_as_was_chosen() -> None:
     for chosen in (False, True):
         tuning = {"tuning": [{"config": {"warp_specialized": chosen}}]}
         found = {
@@ -135,8 +143,10 @@ def test_the_forward_that_was_measured_is_the_one_that_was_chosen() -> None:
             for of in predicted.compared(RESULTS | tuning, H100.device)
             if of.where == LLAMA.name
         }
-        forms = ("forward", model.SPECIALIZED)
-        assert [found[form].measured is not None for form in forms] == [not chosen, chosen]
+        for name in ("forward", model.DEFAULT):
+            forms = (name, f"{name}{model.SPECIALIZED}")
+            assert [found[form].measured is not None for form in forms] == [not chosen, chosen]
+        assert found[model.FROZEN].measured is not None
 
 
 def test_nothing_measured_is_still_predicted() -> None:
