@@ -18,7 +18,8 @@ For upstream gradients g of logp, h of the entropy, e of log_sum_exp and q of lo
 so that a backward that knows the entropy's gradient has that of log_sum_exp for nothing, and that
 of log_sum_p_squared for one multiplication and addition more: it takes g, h, c and r of each row,
 which `upstream` makes; of these it takes no r where log_sum_p_squared has no upstream gradient, and
-g alone where logp alone has one. As Σ_j p_j² is at least 1/V, exp(−S) is at most V.
+g alone where logp alone has one. As Σ_j p_j² is at least 1/V, exp(−S) is at most V, and does not
+overflow.
 """
 
 from __future__ import annotations
@@ -46,8 +47,9 @@ class RowStatistics:
             `torch.logsumexp(z, -1)`, fp32, nats, differentiable: what a z-loss squares.
         is_top1: whether no logit of the row is above the target's, bool.
         log_sum_p_squared: log Σ_j p_j² of the row's distribution p, as
-            `torch.logsumexp(2 * torch.log_softmax(z, -1), -1)`, fp32, nats, differentiable: the
-            Rényi entropy of order 2 times −1, from −log V of a flat row to 0 of a certain one.
+            `torch.logsumexp(2 * torch.log_softmax(z, -1), -1)`, fp32, nats, differentiable: minus
+            the Rényi entropy of order 2. It is −log V where p is uniform, and 0 where one token
+            has probability 1.
         mean_logit: the mean of z over the vocabulary, fp32, without a gradient; −∞ where one of
             the logits is.
     """
@@ -61,7 +63,7 @@ class RowStatistics:
 
 
 NAMES = tuple(field.name for field in fields(RowStatistics) if field.name != "logp")
-# What takes further sums than the entropy does. Those are made together: each is an addition.
+# What needs Σ exp(z − m)² or Σ z. Where one is needed both are made, and the entropy's sum too.
 OF_FURTHER_SUMS = frozenset({"log_sum_p_squared", "mean_logit"})
 Returned = Tensor | tuple[Tensor, Tensor] | RowStatistics
 

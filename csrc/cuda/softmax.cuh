@@ -75,7 +75,8 @@ __device__ inline float fast_exp(float x) {
   return power;
 }
 
-// How many of a row's sums are made: of total, weighted, square_total and logit_total the first.
+// Which of a row's sums are made: total; weighted too; square_total and logit_total too. The value
+// is how many.
 enum Sums { kTotal = 1, kEntropy = 2, kAllSums = 4 };
 
 // What a part of a row comes to. Of exp(z - peak), `total` is the sum, `weighted` the sum of its

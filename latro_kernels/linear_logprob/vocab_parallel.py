@@ -29,10 +29,10 @@ def place(weight: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def merge(state: list[Tensor], group: ProcessGroup) -> list[Tensor]:
-    """Return row_max, sum_exp, target_logit and what follows them of all ranks from this rank's.
+    """Return the state of all ranks' columns, from that of this rank's, each tensor [N].
 
-    That is weighted_sum and, if at all, square_sum and logit_sum; each of length 0 where it is not
-    asked for.
+    It is row_max, sum_exp, target_logit, weighted_sum and, in `linear_logprob`, square_sum and
+    logit_sum. From weighted_sum on they have length 0 where they are not asked for.
     """
     row_max, sum_exp, target_logit, weighted_sum, *further = state
     largest = torch.stack([row_max, target_logit])

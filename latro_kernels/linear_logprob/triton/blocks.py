@@ -22,9 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Config:
     """The rows, columns and depth of a block of products, and the compiler's options.
 
-    warp_specialized: whether the forward and dz are those of `warp_specialized`, for sm_90, but
-    where the head is frozen, products were kept, there is a filter, or log Σ p² or the mean logit
-    is asked for.
+    warp_specialized: whether to use the kernels for sm_90: that of `warp_specialized_forward`, but
+    with a frozen head or where log Σ p² or the mean logit is asked for; that of
+    `warp_specialized_gradient`, but for products that were kept, with a filter, or where log Σ p²
+    has an upstream gradient.
     """
 
     rows: int

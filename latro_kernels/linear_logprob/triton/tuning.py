@@ -7,8 +7,8 @@ It is saved in Triton's cache folder, which TRITON_CACHE_DIR, Triton's own varia
 forward.
 
 The warp-specialised form of sm_90 comes last, when the best of the others is saved: it has never
-run on a GPU, and may hang. It is timed where its log-probs, entropies and gradients are right, and
-saved where forward and backward together, with no products kept, are faster by it.
+run on a GPU, and may hang. It is timed if its log-probs, entropies and gradients are right, and
+saved if it makes forward and backward together, with no products kept, faster.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def multiply(ring, sums, step, steps, WHICH: gl.constexpr):
 def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     """Launch a kernel with the arguments of its usual form, whose operands have descriptors.
 
-    programs: of that one, of which a program here does several, one after the other.
+    programs: how many that form has; a program here does the work of several, one after the other.
     """
     operands = {
         name: TensorDescriptor.from_tensor(of.base, of.block_shape, LAYOUT)

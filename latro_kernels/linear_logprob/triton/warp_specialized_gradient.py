@@ -8,6 +8,11 @@ out. With upstream gradients g of logp and h of the entropy, and `offset`,
 before the slope of the softcap, and for the target by expm1. What of it belongs to the row is
 multiplied together first. So a logit takes a multiply-add for the exponent, the exponential, and
 one product, with h another multiply-add.
+
+log2(e) / temperature is one factor here, so that z is not rounded as the forward has rounded
+row_max. The exponent is off by about |z|·2^-22 at most: less than dz loses in bf16 up to
+|z| = 16,000, in fp16 up to 2,000. From |z| = 2^32 on, as of a logit of 5 at a temperature of 1e-9,
+`rounding` may leave the range of exp2, and dz is NaN then.
 """
 
 from __future__ import annotations
@@ -202,8 +207,8 @@ def _consume(
                 is_target = eight == local[:, None, None] - left - within
                 dz = gl.where(is_target, (of_target * inverse)[:, None, None], dz)
             if HAS_SOFTCAP:
-                slope_of_cap = capped * (1.0 / softcap)
-                dz *= 1.0 - slope_of_cap * slope_of_cap
+                of_tanh = capped * (1.0 / softcap)
+                dz *= 1.0 - of_tanh * of_tanh
             dz = dz.to(dz_ptr.dtype.element_ty)
             # The last block alone has columns beyond the end.
             if column + BLOCK_V <= end:
