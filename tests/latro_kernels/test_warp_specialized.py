@@ -38,6 +38,7 @@ SHAPES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
     (SHAPE, torch.float16, {"bias": True, "temperature": 1.3, "softcap": 5.0}),
     (SHAPE, torch.bfloat16, {"rows": "peaked", "entropy": True}),
     (SHAPE, torch.bfloat16, {"rows": "flat", "entropy": True, "temperature": 0.7}),
+    (SHAPE, torch.bfloat16, {"entropy": True, "temperature": 0.01}),
     # Rows that no descriptor takes as they are.
     ((37, 70, 203), torch.bfloat16, {}),
     # One row, one column, one step; fewer steps than the lead.

@@ -16,6 +16,10 @@ Three kinds of barriers order them. full[stage]: the copies into a stage have la
 both consumers have read it, and it may be overwritten. start: the first consumer has its lead. A
 barrier is waited for by the parity of the phase that has to be over: the ring's round, odd or even.
 
+Exponents are taken from a rounded maximum, and what rounding has added is made good by its exp2. So
+results may be NaN, unlike those of the usual form, where |z| is 2^32 or more, as of a logit of 5 at
+a temperature of 1e-9.
+
 Compiled for sm_90 with Triton 3.6 and 3.9, and simulated on a CPU by the tests; it has never run on
 a GPU. It is taken only where `tuning` has found it right and faster on the GPU at hand.
 """

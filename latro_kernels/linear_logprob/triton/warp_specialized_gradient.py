@@ -11,8 +11,7 @@ one product, with h another multiply-add.
 
 log2(e) / temperature is one factor here, so that z is not rounded as the forward has rounded
 row_max. The exponent is off by about |z|·2^-22 at most: less than dz loses in bf16 up to
-|z| = 16,000, in fp16 up to 2,000. From |z| = 2^32 on, as of a logit of 5 at a temperature of 1e-9,
-`rounding` may leave the range of exp2, and dz is NaN then.
+|z| = 16,000, in fp16 up to 2,000.
 """
 
 from __future__ import annotations
