@@ -18,9 +18,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,58 +35,10 @@ from latro.model.attention_form import (
     counts_along_row,
 )
 from latro.model.decoding import DecodingKeys
+from latro.model.shared_prefix import SharedPrefix, gather
+from latro.model.stateful import allow_packed_rows
 
 _PREFIX = "latro_"
-
-
-@dataclass(frozen=True, eq=False)
-class SharedPrefix:
-    """The segments of one packed row of T tokens, in order.
-
-    Args:
-        lengths: tokens of each segment, each at least 1; they add up to T.
-        prefixes: for each segment the index of the prompt that it continues, -1 for a prompt.
-        device: where the packed row is.
-    """
-
-    lengths: tuple[int, ...]
-    prefixes: tuple[int, ...]
-    device: torch.device
-
-    @functools.cached_property
-    def key_lengths(self) -> list[int]:
-        """The number of keys that the queries of each segment see: its prefix's and its own."""
-        return [
-            length + (self.lengths[prefix] if prefix >= 0 else 0)
-            for length, prefix in zip(self.lengths, self.prefixes, strict=True)
-        ]
-
-    @functools.cached_property
-    def position_ids(self) -> Tensor:
-        """int64 [1, T], the position of each token in its own sequence."""
-        ends = zip(self.lengths, self.key_lengths, strict=True)
-        spans = [range(keys - length, keys) for length, keys in ends]
-        return torch.tensor([[i for span in spans for i in span]], device=self.device)
-
-    @functools.cached_property
-    def key_index(self) -> Tensor:
-        """int64 [Σ key_lengths]: where in the row each segment's keys lie, prefix first."""
-        starts = _starts(self.lengths)
-        spans: list[range] = []
-        for index, prefix in enumerate(self.prefixes):
-            for i in (prefix, index) if prefix >= 0 else (index,):
-                spans.append(range(starts[i], starts[i + 1]))
-        return torch.tensor([i for span in spans for i in span], device=self.device)
-
-    @functools.cached_property
-    def query_starts(self) -> Tensor:
-        """int32 [segments + 1], ascending from 0 to T."""
-        return torch.tensor(_starts(self.lengths), dtype=torch.int32, device=self.device)
-
-    @functools.cached_property
-    def key_starts(self) -> Tensor:
-        """int32 [segments + 1], ascending from 0 to Σ key_lengths."""
-        return torch.tensor(_starts(self.key_lengths), dtype=torch.int32, device=self.device)
 
 
 def allow_shared_prefix(model: PreTrainedModel) -> bool:
@@ -100,6 +50,8 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config()
     own = config._attn_implementation or "eager"
     if own.startswith(_PREFIX):
+        # Also where another model with the same config has had it replaced.
+        allow_packed_rows(model)
         return True
     if own == "flex_attention" or not model._can_set_attn_implementation():
         # Flex attention's own masks are block masks, made where this function has no say.
@@ -108,6 +60,7 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
     AttentionInterface.register(name, functools.partial(attention, own=own))
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
     model.set_attn_implementation(name)
+    allow_packed_rows(model)
     return config._attn_implementation == name
 
 
@@ -195,27 +148,10 @@ def attention(
         decoding.keep_prompts(layer, key, value)
     assert shared_prefix is not None
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
-    key, value = (_Gather.apply(t, shared_prefix.key_index) for t in (key, value))
+    key, value = (gather(t, 2, shared_prefix.key_index) for t in (key, value))
     form = form.at_most(max(shared_prefix.key_lengths))
     way = _fused if _has_fused(query, value, form) else _by_segment
     return way(query, key, value, shared_prefix, form), None
-
-
-class _Gather(torch.autograd.Function):
-    """`x[:, :, index]`, whose backward sums in fp32: a prefix has a gradient of every branch."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.shape = x.shape
-        return x.index_select(2, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        working = torch.promote_types(grad.dtype, torch.float32)
-        summed = grad.new_zeros(ctx.shape, dtype=working)
-        return summed.index_add_(2, index, grad.to(working)).to(grad.dtype), None
 
 
 def _by_segment(
@@ -229,7 +165,8 @@ def _by_segment(
     queries = query.split(list(shared_prefix.lengths), dim=2)
     keys, values = (t.split(shared_prefix.key_lengths, dim=2) for t in (key, value))
     outputs = [_one_segment(q, k, v, form) for q, k, v in zip(queries, keys, values, strict=True)]
-    return torch.cat(outputs, dim=2).transpose(1, 2)
+    # Contiguous, as the functions of transformers return it: some layers take a view of it.
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _one_segment(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
@@ -324,7 +261,3 @@ def _own(name: str, module: nn.Module) -> Callable:
             config._attn_implementation = given
 
     return with_own_name
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    return list(accumulate(lengths, initial=0))

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KINDS = (None, "full_attention", "sliding_attention", "chunked_attention")
+_WINDOWED = ("sliding_attention", "hybrid_sliding")
+# Hybrid layers carry a state beside their attention.
+_KINDS = (None, "full_attention", "chunked_attention", "hybrid", *_WINDOWED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ def attention_form(module: nn.Module, query: Tensor, given: dict[str, Any]) -> A
     kind = layer_type(module)
     if kind not in _KINDS:
         raise NotImplementedError(f"a packed row in a layer of type {kind}")
-    if kind == "sliding_attention" and not given.get("sliding_window"):
+    if kind in _WINDOWED and not given.get("sliding_window"):
         raise NotImplementedError("a packed row in a layer that does not tell its window")
     chunk: Any = math.inf
     if kind == "chunked_attention":

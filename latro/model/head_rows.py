@@ -24,9 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from latro.model.adapters import head_parameters
-from latro.model.attention import SharedPrefix, row_arguments
+from latro.model.attention import row_arguments
 from latro.model.decoding import DecodingKeys
 from latro.model.packing import Batch
+from latro.model.shared_prefix import SharedPrefix
 from latro_kernels import LinearSample, linear_kl, linear_logprob, linear_sample
 from latro_kernels.integrations.logits import LogitForm, trunk_of
 

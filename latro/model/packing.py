@@ -26,7 +26,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from latro.model.attention import SharedPrefix
+from latro.model.shared_prefix import SharedPrefix
 from latro.rollout.sequences import Rollout
 from latro_kernels import GroupLayout
 

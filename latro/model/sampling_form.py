@@ -16,14 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from latro.model.attention import (
-    SharedPrefix,
-    allow_shared_prefix,
-    give_attention_back,
-    shares_prefix,
-)
+from latro.model.attention import allow_shared_prefix, give_attention_back, shares_prefix
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, install_head_rows, read
+from latro.model.shared_prefix import SharedPrefix
 from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of, whole_shape
 
 

@@ -11,10 +11,11 @@ from transformers import GenerationConfig
 
 from latro.model import attention as module
 from latro.model import attention_form
-from latro.model.attention import SharedPrefix, allow_shared_prefix
+from latro.model.attention import allow_shared_prefix
 from latro.model.attention_form import AttentionForm
 from latro.model.packing import collate, plan
 from latro.model.scoring import Scorer
+from latro.model.shared_prefix import SharedPrefix, gather
 from tests.latro.other_models import other_model
 
 CPU = torch.device("cpu")
@@ -28,6 +29,10 @@ WINDOWS = {
 }
 
 
+STATEFUL = [
+    *("lfm2", "qwen3_5_text", "qwen3_next", "olmo_hybrid", "kimi_linear", "bamba", "falcon_h1"),
+    *("nemotron_h", "granitemoehybrid", "zamba2", "recurrent_gemma"),
+]
 OTHERS = [
     # Each layer's kind by turns: sinks with a window, and without.
     ("gpt_oss", {"sliding_window": 7}),
@@ -39,6 +44,10 @@ OTHERS = [
     ("llama4_text", {"attention_chunk_size": 9}),
     # Without rotary positions, and with queries whose temperature changes within every segment.
     ("llama4_text", {"no_rope_layers": [1, 0], "attention_chunk_size": 5, "floor_scale": 3}),
+    # Its layers take a view of what attention returns.
+    ("jetmoe", {}),
+    # Convolutions, gated delta rules and state-space layers, before and beside attention.
+    *((architecture, {}) for architecture in STATEFUL),
 ]
 
 
@@ -91,7 +100,7 @@ def check_against_padded(model, groups):
         torch.testing.assert_close(packed_grads[name], theirs, rtol=0, atol=2e-5 * scale, msg=name)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "stablelm"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss", "stablelm", "lfm2"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_attends_in_the_same_way(
     tokenizer, rollouts, architecture, reentrant
@@ -218,7 +227,7 @@ def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
     """K gradients of one size summed in bf16 lose what is below half a digit of the sum."""
     layout = SharedPrefix((2, *[1] * 600), (-1, *[0] * 600), CPU)
     x = torch.zeros(1, 1, 602, 1, dtype=torch.bfloat16, requires_grad=True)
-    module._Gather.apply(x, layout.key_index).sum().backward()
+    gather(x, 2, layout.key_index).sum().backward()
     assert x.grad[0, 0, :2, 0].tolist() == [600.0, 600.0]
     assert x.grad[0, 0, 2:, 0].eq(1).all()
 

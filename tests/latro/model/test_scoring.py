@@ -49,7 +49,7 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
         torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("architecture", ["bloom", "mamba", "qwen3_next"])
+@pytest.mark.parametrize("architecture", ["bloom", "mamba", "jamba"])
 def test_what_cannot_be_packed_is_scored_padded(tokenizer, rollouts, caplog, architecture):
     model = other_model(architecture, tokenizer)
     attention = model.config._attn_implementation
