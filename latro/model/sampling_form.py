@@ -82,26 +82,50 @@ def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> str | None:
     branches = [(0, [9, 10, 11]), (1, [12, 13, 14]), (0, [15, 16, 17])]
     prompts = [[i % V for i in prompt] for prompt in prompts]
     branches = [(prompt, [i % V for i in ids]) for prompt, ids in branches]
-    decoded = torch.stack(list(_decoded(causal, keys, prompts, branches)), dim=1).float()
+    decoded = torch.stack(list(_decoded(causal, keys, prompts, branches)), dim=1)
 
     width = max(len(prompts[prompt]) + len(ids) for prompt, ids in branches)
     whole = [prompts[prompt] + ids for prompt, ids in branches]
     ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=device)
-    hidden: Tensor = trunk_of(causal)(input_ids=ids, use_cache=False).last_hidden_state.float()
+    hidden: Tensor = trunk_of(causal)(input_ids=ids, use_cache=False).last_hidden_state
     padded = torch.stack(
         [hidden[row, len(prompts[p]) : len(prompts[p]) + 3] for row, (p, _) in enumerate(branches)]
     )
-    return hidden_difference(decoded, padded, causal.dtype)
+    # But for the first branch, which `_decoded` makes NaN.
+    return hidden_difference(decoded[1:], padded[1:], causal.dtype)
+
+
+@contextlib.contextmanager
+def nan_tokens(causal: PreTrainedModel, places: slice) -> Iterator[None]:
+    """Make the embeddings of the tokens at some places of a row NaN within.
+
+    What reads them, becomes NaN too, in any precision: in bf16 the little that a layer lets through
+    from one sequence to another might look like rounding.
+    """
+
+    def spoil(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+        embedded = embedded.clone()
+        embedded[:, places] = torch.nan
+        return embedded
+
+    handle = causal.get_input_embeddings().register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def hidden_difference(found: Tensor, padded: Tensor, dtype: torch.dtype) -> str | None:
     """Return None where a model's hidden states are those of padded sequences, else a sentence.
 
     Args:
-        found: of the same tokens, on another way through the model.
-        padded: fp32, like `found`.
+        found: of the same tokens, on another way through the model, beside `nan_tokens`.
+        padded: like `found`.
         dtype: the model's.
     """
+    found, padded = found.float(), padded.float()
+    if found.isnan().any():
+        return "a layer reads tokens of other sequences"
     # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms and
     # softmaxes are fp32 even in an fp64 model.
     eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
@@ -116,7 +140,10 @@ def _decoded(
     prompts: list[list[int]],
     branches: list[tuple[int, list[int]]],
 ) -> Iterator[Tensor]:
-    """Yield the hidden states [branches, H] of each step, tokens of all branches being given."""
+    """Yield the hidden states [branches, H] of each step, tokens of all branches being given.
+
+    Those of the first branch are NaN.
+    """
     keys.place_prompts(range(len(prompts)), [len(prompt) for prompt in prompts])
     read(causal, prompts_reading(prompts, keys))
     for step in range(3):
@@ -126,7 +153,9 @@ def _decoded(
             [step] * len(branches),
         )
         tokens = torch.tensor([[ids[step] for _, ids in branches]], device=keys.device)
-        yield read(causal, Reading(tokens, keys))
+        with nan_tokens(causal, slice(0, 1)):
+            hidden = read(causal, Reading(tokens, keys))
+        yield hidden
 
 
 def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:

@@ -23,7 +23,12 @@ from latro.model.head_rows import (
     trunk_rows,
 )
 from latro.model.packing import Batch, Group, collate
-from latro.model.sampling_form import hidden_difference, sampling_form, without_tf32
+from latro.model.sampling_form import (
+    hidden_difference,
+    nan_tokens,
+    sampling_form,
+    without_tf32,
+)
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
 from latro_kernels.integrations.logits import LogitForm, logit_form, whole_shape
@@ -226,11 +231,17 @@ class Scorer:
         ]
         was_training = self.model.training
         self.model.eval()
+        packed, padded = (collate(groups, self.model.device, packed=p) for p in (True, False))
+        # The first prompt's last branch is NaN, and left out of the comparison. It is not the first
+        # branch, in whose row a layer with a state computes the prompt: by sums in which the later
+        # tokens have the weight 0, and 0 · NaN is NaN.
+        assert packed.shared_prefix is not None
+        starts, rows = packed.shared_prefix.query_starts.tolist(), packed.offsets.tolist()
+        others = [i for i in range(packed.num_rows) if not rows[4] <= i < rows[6]]
         try:
-            packed, padded = (
-                trunk_rows(self.causal, collate(groups, self.model.device, packed=packed)).float()
-                for packed in (True, False)
-            )
+            with nan_tokens(self.causal, slice(starts[3], starts[4])):
+                found = trunk_rows(self.causal, packed)[others]
+            expected = trunk_rows(self.causal, padded)[others]
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, TypeError) as error:
@@ -239,4 +250,4 @@ class Scorer:
             return str(error).partition("\n")[0]
         finally:
             self.model.train(was_training)
-        return hidden_difference(packed, padded, self.model.dtype)
+        return hidden_difference(found, expected, self.model.dtype)

@@ -34,23 +34,34 @@ def allow_packed_rows(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         stateful: Any = module
-        if _has_convolution(module) and not hasattr(module, "_forward_in_a_row"):
-            stateful._forward_in_a_row = module.forward
-            # A bound method, as a class's own is: copies of the module have one of their own.
-            stateful.forward = MethodType(_forward, module)
+        if not _has_convolution(module):
+            continue
+        if getattr(module, "_forward_in_a_row", module.forward) != module.forward:
+            # Another library may have put its own forward before ours since then, and hands
+            # keywords on to it. A model that was pickled has the attribute, and the forward of its
+            # class.
+            continue
+        stateful._forward_in_a_row = module.forward
+        # A bound method, as a class's own is: copies of the module have one of their own.
+        stateful.forward = MethodType(forward, module)
 
 
 def _has_convolution(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.Conv1d) for child in module.children())
+    if isinstance(module, nn.ModuleDict) or hasattr(module, "base_layer"):
+        return False  # PEFT's adapter of a convolution
+    children = (getattr(child, "base_layer", child) for child in module.children())
+    return any(isinstance(child, nn.Conv1d) for child in children)
 
 
-def _forward(
+# Pickle writes a bound method as the name of its function, to be read from the module.
+def forward(
     self: Any,
     *args: Any,
     shared_prefix: SharedPrefix | None = None,
     decoding: Any = None,
     **kwargs: Any,
 ) -> Any:
+    """Take a packed row, or whatever else the layer's own forward takes."""
     if shared_prefix is None:
         if decoding is not None:
             raise NotImplementedError("decoding in a layer that carries a state")

@@ -20,6 +20,7 @@ from latro.model.head_rows import HeadRows, install_head_rows
 from latro.model.initial import AdapterOff
 from latro.model.scoring import Scorer
 from latro_kernels.integrations.transformers import fused_head
+from tests.latro.other_models import other_model
 
 
 @pytest.fixture
@@ -78,8 +79,9 @@ def test_a_copy_is_on_its_own(tiny, scored):
     assert logits(copied).abs().max() > 0
 
 
-def test_a_pickled_model_is_scored_again(tiny, scored):
-    model = tiny()
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_a_pickled_model_is_scored_again(tokenizer, scored, architecture):
+    model = other_model(architecture, tokenizer)
     before = scored(model)
     file = io.BytesIO()
     torch.save(model, file)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from latro.model.packing import collate
@@ -47,6 +49,28 @@ def test_rows_equal_the_models_own_logits(tiny, rollouts, architecture, temperat
     for packed in (True, False):
         scores = scorer(collate(groups, CPU, packed=packed))
         torch.testing.assert_close(scores.logp.double(), expected, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("architecture", ["jamba", "minimax", "xlstm"])
+def test_a_state_that_looks_like_rounding_is_not_packed(tokenizer, architecture):
+    """In bf16, what small layers make of another branch's tokens is below what is allowed."""
+    model = other_model(architecture, tokenizer).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.div_(4)
+    assert Scorer(model).why_not_packed == "a layer reads tokens of other sequences"
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5_text"])
+def test_an_adapter_of_the_convolution_leaves_a_model_packed(tokenizer, architecture):
+    model = other_model(architecture, tokenizer)
+    (name, convolution), *_ = (
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv1d)
+    )
+    config = LoraConfig(target_modules=[name], r=convolution.groups)
+    scorer = Scorer(get_peft_model(model, config))
+    assert scorer.packed, scorer.why_not_packed
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "jamba"])
