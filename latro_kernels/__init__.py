@@ -15,7 +15,7 @@ from latro_kernels.linear_jsd import linear_jsd
 from latro_kernels.linear_kl import linear_kl
 from latro_kernels.linear_logprob import linear_logprob
 from latro_kernels.linear_sample import LinearSample, linear_sample
-from latro_kernels.linear_topk import linear_topk_kl, linear_topk_logprob
+from latro_kernels.linear_topk import TopK, linear_topk, linear_topk_kl, linear_topk_logprob
 from latro_kernels.native import BackendUnavailableError
 from latro_kernels.row_statistics import RowStatistics
 
@@ -27,6 +27,7 @@ __all__ = [
     "KeptKeys",
     "LinearSample",
     "RowStatistics",
+    "TopK",
     "decode_attention",
     "environment",
     "few_rows_linear",
@@ -38,6 +39,7 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "linear_sample",
+    "linear_topk",
     "linear_topk_kl",
     "linear_topk_logprob",
     "segment_of_rows",

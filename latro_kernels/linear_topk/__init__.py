@@ -1,4 +1,4 @@
-"""Log-probabilities of a few tokens a row at the LM head, and KL from a teacher of that many.
+"""The k likeliest tokens at the LM head, log-probs of k tokens, and KL from a teacher of that many.
 
 A row has k tokens t_1 … t_k; every other token is among the rest. With logits z as in
 `linear_logprob`, a row of k + 1 logits stands for the whole vocabulary,
@@ -25,7 +25,7 @@ inequality: Cover and Thomas, "Elements of Information Theory", 2.7).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,88 @@ from latro_kernels.linear_topk import ops
 from latro_kernels.linear_topk.ops import NO_TOKEN, check_token_values
 
 BACKENDS = ("auto", "reference")
+
+
+class TopK(NamedTuple):
+    """The k likeliest tokens of each row, the likeliest first.
+
+    Args:
+        token: int64 [..., k]; −1 where the row has no further token of any probability.
+        log_prob: fp32 [..., k], nats, over the whole vocabulary; −inf where there is no token.
+    """
+
+    token: Tensor
+    log_prob: Tensor
+
+
+def reference_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> TopK:
+    """Return the k likeliest tokens by plain PyTorch, in fp32 or fp64, without any checks."""
+    z = reference_logits(hidden, weight, bias, softcap) / temperature
+    best, token = z.topk(k, dim=-1)
+    missing = best == -torch.inf
+    log_prob = (best - z.logsumexp(-1, keepdim=True)).masked_fill(missing, -torch.inf)
+    return TopK(token.masked_fill(missing, NO_TOKEN), log_prob)
+
+
+def linear_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> TopK:
+    """Return the k likeliest tokens of each row with their log-probs, without a tensor of logits.
+
+    Without softcap, and up to rounding, this is
+
+        logits = torch.nn.functional.linear(hidden, weight, bias).float() / temperature
+        log_prob, token = torch.log_softmax(logits, -1).topk(k)
+
+    in memory of a few tiles of logits and of N·k numbers: what a teacher has for `linear_topk_kl`.
+    It has no gradient; `linear_topk_logprob` of its tokens has. It is made of torch's operations on
+    every device. Under autocast, hidden, weight and bias are cast as `linear` casts them.
+
+    Args:
+        hidden: [..., H], such as [N, H] or [B, T, H]; fp32, bf16 or fp16 (backend="reference": fp64
+            too); any strides.
+        weight: [V, H], dtype and device of hidden; any strides.
+        k: how many, in 1..V. Of equally likely tokens any may be taken.
+        bias: [V], dtype and device of hidden; None for none.
+        temperature: divides the logits; above 0, and in fp32's normal range.
+        softcap: c of c·tanh(logits / c), before the temperature; None for none. Likewise, and c /
+            temperature too.
+        backend: "auto", or "reference" (makes all logits).
+
+    Returns:
+        `TopK`, its log-probs in fp32.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or value.
+    """
+    check_head(hidden, weight, bias)
+    check_type("k", k, int)
+    if not 1 <= k <= len(weight):
+        raise ValueError(f"k: expected an int in 1..{len(weight)}, got {k}")
+    hidden, weight, bias = _in_products_dtype(hidden, weight, bias, temperature, softcap, backend)
+    with torch.no_grad():
+        if backend == "reference":
+            return reference_topk(hidden, weight, k, bias, temperature, softcap)
+        rows, batch = hidden.reshape(-1, hidden.shape[-1]), hidden.shape[:-1]
+        token, log_prob = ops.search(
+            rows, weight, bias, k, float(temperature), float(softcap or 0.0)
+        )
+        return TopK(token.view(*batch, k), log_prob.view(*batch, k))
 
 
 def reference(
@@ -257,6 +339,18 @@ def _checked(
     """Return hidden, weight and bias in the dtype of products; raise for what is wrong."""
     check_head(hidden, weight, bias)
     _check_token(token, hidden, len(weight))
+    return _in_products_dtype(hidden, weight, bias, temperature, softcap, backend)
+
+
+def _in_products_dtype(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: object,
+    softcap: object,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden, weight and bias cast; raise for bad scales or a bad backend."""
     check_scales(temperature, softcap)
     check_type("backend", backend, str)
     check_choice("backend", backend, BACKENDS)

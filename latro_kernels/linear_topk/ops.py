@@ -3,7 +3,8 @@
 A tile holds the logits of a block of rows over a slice of the vocabulary. The forward takes the
 tokens' logits out of it, puts −inf in their place, and adds the rest to each row's running maximum
 and sum of exponentials. The backward makes the tile again and turns it into the gradient with
-respect to its products, of which `head_gradient` makes gradients.
+respect to its products, of which `head_gradient` makes gradients. The search for the k likeliest
+tokens keeps the best of each row from tile to tile.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ from latro_kernels.logit_tiles import fold, logits, shape
 NO_TOKEN = -1
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, Tensor token, float temperature, float softcap"
+torch.library.define(
+    "latro_kernels::linear_topk_search",
+    "(Tensor hidden, Tensor weight, Tensor? bias, int k, float temperature, float softcap) "
+    "-> (Tensor token, Tensor log_prob)",
+)
 _RESULTS = "(Tensor of_tokens, Tensor row_max, Tensor sum_exp)"
 torch.library.define("latro_kernels::linear_topk", f"({_HEAD}) -> {_RESULTS}")
 torch.library.define(
@@ -35,6 +41,48 @@ torch.library.define(
     f"({_HEAD}, Tensor row_max, Tensor sum_exp, Tensor grad_of_tokens, Tensor grad_rest, "
     "bool[3] needs) -> (Tensor dx, Tensor dw, Tensor db)",
 )
+
+
+@torch.library.impl("latro_kernels::linear_topk_search", ("cpu", "cuda"))
+def _search(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    temperature: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    head = Head(hidden, weight, bias, temperature, softcap, backend="torch")
+    token, best = _found(hidden, k)
+    token.fill_(NO_TOKEN)
+    best.fill_(-torch.inf)
+    row_max, sum_exp = best.new_full((len(hidden),), -torch.inf), best.new_zeros(len(hidden))
+    height, width = shape(head)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for columns, slice_weight, slice_bias in slices(head, width):
+            for rows in row_blocks(len(hidden), height):
+                x = hidden[rows].to(operand_dtype(head))
+                tile, _ = logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
+                of_tile, column = tile.topk(min(k, tile.shape[1]), dim=1)
+                # The best so far, and the tile's: the best of both are the best up to here.
+                value = torch.cat([best[rows], of_tile], 1)
+                candidate = torch.cat([token[rows], column + columns.start], 1)
+                best[rows], place = value.topk(k, dim=1)
+                token[rows] = candidate.gather(1, place)
+                fold(tile, row_max[rows], sum_exp[rows])
+    missing = best == -torch.inf
+    # In a row without any logit above -inf the difference would be NaN.
+    log_prob = (
+        (best - row_max[:, None]).sub_(sum_exp.log()[:, None]).masked_fill_(missing, -torch.inf)
+    )
+    return token.masked_fill_(missing, NO_TOKEN), log_prob
+
+
+@torch.library.register_fake("latro_kernels::linear_topk_search")
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, *_: float
+) -> tuple[Tensor, Tensor]:
+    return _found(hidden, k)
 
 
 def check_token_values(token: Tensor, V: int) -> None:
@@ -128,6 +176,12 @@ def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     )
 
 
+def _found(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return room for k tokens a row and their logits."""
+    shape = (hidden.shape[0], k)
+    return hidden.new_empty(shape, dtype=torch.int64), hidden.new_empty(shape, dtype=torch.float32)
+
+
 def _empty(hidden: Tensor, token: Tensor) -> tuple[Tensor, ...]:
     """Return room for the logits of tokens, and the rest's maximum and sum of exponentials."""
     shapes = (token.shape, token.shape[:1], token.shape[:1])
@@ -147,5 +201,6 @@ def _mask(z: Tensor, place: Tensor, is_here: Tensor) -> Tensor:
     return z.scatter_reduce_(1, place, value, reduce="amin")
 
 
+search = torch.ops.latro_kernels.linear_topk_search
 forward = torch.ops.latro_kernels.linear_topk
 backward = torch.ops.latro_kernels.linear_topk_backward
