@@ -205,12 +205,13 @@ def _model_forward() -> Callable[..., Any]:
     return forward
 
 
-def _head_forward(self: Any, hidden: Tensor) -> Tensor:
+def _head_forward(self: Any, hidden: Tensor, **keywords: Any) -> Any:
     """Return logits, or score the labels that are asked for and return logits [B, T, 0]."""
     fused: _Fused = self._fused_head
     asked = fused.asked
     if asked is None:
-        return self._own_forward(hidden)
+        # Keywords are for a forward that another library had put there before.
+        return self._own_forward(hidden, **keywords)
     scores = linear_logprob(
         hidden,
         self.weight,

@@ -144,6 +144,17 @@ def test_a_model_with_a_fused_head_is_scored(tiny, scored):
     assert torch.equal(logits(model), expected[0])
 
 
+def test_a_model_that_is_scored_may_have_its_head_fused(tiny, rollouts):
+    model = tiny()
+    scorer = Scorer(model)
+    batch = scorer.collate(rollouts(2, 4))
+    expected = scorer(batch).logp
+    fused_head(model)
+    assert torch.equal(scorer(batch).logp, expected)
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(model(ids, labels=ids).loss, tiny()(ids, labels=ids).loss)
+
+
 def test_the_signature_is_the_models_and_the_keyword(tiny):
     model = tiny()
     own = {m: inspect.signature(m.forward).parameters for m in (model, model.lm_head)}

@@ -109,11 +109,21 @@ def test_any_strides(more: dict[str, Any], options: dict[str, Any]) -> None:
 def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype) -> None:
     """As a rank may have it: its pull counts for nothing, which it does not as NaN."""
     given = problem((5, 9, 100), dtype, bias=True)
-    hidden, weight, target, bias = (given[n] for n in ("hidden", "weight", "target", "bias"))
-    bias = torch.full_like(bias, -torch.inf)
-    settings = (1.0, 0.0, "triton", False, False, True, False, 0)
-    peak, _, _, _, pull, *_ = torch.ops.latro_kernels.linear_logprob(
-        hidden, weight, target, None, bias, *settings
+    peak, *_, pull, _, _ = torch.ops.latro_kernels.linear_logprob(
+        hidden=given["hidden"],
+        weight=given["weight"],
+        target=given["target"],
+        kept=None,
+        bias=torch.full_like(given["bias"], -torch.inf),
+        temperature=1.0,
+        softcap=0.0,
+        backend="triton",
+        is_whole=False,
+        weighted_sum=False,
+        dx_sum=True,
+        block_max=False,
+        memory_budget=0,
+        further_sums=False,
     )
     assert (peak == -torch.inf).all()
     assert not pull.any()

@@ -27,20 +27,21 @@ HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=s
 
 def solved(given: Problem) -> dict[str, Tensor]:
     """Return what the raw forward makes of each row."""
-    row_max, sum_exp, target_logit, _, dx_sum, *_ = torch.ops.latro_kernels.linear_logprob(
-        given["hidden"],
-        given["weight"],
-        given["target"],
-        None,
-        given["bias"],
-        given["temperature"],
-        given["softcap"] or 0.0,
-        "triton",
-        False,
-        False,
-        True,
-        False,
-        0,
+    row_max, sum_exp, target_logit, *_, dx_sum, _, _ = torch.ops.latro_kernels.linear_logprob(
+        hidden=given["hidden"],
+        weight=given["weight"],
+        target=given["target"],
+        kept=None,
+        bias=given["bias"],
+        temperature=given["temperature"],
+        softcap=given["softcap"] or 0.0,
+        backend="triton",
+        is_whole=False,
+        weighted_sum=False,
+        dx_sum=True,
+        block_max=False,
+        memory_budget=0,
+        further_sums=False,
     )
     return {
         "row_max": row_max,
