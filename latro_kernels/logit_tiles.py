@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile, add_product, tile_shape
+from latro_kernels.head_gradient import (
+    Tile,
+    add_product,
+    operand_dtype,
+    row_blocks,
+    slices,
+    tile_shape,
+)
 
 # A tile of 1 MiB: a CPU's caches hold some of them.
 CPU_ROWS, CPU_COLUMNS = 512, 512
@@ -17,6 +26,15 @@ def shape(head: Head) -> tuple[int, int]:
     if head.hidden.device.type == "cuda":
         return tile_shape(head, tiles=2)
     return max(1, min(CPU_ROWS, head.hidden.shape[0])), min(CPU_COLUMNS, head.weight.shape[0])
+
+
+def tiles(head: Head) -> Iterator[Tile]:
+    """Yield all tiles of a head: of every slice of the vocabulary its blocks of rows."""
+    height, width = shape(head)
+    for columns, weight, bias in slices(head, width):
+        for rows in row_blocks(len(head.hidden), height):
+            x = head.hidden[rows].to(operand_dtype(head))
+            yield Tile(rows=rows, columns=columns, hidden=x, weight=weight, bias=bias)
 
 
 def logits(head: Head, tile: Tile) -> tuple[Tensor, Tensor | None]:

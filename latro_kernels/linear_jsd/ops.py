@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from latro_kernels.head import Head, absent
-from latro_kernels.head_gradient import Gradient, Tile, operand_dtype, row_blocks, slices, sweep
+from latro_kernels.head_gradient import Gradient, Tile, operand_dtype, sweep
 from latro_kernels.linear_kl.two_heads import empty_gradients
-from latro_kernels.logit_tiles import fold, logits, shape
+from latro_kernels.logit_tiles import fold, logits, shape, tiles
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
@@ -117,12 +117,9 @@ def _empty(hidden: Tensor) -> tuple[Tensor, ...]:
 
 def _tiles(p: Head, q: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield blocks of rows with the logits of p and of q over a slice of the vocabulary."""
-    height, width = shape(p)
-    for columns, weight, bias in slices(p, width):
-        for rows in row_blocks(len(p.hidden), height):
-            x = p.hidden[rows].to(operand_dtype(p))
-            tile = Tile(rows=rows, columns=columns, hidden=x, weight=weight, bias=bias)
-            yield rows, logits(p, tile)[0], logits(q, _beside(q, tile))[0]
+    for tile in tiles(p):
+        assert isinstance(tile.rows, slice)  # all rows are swept, in their order
+        yield tile.rows, logits(p, tile)[0], logits(q, _beside(q, tile))[0]
 
 
 def _beside(head: Head, tile: Tile) -> Tile:

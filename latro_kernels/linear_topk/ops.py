@@ -20,11 +20,9 @@ from latro_kernels.head_gradient import (
     Gradient,
     Tile,
     operand_dtype,
-    row_blocks,
-    slices,
     sweep,
 )
-from latro_kernels.logit_tiles import fold, logits, shape
+from latro_kernels.logit_tiles import fold, logits, shape, tiles
 
 NO_TOKEN = -1
 
@@ -57,25 +55,20 @@ def _search(
     token.fill_(NO_TOKEN)
     best.fill_(-torch.inf)
     row_max, sum_exp = best.new_full((len(hidden),), -torch.inf), best.new_zeros(len(hidden))
-    height, width = shape(head)
     with torch.autocast(hidden.device.type, enabled=False):
-        for columns, slice_weight, slice_bias in slices(head, width):
-            for rows in row_blocks(len(hidden), height):
-                x = hidden[rows].to(operand_dtype(head))
-                tile, _ = logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
-                of_tile, column = tile.topk(min(k, tile.shape[1]), dim=1)
-                # The best so far, and the tile's: the best of both are the best up to here.
-                value = torch.cat([best[rows], of_tile], 1)
-                candidate = torch.cat([token[rows], column + columns.start], 1)
-                best[rows], place = value.topk(k, dim=1)
-                token[rows] = candidate.gather(1, place)
-                fold(tile, row_max[rows], sum_exp[rows])
+        for tile in tiles(head):
+            rows, (z, _) = tile.rows, logits(head, tile)
+            of_tile, column = z.topk(min(k, z.shape[1]), dim=1)
+            # The best so far, and the tile's: the best of both are the best up to here.
+            value = torch.cat([best[rows], of_tile], 1)
+            candidate = torch.cat([token[rows], column + tile.columns.start], 1)
+            best[rows], place = value.topk(k, dim=1)
+            token[rows] = candidate.gather(1, place)
+            fold(z, row_max[rows], sum_exp[rows])
     missing = best == -torch.inf
     # In a row without any logit above -inf the difference would be NaN.
-    log_prob = (
-        (best - row_max[:, None]).sub_(sum_exp.log()[:, None]).masked_fill_(missing, -torch.inf)
-    )
-    return token.masked_fill_(missing, NO_TOKEN), log_prob
+    log_prob = (best - row_max[:, None]) - sum_exp.log()[:, None]
+    return token.masked_fill_(missing, NO_TOKEN), log_prob.masked_fill_(missing, -torch.inf)
 
 
 @torch.library.register_fake("latro_kernels::linear_topk_search")
@@ -105,16 +98,13 @@ def _forward(
     of_tokens.fill_(-torch.inf)
     row_max.fill_(-torch.inf)
     sum_exp.zero_()
-    height, width = shape(head)
     with torch.autocast(hidden.device.type, enabled=False):
-        for columns, slice_weight, slice_bias in slices(head, width):
-            for rows in row_blocks(len(hidden), height):
-                x = hidden[rows].to(operand_dtype(head))
-                tile, _ = logits(head, Tile(rows, columns, x, slice_weight, slice_bias))
-                place, is_here = _places(token[rows], columns)
-                of_tokens[rows] = torch.where(is_here, tile.gather(1, place), of_tokens[rows])
-                _mask(tile, place, is_here)
-                fold(tile, row_max[rows], sum_exp[rows])
+        for tile in tiles(head):
+            rows, (z, _) = tile.rows, logits(head, tile)
+            place, is_here = _places(token[rows], tile.columns)
+            of_tokens[rows] = torch.where(is_here, z.gather(1, place), of_tokens[rows])
+            _mask(z, place, is_here)
+            fold(z, row_max[rows], sum_exp[rows])
     return of_tokens, row_max, sum_exp
 
 
