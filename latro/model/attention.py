@@ -49,19 +49,19 @@ def allow_shared_prefix(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     own = config._attn_implementation or "eager"
-    if own.startswith(_PREFIX):
-        # Also where another model with the same config has had it replaced.
-        allow_packed_rows(model)
-        return True
-    if own == "flex_attention" or not model._can_set_attn_implementation():
-        # Flex attention's own masks are block masks, made where this function has no say.
-        return False
-    name = _PREFIX + own
-    AttentionInterface.register(name, functools.partial(attention, own=own))
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    model.set_attn_implementation(name)
+    if not own.startswith(_PREFIX):
+        if own == "flex_attention" or not model._can_set_attn_implementation():
+            # Flex attention's own masks are block masks, made where this function has no say.
+            return False
+        name = _PREFIX + own
+        AttentionInterface.register(name, functools.partial(attention, own=own))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+        model.set_attn_implementation(name)
+        if config._attn_implementation != name:
+            return False
+    # Of another model with the same config only the attention may have been replaced.
     allow_packed_rows(model)
-    return config._attn_implementation == name
+    return True
 
 
 def shares_prefix(model: PreTrainedModel) -> bool:

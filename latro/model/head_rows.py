@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MethodType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 from latro.model.adapters import head_parameters
 from latro.model.attention import row_arguments
 from latro.model.decoding import DecodingKeys
+from latro.model.forwards import replace_forward
 from latro.model.packing import Batch
 from latro.model.shared_prefix import SharedPrefix
 from latro_kernels import LinearSample, linear_kl, linear_logprob, linear_sample
@@ -135,20 +135,15 @@ def _install(module: Any, forward: Any) -> None:
     The signature that it shows is that of the old forward and `head_rows`, because `generate` and
     the Trainer read from it what a model takes.
     """
-    if getattr(module, "_forward_without_rows", module.forward) != module.forward:
-        # Another library may have put its own forward before ours since then, and hands keywords
-        # on to it. A model that was pickled has the attribute, and the forward of its class.
+    if not replace_forward(module, forward, own="_forward_without_rows"):
         return
-    own = inspect.signature(module.forward)
-    module._forward_without_rows = module.forward
+    own = inspect.signature(module._forward_without_rows)
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     parameters += own.parameters.values()
     keyword = inspect.Parameter("head_rows", inspect.Parameter.KEYWORD_ONLY, default=None)
     has_kwargs = parameters[-1].kind == inspect.Parameter.VAR_KEYWORD
     parameters.insert(len(parameters) - has_kwargs, keyword)
     forward.__signature__ = own.replace(parameters=parameters)
-    # A bound method, as a class's own is: copies of the module have one that is bound to them.
-    module.forward = MethodType(forward, module)
 
 
 def _model_forward() -> Callable[..., Any]:

@@ -99,7 +99,7 @@ def _compare(causal: PreTrainedModel, keys: DecodingKeys) -> str | None:
 def nan_tokens(causal: PreTrainedModel, places: slice) -> Iterator[None]:
     """Make the embeddings of the tokens at some places of a row NaN within.
 
-    What reads them, becomes NaN too, in any precision: in bf16 the little that a layer lets through
+    What reads them becomes NaN too, in any precision: in bf16 the little that a layer lets through
     from one sequence to another might look like rounding.
     """
 

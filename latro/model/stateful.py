@@ -15,12 +15,12 @@ most of the work, have each prompt once.
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latro.model.forwards import replace_forward
 from latro.model.shared_prefix import SharedPrefix, gather
 
 
@@ -33,17 +33,8 @@ def allow_packed_rows(model: PreTrainedModel) -> None:
     (`latro.model.scoring`).
     """
     for module in model.modules():
-        stateful: Any = module
-        if not _has_convolution(module):
-            continue
-        if getattr(module, "_forward_in_a_row", module.forward) != module.forward:
-            # Another library may have put its own forward before ours since then, and hands
-            # keywords on to it. A model that was pickled has the attribute, and the forward of its
-            # class.
-            continue
-        stateful._forward_in_a_row = module.forward
-        # A bound method, as a class's own is: copies of the module have one of their own.
-        stateful.forward = MethodType(forward, module)
+        if _has_convolution(module):
+            replace_forward(module, forward, own="_forward_in_a_row")
 
 
 def _has_convolution(module: nn.Module) -> bool:
