@@ -63,7 +63,7 @@ FULL = {
 }
 """Bytes of products that the forward may keep for the backward."""
 SPECIALIZED = ", warp-specialised"
-"""What the name of a kernel or a form has at its end where it is warp-specialised."""
+"""Ends the name of a kernel or a form that is warp-specialised."""
 
 
 @dataclass(frozen=True)

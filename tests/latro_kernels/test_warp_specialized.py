@@ -22,7 +22,11 @@ from latro_kernels.linear_logprob.state import State, Wanted
 from latro_kernels.linear_logprob.triton import blocks, fused, warp_specialized
 from latro_kernels.linear_logprob.triton.blocks import Config
 from latro_kernels.linear_logprob.triton.warp_specialized_forward import warp_specialized_kernel
-from tests.latro_kernels.gluon_simulator import DeadlockError, Simulator
+from tests.latro_kernels.gluon_simulator import (
+    DeadlockError,
+    Simulator,
+    is_found_by_some_seed,
+)
 from tests.latro_kernels.gpu_resources import compile_kernel, violations
 from tests.latro_kernels.ops.linear_logprob import OP, problem
 from tests.latro_kernels.ops.op import Problem, assert_same, check, gate
@@ -243,15 +247,9 @@ def test_a_lead_of_more_steps_than_there_are_hangs(simulated: None) -> None:
 def test_a_wrong_order_that_gives_wrong_results_is_found(wrong: str, simulated: None) -> None:
     """By some of the seeds, as an AssertionError of the gate or of a barrier."""
     given = problem(SHAPE, torch.bfloat16)
-
-    def is_found(seed: int) -> bool:
-        try:
-            check_forward(given, forward(given, Simulator(seed, RACES[wrong])))
-        except (AssertionError, DeadlockError):
-            return True
-        return False
-
-    assert any(map(is_found, range(12)))
+    assert is_found_by_some_seed(
+        lambda seed: check_forward(given, forward(given, Simulator(seed, RACES[wrong])))
+    )
 
 
 def _no_hopper() -> bool:

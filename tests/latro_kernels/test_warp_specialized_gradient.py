@@ -25,7 +25,11 @@ from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
 from latro_kernels.linear_logprob.triton.warp_specialized_gradient import (
     warp_specialized_grad_kernel,
 )
-from tests.latro_kernels.gluon_simulator import DeadlockError, Simulator
+from tests.latro_kernels.gluon_simulator import (
+    DeadlockError,
+    Simulator,
+    is_found_by_some_seed,
+)
 from tests.latro_kernels.gpu_resources import compile_kernel, violations
 from tests.latro_kernels.ops.linear_logprob import problem
 from tests.latro_kernels.ops.op import Problem, assert_same, gate
@@ -192,12 +196,6 @@ def test_a_wrong_order_that_hangs_is_found(wrong: str) -> None:
 def test_a_wrong_order_that_gives_wrong_results_is_found(wrong: str) -> None:
     """By some of the seeds, as an AssertionError of the gate or of a barrier."""
     given = problem(SHAPE, torch.bfloat16)
-
-    def is_found(seed: int) -> bool:
-        try:
-            check_dz(given, dz(given, Simulator(seed, RACES[wrong])))
-        except (AssertionError, DeadlockError):
-            return True
-        return False
-
-    assert any(map(is_found, range(12)))
+    assert is_found_by_some_seed(
+        lambda seed: check_dz(given, dz(given, Simulator(seed, RACES[wrong])))
+    )

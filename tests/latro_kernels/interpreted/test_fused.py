@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.linear_logprob.triton import blocks, fused
-from tests.latro_kernels.ops.linear_logprob import problem
+from tests.latro_kernels.ops.linear_logprob import of_a_part, problem
 from tests.latro_kernels.ops.op import assert_same
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.usefixtures("small_tiles")]
@@ -109,21 +109,6 @@ def test_any_strides(more: dict[str, Any], options: dict[str, Any]) -> None:
 def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype) -> None:
     """As a rank may have it: its pull counts for nothing, which it does not as NaN."""
     given = problem((5, 9, 100), dtype, bias=True)
-    peak, *_, pull, _, _ = torch.ops.latro_kernels.linear_logprob(
-        hidden=given["hidden"],
-        weight=given["weight"],
-        target=given["target"],
-        kept=None,
-        bias=torch.full_like(given["bias"], -torch.inf),
-        temperature=1.0,
-        softcap=0.0,
-        backend="triton",
-        is_whole=False,
-        weighted_sum=False,
-        dx_sum=True,
-        block_max=False,
-        memory_budget=0,
-        further_sums=False,
-    )
-    assert (peak == -torch.inf).all()
-    assert not pull.any()
+    found = of_a_part(given.but(bias=torch.full_like(given["bias"], -torch.inf)))
+    assert (found["row_max"] == -torch.inf).all()
+    assert not found["dx_sum"].any()

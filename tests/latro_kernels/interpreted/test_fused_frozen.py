@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels.linear_logprob.triton import fused, fused_frozen
-from tests.latro_kernels.ops.linear_logprob import problem
+from tests.latro_kernels.ops.linear_logprob import of_a_part, problem
 from tests.latro_kernels.ops.op import Problem, assert_same
 
 pytestmark = [
@@ -23,32 +23,6 @@ pytestmark = [
 ]
 N, H, V = SHAPE = (8, 9, 140)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-
-
-def solved(given: Problem) -> dict[str, Tensor]:
-    """Return what the raw forward makes of each row."""
-    row_max, sum_exp, target_logit, *_, dx_sum, _, _ = torch.ops.latro_kernels.linear_logprob(
-        hidden=given["hidden"],
-        weight=given["weight"],
-        target=given["target"],
-        kept=None,
-        bias=given["bias"],
-        temperature=given["temperature"],
-        softcap=given["softcap"] or 0.0,
-        backend="triton",
-        is_whole=False,
-        weighted_sum=False,
-        dx_sum=True,
-        block_max=False,
-        memory_budget=0,
-        further_sums=False,
-    )
-    return {
-        "row_max": row_max,
-        "sum_exp": sum_exp,
-        "target_logit": target_logit,
-        "dx_sum": dx_sum,
-    }
 
 
 def check_sum(given: Problem, found: dict[str, Tensor]) -> None:
@@ -126,7 +100,7 @@ TARGETS = torch.tensor([0, V - 1, 5, 101, 70, V + 7, -1, 33])
 def test_no_shift_loses_digits(bias: str, dtype: torch.dtype) -> None:
     given = problem(SHAPE, dtype, bias=True)
     given = given.but(bias=bias_of(BIASES[bias]).to(dtype), target=TARGETS)
-    check_sum(given, solved(given))
+    check_sum(given, of_a_part(given))
 
 
 @HALVES
@@ -138,7 +112,7 @@ def test_no_shift_loses_digits(bias: str, dtype: torch.dtype) -> None:
 def test_temperature_and_softcap(options: dict[str, float], dtype: torch.dtype) -> None:
     for change in (of_slices(0.0), of_slices(3.0), at(V - 1, 300.0)):
         given = problem(SHAPE, dtype, bias=True, **options).but(bias=bias_of(change).to(dtype))
-        check_sum(given, solved(given))
+        check_sum(given, of_a_part(given))
 
 
 @pytest.fixture
@@ -157,7 +131,7 @@ def redone(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def test_exponentials_of_ordinary_rows_are_made_once(redone: list[bool]) -> None:
-    solved(problem(SHAPE, torch.bfloat16, bias=True))
+    of_a_part(problem(SHAPE, torch.bfloat16, bias=True))
     assert redone
     assert not any(redone)
 
@@ -166,10 +140,10 @@ def test_a_maximum_that_rises_too_far_is_seen(redone: list[bool]) -> None:
     """Again and again; and a row that has risen is at its maximum from then on."""
     given = problem(SHAPE, torch.bfloat16, bias=True)
     given = given.but(target=torch.zeros(N, dtype=torch.int64))
-    solved(given.but(bias=bias_of(of_slices(60.0)).bfloat16()))
+    of_a_part(given.but(bias=bias_of(of_slices(60.0)).bfloat16()))
     assert all(redone)
     redone.clear()
-    solved(given.but(bias=bias_of(at(100, 300.0)).bfloat16()))
+    of_a_part(given.but(bias=bias_of(at(100, 300.0)).bfloat16()))
     # The slice of column 100 of three, in both blocks of rows.
     assert redone == [False, True, False] * 2
 
@@ -202,7 +176,7 @@ def test_every_row_has_a_logit_of_its_own_as_shift(dtype: torch.dtype) -> None:
         softcap=5.0,
         BLOCK_H=16,
     )
-    torch.testing.assert_close(shift, solved(given)["target_logit"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shift, of_a_part(given)["target_logit"], rtol=1e-6, atol=1e-6)
 
 
 def test_a_block_of_rows_is_redone_for_one_of_them() -> None:
@@ -213,7 +187,7 @@ def test_a_block_of_rows_is_redone_for_one_of_them() -> None:
     direction = given["weight"][120].float()
     risen[1] = (direction * (200.0 / direction.square().sum())).bfloat16()
     changed = given.but(hidden=risen)
-    found, before = solved(changed), solved(given)
+    found, before = of_a_part(changed), of_a_part(given)
     others = torch.arange(N) != 1
     check_sum(changed, found)
     assert_same(

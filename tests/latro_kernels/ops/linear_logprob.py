@@ -90,6 +90,32 @@ def trained_like(
     return given.but(bias=bias.to(dtype), target=given["target"] % (2 * likely))
 
 
+def of_a_part(given: Problem) -> Results:
+    """Return what Triton's raw forward makes of each row, as over a part of the vocabulary."""
+    row_max, sum_exp, target_logit, *_, dx_sum, _, _ = torch.ops.latro_kernels.linear_logprob(
+        hidden=given["hidden"],
+        weight=given["weight"],
+        target=given["target"],
+        kept=None,
+        bias=given["bias"],
+        temperature=given["temperature"],
+        softcap=given["softcap"] or 0.0,
+        backend="triton",
+        is_whole=False,
+        weighted_sum=False,
+        dx_sum=True,
+        block_max=False,
+        memory_budget=0,
+        further_sums=False,
+    )
+    return {
+        "row_max": row_max,
+        "sum_exp": sum_exp,
+        "target_logit": target_logit,
+        "dx_sum": dx_sum,
+    }
+
+
 def unfused(hidden: Tensor, weight: Tensor, bias: Tensor | None, **more: Any) -> tuple[Tensor, ...]:
     """Logits in the model's dtype, the loss in fp32."""
     return gather_logprob.unfused(linear(hidden, weight, bias), **more)
