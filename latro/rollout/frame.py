@@ -96,6 +96,8 @@ class Frame:
     Attributes:
         encoder: encodes text for this tokenizer.
         thinking: how the model marks its thoughts; None: it does not think.
+        joint: the white space between a prompt and the assistant's words that follow; a space
+            where there is no template, or it does not show.
 
     Raises:
         ValueError: `chat` asks for something that the tokenizer's template cannot do; or the
@@ -107,12 +109,14 @@ class Frame:
         self.chat = chat or Chat()
         self.encoder = TextEncoder(tokenizer)
         self.thinking: Thinking | None = None
+        self.joint = " "
         # How every prompt ends; None where the template knows no thoughts.
         self._ending: str | None = None
         self._check_arguments()
         if tokenizer.chat_template:
             self._check_system_prompt()
             self._find_thinking()
+            self._find_joint()
 
     def messages(self, prompt: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         """Return a prompt as messages, with the run's system prompt in front.
@@ -224,6 +228,20 @@ class Frame:
             if self.thinking or closed >= 0:
                 self._ending = ending
                 return
+
+    def _find_joint(self) -> None:
+        """Set `joint` where the template shows it, before an assistant's words."""
+        question = self.messages(ASKED)
+        turn = {"role": "assistant", "content": SAID}
+        try:
+            prompt = self._render(question, add_generation_prompt=True)
+            text = self._render([*question, turn], add_generation_prompt=False)
+        except ValueError:
+            return
+        before, said, _ = text.partition(SAID)
+        between = before.removeprefix(prompt)
+        if said and before.startswith(prompt) and not between.strip():
+            self.joint = between
 
     def _switched(self, family: Thinking) -> Thinking | None:
         """Return the family where the template writes its empty block to switch thinking off."""

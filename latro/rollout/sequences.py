@@ -228,7 +228,7 @@ class AnswerJoin:
         read = sample.ids[:-1] if finished else sample.ids
         stated = self._find_ending(read, statement)
         if stated is None:
-            before, opening = self._anchor(prompt_ids + read, self.opening)
+            before, opening = self._anchor(prompt_ids, read, self.opening)
             return self._rollout(
                 prompt_ids,
                 sample,
@@ -254,7 +254,7 @@ class AnswerJoin:
         Words in the rationale that would end a sampled one, and all that follows, are dropped.
         """
         if self.frame.thinking is None:
-            before, text = self._anchor(prompt_ids, rationale)
+            before, text = self._anchor(prompt_ids, [], rationale)
         else:
             # Thoughts begin right behind what opens their block.
             before, text = "\n", rationale
@@ -353,16 +353,17 @@ class AnswerJoin:
     def _ids_after(self, before: str, text: str) -> list[int]:
         return self.encoder.after(before, text)
 
-    def _anchor(self, ids: list[int], text: str) -> tuple[str, str]:
-        """Return a stand-in for the text of `ids`, and the sentence `text` as it reads after that.
+    def _anchor(self, prompt_ids: list[int], read: list[int], text: str) -> tuple[str, str]:
+        """Return a stand-in for a prompt and what is read after it, and `text` as it reads then.
 
-        All that matters is whether the sentence begins with a space, or with what stands before the
-        end of thoughts.
+        All that matters is what stands between the two: a space behind words, behind a prompt what
+        the chat template puts there, and what stands before the end of thoughts.
         """
-        if decode(self.tokenizer, ids[-4:])[-1:].isspace():
-            return "\n", text
         thinking = self.frame.thinking
-        return ".", f"{' ' if thinking is None else thinking.before}{text}"
+        joint = " " if read else self.frame.joint
+        if not joint or decode(self.tokenizer, [*prompt_ids, *read][-4:])[-1:].isspace():
+            return "\n", text
+        return ".", f"{joint if thinking is None else thinking.before}{text}"
 
 
 class _Stated(NamedTuple):

@@ -7,6 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from latro.engines.transformers import TransformersEngine
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import AnswerJoin, Sample, decode, eos_token_ids
 from tests.latro import frames
 
@@ -288,6 +289,39 @@ def test_a_later_statement_can_be_the_one(whole_words):
         "I hope the answer is right. The answer is 5",
     ]
     assert [r.finished for r in rollouts] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens"),
+    [
+        (frames.GRANITE, ["<|start_of_role|>", "<|end_of_role|>"]),
+        (frames.ZEPHYR, ["<|user|>", "<|assistant|>"]),
+        (frames.MISTRAL, ["[INST]", "[/INST]"]),
+        (frames.CHATML, ["<|im_start|>", "<|im_end|>"]),
+        (frames.NOTHING, ["<|user|>", "<|assistant|>"]),
+    ],
+)
+@pytest.mark.parametrize("rationale", ["Tom has 2+3=5.", ""])
+def test_words_begin_behind_a_prompt_as_in_the_chat_template(
+    tokenizer, template, tokens, rationale
+):
+    made = frames.framed(tokenizer, template, *tokens)
+    join = AnswerJoin(made, TEMPLATE, [made.eos_token_id])
+    question = [{"role": "user", "content": "How many?"}]
+    prompt = encode_prompt(made, question)
+    written = f"{rationale} The answer is 5".strip()
+    expected = made.apply_chat_template(
+        [*question, {"role": "assistant", "content": written}], return_dict=False
+    )
+    if rationale:
+        rollout = join.written(prompt, rationale, "5")
+    else:
+        rollout = join(prompt, Sample([made.eos_token_id]), "5")
+    if template == frames.NOTHING:
+        # Its prompts end before a role, which no words can stand for.
+        assert decode(made, rollout.input_ids) == f"<|user|>How many? {written}"
+    else:
+        assert rollout.input_ids == expected[: len(rollout.input_ids)]
 
 
 @pytest.mark.parametrize(
