@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def few_rows(model: nn.Module) -> Iterator[None]:
     """Let the linear layers of `model` take few rows quickly within, where they are on a CPU.
 
-    That is for what is neither trained nor changed within. Layers of another class, such as
+    That is for what is not trained within. Layers of another class, such as
     quantised ones, and those with a forward of their own are left as they are, and so are all under
     autocast, which has casts of the weights.
     """
@@ -38,7 +38,7 @@ def few_rows(model: nn.Module) -> Iterator[None]:
                 continue
             layer: Any = module
             if layer.weight.is_cpu and layer.weight.dtype in _DTYPES:
-                layer.forward = _forward(layer.weight, layer.bias)
+                layer.forward = _forward(layer)
                 changed.append(layer)
         yield
     finally:
@@ -46,12 +46,13 @@ def few_rows(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _forward(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def _forward(layer: nn.Linear) -> Callable[[Tensor], Tensor]:
     """Return the forward of a linear layer."""
-    H = weight.shape[1]
 
     def forward(x: Tensor) -> Tensor:
-        if x.numel() > MOST_ROWS * H:
+        # Read in each call: an adapter of a parameter changes the weight while the layer is called.
+        weight, bias = layer.weight, layer.bias
+        if x.numel() > MOST_ROWS * weight.shape[1]:
             return linear(x, weight, bias)
         return few_rows_linear(x, weight, bias)
 

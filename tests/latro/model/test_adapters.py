@@ -12,6 +12,7 @@ from latro.evaluate import evaluate
 from latro.model.adapters import head_parameters
 from latro.model.initial import AdapterOff
 from latro.model.scoring import Scorer
+from latro.rollout.sequences import Rollout
 from latro.train import train
 from tests.latro.formula import formula_loss
 from tests.latro.model.test_scoring import full_logits_logp
@@ -264,6 +265,29 @@ def test_rationales_are_sampled_with_the_adapter_on(tiny, tokenizer):
         assert TransformersEngine(model, tokenizer).generate(prompts, **settings) != plain
     assert configs == (model.generation_config, model.get_base_model().generation_config)
     assert model.get_base_model().generation_config.top_k == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"target_parameters": ["o_proj.weight"], "target_modules": ["q_proj"]},
+    ],
+    ids=["lora", "dora", "parameters"],
+)
+def test_what_is_sampled_is_scored_alike(tiny, tokenizer, options):
+    """In fp32, where a decoding step on a CPU has linear layers of its own."""
+    model = adapted(tiny(), **options).eval()
+    prompt = tokenizer.encode("Tom has 3 pens.")
+    ((sample,),) = TransformersEngine(model, tokenizer).generate(
+        [prompt], num_samples=1, max_new_tokens=12, temperature=1.0, seeds=[5]
+    )
+    rollout = Rollout(prompt, sample.ids, [1], answer_start=len(sample.ids), finished=True)
+    expected = full_logits_logp(model, [rollout], 1.0)[: len(sample.ids)]
+    torch.testing.assert_close(
+        torch.tensor(sample.logp, dtype=expected.dtype), expected, rtol=2e-5, atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
