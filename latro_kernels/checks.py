@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the kernels compute with.
 _FP32 = torch.finfo(torch.float32)
+# What counts and indices are held in.
+_INT64 = torch.iinfo(torch.int64)
 
 
 def check_tensor(name: str, value: object, dimensions: int) -> None:
@@ -184,9 +186,11 @@ def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.d
 
 
 def check_int(name: str, value: object) -> None:
-    """Raise unless the value is an int."""
+    """Raise unless the value is an int, and one that int64 holds, as ops and tensors take it."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not _INT64.min <= value <= _INT64.max:
+        raise ValueError(f"{name}: expected an int that int64 holds, got {value}")
 
 
 def check_count(name: str, value: Any, least: int) -> None:

@@ -48,14 +48,20 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def autocast(tensor: Tensor) -> Tensor:
+    """Return what `linear` makes of a tensor: under autocast it leaves fp64 and integers alone."""
+    dtype = autocast_dtype(tensor.device)
+    if dtype is None or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor.to(dtype)
+
+
 def cast(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast under autocast as `linear` does, and raise for dtypes that differ."""
-    dtype = autocast_dtype(hidden.device)
-    if dtype is not None:
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    hidden, weight = autocast(hidden), autocast(weight)
+    bias = None if bias is None else autocast(bias)
     check_float_dtype("hidden", hidden, backend)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:

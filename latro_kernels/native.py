@@ -157,7 +157,7 @@ def runs_on(device: torch.device) -> bool:
     """Return whether `_cuda.so` is there, and was built for the architecture of this GPU too."""
     if not torch.cuda.is_available() or not available("cuda"):
         return False
-    row = torch.zeros(4, device=device)
+    row = torch.zeros(4, dtype=torch.float32, device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)
     # Only a launch tells: the fold of one logit.
     inputs, sizes = (row, None, target), (1, 1, 0)

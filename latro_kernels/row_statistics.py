@@ -146,7 +146,11 @@ def changed(found: RowStatistics, change: Callable[[Tensor], Tensor]) -> RowStat
 
 
 def as_outputs(ctx: Any, found: RowStatistics) -> tuple[Tensor | None, ...]:
-    """Return the statistics in the order of their fields, as an autograd function does."""
+    """Return the statistics in the order of their fields, as an autograd function does.
+
+    They are copies, which a caller may change in place: the backward reads what it has saved.
+    """
+    found = changed(found, torch.clone)
     ctx.mark_non_differentiable(*(s for s in (found.is_top1, found.mean_logit) if s is not None))
     return tuple(vars(found).values())
 

@@ -59,13 +59,21 @@ class DecodedRows:
     prompt_length: Tensor
     length: Tensor
 
+    def range_of(self, name: str) -> tuple[int, int]:
+        """Return the lowest and the highest number in a field, which has some.
+
+        They are found once for all layers, and again where the numbers have changed in place.
+        """
+        numbers, seen = getattr(self, name), self._seen.get(name)
+        if seen is None or not torch.equal(seen[0], numbers):
+            low, high = numbers.aminmax()
+            self._seen[name] = seen = numbers.clone(), (int(low), int(high))
+        return seen[1]
+
     @functools.cached_property
-    def ranges(self) -> list[tuple[int, int]]:
-        """The lowest and the highest number in each; they are read once for all layers."""
-        return [
-            (int(low), int(high))
-            for low, high in (t.aminmax() for t in (self.prompt, self.prompt_length, self.length))
-        ]
+    def _seen(self) -> dict[str, tuple[Tensor, tuple[int, int]]]:
+        """Of each field that was read, the numbers of then and their range."""
+        return {}
 
 
 def reference(
@@ -206,11 +214,11 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: KeptKeys, rows: Deco
             raise ValueError(f"{name}: expected a contiguous tensor, got {index.stride()}")
     if R == 0:
         return
-    for name, most, (lowest, highest) in zip(
-        ("prompt", "prompt_length", "length"),
-        (prompts - 1, tokens, own_tokens - 1),
-        rows.ranges,
-        strict=True,
+    for name, most in (
+        ("prompt", prompts - 1),
+        ("prompt_length", tokens),
+        ("length", own_tokens - 1),
     ):
+        lowest, highest = rows.range_of(name)
         if lowest < 0 or highest > most:
             raise ValueError(f"{name}: expected 0 to {most}, got {lowest} to {highest}")

@@ -152,7 +152,8 @@ def _log_ratios(d: Tensor, part: float) -> tuple[Tensor, Tensor, Tensor]:
     """
     is_own = d > 0
     distance = d.abs_()
-    of_smaller = torch.where(is_own, 1 - part, part).to(d.dtype)
+    # Of two numbers alone `where` would make a tensor of torch's default dtype.
+    of_smaller = torch.full_like(d, part).masked_fill_(is_own, 1 - part)
     upper = torch.neg(distance).expm1_().mul_(of_smaller).log1p_().neg_()
     return upper, upper - distance, is_own
 

@@ -17,7 +17,7 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.head import absent, autocast_dtype, reference_logits
+from latro_kernels.head import absent, autocast, reference_logits
 
 
 def checked(
@@ -34,9 +34,7 @@ def checked(
     for of_head in scales_of_heads(temperature, softcap):
         check_scales(*of_head)
     check_type("backend", backend, str)
-    dtype = autocast_dtype(given["hidden_p"].device)
-    if dtype is not None:
-        given = {name: tensor.to(dtype) for name, tensor in given.items()}
+    given = {name: autocast(tensor) for name, tensor in given.items()}
     _check_dtypes(given, backend)
     return tensors | given
 
@@ -102,7 +100,9 @@ def backward(
         raise RuntimeError(
             f"{name} has no double backward; use backend='reference' for create_graph"
         )
-    heads, rows = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+    # Once: activation checkpointing makes what was saved again, and gives it out a single time.
+    saved = ctx.saved_tensors
+    heads, rows = saved[:6], saved[6:]
     wanted: list[Tensor | None] = []
     # The inputs are the settings, then hidden, weight and bias of p and those of q.
     for of_q, needs in ((False, ctx.needs_input_grad[1:4]), (True, ctx.needs_input_grad[4:])):

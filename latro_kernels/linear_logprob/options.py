@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
+    check_count,
     check_head,
     check_ignore_index,
     check_number,
@@ -111,12 +112,7 @@ def check_options(
     """Raise for an option that is wrong, or that the backend does not have."""
     check_ignore_index(ignore_index)
     if memory_budget is not None:
-        if not isinstance(memory_budget, int) or isinstance(memory_budget, bool):
-            raise TypeError(
-                f"memory_budget: expected bytes as an int, got {type(memory_budget).__name__}"
-            )
-        if memory_budget < 0:
-            raise ValueError(f"memory_budget: expected 0 or more bytes, got {memory_budget}")
+        check_count("memory_budget", memory_budget, 0)
     check_number("grad_filter", grad_filter)
     if grad_filter < 0:
         raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")

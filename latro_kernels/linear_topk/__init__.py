@@ -34,6 +34,7 @@ from latro_kernels.checks import (
     check_choice,
     check_device,
     check_head,
+    check_int,
     check_scales,
     check_type,
 )
@@ -112,7 +113,7 @@ def linear_topk(
         ValueError: an argument of the wrong shape, device or value.
     """
     check_head(hidden, weight, bias)
-    check_type("k", k, int)
+    check_int("k", k)
     if not 1 <= k <= len(weight):
         raise ValueError(f"k: expected an int in 1..{len(weight)}, got {k}")
     hidden, weight, bias = _in_products_dtype(hidden, weight, bias, temperature, softcap, backend)
@@ -289,16 +290,19 @@ def linear_topk_kl(
     """
     hidden, weight, bias = _checked(hidden, weight, token, bias, temperature, softcap, backend)
     _check_log_prob(log_prob, token)
+    log_prob = log_prob.detach()
     token = token.masked_fill(log_prob == -torch.inf, NO_TOKEN)
     if backend == "reference":
         check_token_values(token, len(weight))
         return reference_kl(hidden, weight, token, log_prob, bias, temperature, softcap)
     log_q = _log_softmax(hidden, weight, token, bias, temperature, softcap)
-    log_p = _with_rest(log_prob.detach().double())
+    log_p = _with_rest(log_prob.double())
     p = log_p.exp()
-    # Where p is 0 the difference may be infinite or NaN, and of the term q alone is left.
-    difference = torch.where(p == 0, 0, log_p - log_q)
-    terms = torch.where(p == 0, log_q.exp(), p * (torch.expm1(-difference) + difference))
+    # Where p is 0 the difference may be infinite or NaN, and of the term q alone is left. Next to
+    # 0, in fp64's subnormal numbers, q / p may overflow.
+    is_none = p < torch.finfo(p.dtype).tiny
+    difference = torch.where(is_none, 0, log_p - log_q)
+    terms = torch.where(is_none, log_q.exp(), p * (torch.expm1(-difference) + difference))
     return terms.sum(-1).float()
 
 

@@ -37,6 +37,7 @@ OF_LOG_PROBS: BadInputs = [
     ({"target": torch.full((4,), 5), "backend": "reference"}, ValueError, "got 5 in row 0"),
     ({"ignore_index": -100.0}, TypeError, "ignore_index: expected an int, got float"),
     ({"ignore_index": True}, TypeError, "ignore_index: expected an int, got bool"),
+    ({"ignore_index": 2**63}, ValueError, "ignore_index: expected an int that int64 holds, got 9"),
     ({"return_entropy": 1}, TypeError, "return_entropy: expected a bool, got int"),
     ({"statistics": "entropy"}, TypeError, "statistics: expected a collection of names.*'entropy'"),
     ({"statistics": 3}, TypeError, "statistics: expected a collection of names, .*got 3"),

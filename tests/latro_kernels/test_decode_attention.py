@@ -197,3 +197,19 @@ def test_too_many_rows_for_the_room():
     fewer = replace(kept, own_keys=kept.own_keys[:5], own_values=kept.own_values[:5])
     with pytest.raises(ValueError, match="own_keys: expected room for 6 rows, got 5"):
         decode_attention(q, k, v, fewer, rows, scaling=1.0)
+
+
+def test_lengths_that_grow_in_place_are_checked_again():
+    """As in a loop that counts tokens in one tensor: past its room a row would write anywhere."""
+    q, k, v, kept, rows = to(torch.float32, *problem())
+    rows = replace(rows, length=torch.zeros_like(rows.length))
+    room = kept.own_keys.shape[3]
+    alike = rows.length.numpy()  # shares the memory, and torch does not see it written to
+    for grown in (1, room - 1):
+        decode_attention(q, k, v, kept, rows, scaling=1.0)
+        alike[:] = grown
+    decode_attention(q, k, v, kept, rows, scaling=1.0)
+    for number in (room, -1):
+        rows.length.fill_(number)
+        with pytest.raises(ValueError, match=f"length: expected 0 to {room - 1}, got {number}"):
+            decode_attention(q, k, v, kept, rows, scaling=1.0)

@@ -240,6 +240,19 @@ def test_autocast_casts_as_linear_does() -> None:
     assert all(got[name].dtype == torch.float32 for name in OP.gradients.values())
 
 
+def test_any_default_dtype() -> None:
+    given = OP.of_rows(30, **next(iter(OP.forms.values())), beta=0.01)
+    expected = given.solve("auto")
+    before = torch.get_default_dtype()
+    for default in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            got = given.solve("auto")
+        finally:
+            torch.set_default_dtype(before)
+        assert_same(got, expected)
+
+
 def test_double_backward_is_refused() -> None:
     given = OP.plain(9)
     hidden = given["hidden_q"].requires_grad_()

@@ -200,6 +200,31 @@ def test_a_teacher_that_leaves_nothing(backend: str) -> None:
         torch.testing.assert_close(results["kl"], expected, rtol=1e-4, atol=1e-4)
 
 
+@each_backend
+@pytest.mark.parametrize("log_prob", [-700.0, -720.0, -745.0, -800.0])
+def test_a_token_that_the_teacher_all_but_rules_out(log_prob: float, backend: str) -> None:
+    """Its probability may be no normal number of fp64, and q / p no number of it at all."""
+    given = kl_problem((4, 16, 300), k=2)
+    log_prob_of_two = torch.tensor([log_prob, -0.1], dtype=torch.float64).expand(4, 2)
+    arguments = given.arguments | {"hidden": 3 * given["hidden"], "log_prob": log_prob_of_two}
+    results = given.but(**arguments).solve(backend)
+    truth = given.but(**arguments).truth()
+    for name, value in results.items():
+        torch.testing.assert_close(value, truth[name].float(), rtol=1e-4, atol=1e-5)
+
+
+@each_backend
+def test_the_teacher_has_no_gradient(backend: str) -> None:
+    given = kl_problem((20, 16, 300), k=3)
+    logits = torch.randn(20, 4, requires_grad=True)
+    hidden = given["hidden"].clone().requires_grad_()
+    log_prob = logits.log_softmax(-1)[:, :3]
+    kl = linear_topk_kl(hidden, given["weight"], given["token"], log_prob, backend=backend)
+    kl.sum().backward()
+    assert hidden.grad is not None
+    assert logits.grad is None
+
+
 @pytest.mark.parametrize("add_tail", [True, False])
 def test_it_is_what_trl_makes_of_logits(add_tail: bool) -> None:
     trainer = pytest.importorskip(

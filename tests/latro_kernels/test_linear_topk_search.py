@@ -130,7 +130,8 @@ def test_fake_tensors_and_compilation() -> None:
     [
         ({"k": 0}, ValueError, r"k: expected an int in 1\.\.5, got 0"),
         ({"k": 6}, ValueError, r"k: expected an int in 1\.\.5, got 6"),
-        ({"k": 1.0}, TypeError, "k: expected a int, got float"),
+        ({"k": 1.0}, TypeError, "k: expected an int, got float"),
+        ({"k": True}, TypeError, "k: expected an int, got bool"),
         ({"weight": torch.zeros(5, 2)}, ValueError, r"weight: expected shape \[V, H\].*H = 3"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a finite number above 0"),
         ({"backend": "cpu"}, ValueError, "backend: expected one of 'auto', 'reference', got 'cpu'"),

@@ -130,6 +130,18 @@ def test_a_gpu_is_asked_once_by_a_launch(a_gpu: list[tuple[Any, ...]]) -> None:
     assert arguments[-6:] == [1, 1, 0, 0.0, 1.0, 17]
 
 
+def test_a_gpu_is_asked_whatever_the_default_dtype(a_gpu: list[tuple[Any, ...]]) -> None:
+    """The kernel writes fp32, which needs room and alignment."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert native.runs_on(torch.device("cuda", 0))
+    finally:
+        torch.set_default_dtype(before)
+    tensors = [a for a in a_gpu[0] if isinstance(a, torch.Tensor)]
+    assert {t.dtype for t in tensors} == {torch.float32, torch.int64}
+
+
 def test_a_library_for_other_gpus_does_not_run_here(
     a_gpu: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from latro_kernels import gather_logprob, linear_logprob
+from tests.latro_kernels.ops import linear_jsd, linear_topk
 from tests.latro_kernels.ops.op import (
     FUSED,
     INTERPRETED,
@@ -264,6 +266,26 @@ def test_double_backward_is_refused(op: Op) -> None:
         torch.autograd.grad(output.sum(), leaf, create_graph=True)
 
 
+@each_op([*DIFFERENTIABLE, linear_jsd.OP, linear_topk.OF_LOGPROB, linear_topk.OF_KL])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(op: Op, use_reentrant: bool) -> None:
+    """What the backward needs is made again, and given out once."""
+    given = op.plain(9)
+
+    def checkpointed(**arguments: Any) -> Tensor:
+        names = list(arguments)
+
+        def first(*values: Any) -> Tensor:
+            outputs = op.named(op.function(**dict(zip(names, values, strict=True))))
+            return outputs[op.outputs[0]]
+
+        return checkpoint(first, *arguments.values(), use_reentrant=use_reentrant)
+
+    upstream = {op.outputs[0]: given.upstream[op.outputs[0]]}
+    given = replace(given, upstream=upstream, options={})
+    assert_same(given.results(checkpointed), given.results(op.function))
+
+
 def keeps_its_inputs(op: Op, form: dict[str, Any], backend: str) -> bool:
     return "inplace_backward" not in form
 
@@ -276,6 +298,39 @@ def test_backward_may_run_twice(op: Op, form: dict[str, Any], backend: str) -> N
     first, second = (torch.autograd.grad(output.sum(), leaves, retain_graph=True) for _ in "12")
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
+
+
+@each_form(DIFFERENTIABLE, ON_CPU)
+def test_outputs_may_be_changed_in_place(op: Op, form: dict[str, Any], backend: str) -> None:
+    """As those of torch's log_softmax and gather: trainers write zeros where a mask says so."""
+    given = op.of_rows(9, **form)
+
+    def in_place(*arguments: Any, **options: Any) -> Results:
+        outputs = op.named(op.function(*arguments, **options))
+        for output in outputs.values():
+            output[..., ::2] = 0
+        return outputs
+
+    expected = given.map(torch.clone)
+    for upstream in expected.upstream.values():
+        upstream[..., ::2] = 0
+    got = replace(given, options={}).results(partial(in_place, backend=backend, **given.options))
+    others = expected.solve(backend)
+    for name in op.gradients.values():
+        if name in got:
+            torch.testing.assert_close(got[name], others[name], rtol=0, atol=0)
+
+
+@each_op(DIFFERENTIABLE)
+def test_autocast_leaves_alone_what_linear_does(op: Op) -> None:
+    """That is fp64, and integers, which are no hidden states."""
+    given = op.plain(9, torch.float64)
+    expected = given.solve("reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(given.solve("reference"), expected)
+        name = op.rows[0]
+        with pytest.raises(TypeError, match=f"{name}: expected dtype .*, got torch.int64"):
+            op.function(**given.but(**{name: given[name].long()}).arguments)
 
 
 @each_form(DIFFERENTIABLE, ON_CPU)

@@ -219,8 +219,9 @@ BAD = [
     ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(5,\).*got 4"),
     ({"bias": torch.zeros(5, 1)}, ValueError, "bias: expected 1 dimension, got"),
     ({"bias": torch.zeros(5).bfloat16()}, TypeError, "bias: expected the dtype of hidden"),
-    ({"memory_budget": -1}, ValueError, "memory_budget: expected 0 or more bytes, got -1"),
-    ({"memory_budget": 1e6}, TypeError, "memory_budget: expected bytes as an int, got float"),
+    ({"memory_budget": -1}, ValueError, "memory_budget: expected 0 or more, got -1"),
+    ({"memory_budget": 1e6}, TypeError, "memory_budget: expected an int, got float"),
+    ({"memory_budget": 2**63}, ValueError, "memory_budget: expected an int that int64 holds"),
     ({"grad_filter": -0.1}, ValueError, "grad_filter: expected a finite number, 0 or more"),
     ({"grad_filter": "no"}, TypeError, "grad_filter: expected a float, got str"),
     *(
