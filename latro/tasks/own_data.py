@@ -40,7 +40,7 @@ from .markup import unmarked
 from .mathematics import MathReader
 from .numeric import NumericTask, parse_number
 from .own_rows import own_row
-from .records import FORMATS, Records, read_records
+from .records import FORMATS, Records, in_own_digits, read_records
 
 GRADERS = ("exact", "number", "choice", "math")
 
@@ -243,7 +243,8 @@ def _hub_sources(name: str, config: str | None) -> dict[str, Records]:
 
 
 def _hub_records(splits: Mapping[str, Any], name: str, split: str) -> Records:
-    for index, record in enumerate(splits[split]):
+    rows = splits[split]
+    for index, record in enumerate(in_own_digits(rows, rows.features.arrow_schema)):
         yield f"{name} {split} row {index}", record
 
 

@@ -2,7 +2,8 @@
 
 A record may hold:
 
-    prompt         a string, or a list of {"role", "content"} messages, the last of the user
+    prompt         a string, or a list of {"role", "content"} messages, the last of the user; a
+                   list may be spelled as JSON, as in a cell of CSV
     answer         a string or a number: what is trained on, behind the answer template
     rationale      a string, or nothing: the worked solution
     ground_truth   a string or a number: what completions are graded against, if not `answer`
@@ -21,6 +22,8 @@ from typing import Any
 
 _REQUIRED = ("prompt", "answer")
 _ROLES = ("system", "user", "assistant")
+# A list of messages, spelled in JSON or in Python.
+_SPELLED_MESSAGES = re.compile(r"""\s*\[\s*\{\s*(["'])(role|content)\1\s*:""")
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -63,6 +66,13 @@ def _absent(value: Any) -> bool:
 
 
 def _prompt(prompt: Any, where: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str) and _SPELLED_MESSAGES.match(prompt):
+        try:
+            prompt = json.loads(prompt)
+        except (ValueError, RecursionError) as error:  # pandas writes them as Python does
+            raise ValueError(
+                f"{where}: expected messages as JSON at 'prompt', got {prompt!r}"
+            ) from error
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{where}: expected a non-empty string at 'prompt', got {prompt!r}")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 
@@ -140,8 +142,23 @@ def _read_parquet(path: Path) -> Records:
         table = pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not Parquet: {error}") from error
-    for index, record in enumerate(table.to_pylist()):
+    for index, record in enumerate(in_own_digits(table.to_pylist(), table.schema)):
         yield f"{path}: row {index}", record
+
+
+def in_own_digits(
+    records: Iterable[Mapping[str, Any]], schema: pyarrow.Schema
+) -> Iterator[dict[str, Any]]:
+    """Yield a table's records; columns in half or single precision hold decimals.
+
+    As Python's floats their numbers have more digits: 0.1 in single precision is written as
+    0.10000000149011612.
+    """
+    kinds = {pyarrow.float16(): np.float16, pyarrow.float32(): np.float32}
+    short = {field.name: kinds[field.type] for field in schema if field.type in kinds}
+    for record in records:
+        digits = {n: str(kind(record[n])) for n, kind in short.items() if record[n] is not None}
+        yield {**record, **{name: Decimal(number) for name, number in digits.items()}}
 
 
 def _object(record: Any, where: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
 
 from latro.evaluate import evaluate
 from latro.rollout.prompts import prompt_text
@@ -176,6 +176,14 @@ def test_a_hub_data_set_with_a_malformed_row_or_other_splits_is_named(monkeypatc
     splits["train_sft"] = splits.pop("train")
     with pytest.raises(ValueError, match="a split train, validation, test in org/name, got train_"):
         read_own_data("org/name")
+
+
+def test_a_hub_data_set_in_single_precision_has_its_own_digits(monkeypatch):
+    table = {"prompt": ["a", "b", "c"], "answer": [0.1, 2.5, 3.0]}
+    kinds = Features(prompt=Value("string"), answer=Value("float32"))
+    splits = DatasetDict(test=Dataset.from_dict(table, features=kinds))
+    monkeypatch.setattr("latro.tasks.own_data.load_dataset", lambda *args: splits)
+    assert read_own_data("org/name").load("test")["answer"] == ["0.1", "2.5", "3.0"]
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_named(monkeypatch):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from decimal import Decimal
 
 import pytest
@@ -26,6 +27,17 @@ def test_a_row_holds_what_its_record_fills():
 def test_a_prompt_is_kept_to_the_letter():
     assert row(prompt=" How many?\n\n")["prompt"] == " How many?\n\n"
     assert row(prompt=[SYSTEM, USER])["prompt"] == [SYSTEM, USER]
+
+
+def test_messages_may_be_spelled_as_json():
+    assert row(prompt=json.dumps([SYSTEM, USER]))["prompt"] == [SYSTEM, USER]
+    assert row(prompt=json.dumps([USER], indent=1))["prompt"] == [USER]
+    listed = "[{1, 2}, {3}] has how many sets?"
+    assert row(prompt=listed)["prompt"] == listed
+    with pytest.raises(ValueError, match=r"my\.jsonl:17: expected messages as JSON at 'prompt'"):
+        row(prompt=str([SYSTEM, USER]))
+    with pytest.raises(ValueError, match="the last message to be the user's, got 'system'"):
+        row(prompt=json.dumps([USER, SYSTEM]))
 
 
 def test_messages_from_a_table_carry_the_keys_of_all():

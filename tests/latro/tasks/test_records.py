@@ -45,6 +45,16 @@ def test_a_json_file_may_hold_an_object_a_line(tmp_path):
     assert [where for where, _ in read_records(path)] == [f"{path}:1", f"{path}:3"]
 
 
+@pytest.mark.parametrize("kind", [pyarrow.float16(), pyarrow.float32(), pyarrow.float64()])
+def test_numbers_of_a_table_have_the_digits_of_their_precision(tmp_path, kind):
+    given = [0.5, 0.125, 3.0, None] if kind == pyarrow.float16() else [0.1, 2.5, 1e-7, None]
+    numbers = pyarrow.array(given, pyarrow.float32()).cast(kind) if kind.bit_width < 64 else given
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"answer": numbers}), path)
+    found = [record["answer"] for _, record in read_records(path)]
+    assert [None if n is None else float(n) for n in found] == given
+
+
 @pytest.mark.parametrize("text", ["[]", " [ \n ] \n", ""])
 def test_an_empty_file_of_json_has_no_records(tmp_path, text):
     path = tmp_path / "rows.json"
