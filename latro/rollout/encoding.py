@@ -61,8 +61,10 @@ class TextEncoder:
     def after(self, before: str, text: str, *, special: bool = False) -> list[int]:
         """Return the ids that `text` has behind `before`, without the ids of `before`.
 
-        With `special`, a special token that `text` spells is read as that token.
+        With `special`, a special token that `text` spells is read as that token. One in `before`,
+        which may change the white space behind it, is read so too where `text` spells none.
         """
+        special = special or (self.spells_special(before) and not self.spells_special(text))
         encode = partial(self._encode, special=True) if special else self
         prefix, whole = encode(before), encode(before + text)
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
@@ -82,6 +84,11 @@ class TextEncoder:
             and text == self.tokenizer.convert_ids_to_tokens(ids[0])
             and text not in self.tokenizer.special_tokens_map.values()
         )
+
+    def special_end(self, text: str) -> str:
+        """Return the special token, and white space behind it, that end `text`; "": none does."""
+        found = re.search(rf"(?:{self._spelling.pattern})\s*\Z", text)
+        return "" if found is None else found[0]
 
     def spells_special(self, text: str) -> bool:
         """Return whether the tokenizer would read a special token in `text`."""

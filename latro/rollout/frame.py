@@ -96,8 +96,9 @@ class Frame:
     Attributes:
         encoder: encodes text for this tokenizer.
         thinking: how the model marks its thoughts; None: it does not think.
-        joint: the white space between a prompt and the assistant's words that follow; a space
-            where there is no template, or it does not show.
+        ending: how the template ends a prompt; "" where there is none, or it does not show.
+        joint: the white space between a prompt and the assistant's words that follow; None where it
+            is not known, or thoughts follow.
 
     Raises:
         ValueError: `chat` asks for something that the tokenizer's template cannot do; or the
@@ -109,14 +110,16 @@ class Frame:
         self.chat = chat or Chat()
         self.encoder = TextEncoder(tokenizer)
         self.thinking: Thinking | None = None
-        self.joint = " "
+        self.ending = ""
+        self.joint: str | None = None
         # How every prompt ends; None where the template knows no thoughts.
         self._ending: str | None = None
         self._check_arguments()
         if tokenizer.chat_template:
             self._check_system_prompt()
             self._find_thinking()
-            self._find_joint()
+            if self.thinking is None:
+                self._find_joint()
 
     def messages(self, prompt: str | Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
         """Return a prompt as messages, with the run's system prompt in front.
@@ -230,18 +233,18 @@ class Frame:
                 return
 
     def _find_joint(self) -> None:
-        """Set `joint` where the template shows it, before an assistant's words."""
+        """Set `ending`, and `joint` where the template shows it before an assistant's words."""
         question = self.messages(ASKED)
         turn = {"role": "assistant", "content": SAID}
         try:
-            prompt = self._render(question, add_generation_prompt=True)
+            prompt = self.rendered(question)
             text = self._render([*question, turn], add_generation_prompt=False)
         except ValueError:
             return
+        self.ending = prompt.rpartition(ASKED)[2]
         before, said, _ = text.partition(SAID)
-        between = before.removeprefix(prompt)
-        if said and before.startswith(prompt) and not between.strip():
-            self.joint = between
+        if said and before.startswith(prompt) and not before[len(prompt) :].strip():
+            self.joint = before[len(prompt) :]
 
     def _switched(self, family: Thinking) -> Thinking | None:
         """Return the family where the template writes its empty block to switch thinking off."""

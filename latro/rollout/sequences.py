@@ -356,14 +356,30 @@ class AnswerJoin:
     def _anchor(self, prompt_ids: list[int], read: list[int], text: str) -> tuple[str, str]:
         """Return a stand-in for a prompt and what is read after it, and `text` as it reads then.
 
-        All that matters is what stands between the two: a space behind words, behind a prompt what
-        the chat template puts there, and what stands before the end of thoughts.
+        Behind words that is a space, and behind thoughts what stands before their end. Right behind
+        a prompt in the chat template's frame it is what the template puts there. A special token
+        that ends the frame stands for the prompt, since it may change the white space behind it.
         """
-        thinking = self.frame.thinking
-        joint = " " if read else self.frame.joint
-        if not joint or decode(self.tokenizer, [*prompt_ids, *read][-4:])[-1:].isspace():
+        frame, thinking = self.frame, self.frame.thinking
+        joint = " " if thinking is None else thinking.before
+        if not read and frame.joint is not None and self._is_framed(prompt_ids):
+            joint = frame.joint
+            if token := self.encoder.special_end(frame.ending):
+                return token, f"{joint}{text}"
+            if not joint:
+                return "\n", text
+        if decode(self.tokenizer, [*prompt_ids, *read][-4:])[-1:].isspace():
             return "\n", text
-        return ".", f"{joint if thinking is None else thinking.before}{text}"
+        return ".", f"{joint}{text}"
+
+    def _is_framed(self, prompt_ids: list[int]) -> bool:
+        """Return whether a prompt ends as in the chat template, which callers may leave out."""
+        ending = self.frame.ending
+        token = self.encoder.special_end(ending)
+        if token:
+            ids = self.encoder.after("", token, special=True)
+            return prompt_ids[-len(ids) :] == ids
+        return bool(ending) and decode(self.tokenizer, prompt_ids[-len(ending) :]).endswith(ending)
 
 
 class _Stated(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from latro.engines.transformers import TransformersEngine
 from latro.rollout.prompts import encode_prompt
@@ -298,14 +298,17 @@ def test_a_later_statement_can_be_the_one(whole_words):
         (frames.ZEPHYR, ["<|user|>", "<|assistant|>"]),
         (frames.MISTRAL, ["[INST]", "[/INST]"]),
         (frames.CHATML, ["<|im_start|>", "<|im_end|>"]),
+        (frames.PHI, ["<|user|>", "<|assistant|>", "<|end|>"]),
         (frames.NOTHING, ["<|user|>", "<|assistant|>"]),
     ],
 )
 @pytest.mark.parametrize("rationale", ["Tom has 2+3=5.", ""])
+@pytest.mark.parametrize("absorbs", [False, True], ids=["", "absorbs"])
 def test_words_begin_behind_a_prompt_as_in_the_chat_template(
-    tokenizer, template, tokens, rationale
+    tokenizer, template, tokens, rationale, absorbs
 ):
-    made = frames.framed(tokenizer, template, *tokens)
+    added = [AddedToken(token, rstrip=absorbs, special=True) for token in tokens]
+    made = frames.framed(tokenizer, template, *added)
     join = AnswerJoin(made, TEMPLATE, [made.eos_token_id])
     question = [{"role": "user", "content": "How many?"}]
     prompt = encode_prompt(made, question)
@@ -322,6 +325,38 @@ def test_words_begin_behind_a_prompt_as_in_the_chat_template(
         assert decode(made, rollout.input_ids) == f"<|user|>How many? {written}"
     else:
         assert rollout.input_ids == expected[: len(rollout.input_ids)]
+
+
+@pytest.mark.parametrize(
+    ("template", "absorbs"), [(frames.PHI, True), (frames.GRANITE, False), (frames.GRANITE, True)]
+)
+def test_words_begin_with_the_space_that_a_tokenizer_puts_behind_special_tokens(template, absorbs):
+    """As those of Llama 2 and Phi-3 do, which put one before every text."""
+    normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaced = trained(
+        pre_tokenizers.Split("▁", "merged_with_next"),
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+        normalizer,
+    )
+    tokens = ["<|user|>", "<|assistant|>", "<|end|>", "<|start_of_role|>", "<|end_of_role|>"]
+    added = [AddedToken(token, rstrip=absorbs, special=True, normalized=False) for token in tokens]
+    made = frames.framed(spaced, template, *added)
+    join = AnswerJoin(made, TEMPLATE, [made.eos_token_id])
+    question = [{"role": "user", "content": "The"}]
+    rollout = join(encode_prompt(made, question), Sample([made.eos_token_id]), "5")
+    expected = made.apply_chat_template(
+        [*question, {"role": "assistant", "content": "The answer is 5"}], return_dict=False
+    )
+    assert rollout.input_ids == expected[: len(rollout.input_ids)]
+
+
+def test_a_prompt_outside_of_the_frame_has_a_space_behind_it(tokenizer):
+    """As TRL's plain prompts stand, whatever chat template the tokenizer has."""
+    for template in (frames.GRANITE, frames.MISTRAL.replace("' ' + m", "m")):
+        made = frames.framed(tokenizer, template, "<|start_of_role|>", "<|end_of_role|>")
+        join = AnswerJoin(made, TEMPLATE, [made.eos_token_id])
+        rollout = join(made.encode("How many?"), Sample([made.eos_token_id]), "5")
+        assert decode(made, rollout.input_ids) == "How many? The answer is 5"
 
 
 @pytest.mark.parametrize(
