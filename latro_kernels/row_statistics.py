@@ -187,7 +187,8 @@ def upstream(
     def of_kept(gradient: Tensor | None) -> Tensor:
         if gradient is None:
             return torch.zeros_like(logp)
-        flat = gradient.flatten()
+        # By reshape, for which torch has a rule where several gradients are taken at once.
+        flat = gradient.reshape(-1)
         return flat if kept is None else flat.masked_fill(~kept, 0)
 
     g = of_kept(grad_logp)

@@ -100,8 +100,6 @@ class _LinearLogprob(torch.autograd.Function):
         target: Tensor,
         options: Options,
     ) -> tuple[Tensor | None, ...]:
-        ctx.shape, batch = hidden.shape, target.shape
-        hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.flatten()
         kept = None if options.ignore_index is None else target != options.ignore_index
         if kept is not None:
             # Any column: what comes of these rows is overwritten.
@@ -154,7 +152,6 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *of_rows, dx_sum, cached, block_max)
         ctx.options = options
         ctx.set_materialize_grads(False)
-        found = changed(found, lambda statistic: statistic.view(batch))
         return as_outputs(ctx, found)
 
     @staticmethod
@@ -227,7 +224,7 @@ class _LinearLogprob(torch.autograd.Function):
         if needs[0]:
             if options.group is not None:
                 vocab_parallel.sum_(dx, options.group)
-            dx = dx.to(hidden.dtype).view(ctx.shape)
+            dx = dx.to(hidden.dtype)
         wanted = (g if needed else None for g, needed in zip((dx, dw, db), needs, strict=True))
         return *wanted, None, None
 
@@ -404,5 +401,7 @@ def linear_logprob(
         group=group,
         ignore_index=ignore_index,
     )
-    found = RowStatistics(*_LinearLogprob.apply(hidden, weight, bias, target, options))
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    of_rows = _LinearLogprob.apply(rows, weight, bias, target.flatten(), options)
+    found = changed(RowStatistics(*of_rows), lambda statistic: statistic.view(target.shape))
     return returned(found, statistics, return_entropy)

@@ -326,8 +326,10 @@ def _log_softmax(
     tokens = token.reshape(rows.shape[0], token.shape[-1])
     of_tokens, rest = _TopKLogits.apply(settings, rows, weight, bias, tokens)
     logits = torch.cat([of_tokens, rest[:, None]], -1)
-    # What has no probability has no gradient either, whatever comes from above.
-    log_q = logits.log_softmax(-1).masked_fill(logits == -torch.inf, -torch.inf)
+    # What is no token, or a rest of none, has no gradient, whatever comes from above. A token whose
+    # logit is -inf has one, as in `linear_logprob`.
+    is_none = torch.cat([tokens == NO_TOKEN, rest[:, None] == -torch.inf], -1)
+    log_q = logits.log_softmax(-1).masked_fill(is_none, -torch.inf)
     return log_q.view(*token.shape[:-1], token.shape[-1] + 1)
 
 

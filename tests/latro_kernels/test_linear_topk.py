@@ -17,7 +17,7 @@ from torch.nn.functional import log_softmax
 
 from latro_kernels import linear_kl, linear_topk_kl, linear_topk_logprob, logit_tiles
 from tests.latro_kernels.ops.linear_topk import OF_KL, OF_LOGPROB, kl_problem, problem
-from tests.latro_kernels.ops.op import Op, assert_same, check, each_dtype
+from tests.latro_kernels.ops.op import Op, assert_same, check, each_dtype, gate
 from tests.latro_kernels.test_memory import LargestTensor
 from tests.latro_kernels.test_torch import RawOps, forms, losses, values_and_gradients
 
@@ -211,6 +211,20 @@ def test_a_token_that_the_teacher_all_but_rules_out(log_prob: float, backend: st
     truth = given.but(**arguments).truth()
     for name, value in results.items():
         torch.testing.assert_close(value, truth[name].float(), rtol=1e-4, atol=1e-5)
+
+
+@each_backend
+@each_op
+def test_a_token_of_minus_infinity(op: Op, backend: str) -> None:
+    """It has the gradient that a target of minus infinity has in `linear_logprob`."""
+    given = op.problem((20, 16, 300), bias=True, k=3)
+    given["bias"][given["token"][0, 0]] = -torch.inf
+    results, truth = given.solve(backend), given.truth()
+    (name,) = op.outputs
+    assert truth[name].isinf().any()
+    torch.testing.assert_close(results[name].double(), truth[name], rtol=1e-4, atol=1e-5)
+    for name in op.gradients.values():
+        gate(name, results[name], truth[name], given.results(op.reference)[name])
 
 
 @each_backend

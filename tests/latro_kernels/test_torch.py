@@ -321,6 +321,31 @@ def test_outputs_may_be_changed_in_place(op: Op, form: dict[str, Any], backend: 
             torch.testing.assert_close(got[name], others[name], rtol=0, atol=0)
 
 
+@each_op([*DIFFERENTIABLE, linear_jsd.OP, linear_topk.OF_LOGPROB, linear_topk.OF_KL])
+def test_an_input_that_was_changed_in_place_is_refused(op: Op) -> None:
+    """As torch refuses it, where the backward would read another number than the forward."""
+    given = op.plain(9)
+    for name in op.gradients:
+        leaves = {n: given[n].clone().requires_grad_() for n in op.gradients}
+        arguments = given.arguments | {n: 1 * leaf for n, leaf in leaves.items()}
+        output = op.named(op.function(**arguments))[op.outputs[0]]
+        arguments[name].detach().zero_()
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            torch.autograd.grad(output.sum(), list(leaves.values()))
+
+
+@each_op([*DIFFERENTIABLE, linear_jsd.OP, linear_topk.OF_LOGPROB, linear_topk.OF_KL])
+def test_several_gradients_at_once(op: Op) -> None:
+    """As a Jacobian takes them."""
+    given = op.plain(4)
+    leaf = given[op.rows[0]].requires_grad_()
+    output = op.named(op.function(**given.arguments))[op.outputs[0]]
+    ways = torch.eye(output.numel()).view(-1, *output.shape)
+    expected = [torch.autograd.grad(output, leaf, one, retain_graph=True)[0] for one in ways]
+    (got,) = torch.autograd.grad(output, leaf, ways, is_grads_batched=True)
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
 @each_op(DIFFERENTIABLE)
 def test_autocast_leaves_alone_what_linear_does(op: Op) -> None:
     """That is fp64, and integers, which are no hidden states."""
