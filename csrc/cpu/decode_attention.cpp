@@ -1,11 +1,11 @@
 // Attention of rows that read one token each: to their prompt, which rows share, and to their own
 // tokens so far.
 //
-// Keys lie with the token innermost, [size, tokens], and values with the size innermost, so that both
-// products are the same one: a few numbers of a query's head, or its weights, times vectors of a
-// matrix that lies in memory as it is read. What queries of one head of keys have in common is read
-// once. A task is a row and a head of keys and is done by one thread, so that a row's result does not
-// depend on other rows.
+// Keys lie with the token innermost, [size, tokens], and values with the size innermost, so that
+// both products are the same one: a few numbers of a query's head, or its weights, times vectors of
+// a matrix that lies in memory as it is read. What queries of one head of keys have in common is
+// read once. A task is a row and a head of keys and is done by one thread, so that a row's result
+// does not depend on other rows.
 #include <omp.h>
 
 #include <algorithm>
@@ -27,8 +27,8 @@ constexpr int64_t kColumns = 64, kHeads = 4;
 
 // c[heads][N], rows c_step apart, = or += (with `add`) a[heads][K] times b[K][N]; N <= kColumns.
 template <int64_t heads, bool whole, typename T>
-void multiply_block(const float* a, int64_t a_step, const T* b, int64_t b_step, int64_t K, int64_t N,
-                    float* c, int64_t c_step, bool add) {
+void multiply_block(const float* a, int64_t a_step, const T* b, int64_t b_step, int64_t K,
+                    int64_t N, float* c, int64_t c_step, bool add) {
   const int64_t n = whole ? kColumns : N;
   float sum[heads][kColumns];
   for (int64_t h = 0; h < heads; ++h) {
@@ -48,8 +48,8 @@ void multiply_block(const float* a, int64_t a_step, const T* b, int64_t b_step, 
 }
 
 template <int64_t heads, typename T>
-void multiply_heads(const float* a, int64_t a_step, const T* b, int64_t b_step, int64_t K, int64_t N,
-                    float* c, int64_t c_step, bool add) {
+void multiply_heads(const float* a, int64_t a_step, const T* b, int64_t b_step, int64_t K,
+                    int64_t N, float* c, int64_t c_step, bool add) {
   int64_t j = 0;
   for (; j + kColumns <= N; j += kColumns) {
     multiply_block<heads, true>(a, a_step, b + j, b_step, K, kColumns, c + j, c_step, add);
@@ -78,28 +78,30 @@ void softmax_in_place(float* scores, int64_t n, float scaling, float softcap) {
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) scores[j] *= scaling;
   }
-  float peak = scores[0];
-#pragma omp simd reduction(max : peak)
-  for (int64_t j = 0; j < n; ++j) peak = std::max(peak, scores[j]);
-  float total = 0.0f;
-#pragma omp simd reduction(+ : total)
+  float row_max = scores[0];
+#pragma omp simd reduction(max : row_max)
+  for (int64_t j = 0; j < n; ++j) row_max = std::max(row_max, scores[j]);
+  float sum_exp = 0.0f;
+#pragma omp simd reduction(+ : sum_exp)
   for (int64_t j = 0; j < n; ++j) {
-    scores[j] = exp_vec(scores[j] - peak);
-    total += scores[j];
+    scores[j] = exp_vec(scores[j] - row_max);
+    sum_exp += scores[j];
   }
-  const float share = 1.0f / total;
+  const float share = 1.0f / sum_exp;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) scores[j] *= share;
 }
 
 }  // namespace
 
-int32_t latro_cpu_decode_attention(
-    const void* query, const void* key, const void* value, int32_t dtype, const void* prompt_keys,
-    const void* prompt_values, int64_t prompt_room, void* own_keys, void* own_values,
-    int64_t own_room, const int64_t* prompt, const int64_t* prompt_length, const int64_t* length,
-    void* out, int64_t R, int64_t heads, int64_t key_heads, int64_t size, int64_t value_size,
-    int64_t window, float scaling, float softcap, int64_t threads) {
+int32_t latro_cpu_decode_attention(const void* query, const void* key, const void* value,
+                                   int32_t dtype, const void* prompt_keys,
+                                   const void* prompt_values, int64_t prompt_room, void* own_keys,
+                                   void* own_values, int64_t own_room, const int64_t* prompt,
+                                   const int64_t* prompt_length, const int64_t* length, void* out,
+                                   int64_t R, int64_t heads, int64_t key_heads, int64_t size,
+                                   int64_t value_size, int64_t window, float scaling, float softcap,
+                                   int64_t threads) {
   return with_types(dtype, 0, [&](auto, auto element) -> int32_t {
     using T = decltype(element);
     const int64_t groups = heads / key_heads;
@@ -140,15 +142,15 @@ int32_t latro_cpu_decode_attention(
       const T* of_row = static_cast<const T*>(query) + (row * heads + head * groups) * size;
       for (int64_t i = 0; i < groups * size; ++i) q[i] = load(of_row[i]);
       multiply(groups, q, size, prompt_key, prompt_room, size, of_prompt, scores, longest, false);
-      multiply(groups, q, size, own_key + skip_own, own_room, size, own, scores + of_prompt, longest,
-               false);
+      multiply(groups, q, size, own_key + skip_own, own_room, size, own, scores + of_prompt,
+               longest, false);
       for (int64_t g = 0; g < groups; ++g) {
         softmax_in_place(scores + g * longest, of_prompt + own, scaling, softcap);
       }
       multiply(groups, scores, longest, prompt_value, value_size, of_prompt, value_size, sums,
                value_size, false);
-      multiply(groups, scores + of_prompt, longest, own_value + skip_own * value_size, value_size, own,
-               value_size, sums, value_size, true);
+      multiply(groups, scores + of_prompt, longest, own_value + skip_own * value_size, value_size,
+               own, value_size, sums, value_size, true);
       T* to = static_cast<T*>(out) + (row * heads + head * groups) * value_size;
       store_all(sums, groups * value_size, to);
     }

@@ -30,10 +30,11 @@ struct Rows {
 // What the forward writes of each row. entropy, log_sum_p_squared and mean_logit may be null, the
 // last two together, and are if entropy is.
 struct Outputs {
-  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *peak, *log_total, *picked;
+  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *row_max, *log_sum, *target_logit;
 
   void clear(int64_t i) const {
-    for (float* rows : {logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked}) {
+    for (float* rows :
+         {logp, entropy, log_sum_p_squared, mean_logit, row_max, log_sum, target_logit}) {
       if (rows != nullptr) rows[i] = 0.0f;
     }
   }
@@ -44,7 +45,7 @@ void forward_rows(Rows<const T> logits, const int64_t* target, const Outputs& ou
                   int64_t cols, Transform transform, int64_t threads) {
   const latro::Sums sums = out.mean_logit != nullptr ? latro::kAllSums
                            : out.entropy != nullptr  ? latro::kEntropy
-                                                     : latro::kTotal;
+                                                     : latro::kSumExp;
 #pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
   for (int64_t i = 0; i < rows; ++i) {
     if (target[i] < 0) {  // ignored
@@ -60,16 +61,16 @@ void forward_rows(Rows<const T> logits, const int64_t* target, const Outputs& ou
       state.add(z, n, sums);
       // The very number that was added: made once more, it might be rounded otherwise.
       const int64_t hit = target[i] - begin;
-      if (hit >= 0 && hit < n) out.picked[i] = z[hit];
+      if (hit >= 0 && hit < n) out.target_logit[i] = z[hit];
     }
-    const float log_total = std::log(state.total);
-    out.peak[i] = state.peak;
-    out.log_total[i] = log_total;
-    out.logp[i] = (out.picked[i] - state.peak) - log_total;
-    if (out.entropy != nullptr) out.entropy[i] = log_total - state.weighted / state.total;
+    const float log_sum = std::log(state.sum_exp);
+    out.row_max[i] = state.row_max;
+    out.log_sum[i] = log_sum;
+    out.logp[i] = (out.target_logit[i] - state.row_max) - log_sum;
+    if (out.entropy != nullptr) out.entropy[i] = log_sum - state.weighted_sum / state.sum_exp;
     if (out.mean_logit != nullptr) {
-      out.log_sum_p_squared[i] = std::log(state.square_total) - 2.0f * log_total;
-      out.mean_logit[i] = state.logit_total / static_cast<float>(cols);
+      out.log_sum_p_squared[i] = std::log(state.square_sum) - 2.0f * log_sum;
+      out.mean_logit[i] = state.logit_sum / static_cast<float>(cols);
     }
   }
 }
@@ -103,11 +104,11 @@ void backward_rows(Rows<const T> logits, Rows<T> dlogits, const int64_t* target,
 
 int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                          const int64_t* target, float* logp, float* entropy,
-                                         float* log_sum_p_squared, float* mean_logit, float* peak,
-                                         float* log_total, float* picked, int64_t rows,
-                                         int64_t cols, float softcap, float temperature,
-                                         int64_t threads) {
-  const Outputs out{logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked};
+                                         float* log_sum_p_squared, float* mean_logit,
+                                         float* row_max, float* log_sum, float* target_logit,
+                                         int64_t rows, int64_t cols, float softcap,
+                                         float temperature, int64_t threads) {
+  const Outputs out{logp, entropy, log_sum_p_squared, mean_logit, row_max, log_sum, target_logit};
   const auto run = [&](auto element) {
     const Rows<const decltype(element)> x{static_cast<const decltype(element)*>(logits), row_step};
     forward_rows(x, target, out, rows, cols, Transform{softcap, temperature}, threads);
@@ -122,9 +123,9 @@ int32_t latro_cpu_gather_logprob_forward(const void* logits, int32_t dtype, int6
 int32_t latro_cpu_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    const float* offset, const float* grad_square, const float* row_max, const float* log_sum,
     int64_t rows, int64_t cols, float softcap, float temperature, int64_t threads) {
-  const RowGradArrays grads{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total};
+  const RowGradArrays grads{grad_logp, grad_entropy, logp, offset, grad_square, row_max, log_sum};
   const auto run = [&](auto element) {
     using T = decltype(element);
     backward_rows(Rows<const T>{static_cast<const T*>(logits), row_step},

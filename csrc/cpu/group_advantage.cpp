@@ -75,14 +75,11 @@ Baseline baseline(double* rewards, const uint8_t* finished, int64_t K, bool excl
 
 }  // namespace
 
-int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_logp,
-                                          const float* row_kl, const int64_t* offsets,
-                                          const uint8_t* finished, float* reward,
-                                          float* answer_logp, float* rationale_logp, float* kl,
-                                          float* advantage, float* coefficient, double* rewards,
-                                          int64_t G, int64_t K, double scale, double beta,
-                                          double answer_weight, int32_t k3,
-                                          int32_t exclude_unfinished, int64_t threads) {
+int32_t latro_cpu_group_advantage_forward(
+    const float* logp, const float* ref_logp, const float* row_kl, const int64_t* offsets,
+    const uint8_t* finished, float* reward, float* answer_logp, float* rationale_logp, float* kl,
+    float* advantage, float* coefficient, double* rewards, int64_t G, int64_t K, double scale,
+    double beta, double answer_weight, int32_t k3, int32_t exclude_unfinished, int64_t threads) {
   const int64_t S = G * K;
   const int team = offsets[2 * S] < kParallelRows ? 1 : static_cast<int>(threads);
   const bool exclude = exclude_unfinished != 0;
@@ -97,7 +94,7 @@ int32_t latro_cpu_group_advantage_forward(const float* logp, const float* ref_lo
       double divergence = 0.0;
       if (ref_logp != nullptr) {
         divergence = k3 ? sum_k3(logp, ref_logp, begin, middle)
-                                : sum_log_ratio(logp, ref_logp, begin, middle);
+                        : sum_log_ratio(logp, ref_logp, begin, middle);
       } else if (row_kl != nullptr) {
         divergence = sum(row_kl, begin, middle);
       }

@@ -223,7 +223,8 @@ class HeadGradient {
   }
 
   // Adds a few entries of row j of a slice of dw, from column h on.
-  void add_to_dw(const Product* sum, int64_t begin, int64_t j, int64_t h, int64_t block, bool last) {
+  void add_to_dw(const Product* sum, int64_t begin, int64_t j, int64_t h, int64_t block,
+                 bool last) {
     const int64_t n = std::min(kCols, H_ - h);
     T* to = static_cast<T*>(out_.dw) + (begin + j) * H_ + h;
     if constexpr (std::is_same_v<T, float>) {

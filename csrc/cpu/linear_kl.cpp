@@ -61,8 +61,8 @@ struct Pair {
     if (!shared) other.pack_weight_rows(begin, cols);
   }
 
-  // Calls visit(i, from, n, z, z_other) with the logits of n columns, `from` of the slice that begins
-  // at `begin` and the next, for row i of a chunk that `thread` has packed.
+  // Calls visit(i, from, n, z, z_other) with the logits of n columns, `from` of the slice that
+  // begins at `begin` and the next, for row i of a chunk that `thread` has packed.
   template <typename Visit>
   void for_each_row(int thread, int64_t count, int64_t begin, int64_t cols, Visit visit) {
     constexpr int64_t kRows = Gemm::kRows;
@@ -113,7 +113,7 @@ std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
 struct RowGrads {
   bool of_q;
   const float* grad_kl;
-  const double *anchor, *mean, *peak_p, *total_p, *peak_q, *total_q;
+  const double *anchor, *mean, *max_p, *sum_exp_p, *max_q, *sum_exp_q;
 
   // The gradient with respect to n products of one head, q where of_q; z are its logits, `other`
   // the other head's.
@@ -138,8 +138,8 @@ struct RowGrads {
 
  private:
   void of_logits_p(int64_t row, const double* zp, const double* zq, int64_t n, double* dz) const {
-    const double shift = peak_p[row], from = shift - anchor[row], center = mean[row];
-    const double weight = 1.0 / total_p[row];
+    const double shift = max_p[row], from = shift - anchor[row], center = mean[row];
+    const double weight = 1.0 / sum_exp_p[row];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       const double e = exp_vec(zp[j] - shift);
@@ -148,9 +148,9 @@ struct RowGrads {
   }
 
   void of_logits_q(int64_t row, const double* zq, const double* zp, int64_t n, double* dz) const {
-    const double shift_p = peak_p[row], shift_q = peak_q[row], weight = 1.0 / total_p[row];
+    const double shift_p = max_p[row], shift_q = max_q[row], weight = 1.0 / sum_exp_p[row];
     // Exactly 1 where the heads are equal: then nothing is left, also of a fused multiply-add.
-    const double ratio = total_p[row] / total_q[row];
+    const double ratio = sum_exp_p[row] / sum_exp_q[row];
 #pragma omp simd
     for (int64_t j = 0; j < n; ++j) {
       dz[j] = weight * (ratio * exp_vec(zq[j] - shift_q) - exp_vec(zp[j] - shift_p));
@@ -207,8 +207,8 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
                                     const void* hidden_q, const void* weight_q, const float* bias_q,
                                     int64_t H_q, float softcap_q, float temperature_q,
                                     int32_t dtype, int32_t bf16_products, float* kl, double* anchor,
-                                    double* mean, double* peak_p, double* total_p, double* peak_q,
-                                    double* total_q, int64_t N, int64_t V, int64_t threads) {
+                                    double* mean, double* max_p, double* sum_exp_p, double* max_q,
+                                    double* sum_exp_q, int64_t N, int64_t V, int64_t threads) {
   return with_products(dtype, bf16_products, H_p, H_q, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Head<T> p = head_of<T>(hidden_p, weight_p, bias_p, H_p, V, {softcap_p, temperature_p});
@@ -221,10 +221,10 @@ int32_t latro_cpu_linear_kl_forward(const void* hidden_p, const void* weight_p, 
       kl[i] = static_cast<float>(state.kl());
       anchor[i] = state.anchor;
       mean[i] = state.mean();
-      peak_p[i] = state.peak_p;
-      total_p[i] = state.total_p;
-      peak_q[i] = state.peak_q;
-      total_q[i] = state.total_q;
+      max_p[i] = state.max_p;
+      sum_exp_p[i] = state.sum_exp_p;
+      max_q[i] = state.max_q;
+      sum_exp_q[i] = state.sum_exp_q;
     }
     return LATRO_OK;
   });
@@ -236,9 +236,9 @@ int32_t latro_cpu_linear_kl_backward(const void* hidden, const void* weight, con
                                      const float* bias_other, int64_t H_other, float softcap_other,
                                      float temperature_other, int32_t dtype, int32_t bf16_products,
                                      int32_t of_q, const int64_t* rows, const float* grad_kl,
-                                     const double* anchor, const double* mean, const double* peak_p,
-                                     const double* total_p, const double* peak_q,
-                                     const double* total_q, float* dx, void* dw, float* db,
+                                     const double* anchor, const double* mean, const double* max_p,
+                                     const double* sum_exp_p, const double* max_q,
+                                     const double* sum_exp_q, float* dx, void* dw, float* db,
                                      int64_t M, int64_t V, int64_t threads) {
   return with_products(dtype, bf16_products, H, H_other, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
@@ -249,7 +249,7 @@ int32_t latro_cpu_linear_kl_backward(const void* hidden, const void* weight, con
     HeadGradient<decltype(gemm), T> gradient(pair.own, rows, M, Gradients{dx, dw, db});
     if (!pair.ok() || !gradient.ok()) return LATRO_OUT_OF_MEMORY;
     backward(pair, gradient, rows,
-             RowGrads{of_q != 0, grad_kl, anchor, mean, peak_p, total_p, peak_q, total_q});
+             RowGrads{of_q != 0, grad_kl, anchor, mean, max_p, sum_exp_p, max_q, sum_exp_q});
     return LATRO_OK;
   });
 }

@@ -1,10 +1,11 @@
 // linear_sample on the CPU: the forward of linear_logprob, which also keeps the column of the
 // highest z + Gumbel noise.
 //
-// Products, groups of columns and folds are those of linear_logprob, in its order, so that peak,
-// total and weighted are the same bits. Noise is made only as far as it may decide: for no column
-// of a group where the largest logit with the largest noise would not win, and as a logarithm for
-// the few columns that a bound lets through. What wins is the same as if all of it were made.
+// Products, groups of columns and folds are those of linear_logprob, in its order, so that row_max,
+// sum_exp and weighted_sum are the same bits. Noise is made only as far as it may decide: for no
+// column of a group where the largest logit with the largest noise would not win, and as a
+// logarithm for the few columns that a bound lets through. What wins is the same as if all of it
+// were made.
 #include <omp.h>
 
 #include <algorithm>
@@ -28,12 +29,12 @@ struct Draw {
 // Of each row [N]: what is filled in.
 struct RowState {
   int64_t* token;
-  float *score, *picked, *peak, *total, *weighted;
+  float *score, *target_logit, *row_max, *sum_exp, *weighted_sum;
 
   void clear(int64_t N, int64_t first_col) const {
     std::fill_n(token, N, first_col);
-    for (float* lowest : {score, picked, peak}) std::fill_n(lowest, N, -kInfinity);
-    for (float* sum : {total, weighted}) std::fill_n(sum, N, 0.0f);
+    for (float* lowest : {score, target_logit, row_max}) std::fill_n(lowest, N, -kInfinity);
+    for (float* sum : {sum_exp, weighted_sum}) std::fill_n(sum, N, 0.0f);
   }
 };
 
@@ -92,12 +93,12 @@ struct RowFold {
   void operator()(int64_t row, const float* products, int64_t column, int64_t n) const {
     float z[kGroupCols];
     head.transform.logits(products, head.bias_at(column), n, z);
-    State folded{state.peak[row], state.total[row], state.weighted[row]};
+    State folded{state.row_max[row], state.sum_exp[row], state.weighted_sum[row]};
     folded.add(z, n, latro::kEntropy);
-    state.peak[row] = folded.peak;
-    state.total[row] = folded.total;
-    state.weighted[row] = folded.weighted;
-    Best best{state.score[row], state.picked[row], state.token[row]};
+    state.row_max[row] = folded.row_max;
+    state.sum_exp[row] = folded.sum_exp;
+    state.weighted_sum[row] = folded.weighted_sum;
+    Best best{state.score[row], state.target_logit[row], state.token[row]};
     const int64_t first = draw.first_col + column;
     if (draw.greedy) {
       best.meet_logits(z, first, n);
@@ -105,7 +106,7 @@ struct RowFold {
       best.meet_noisy(z, first, n, Philox(draw.seed[row], draw.position[row]));
     }
     state.score[row] = best.score;
-    state.picked[row] = best.logit;
+    state.target_logit[row] = best.logit;
     state.token[row] = best.column;
   }
 };
@@ -154,9 +155,9 @@ int32_t latro_cpu_linear_sample(const void* hidden, int64_t hidden_row_step,
                                 int64_t weight_row_step, int64_t weight_col_step, int32_t dtype,
                                 int32_t bf16_products, const float* bias, const int64_t* seed,
                                 const int64_t* position, int64_t first_col, int32_t greedy,
-                                int64_t* token, float* score, float* picked, float* peak,
-                                float* total, float* weighted, int64_t N, int64_t H, int64_t V,
-                                float softcap, float temperature, int64_t threads) {
+                                int64_t* token, float* score, float* target_logit, float* row_max,
+                                float* sum_exp, float* weighted_sum, int64_t N, int64_t H,
+                                int64_t V, float softcap, float temperature, int64_t threads) {
   return with_types(dtype, bf16_products, [&](auto gemm, auto element) -> int32_t {
     using T = decltype(element);
     const Head<T> head{{static_cast<const T*>(hidden), hidden_row_step, hidden_col_step},
@@ -166,7 +167,7 @@ int32_t latro_cpu_linear_sample(const void* hidden, int64_t hidden_row_step,
                        H,
                        V,
                        Transform{softcap, temperature}};
-    const RowState state{token, score, picked, peak, total, weighted};
+    const RowState state{token, score, target_logit, row_max, sum_exp, weighted_sum};
     state.clear(N, first_col);
     const RowFold<T> fold{head, Draw{seed, position, first_col, greedy != 0}, state};
     if (N <= kFewRows) {

@@ -94,68 +94,73 @@ struct Transform {
   }
 };
 
-// Which of a row's sums are made: total; weighted too; square_total and logit_total too. The value
-// is how many.
-enum Sums { kTotal = 1, kEntropy = 2, kAllSums = 4 };
+// Which of a row's sums are made: sum_exp; weighted_sum too; square_sum and logit_sum too. The
+// value is how many.
+enum Sums { kSumExp = 1, kEntropy = 2, kAllSums = 4 };
 
-// The running state of one row. Of exp(z - peak), `total` is the sum, `weighted` the sum of its
-// products with z - peak, `square_total` that of its squares; `logit_total` is the sum of z.
+// The running state of one row. Of exp(z - row_max), `sum_exp` is the sum, `weighted_sum` the sum
+// of its products with z - row_max, `square_sum` that of its squares; `logit_sum` is the sum of z.
 struct State {
-  float peak = -kInfinity, total = 0.0f, weighted = 0.0f, square_total = 0.0f, logit_total = 0.0f;
+  float row_max = -kInfinity, sum_exp = 0.0f, weighted_sum = 0.0f, square_sum = 0.0f,
+        logit_sum = 0.0f;
 
   void add(const float* z, int64_t n, Sums sums) {
-    const float largest = latro::largest(z, n, peak);
-    // A row that is -inf so far has no peak to subtract.
+    const float largest = latro::largest(z, n, row_max);
+    // A row that is -inf so far has no maximum to subtract.
     const float shift = largest == -kInfinity ? 0.0f : largest;
-    const float drop = peak - shift;
+    const float drop = row_max - shift;
     const float shrink = std::exp(drop);
-    float sum = 0.0f, moment = 0.0f, square = 0.0f, plain = 0.0f;
+    State added;  // of these n logits, under the new maximum
     for (int64_t begin = 0; begin < n; begin += kStretch) {
       const int64_t end = std::min(begin + kStretch, n);
-      float some = 0.0f, of_some = 0.0f, some_squares = 0.0f, some_logits = 0.0f;
+      float exps = 0.0f, products = 0.0f, squares = 0.0f, logits = 0.0f;
       if (sums == kAllSums) {
-#pragma omp simd reduction(+ : some, of_some, some_squares, some_logits)
+#pragma omp simd reduction(+ : exps, products, squares, logits)
         for (int64_t j = begin; j < end; ++j) {
           const float distance = z[j] - shift;
           const float e = exp_vec(distance);
-          some += e;
-          of_some += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
-          some_squares += e * e;
-          some_logits += z[j];
+          exps += e;
+          products += e == 0.0f ? 0.0f : e * distance;  // 0 * -inf counts as 0
+          squares += e * e;
+          logits += z[j];
         }
       } else if (sums == kEntropy) {
-#pragma omp simd reduction(+ : some, of_some)
+#pragma omp simd reduction(+ : exps, products)
         for (int64_t j = begin; j < end; ++j) {
           const float distance = z[j] - shift;
           const float e = exp_vec(distance);
-          some += e;
-          of_some += e == 0.0f ? 0.0f : e * distance;
+          exps += e;
+          products += e == 0.0f ? 0.0f : e * distance;
         }
       } else {
-#pragma omp simd reduction(+ : some)
-        for (int64_t j = begin; j < end; ++j) some += exp_vec(z[j] - shift);
+#pragma omp simd reduction(+ : exps)
+        for (int64_t j = begin; j < end; ++j) exps += exp_vec(z[j] - shift);
       }
-      sum += some;
-      moment += of_some;
-      square += some_squares;
-      plain += some_logits;
+      added.sum_exp += exps;
+      added.weighted_sum += products;
+      added.square_sum += squares;
+      added.logit_sum += logits;
     }
     if (sums >= kEntropy) {
-      weighted = shrink == 0.0f ? moment : shrink * (weighted + drop * total) + moment;
+      if (shrink == 0.0f) {
+        weighted_sum = added.weighted_sum;
+      } else {
+        weighted_sum = shrink * (weighted_sum + drop * sum_exp) + added.weighted_sum;
+      }
     }
     if (sums == kAllSums) {
-      square_total = square_total * (shrink * shrink) + square;
-      logit_total += plain;
+      square_sum = square_sum * (shrink * shrink) + added.square_sum;
+      logit_sum += added.logit_sum;
     }
-    total = total * shrink + sum;
-    peak = largest;
+    sum_exp = sum_exp * shrink + added.sum_exp;
+    row_max = largest;
   }
 };
 
 // What the backward knows of one row; the formulas stand in latro_kernels/row_statistics.
 struct RowGrad {
   float grad_logp, grad_entropy;  // upstream
-  float logp, offset, grad_square, peak, log_total;
+  float logp, offset, grad_square, row_max, log_sum;
   bool has_offset;  // else grad_entropy, offset and grad_square are 0
 
   bool is_zero() const {
@@ -166,18 +171,18 @@ struct RowGrad {
   // where it is not among them.
   void logits(const float* z, int64_t n, int64_t hit, float* dz) const {
     const float g = grad_logp, h = grad_entropy, r = grad_square;
-    const float shift = peak, log_sum = log_total;
+    const float shift = row_max, log_of_sum = log_sum;
     if (has_offset) {
       const float constant = g + offset;
 #pragma omp simd
       for (int64_t j = 0; j < n; ++j) {
-        const float log_p = (z[j] - shift) - log_sum;
+        const float log_p = (z[j] - shift) - log_of_sum;
         const float p = exp_vec(log_p);
         dz[j] = p == 0.0f ? 0.0f : -p * (constant + h * log_p - r * p);
       }
     } else {
 #pragma omp simd
-      for (int64_t j = 0; j < n; ++j) dz[j] = -g * exp_vec((z[j] - shift) - log_sum);
+      for (int64_t j = 0; j < n; ++j) dz[j] = -g * exp_vec((z[j] - shift) - log_of_sum);
     }
     if (hit >= 0 && hit < n) {
       // 1 - p by expm1 of the log-prob that the forward kept: exact where p is close to 1.
@@ -190,12 +195,12 @@ struct RowGrad {
 
 // The same of every row, by its number; the arrays from grad_entropy to grad_square may be null.
 struct RowGradArrays {
-  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *peak, *log_total;
+  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *row_max, *log_sum;
 
   RowGrad row(int64_t i) const {
     const auto at = [i](const float* rows) { return rows != nullptr ? rows[i] : 0.0f; };
-    return {grad_logp[i],    at(grad_entropy), logp[i],      at(offset),
-            at(grad_square), peak[i],          log_total[i], offset != nullptr};
+    return {grad_logp[i],    at(grad_entropy), logp[i],    at(offset),
+            at(grad_square), row_max[i],       log_sum[i], offset != nullptr};
   }
 };
 

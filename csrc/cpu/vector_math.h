@@ -57,9 +57,9 @@ inline float tanh_vec(float x) {
   return magnitude < 0.625f ? small : signed_large;
 }
 
-// e^d as power * (1 + expm1), power a power of 2, to a relative error of about 1e-13, for d from -700
-// to 709: d = n ln 2 + r and expm1(r) by Taylor's series. What lies outside is taken for the nearer
-// end. No branch and no call, so that the loops over rows vectorise; NaN stays NaN.
+// e^d as power * (1 + expm1), power a power of 2, to a relative error of about 1e-13, for d from
+// -700 to 709: d = n ln 2 + r and expm1(r) by Taylor's series. What lies outside is taken for the
+// nearer end. No branch and no call, so that the loops over rows vectorise; NaN stays NaN.
 struct ExpParts {
   double power, expm1;
 };

@@ -26,7 +26,7 @@ constexpr int kResident = 4;
 // What the forward writes of each row. entropy, log_sum_p_squared and mean_logit may be null, the
 // last two together, and are if entropy is.
 struct Outputs {
-  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *peak, *log_total, *picked;
+  float *logp, *entropy, *log_sum_p_squared, *mean_logit, *row_max, *log_sum, *target_logit;
 };
 
 template <Sums kSums, typename T>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     if (target[i] < 0) {  // ignored
       if (threadIdx.x == 0) {
-        out.logp[i] = out.peak[i] = out.log_total[i] = out.picked[i] = 0.0f;
+        out.logp[i] = out.row_max[i] = out.log_sum[i] = out.target_logit[i] = 0.0f;
         if (kSums >= latro::kEntropy) out.entropy[i] = 0.0f;
         if (kSums == latro::kAllSums) out.log_sum_p_squared[i] = out.mean_logit[i] = 0.0f;
       }
@@ -53,17 +53,17 @@ __global__ void __launch_bounds__(kThreads)
     });
     state = latro::merge_block<kSums>(state);
     if (threadIdx.x == 0) {
-      float picked[] = {static_cast<float>(row[target[i]])};
-      transform.logits(picked);
-      const float log_total = logf(state.total);
-      out.peak[i] = state.peak;
-      out.log_total[i] = log_total;
-      out.picked[i] = picked[0];
-      out.logp[i] = (picked[0] - state.peak) - log_total;
-      if (kSums >= latro::kEntropy) out.entropy[i] = log_total - state.weighted / state.total;
+      float target_logit[] = {static_cast<float>(row[target[i]])};
+      transform.logits(target_logit);
+      const float log_sum = logf(state.sum_exp);
+      out.row_max[i] = state.row_max;
+      out.log_sum[i] = log_sum;
+      out.target_logit[i] = target_logit[0];
+      out.logp[i] = (target_logit[0] - state.row_max) - log_sum;
+      if (kSums >= latro::kEntropy) out.entropy[i] = log_sum - state.weighted_sum / state.sum_exp;
       if (kSums == latro::kAllSums) {
-        out.log_sum_p_squared[i] = logf(state.square_total) - 2.0f * log_total;
-        out.mean_logit[i] = state.logit_total / static_cast<float>(cols);
+        out.log_sum_p_squared[i] = logf(state.square_sum) - 2.0f * log_sum;
+        out.mean_logit[i] = state.logit_sum / static_cast<float>(cols);
       }
     }
   }
@@ -116,30 +116,30 @@ int32_t for_dtype(int32_t dtype, Run run) {
 
 int32_t latro_cuda_gather_logprob_forward(const void* logits, int32_t dtype, int64_t row_step,
                                           const int64_t* target, float* logp, float* entropy,
-                                          float* log_sum_p_squared, float* mean_logit, float* peak,
-                                          float* log_total, float* picked, int64_t rows,
-                                          int64_t cols, float softcap, float temperature,
-                                          void* stream) {
+                                          float* log_sum_p_squared, float* mean_logit,
+                                          float* row_max, float* log_sum, float* target_logit,
+                                          int64_t rows, int64_t cols, float softcap,
+                                          float temperature, void* stream) {
   if (rows == 0) return LATRO_OK;
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     auto* kernel = mean_logit != nullptr ? forward_kernel<latro::kAllSums, T>
                    : entropy != nullptr  ? forward_kernel<latro::kEntropy, T>
-                                         : forward_kernel<latro::kTotal, T>;
+                                         : forward_kernel<latro::kSumExp, T>;
     kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
         static_cast<const T*>(logits), row_step, target,
-        Outputs{logp, entropy, log_sum_p_squared, mean_logit, peak, log_total, picked}, rows, cols,
-        Transform{softcap, temperature});
+        Outputs{logp, entropy, log_sum_p_squared, mean_logit, row_max, log_sum, target_logit}, rows,
+        cols, Transform{softcap, temperature});
   });
 }
 
 int32_t latro_cuda_gather_logprob_backward(
     const void* logits, void* dlogits, int32_t dtype, int64_t row_step, int64_t drow_step,
     const int64_t* target, const float* grad_logp, const float* grad_entropy, const float* logp,
-    const float* offset, const float* grad_square, const float* peak, const float* log_total,
+    const float* offset, const float* grad_square, const float* row_max, const float* log_sum,
     int64_t rows, int64_t cols, float softcap, float temperature, void* stream) {
   if (rows == 0) return LATRO_OK;
-  const RowGrads grads{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total};
+  const RowGrads grads{grad_logp, grad_entropy, logp, offset, grad_square, row_max, log_sum};
   return for_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     auto* kernel =

@@ -78,36 +78,38 @@ __device__ float second_order(float x) {
 }
 constexpr float kClose = 0.5f;  // the next term of the series is under 2^-24 there
 
-// What the columns of a row come to, measured from the peaks and from the anchor.
+// What the columns of a row come to, measured from the maxima and from the anchor.
 struct Sums {
-  float total_p, total_q, moment, second;
+  float sum_exp_p, sum_exp_q, moment, second;
 };
 
 __device__ Sums operator+(Sums a, Sums b) {
-  return {a.total_p + b.total_p, a.total_q + b.total_q, a.moment + b.moment, a.second + b.second};
+  return {a.sum_exp_p + b.sum_exp_p, a.sum_exp_q + b.sum_exp_q, a.moment + b.moment,
+          a.second + b.second};
 }
 
 // The largest logits, and that of q in the column of p's; any of several such columns will do.
-struct Peaks {
+struct Maxima {
   float p, q, anchor;
 
   __device__ float distance() const { return p - anchor; }
 };
 
-__device__ Peaks highest(Peaks a, Peaks b) {
+__device__ Maxima highest(Maxima a, Maxima b) {
   const float anchor = a.p > b.p ? a.anchor : b.p > a.p ? b.anchor : fmaxf(a.anchor, b.anchor);
   return {fmaxf(a.p, b.p), fmaxf(a.q, b.q), anchor};
 }
 
-__device__ Peaks shuffle(Peaks x, int offset) {
+__device__ Maxima shuffle(Maxima x, int offset) {
   return {__shfl_xor_sync(kAllLanes, x.p, offset), __shfl_xor_sync(kAllLanes, x.q, offset),
           __shfl_xor_sync(kAllLanes, x.anchor, offset)};
 }
 
 __device__ Sums shuffle(Sums x, int offset) {
-  return {
-      __shfl_xor_sync(kAllLanes, x.total_p, offset), __shfl_xor_sync(kAllLanes, x.total_q, offset),
-      __shfl_xor_sync(kAllLanes, x.moment, offset), __shfl_xor_sync(kAllLanes, x.second, offset)};
+  return {__shfl_xor_sync(kAllLanes, x.sum_exp_p, offset),
+          __shfl_xor_sync(kAllLanes, x.sum_exp_q, offset),
+          __shfl_xor_sync(kAllLanes, x.moment, offset),
+          __shfl_xor_sync(kAllLanes, x.second, offset)};
 }
 
 // `x` of all threads of the block together; every thread gets the result.
@@ -126,48 +128,48 @@ __device__ T merge_block(T x, Merge merge) {
 
 // The running state of every row.
 struct State {
-  float *peak_p, *total_p, *peak_q, *total_q, *anchor, *moment, *second;
+  float *max_p, *sum_exp_p, *max_q, *sum_exp_q, *anchor, *moment, *second;
 };
 
-// What a row had summed before, seen from peaks that lie at or above those of before.
-__device__ Sums rescale(Sums sums, Peaks before, Peaks after) {
+// What a row had summed before, seen from maxima that lie at or above those of before.
+__device__ Sums rescale(Sums sums, Maxima before, Maxima after) {
   const float drop_p = before.p - after.p, drop_q = before.q - after.q;
   const float shrink_p = expf(drop_p), shrink_q = expf(drop_q);
   const float turn = drop_p - drop_q;
-  const float first = sums.moment + (before.q - before.anchor) * sums.total_p;
-  const float moved = shrink_p == 0.0f ? 0.0f : shrink_p * (first + turn * sums.total_p);
-  Sums scaled{sums.total_p * shrink_p, sums.total_q * shrink_q, 0.0f, 0.0f};
+  const float first = sums.moment + (before.q - before.anchor) * sums.sum_exp_p;
+  const float moved = shrink_p == 0.0f ? 0.0f : shrink_p * (first + turn * sums.sum_exp_p);
+  Sums scaled{sums.sum_exp_p * shrink_p, sums.sum_exp_q * shrink_q, 0.0f, 0.0f};
   if (shrink_p != 0.0f) {
     const float move = before.distance() - after.distance();
-    scaled.moment = shrink_p * (sums.moment + move * sums.total_p);
+    scaled.moment = shrink_p * (sums.moment + move * sums.sum_exp_p);
   }
   scaled.second =
       fabsf(turn) < kClose
           ? shrink_q * sums.second +
-                shrink_p * (second_order(turn) * (sums.total_p - first) + turn * first)
-          : (scaled.total_q - scaled.total_p) + moved;
+                shrink_p * (second_order(turn) * (sums.sum_exp_p - first) + turn * first)
+          : (scaled.sum_exp_q - scaled.sum_exp_p) + moved;
   return scaled;
 }
 
 __global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state) {
   for (int64_t i = blockIdx.x; i < tiles.rows; i += gridDim.x) {
     const Row row = tiles.row(i);
-    const Peaks before{state.peak_p[i], state.peak_q[i], state.anchor[i]};
-    Peaks peaks{-kInfinity, -kInfinity, -kInfinity};
+    const Maxima before{state.max_p[i], state.max_q[i], state.anchor[i]};
+    Maxima maxima{-kInfinity, -kInfinity, -kInfinity};
     row.for_each([&](int64_t, auto zp, auto zq) {
       for (int k = 0; k < zp.kSize; ++k) {
-        peaks = highest({zp.at[k], zq.at[k], zq.at[k]}, peaks);
+        maxima = highest({zp.at[k], zq.at[k], zq.at[k]}, maxima);
       }
     });
-    peaks = merge_block(peaks, highest);
+    maxima = merge_block(maxima, highest);
     // A finite number must stand there for differences from it to be numbers.
-    if (peaks.anchor == -kInfinity) peaks.anchor = 0.0f;
-    if (!(peaks.p > before.p)) peaks.anchor = before.anchor;
-    peaks.p = fmaxf(peaks.p, before.p);
-    peaks.q = fmaxf(peaks.q, before.q);
-    // A row that is -inf so far has no peak to subtract.
-    const Peaks shift{peaks.p == -kInfinity ? 0.0f : peaks.p, peaks.q == -kInfinity ? 0.0f : peaks.q,
-                      peaks.anchor};
+    if (maxima.anchor == -kInfinity) maxima.anchor = 0.0f;
+    if (!(maxima.p > before.p)) maxima.anchor = before.anchor;
+    maxima.p = fmaxf(maxima.p, before.p);
+    maxima.q = fmaxf(maxima.q, before.q);
+    // A row that is -inf so far has no maximum to subtract.
+    const Maxima shift{maxima.p == -kInfinity ? 0.0f : maxima.p,
+                       maxima.q == -kInfinity ? 0.0f : maxima.q, maxima.anchor};
     Sums sums{};
     row.for_each([&](int64_t, auto zp, auto zq) {
       for (int k = 0; k < zp.kSize; ++k) {
@@ -183,13 +185,13 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state
     });
     sums = merge_block(sums, [](Sums a, Sums b) { return a + b; });
     if (threadIdx.x == 0) {
-      const Sums old{state.total_p[i], state.total_q[i], state.moment[i], state.second[i]};
+      const Sums old{state.sum_exp_p[i], state.sum_exp_q[i], state.moment[i], state.second[i]};
       sums = rescale(old, before, shift) + sums;
-      state.peak_p[i] = peaks.p;
-      state.peak_q[i] = peaks.q;
-      state.anchor[i] = peaks.anchor;
-      state.total_p[i] = sums.total_p;
-      state.total_q[i] = sums.total_q;
+      state.max_p[i] = maxima.p;
+      state.max_q[i] = maxima.q;
+      state.anchor[i] = maxima.anchor;
+      state.sum_exp_p[i] = sums.sum_exp_p;
+      state.sum_exp_q[i] = sums.sum_exp_q;
       state.moment[i] = sums.moment;
       state.second[i] = sums.second;
     }
@@ -197,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(Tiles tiles, State state
 }
 
 struct RowGrad {
-  const float *grad_kl, *anchor, *mean, *peak_p, *total_p, *peak_q, *total_q;
+  const float *grad_kl, *anchor, *mean, *max_p, *sum_exp_p, *max_q, *sum_exp_q;
 };
 
 template <bool kOfQ, typename T>
@@ -206,16 +208,16 @@ __global__ void __launch_bounds__(kThreads) grad_kernel(Tiles tiles, T* dtile, R
     const Row row = tiles.row(i);
     T* drow = dtile + i * tiles.cols;
     const float g = grad.grad_kl[i], mean = grad.mean[i];
-    const float peak_p = grad.peak_p[i], total_p = grad.total_p[i];
-    const float peak_q = grad.peak_q[i], total_q = grad.total_q[i];
-    const float at_anchor = peak_p - grad.anchor[i];
+    const float max_p = grad.max_p[i], sum_exp_p = grad.sum_exp_p[i];
+    const float max_q = grad.max_q[i], sum_exp_q = grad.sum_exp_q[i];
+    const float at_anchor = max_p - grad.anchor[i];
     row.for_each([&](int64_t j, auto zp, auto zq) {
       constexpr int n = zp.kSize;
       float dz[n];
       for (int k = 0; k < n; ++k) {
-        const float p = expf(zp.at[k] - peak_p) / total_p;
+        const float p = expf(zp.at[k] - max_p) / sum_exp_p;
         if constexpr (kOfQ) {
-          dz[k] = g * (expf(zq.at[k] - peak_q) / total_q - p);
+          dz[k] = g * (expf(zq.at[k] - max_q) / sum_exp_q - p);
         } else {
           dz[k] = p == 0.0f ? 0.0f : g * p * (((zp.at[k] - zq.at[k]) - at_anchor) - mean);
         }
@@ -237,29 +239,29 @@ void launch_grad(const Tiles& tiles, void* dtile, bool of_q, const RowGrad& grad
 }  // namespace
 
 int32_t latro_cuda_linear_kl_fold(const float* tile_p, const float* tile_q, const float* bias_p,
-                                  const float* bias_q, float* peak_p, float* total_p, float* peak_q,
-                                  float* total_q, float* anchor, float* moment, float* second,
+                                  const float* bias_q, float* max_p, float* sum_exp_p, float* max_q,
+                                  float* sum_exp_q, float* anchor, float* moment, float* second,
                                   int64_t rows, int64_t cols, float softcap_p, float temperature_p,
                                   float softcap_q, float temperature_q, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
   const Transform p{softcap_p, temperature_p}, q{softcap_q, temperature_q};
   const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, p, q};
   fold_kernel<<<blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tiles, State{peak_p, total_p, peak_q, total_q, anchor, moment, second});
+      tiles, State{max_p, sum_exp_p, max_q, sum_exp_q, anchor, moment, second});
   return cudaGetLastError();
 }
 
 int32_t latro_cuda_linear_kl_grad(const float* tile_p, const float* tile_q, const float* bias_p,
                                   const float* bias_q, void* dtile, int32_t dtype, int32_t of_q,
                                   const float* grad_kl, const float* anchor, const float* mean,
-                                  const float* peak_p, const float* total_p, const float* peak_q,
-                                  const float* total_q, int64_t rows, int64_t cols, float softcap_p,
-                                  float temperature_p, float softcap_q, float temperature_q,
-                                  void* stream) {
+                                  const float* max_p, const float* sum_exp_p, const float* max_q,
+                                  const float* sum_exp_q, int64_t rows, int64_t cols,
+                                  float softcap_p, float temperature_p, float softcap_q,
+                                  float temperature_q, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
   const Transform p{softcap_p, temperature_p}, q{softcap_q, temperature_q};
   const Tiles tiles{tile_p, tile_q, bias_p, bias_q, rows, cols, p, q};
-  const RowGrad grad{grad_kl, anchor, mean, peak_p, total_p, peak_q, total_q};
+  const RowGrad grad{grad_kl, anchor, mean, max_p, sum_exp_p, max_q, sum_exp_q};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {
     launch_grad<float>(tiles, dtile, of_q, grad, on);

@@ -31,9 +31,9 @@ __device__ void logits_of(const Pack<float, n>& products, const float* bias, int
 
 template <Sums kSums>
 __global__ void __launch_bounds__(kThreads)
-    fold_kernel(const float* tile, const float* bias, const int64_t* target, float* peak,
-                float* total, float* picked, float* weighted, float* square_total,
-                float* logit_total, int64_t rows, int64_t cols, int64_t first_col,
+    fold_kernel(const float* tile, const float* bias, const int64_t* target, float* row_max,
+                float* sum_exp, float* target_logit, float* weighted_sum, float* square_sum,
+                float* logit_sum, int64_t rows, int64_t cols, int64_t first_col,
                 Transform transform) {
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const int64_t hit = target[i] - first_col;
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads)
       logits_of(products, bias, j, transform, z);
       if (j <= hit && hit < j + n) {
         for (int k = 0; k < n; ++k) {
-          if (j + k == hit) picked[i] = z[k];
+          if (j + k == hit) target_logit[i] = z[k];
         }
       }
       state.add<kSums>(z);
@@ -52,20 +52,20 @@ __global__ void __launch_bounds__(kThreads)
     state = latro::merge_block<kSums>(state);
     if (threadIdx.x == 0) {
       State before;
-      before.peak = peak[i];
-      before.total = total[i];
-      if (kSums >= latro::kEntropy) before.weighted = weighted[i];
+      before.row_max = row_max[i];
+      before.sum_exp = sum_exp[i];
+      if (kSums >= latro::kEntropy) before.weighted_sum = weighted_sum[i];
       if (kSums == latro::kAllSums) {
-        before.square_total = square_total[i];
-        before.logit_total = logit_total[i];
+        before.square_sum = square_sum[i];
+        before.logit_sum = logit_sum[i];
       }
       state = latro::merge<kSums>(before, state);
-      peak[i] = state.peak;
-      total[i] = state.total;
-      if (kSums >= latro::kEntropy) weighted[i] = state.weighted;
+      row_max[i] = state.row_max;
+      sum_exp[i] = state.sum_exp;
+      if (kSums >= latro::kEntropy) weighted_sum[i] = state.weighted_sum;
       if (kSums == latro::kAllSums) {
-        square_total[i] = state.square_total;
-        logit_total[i] = state.logit_total;
+        square_sum[i] = state.square_sum;
+        logit_sum[i] = state.logit_sum;
       }
     }
   }
@@ -107,27 +107,27 @@ void launch_grad(const float* tile, void* dtile, const float* bias, const int64_
 }  // namespace
 
 int32_t latro_cuda_linear_logprob_fold(const float* tile, const float* bias, const int64_t* target,
-                                       float* peak, float* total, float* picked, float* weighted,
-                                       float* square_total, float* logit_total, int64_t rows,
-                                       int64_t cols, int64_t first_col, float softcap,
+                                       float* row_max, float* sum_exp, float* target_logit,
+                                       float* weighted_sum, float* square_sum, float* logit_sum,
+                                       int64_t rows, int64_t cols, int64_t first_col, float softcap,
                                        float temperature, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
-  auto* kernel = square_total != nullptr ? fold_kernel<latro::kAllSums>
-                 : weighted != nullptr   ? fold_kernel<latro::kEntropy>
-                                         : fold_kernel<latro::kTotal>;
+  auto* kernel = square_sum != nullptr     ? fold_kernel<latro::kAllSums>
+                 : weighted_sum != nullptr ? fold_kernel<latro::kEntropy>
+                                           : fold_kernel<latro::kSumExp>;
   kernel<<<latro::blocks_for(rows), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-      tile, bias, target, peak, total, picked, weighted, square_total, logit_total, rows, cols,
-      first_col, Transform{softcap, temperature});
+      tile, bias, target, row_max, sum_exp, target_logit, weighted_sum, square_sum, logit_sum, rows,
+      cols, first_col, Transform{softcap, temperature});
   return cudaGetLastError();
 }
 
 int32_t latro_cuda_linear_logprob_grad(
     const float* tile, void* dtile, int32_t dtype, const float* bias, const int64_t* target,
     const float* grad_logp, const float* grad_entropy, const float* logp, const float* offset,
-    const float* grad_square, const float* peak, const float* log_total, int64_t rows, int64_t cols,
-    int64_t first_col, float softcap, float temperature, void* stream) {
+    const float* grad_square, const float* row_max, const float* log_sum, int64_t rows,
+    int64_t cols, int64_t first_col, float softcap, float temperature, void* stream) {
   if (rows == 0 || cols == 0) return LATRO_OK;
-  const RowGrads grads{grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total};
+  const RowGrads grads{grad_logp, grad_entropy, logp, offset, grad_square, row_max, log_sum};
   const Transform transform{softcap, temperature};
   const auto on = static_cast<cudaStream_t>(stream);
   if (dtype == LATRO_F32) {

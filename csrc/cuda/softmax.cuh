@@ -64,8 +64,10 @@ class Transform {
   float scale_, into_tanh_, cap_, out_of_cap_;
 };
 
-// exp(z - peak) and the like, for peaks that may still be -inf.
-__device__ inline float distance(float z, float peak) { return peak == -kInfinity ? z : z - peak; }
+// exp(z - row_max) and the like, for maxima that may still be -inf.
+__device__ inline float distance(float z, float row_max) {
+  return row_max == -kInfinity ? z : z - row_max;
+}
 
 // exp(x) in two instructions, where expf has eight: a relative error of 2^-22 near x = 0, growing
 // by 2^-24 with every unit of x, and 0 for what is under 2^-126.
@@ -75,38 +77,39 @@ __device__ inline float fast_exp(float x) {
   return power;
 }
 
-// Which of a row's sums are made: total; weighted too; square_total and logit_total too. The value
-// is how many.
-enum Sums { kTotal = 1, kEntropy = 2, kAllSums = 4 };
+// Which of a row's sums are made: sum_exp; weighted_sum too; square_sum and logit_sum too. The
+// value is how many.
+enum Sums { kSumExp = 1, kEntropy = 2, kAllSums = 4 };
 
-// What a part of a row comes to. Of exp(z - peak), `total` is the sum, `weighted` the sum of its
-// products with z - peak, `square_total` that of its squares; `logit_total` is the sum of z.
+// What a part of a row comes to. Of exp(z - row_max), `sum_exp` is the sum, `weighted_sum` the sum
+// of its products with z - row_max, `square_sum` that of its squares; `logit_sum` is the sum of z.
 struct State {
-  float peak = -kInfinity, total = 0.0f, weighted = 0.0f, square_total = 0.0f, logit_total = 0.0f;
+  float row_max = -kInfinity, sum_exp = 0.0f, weighted_sum = 0.0f, square_sum = 0.0f,
+        logit_sum = 0.0f;
 
   template <Sums kSums, int n>
   __device__ void add(const float (&z)[n]) {
-    float largest = peak;
+    float largest = row_max;
     for (int k = 0; k < n; ++k) largest = fmaxf(largest, z[k]);
-    if (largest > peak) {
-      const float drop = peak - largest;
+    if (largest > row_max) {
+      const float drop = row_max - largest;
       const float shrink = expf(drop);
       if (kSums >= kEntropy) {
-        weighted = shrink == 0.0f ? 0.0f : shrink * (weighted + drop * total);
+        weighted_sum = shrink == 0.0f ? 0.0f : shrink * (weighted_sum + drop * sum_exp);
       }
-      if (kSums == kAllSums) square_total *= shrink * shrink;
-      total *= shrink;
-      peak = largest;
+      if (kSums == kAllSums) square_sum *= shrink * shrink;
+      sum_exp *= shrink;
+      row_max = largest;
     }
-    const float shift = peak == -kInfinity ? 0.0f : peak;
+    const float shift = row_max == -kInfinity ? 0.0f : row_max;
     for (int k = 0; k < n; ++k) {
       const float below = z[k] - shift;
       const float e = fast_exp(below);
-      total += e;
-      if (kSums >= kEntropy && e != 0.0f) weighted += e * below;  // 0 * -inf counts as 0
+      sum_exp += e;
+      if (kSums >= kEntropy && e != 0.0f) weighted_sum += e * below;  // 0 * -inf counts as 0
       if (kSums == kAllSums) {
-        square_total += e * e;
-        logit_total += z[k];
+        square_sum += e * e;
+        logit_sum += z[k];
       }
     }
   }
@@ -115,17 +118,16 @@ struct State {
 template <Sums kSums>
 __device__ State merge(State a, State b) {
   State sum;
-  sum.peak = a.peak > b.peak ? a.peak : b.peak;
-  const float drop_a = distance(a.peak, sum.peak), drop_b = distance(b.peak, sum.peak);
+  sum.row_max = a.row_max > b.row_max ? a.row_max : b.row_max;
+  const float drop_a = distance(a.row_max, sum.row_max), drop_b = distance(b.row_max, sum.row_max);
   const float shrink_a = expf(drop_a), shrink_b = expf(drop_b);
-  sum.total = a.total * shrink_a + b.total * shrink_b;
+  sum.sum_exp = a.sum_exp * shrink_a + b.sum_exp * shrink_b;
   // 0 * -inf counts as 0.
-  if (shrink_a != 0.0f) sum.weighted += shrink_a * (a.weighted + drop_a * a.total);
-  if (shrink_b != 0.0f) sum.weighted += shrink_b * (b.weighted + drop_b * b.total);
+  if (shrink_a != 0.0f) sum.weighted_sum += shrink_a * (a.weighted_sum + drop_a * a.sum_exp);
+  if (shrink_b != 0.0f) sum.weighted_sum += shrink_b * (b.weighted_sum + drop_b * b.sum_exp);
   if (kSums == kAllSums) {
-    sum.square_total =
-        a.square_total * (shrink_a * shrink_a) + b.square_total * (shrink_b * shrink_b);
-    sum.logit_total = a.logit_total + b.logit_total;
+    sum.square_sum = a.square_sum * (shrink_a * shrink_a) + b.square_sum * (shrink_b * shrink_b);
+    sum.logit_sum = a.logit_sum + b.logit_sum;
   }
   return sum;
 }
@@ -134,12 +136,12 @@ template <Sums kSums>
 __device__ State merge_warp(State state) {
   for (int offset = 16; offset > 0; offset /= 2) {
     State other;
-    other.peak = __shfl_xor_sync(kAllLanes, state.peak, offset);
-    other.total = __shfl_xor_sync(kAllLanes, state.total, offset);
-    other.weighted = __shfl_xor_sync(kAllLanes, state.weighted, offset);
+    other.row_max = __shfl_xor_sync(kAllLanes, state.row_max, offset);
+    other.sum_exp = __shfl_xor_sync(kAllLanes, state.sum_exp, offset);
+    other.weighted_sum = __shfl_xor_sync(kAllLanes, state.weighted_sum, offset);
     if (kSums == kAllSums) {
-      other.square_total = __shfl_xor_sync(kAllLanes, state.square_total, offset);
-      other.logit_total = __shfl_xor_sync(kAllLanes, state.logit_total, offset);
+      other.square_sum = __shfl_xor_sync(kAllLanes, state.square_sum, offset);
+      other.logit_sum = __shfl_xor_sync(kAllLanes, state.logit_sum, offset);
     }
     state = merge<kSums>(state, other);
   }
@@ -149,28 +151,28 @@ __device__ State merge_warp(State state) {
 // The state of the whole block's part of a row; right in the first warp.
 template <Sums kSums>
 __device__ State merge_block(State state) {
-  __shared__ float peak[kWarps], total[kWarps], weighted[kWarps];
-  __shared__ float square_total[kWarps], logit_total[kWarps];
+  __shared__ float row_max[kWarps], sum_exp[kWarps], weighted_sum[kWarps];
+  __shared__ float square_sum[kWarps], logit_sum[kWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   state = merge_warp<kSums>(state);
   if (lane == 0) {
-    peak[warp] = state.peak;
-    total[warp] = state.total;
-    weighted[warp] = state.weighted;
+    row_max[warp] = state.row_max;
+    sum_exp[warp] = state.sum_exp;
+    weighted_sum[warp] = state.weighted_sum;
     if (kSums == kAllSums) {
-      square_total[warp] = state.square_total;
-      logit_total[warp] = state.logit_total;
+      square_sum[warp] = state.square_sum;
+      logit_sum[warp] = state.logit_sum;
     }
   }
   __syncthreads();
   state = State{};
   if (lane < kWarps) {
-    state.peak = peak[lane];
-    state.total = total[lane];
-    state.weighted = weighted[lane];
+    state.row_max = row_max[lane];
+    state.sum_exp = sum_exp[lane];
+    state.weighted_sum = weighted_sum[lane];
     if (kSums == kAllSums) {
-      state.square_total = square_total[lane];
-      state.logit_total = logit_total[lane];
+      state.square_sum = square_sum[lane];
+      state.logit_sum = logit_sum[lane];
     }
   }
   __syncthreads();  // the arrays are free for the next row
@@ -183,7 +185,7 @@ enum Terms { kLogp, kOffset, kSquare };
 
 // What the backward knows of one row; the formulas stand in latro_kernels/row_statistics.
 struct RowGrad {
-  float grad_logp, grad_entropy, logp, offset, grad_square, peak, log_total;
+  float grad_logp, grad_entropy, logp, offset, grad_square, row_max, log_sum;
 
   __device__ bool is_zero() const {
     return grad_logp == 0.0f && grad_entropy == 0.0f && offset == 0.0f && grad_square == 0.0f;
@@ -194,7 +196,7 @@ struct RowGrad {
   template <Terms kTerms, int n>
   __device__ void logits(const float (&z)[n], int64_t target, float (&dz)[n]) const {
     for (int k = 0; k < n; ++k) {
-      const float log_p = (z[k] - peak) - log_total;
+      const float log_p = (z[k] - row_max) - log_sum;
       const float p = fast_exp(log_p);
       dz[k] = with_offset<kTerms>(-grad_logp * p, p, log_p);
     }
@@ -215,7 +217,7 @@ struct RowGrad {
 
 // The same of every row; grad_entropy, offset and grad_square are null where there is none.
 struct RowGrads {
-  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *peak, *log_total;
+  const float *grad_logp, *grad_entropy, *logp, *offset, *grad_square, *row_max, *log_sum;
 
   template <Terms kTerms>
   __device__ RowGrad row(int64_t i) const {
@@ -224,8 +226,8 @@ struct RowGrads {
             logp[i],
             kTerms >= kOffset ? offset[i] : 0.0f,
             kTerms == kSquare ? grad_square[i] : 0.0f,
-            peak[i],
-            log_total[i]};
+            row_max[i],
+            log_sum[i]};
   }
 
   // Returns one of a kernel's three forms: the one for these terms.

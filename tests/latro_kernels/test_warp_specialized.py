@@ -74,15 +74,15 @@ def test_it_fits(chosen: tuple[str, ...]) -> None:
 
 def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
     """Do what `fused.merge` does, for a state that is empty."""
-    peak, total, picked, *moment = parts.double()
-    largest = peak.amax(0)
-    drop = peak - largest
+    row_max, sum_exp, target_logit, *weighted_sum = parts.double()
+    largest = row_max.amax(0)
+    drop = row_max - largest
     state.row_max.copy_(largest)
-    state.sum_exp.copy_((drop.exp() * total).sum(0))
-    state.target_logit.copy_(picked.amax(0))
+    state.sum_exp.copy_((drop.exp() * sum_exp).sum(0))
+    state.target_logit.copy_(target_logit.amax(0))
     if state.weighted_sum is not None:
         # 0 * -inf counts as 0.
-        of_parts = drop.exp() * (moment[0] + drop * total)
+        of_parts = drop.exp() * (weighted_sum[0] + drop * sum_exp)
         state.weighted_sum.copy_(of_parts.where(drop > -torch.inf, 0).sum(0))
 
 

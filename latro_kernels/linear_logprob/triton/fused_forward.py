@@ -233,42 +233,44 @@ def merge_kernel(
     if WITH_FURTHER_SUMS:
         square_sum = tl.load(square_sum_ptr + i, mask=in_rows, other=0.0)
         logit_sum = tl.load(logit_sum_ptr + i, mask=in_rows, other=0.0)
-    peaks = parts_ptr + i
-    totals = peaks + stride_part
-    picks = totals + stride_part
-    moments = picks + stride_part
-    squares = moments + stride_part
-    logits = squares + stride_part
+    row_max_parts = parts_ptr + i
+    sum_exp_parts = row_max_parts + stride_part
+    target_logit_parts = sum_exp_parts + stride_part
+    weighted_sum_parts = target_logit_parts + stride_part
+    square_sum_parts = weighted_sum_parts + stride_part
+    logit_sum_parts = square_sum_parts + stride_part
     target = tl.load(target_ptr + i, mask=in_rows, other=-1)
     is_here = in_rows & (target >= begin) & (target < end)
     split = tl.where(is_here, (target - begin) // split_columns, 0)
-    tl.store(target_logit_ptr + i, tl.load(picks + split * N, mask=is_here), mask=is_here)
+    tl.store(
+        target_logit_ptr + i, tl.load(target_logit_parts + split * N, mask=is_here), mask=is_here
+    )
     for _ in range(splits):
-        part_peak = tl.load(peaks, mask=in_rows, other=0.0)
-        part_total = tl.load(totals, mask=in_rows, other=0.0)
-        largest = tl.maximum(row_max, part_peak)
+        part_max = tl.load(row_max_parts, mask=in_rows, other=0.0)
+        part_sum_exp = tl.load(sum_exp_parts, mask=in_rows, other=0.0)
+        largest = tl.maximum(row_max, part_max)
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         drop = row_max - shift
-        part_drop = part_peak - shift
+        part_drop = part_max - shift
         shrink = tl.exp(drop)
         part_shrink = tl.exp(part_drop)
         if WITH_ENTROPY:
-            part_weighted = tl.load(moments, mask=in_rows, other=0.0)
+            part_weighted = tl.load(weighted_sum_parts, mask=in_rows, other=0.0)
             # 0 * -inf counts as 0.
             weighted_sum = tl.where(shrink == 0.0, 0.0, shrink * (weighted_sum + drop * sum_exp))
-            part_weighted = part_shrink * (part_weighted + part_drop * part_total)
+            part_weighted = part_shrink * (part_weighted + part_drop * part_sum_exp)
             weighted_sum += tl.where(part_shrink == 0.0, 0.0, part_weighted)
         if WITH_FURTHER_SUMS:
-            part_square = tl.load(squares, mask=in_rows, other=0.0)
+            part_square = tl.load(square_sum_parts, mask=in_rows, other=0.0)
             square_sum = square_sum * (shrink * shrink) + part_square * (part_shrink * part_shrink)
-            logit_sum += tl.load(logits, mask=in_rows, other=0.0)
-        sum_exp = sum_exp * shrink + part_total * part_shrink
+            logit_sum += tl.load(logit_sum_parts, mask=in_rows, other=0.0)
+        sum_exp = sum_exp * shrink + part_sum_exp * part_shrink
         row_max = largest
-        peaks += N
-        totals += N
-        moments += N
-        squares += N
-        logits += N
+        row_max_parts += N
+        sum_exp_parts += N
+        weighted_sum_parts += N
+        square_sum_parts += N
+        logit_sum_parts += N
     tl.store(row_max_ptr + i, row_max, mask=in_rows)
     tl.store(sum_exp_ptr + i, sum_exp, mask=in_rows)
     if WITH_ENTROPY:

@@ -107,7 +107,7 @@ def test_any_strides(more: dict[str, Any], options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_part_of_the_vocabulary_of_minus_infinity(dtype: torch.dtype) -> None:
-    """As a rank may have it: its pull counts for nothing, which it does not as NaN."""
+    """As a rank may have it: its dx_sum counts for nothing, which it does not as NaN."""
     given = problem((5, 9, 100), dtype, bias=True)
     found = of_a_part(given.but(bias=torch.full_like(given["bias"], -torch.inf)))
     assert (found["row_max"] == -torch.inf).all()
