@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +28,7 @@ from latro.errors import reading, writing
 from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
     PARTIAL,
+    STATE,
     check_optimizer_state,
     last_whole_checkpoint,
     publish,
@@ -59,6 +62,8 @@ class _Beginning(TrainerCallback):
 
 _SHOWN_KEYS = 5
 
+_logger = logging.getLogger(__name__)
+
 
 class LongRunTrainer(Trainer):
     """A Trainer whose checkpoints are never half written, and which stops cleanly at signals.
@@ -80,6 +85,8 @@ class LongRunTrainer(Trainer):
         self.interruption = Interruption()
         self._partial: Path | None = None
         self._saved_step: int | None = None
+        self._best_is_loaded = False
+        self._resumed_from: Path | None = None
         self._holds_output = False
         self._owns_output = False
         self._model_facts: Facts | None = None
@@ -113,6 +120,8 @@ class LongRunTrainer(Trainer):
         if resume_from_checkpoint:
             check_identity(resume_from_checkpoint, self._identity)
         self._saved_step = None
+        self._best_is_loaded = False
+        self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         with self.holding_output(), self.interruption:
             run_dir = Path(self.args.output_dir)
             if (
@@ -121,7 +130,8 @@ class LongRunTrainer(Trainer):
             ):
                 self._owns_output = True
             output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-            if self.interruption.after_training(self.args) and not self._is_saved():
+            self.interruption.after_training(self.args)
+            if self.interruption.signal is not None and not self._is_saved():
                 self._save_checkpoint(self.model_wrapped, trial)
         return output
 
@@ -179,12 +189,43 @@ class LongRunTrainer(Trainer):
         """Clear the output folder, now that nothing else can fail before the first update."""
         # The checkpoint's state has the intervals of its own run; those of the arguments hold now.
         self.state.compute_steps(self.args, self.state.max_steps)
+        if self._resumed_from is not None:
+            self._find_best_checkpoint(self._resumed_from)
         if self.is_world_process_zero():
             delete(self._replaced)
             if self._owns_output:
                 remove_partial(Path(self.args.output_dir))
         self._replaced = []
         self._owns_output = True
+
+    def _find_best_checkpoint(self, resumed_from: Path) -> None:
+        """Name the best checkpoint by its place beside the one that the run goes on from.
+
+        The path in the state is that of the run before, whose folder may have been moved since, or
+        may be named otherwise now. Under another name it would not be known, and be deleted.
+        """
+        noted = json.loads((resumed_from / STATE).read_bytes()).get("best_model_checkpoint")
+        if noted is None:
+            return
+        run_dir = Path(self.args.output_dir)
+        folder = resumed_from.parent
+        if run_dir.resolve() == folder.resolve():
+            folder = run_dir
+        for best in (folder / Path(noted).name, Path(noted)):
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+                return
+        if self.is_world_process_zero():
+            _logger.warning(
+                "resume_from_checkpoint: the best checkpoint so far, %s, is neither there nor "
+                "beside %s; the best of the evaluations from here on is taken",
+                noted,
+                resumed_from,
+            )
+        # Against the old best metric no later model might count, and none be kept.
+        self.state.best_model_checkpoint = None
+        self.state.best_metric = None
+        self.state.best_global_step = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimiser as the Trainer does.
@@ -222,7 +263,7 @@ class LongRunTrainer(Trainer):
     def _is_saved(self) -> bool:
         # Where the best checkpoint was loaded at the end, it exists already, and the optimiser's
         # state belongs to the weights of another update.
-        return self.args.load_best_model_at_end or self._saved_step == self.state.global_step
+        return self._best_is_loaded or self._saved_step == self.state.global_step
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -272,6 +313,21 @@ class LongRunTrainer(Trainer):
         finally:
             if going_on is not None:
                 self.remove_callback(going_on)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        # A run that a signal stopped is not at its end, where the Trainer loads the best model and,
+        # with save_total_limit 1, deletes the checkpoint that the run goes on from.
+        self.interruption.after_training(self.args)
+        best = self.state.best_model_checkpoint
+        if self.interruption.signal is not None:
+            self.state.best_model_checkpoint = None
+        elif best is not None and not Path(best).is_dir():
+            _logger.warning("the best checkpoint, %s, is gone; the last model is kept", best)
+            self.state.best_model_checkpoint = best = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _make_up_evaluation(
         self, checkpoint: str, trial: Any, ignore_keys_for_eval: list[str] | None
@@ -367,6 +423,7 @@ class LongRunTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
+        self._best_is_loaded = True
         best = Path(self.state.best_model_checkpoint or "")
         with activity_kept(self.model):
             if any(best.glob(f"*/{ADAPTER_SAFE_WEIGHTS_NAME}")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def run(make_trainer, dataset, tmp_path, monkeypatch):
 
     def train(name, callbacks=(), resume=None, **settings):
         settings = {"num_generations": 2, "max_completion_length": 4, **settings}
-        trainer = make_trainer(output_dir=str(tmp_path / name), **settings)
+        trainer = make_trainer(**{"output_dir": str(tmp_path / name), **settings})
         trainer.eval_dataset = dataset.select(range(2))
         # It draws a picture at each evaluation, which would take most of the time.
         trainer.remove_callback(MetricsFiles)
@@ -123,6 +124,58 @@ def test_stopped_in_an_update_it_goes_on_as_if_it_had_not(run, settings, step):
     assert stopped.interruption.signal == signal.SIGTERM
     assert stopped.state.global_step == step + 1
     assert_same(run("run", resume=True, **settings), run("straight", **settings))
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate"])
+def test_a_stopped_run_keeps_the_checkpoint_that_it_goes_on_from(run, event):
+    # The first model is the best one, and stays the only one at a run's end.
+    settings = {**BEST, **STEPS, **LESS, "save_total_limit": 1}
+    step = {"on_step_begin": 2, "on_evaluate": 4}[event]
+    stopped = run("run", [Stop(event, step)], **settings)
+    folder = Path(stopped.args.output_dir)
+    last = stopped.state.global_step
+    assert {p.name for p in folder.glob("checkpoint-*")} == {"checkpoint-1", f"checkpoint-{last}"}
+    resumed = run("run", resume=True, **settings)
+    assert_same(resumed, run("straight", **settings))
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("otherwise", ["moved", "named by another path", "copied"])
+def test_the_best_checkpoint_is_found_where_the_run_goes_on(run, tmp_path, monkeypatch, otherwise):
+    settings = {**BEST, **STEPS, **LESS, "save_total_limit": 2}
+    monkeypatch.chdir(tmp_path)
+    first = Path("run") if otherwise == "named by another path" else tmp_path / "run"
+    run("run", [Stop("on_step_begin", 1)], **settings, output_dir=str(first))
+    goes_on = tmp_path / "run"
+    if otherwise != "named by another path":
+        goes_on = tmp_path / "elsewhere"
+        shutil.copytree(first, goes_on)
+    if otherwise == "moved":
+        shutil.rmtree(first)
+    resumed = run("run", resume=True, **settings, output_dir=str(goes_on))
+    assert resumed.state.best_model_checkpoint == str(goes_on / "checkpoint-1")
+    assert {p.name for p in goes_on.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-4"}
+    assert_same(resumed, run("straight", **settings))
+
+
+def test_where_the_best_checkpoint_is_lost_a_later_one_is_taken(run, caplog):
+    settings = {**BEST, **STEPS, **LESS}
+    stopped = run("run", [Stop("on_step_begin", 1)], **settings)
+    shutil.rmtree(stopped.state.best_model_checkpoint)
+    resumed = run("run", resume=True, **settings)
+    assert "best checkpoint so far" in caplog.text
+    assert best(resumed)[0] == "checkpoint-2"
+
+
+def test_where_the_best_checkpoint_is_deleted_the_last_model_is_kept(run, caplog):
+    class Delete(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 4 and state.best_model_checkpoint is not None:
+                shutil.rmtree(state.best_model_checkpoint, ignore_errors=True)
+
+    deleted = run("run", [Delete()], **BEST, **STEPS, **LESS, save_total_limit=1)
+    assert "is gone; the last model is kept" in caplog.text
+    assert deleted.state.best_model_checkpoint is None
 
 
 @pytest.mark.parametrize("step", [2, 4])
