@@ -201,7 +201,8 @@ class AnswerTrainer(EvaluatingTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Return the Trainer's, but an epoch's last batch has only the prompts that are left.
 
-        Every batch is made as a single process makes it, and cut into the processes' shares.
+        Every batch is made as a single process makes it, and cut into the processes' shares. The
+        order is that of `data_seed`, else of `seed`.
 
         Raises:
             ValueError: the trainer has no training dataset, or drops its only batch.
@@ -216,7 +217,12 @@ class AnswerTrainer(EvaluatingTrainer):
                 f"{len(self.train_dataset)} rows, which would all be dropped"
             )
         given = accelerator.dataloader_config
-        accelerator.dataloader_config = replace(given, split_batches=True, even_batches=False)
+        # The order of prompts would otherwise be drawn by torch's seed of the moment, which whoever
+        # shares the process may have set since, and which a resumed run would not have.
+        seed = self.args.seed if given.data_seed is None else given.data_seed
+        accelerator.dataloader_config = replace(
+            given, split_batches=True, even_batches=False, data_seed=seed
+        )
         try:
             return self._get_dataloader(
                 dataset=self.train_dataset,

@@ -65,7 +65,8 @@ class EvaluatingTrainer(LongRunTrainer):
     ) -> dict[str, float]:
         """Return accuracies on held-out rows, and what rationales add to the answers' likelihood.
 
-        The metrics are those of `latro.evaluation.accuracy.evaluate_model`.
+        The metrics are those of `latro.evaluation.accuracy.evaluate_model`. From the training on
+        they are in the output folder's files too.
 
         Raises:
             ValueError: neither the call nor the trainer has an evaluation dataset.
@@ -74,7 +75,9 @@ class EvaluatingTrainer(LongRunTrainer):
         if dataset is None:
             raise ValueError("eval_dataset: expected a dataset, got None")
         metrics, records = self._evaluated(dataset, metric_key_prefix)
-        if dataset is self.eval_dataset and self.is_world_process_zero():
+        # Before a training the folder may have another run's files.
+        kept = dataset is self.eval_dataset and self._owns_output
+        if kept and self.is_world_process_zero():
             HeldOutSamples.keep(self.args.output_dir, self.state.global_step, records)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(

@@ -28,10 +28,12 @@ class MetricsFiles(TrainerCallback):
 
     At the start of training the metrics are rewritten from the trainer's state: so a resumed run
     drops what an interrupted one logged after its last checkpoint, including a half-written line.
+    Nothing is written before: the folder may have another run's files.
     """
 
     def __init__(self, panels: Panels) -> None:
         self.panels = panels
+        self._begun = False
         self._drawn = -1
 
     def on_train_begin(
@@ -41,6 +43,7 @@ class MetricsFiles(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        self._begun = True
         self._drawn = -1
         if state.is_world_process_zero:
             with replacing(Path(args.output_dir) / METRICS_FILE) as temporary:
@@ -53,7 +56,7 @@ class MetricsFiles(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero:
+        if self._begun and state.is_world_process_zero:
             line = json.dumps(state.log_history[-1]) + "\n"
             append(Path(args.output_dir) / METRICS_FILE, line)
 
@@ -65,7 +68,8 @@ class MetricsFiles(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         # An evaluation, a save and the end may follow each other with nothing logged between them.
-        if state.is_world_process_zero and len(state.log_history) != self._drawn:
+        news = len(state.log_history) != self._drawn
+        if self._begun and state.is_world_process_zero and news:
             self._drawn = len(state.log_history)
             draw_progress(state.log_history, Path(args.output_dir) / PLOT_FILE, self.panels)
 

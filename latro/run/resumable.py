@@ -21,6 +21,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
@@ -189,6 +190,11 @@ class LongRunTrainer(Trainer):
         """Clear the output folder, now that nothing else can fail before the first update."""
         # The checkpoint's state has the intervals of its own run; those of the arguments hold now.
         self.state.compute_steps(self.args, self.state.max_steps)
+        # The Trainer saves the states of those callbacks only that the checkpoint knows.
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                name = type(callback).__name__
+                self.state.stateful_callbacks.setdefault(name, callback.state())
         if self._resumed_from is not None:
             self._find_best_checkpoint(self._resumed_from)
         if self.is_world_process_zero():

@@ -274,3 +274,35 @@ def test_an_error_leaves_nothing_to_the_next_training(make_trainer, tiny, tmp_pa
     ours, theirs = ([e for e in t.state.log_history if "loss" in e] for t in (trainer, undisturbed))
     for name in ("loss", "reward", "kl", "rationale_length", "skipped_updates", "trunk_tokens"):
         assert [e[name] for e in ours] == [e[name] for e in theirs], name
+
+
+def test_the_order_of_prompts_is_that_of_the_seed_alone(make_trainer):
+    def trained(**settings):
+        trainer = make_trainer(max_steps=1, max_completion_length=2, **settings)
+        seen = []
+        trainer.rollout = lambda examples, do=trainer.rollout: seen.extend(examples) or do(examples)
+        torch.manual_seed(7)
+        trainer.train()
+        return [example["prompt"] for example in seen]
+
+    settled = make_trainer(max_steps=1, max_completion_length=2)
+    drawn = next(iter(settled.get_train_dataloader()))["examples"]
+    assert trained() == [example["prompt"] for example in drawn]
+    assert trained(data_seed=5) == trained(data_seed=5) != trained()
+
+
+def test_an_evaluation_before_the_training_leaves_the_folder_to_it(make_trainer, tmp_path):
+    settings = {"max_steps": 1, "max_completion_length": 2, "overwrite_output_dir": False}
+    trainer = make_trainer(**settings)
+    before = trainer.evaluate()
+    assert list((tmp_path / "run").iterdir()) == []
+    trainer.train()
+    after = trainer.evaluate()
+    assert before.keys() == after.keys()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert "eval_accuracy_greedy" in lines[-1]
+    files = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    assert {p.name for p in files} == {"metrics.jsonl", "progress.png", "samples.jsonl"}
+    # Another trainer in the folder has no part in that run.
+    make_trainer(**settings).evaluate()
+    assert {p: p.read_bytes() for p in (tmp_path / "run").iterdir()} == files

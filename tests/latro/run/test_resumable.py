@@ -8,7 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
 from latro.run.checkpoints import PARTIAL, damage
 from latro.run.folder import LOCK_FILE
@@ -239,3 +239,15 @@ def test_two_processes_save_and_stop_together(tiny, tmp_path, warm):
     assert damage(run / "checkpoint-2") is None
     files = json.loads((run / "checkpoint-2" / "checkpoint_manifest.json").read_text())["files"]
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= set(files)
+
+
+def test_a_callback_with_a_state_may_join_a_run_that_goes_on(make_trainer, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    make_trainer(max_steps=1, **settings).train()
+    resumed = make_trainer([EarlyStoppingCallback(9)], max_steps=2, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    state = json.loads((tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["EarlyStoppingCallback"]["args"] == {
+        "early_stopping_patience": 9,
+        "early_stopping_threshold": 0.0,
+    }
