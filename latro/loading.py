@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import re
 import struct
 import textwrap
 import warnings
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -279,13 +280,14 @@ def _load_adapter(
     with _reading(repr(name), args.trust_remote_code):
         config = PeftConfig.from_pretrained(name, revision=args.model_revision)
         # Without this file PEFT itself would read a pickled one.
-        cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
+        file = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"model_name_or_path: the adapter {name!r} does not name its base model")
     base_revision = config.revision or "main"
     weights = _load_weights(base, base_revision, args, adapter=name)
     with _reading(repr(name), args.trust_remote_code):
+        _resize_vocabulary(weights, file)
         model = PeftModel.from_pretrained(
             weights, name, is_trainable=True, revision=args.model_revision
         )
@@ -297,21 +299,51 @@ def _load_adapter(
     return model, _load_tokenizer(base, base_revision, args)
 
 
+def _resize_vocabulary(model: PreTrainedModel, file: str) -> None:
+    """Give a base model the rows that its vocabulary had when the adapter in `file` was trained.
+
+    Where a vocabulary was resized, PEFT saves embedding and head beside the adapter. New rows are
+    NaN until they are loaded.
+    """
+    embedding = model.get_input_embeddings()
+    (path,) = (name for name, module in model.named_modules() if module is embedding)
+    of_embedding = re.compile(rf"base_model\.model\.{re.escape(path)}\.(.*\.)?weight")
+    with safe_open(file, "pt") as saved:
+        names = [name for name in saved.keys() if of_embedding.fullmatch(name)]  # noqa: SIM118
+        rows = {saved.get_slice(name).get_shape()[0] for name in names}
+    before = embedding.weight.shape[0]
+    if not rows or rows == {before}:
+        return
+    model.resize_token_embeddings(max(rows), mean_resizing=False)
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        for parameter in layer.parameters():
+            parameter.data[before:] = math.nan
+
+
 def _check_adapter_weights(model: PeftModel, name: str, revision: str) -> None:
     """Raise ValueError where the file lacks weights that the adapter's config asks for.
 
     PEFT only warns of some. So the weights are set to NaN and loaded again: what is still NaN is
-    not in the file, whatever names older versions gave to the weights.
+    not in the file, whatever names older versions gave to the weights. So are the new rows of a
+    vocabulary that was resized.
     """
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
     for parameter in trained.values():
         parameter.data.fill_(math.nan)
     told = model.load_adapter(name, model.active_adapter, is_trainable=True, revision=revision)
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    of_layers = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+    needed = {k: p for k, p in model.named_parameters() if k in trained or id(p) in of_layers}
     _check_weights(
         repr(name),
         f"a {model.active_peft_config.peft_type.value} adapter",
-        missing=[key for key, p in trained.items() if p.isnan().any()],
-        unexpected=told.unexpected_keys,
+        missing=[key for key, p in needed.items() if p.isnan().any()],
+        # Of a whole copy in a resized vocabulary PEFT saves the same weight by two names.
+        unexpected=(
+            key
+            for key in told.unexpected_keys
+            if key.replace(".modules_to_save.", ".") in told.unexpected_keys
+        ),
     )
 
 

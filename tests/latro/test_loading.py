@@ -284,6 +284,45 @@ def test_an_adapter_is_loaded_as_it_was_saved(adapter):
     assert any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": ["<yes>", "<no>"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+    ],
+    ids=["trunk", "whole", "tokens", "embedding"],
+)
+def test_an_adapter_over_a_resized_vocabulary(tiny, tokenizer, tmp_path, options):
+    peft = pytest.importorskip("peft")
+    saved(tiny(), tokenizer, tmp_path / "base")
+    base, grown = load(tmp_path / "base")
+    grown.add_tokens(["<yes>", "<no>"])
+    # Some let the number of rows be a multiple of a power of 2.
+    base.resize_token_embeddings(len(grown), pad_to_multiple_of=32)
+    assert base.get_input_embeddings().weight.shape[0] > len(grown)
+    if words := options.get("trainable_token_indices"):
+        options = {"trainable_token_indices": grown.convert_tokens_to_ids(words)}
+    model = peft.get_peft_model(base, peft.LoraConfig(**{"target_modules": ["q_proj"]} | options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    grown.save_pretrained(tmp_path / "adapter")
+    if "embed_tokens" in options.get("target_modules", []):
+        # PEFT leaves the head's new rows out of the file.
+        with pytest.raises(ValueError, match=r"got 1 missing \(.*\.lm_head\.weight\)"):
+            load(tmp_path / "adapter")
+        return
+    loaded, tokens = load(tmp_path / "adapter")
+    assert len(tokens) == len(grown)
+    given = model.state_dict()
+    assert loaded.state_dict().keys() == given.keys()
+    assert all(torch.equal(found, given[name]) for name, found in loaded.state_dict().items())
+
+
 def test_an_adapter_with_a_name_is_in_a_folder_of_that_name(adapter, whole, tmp_path):
     folder, model = adapter
     # As PEFT saves it, with a tokenizer beside it.
