@@ -54,9 +54,10 @@ def linear_cross_entropy(
         ValueError: another reduction, or a shift that leaves no target.
     """
     shift = int(shift)
-    most = max(0, targets.shape[-1] - 1)  # without targets there is nothing to shift
-    if not 0 <= shift <= most:
-        raise ValueError(f"shift: expected 0..{most}, got {shift}")
+    num_targets = targets.shape[-1]
+    # Where there are no targets any shift leaves as many.
+    if shift < 0 or 0 < num_targets <= shift:
+        raise ValueError(f"shift: expected 0..{max(0, num_targets - 1)}, got {shift}")
     _check_reduction(reduction)
     # Where each target is predicted; the last places predict none.
     following = nn.functional.pad(targets, (0, shift), value=ignore_index)[..., shift:]
@@ -168,7 +169,7 @@ def selective_log_softmax(
         columns = columns.masked_fill(mask[..., None], 0)
     if columns.shape[-1] > 1:
         z = logits.gather(-1, columns)
-        # The column with the largest logit, as the difference from a logit of −∞ is no number.
+        # The column with the largest logit, as the difference of −∞ from −∞ is no number.
         largest = z.argmax(-1, keepdim=True)
         scored = columns.gather(-1, largest)[..., 0]
     if ignore_index is not None:
@@ -183,7 +184,8 @@ def selective_log_softmax(
     if columns.shape[-1] > 1:
         # log p_k − log p_j = z_k − z_j, in which the sum of exponentials is not needed again.
         z = z.to(logp.dtype) / temperature
-        logp = logp[..., None] + torch.where(z == -torch.inf, z, z - z.gather(-1, largest))
+        of_largest = z.gather(-1, largest)
+        logp = logp[..., None] + torch.where(of_largest == -torch.inf, z, z - of_largest)
         if row_mask is not None:
             logp = logp.masked_fill(mask[..., None], 0)
     return logp.view(index.shape)

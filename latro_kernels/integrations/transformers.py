@@ -157,7 +157,7 @@ def logprobs(
     asked = _Asked(_shifted(labels, -100), -100, temperature, return_entropy)
     with _scoring(self, asked):
         # The sum is 0, and lets hooks on the head's output see a gradient.
-        zero = self(input_ids=input_ids, use_cache=False, **inputs).logits.sum()
+        zero = self(input_ids=input_ids, **({"use_cache": False} | inputs)).logits.sum()
     assert asked.logp is not None
     logp = asked.logp[:, :-1] + zero
     return logp if asked.entropy is None else (logp, asked.entropy[:, :-1])

@@ -101,7 +101,8 @@ class FusedLinearForPPO(nn.Module):
                 which the hidden states are then divided.
         """
         if isinstance(temperature, Tensor):
-            if temperature.numel() > 1:
+            # Of a batch without tokens there may be none.
+            if temperature.numel() != 1:
                 scaled = hidden_states.float() / temperature.view(*input_ids.shape, 1)
                 hidden_states, temperature = scaled.to(hidden_states.dtype), 1.0
             else:

@@ -116,6 +116,8 @@ def test_logprobs_leave_padding_out() -> None:
     logp = model.logprobs(ids, attention_mask=mask)
     assert (logp[0, 7:] == 0).all()
     assert (logp[1] < 0).all()
+    given = model.logprobs(ids, attention_mask=mask, use_cache=False)  # as many callers have it
+    assert torch.equal(given, logp)
 
 
 @pytest.mark.parametrize("left", [0, 1, 4])

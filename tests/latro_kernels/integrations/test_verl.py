@@ -90,6 +90,15 @@ def test_fused_linear_for_ppo(kind: str, flat: bool) -> None:
     gate(gradients(scores, hidden, weight), plain(torch.float32), plain(torch.float64))
 
 
+def test_temperatures_of_no_tokens() -> None:
+    _, weight, labels = problem()
+    none = labels[:0]
+    scores = verl.FusedLinearForPPO()(
+        torch.empty(0, 9, len(weight.t())), weight, none, none.float()
+    )
+    assert scores[0].shape == scores[1].shape == none.shape
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)
