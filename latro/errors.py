@@ -21,7 +21,7 @@ from types import TracebackType
 from safetensors import SafetensorError
 from torch import distributed
 
-from latro.terminal import one_line
+from latro.terminal import Lasting, one_line
 
 # The errors of input and environment: bad values, updates that are not finite, files, disks,
 # servers and the hub (`OSError` and subclasses), truncated weights, and packages that are not
@@ -135,7 +135,7 @@ def exit_with(prog: str, run: Callable[[], object]) -> None:
     except _FROM_OUTSIDE as error:
         sys.exit(one_line(f"{prog}: {told(error)}"))
     except TrainingInterrupted as interrupted:
-        print(one_line(f"{prog}: {interrupted}"), file=sys.stderr)
+        print(one_line(f"{prog}: {interrupted}"), file=Lasting("stderr"))
         _leave_group()
         sys.exit(128 + interrupted.signal)
 

@@ -3,20 +3,87 @@
 A prompt may contain `[/INST]`, which a rich console takes for markup; a completion, the escape
 sequence that clears a screen; a path, characters that the terminal cannot encode. A `Terminal`
 shows them literally, in lines as well as in cells and titles of tables.
+
+What is shown ends no run where nobody can see it any more: Ctrl-C at `… | tee log` ends
+`tee` too, while the run still has a checkpoint to save.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import select
+import sys
 import unicodedata
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.text import Text
+from tqdm.auto import tqdm
 
 _LONGEST_LINE = 4000
 _ACTING_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
 _ACTING_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
+
+class Lasting:
+    """The process's standard output or error, where a write that fails is passed over.
+
+    Args:
+        name: the stream's name in `sys`.
+    """
+
+    def __init__(self, name: Literal["stdout", "stderr"]) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        """Write as the stream does; the text is lost where the stream cannot be written to."""
+        try:
+            return getattr(sys, self._name).write(text)
+        except OSError:
+            drop_closed_pipes()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        try:
+            getattr(sys, self._name).flush()
+        except OSError:
+            drop_closed_pipes()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(sys, self._name), name)
+
+    # tqdm clears its bars before a line to a stream that equals theirs: both are one terminal. That
+    # neither equals the stream itself keeps tqdm from a flush of its own, which could fail.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Lasting)
+
+    def __hash__(self) -> int:
+        return hash(Lasting)
+
+
+def drop_closed_pipes() -> None:
+    """Send standard output and error to nowhere where they are pipes that nobody reads any more.
+
+    Until then every write there raises, by whatever library, and at the exit once more.
+    """
+    for stream in (sys.__stdout__, sys.__stderr__):
+        # A stream may be missing, closed, or none of the operating system's.
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            handle = stream.fileno()  # type: ignore[union-attr]
+            pipe = select.poll()
+            pipe.register(handle, 0)
+            if any(event & select.POLLERR for _, event in pipe.poll(0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, handle)
+                os.close(nowhere)
+
+
+def progress_bar(**options: Any) -> tqdm:
+    """Return a bar of tqdm that lasts as long as the run, with or without a terminal."""
+    return tqdm(file=Lasting("stderr"), dynamic_ncols=True, **options)
 
 
 class Terminal(Console):
@@ -26,6 +93,7 @@ class Terminal(Console):
     """
 
     def __init__(self, **options: Any) -> None:
+        options = {"file": Lasting("stdout"), **options}
         super().__init__(markup=False, emoji=False, highlight=False, **options)
 
     def render_str(self, text: str, **options: Any) -> Text:

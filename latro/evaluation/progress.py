@@ -7,9 +7,8 @@ import time
 from collections.abc import Mapping
 from types import TracebackType
 
-from tqdm.auto import tqdm
-
 from latro.rollout.sequences import Progress
+from latro.terminal import progress_bar
 
 # In a file, one line every ten seconds is enough.
 _SECONDS_ON_A_TERMINAL = 0.1
@@ -30,12 +29,11 @@ class EvaluationBar:
         self._interval = _SECONDS_ON_A_TERMINAL if sys.stderr.isatty() else _SECONDS_IN_A_FILE
         self._facts: Mapping[str, str] = {}
         self._sampling: Mapping[str, str | int] = {}
-        self._bar = tqdm(
+        self._bar = progress_bar(
             total=total,
             initial=done,
             desc=title,
             unit="problem",
-            dynamic_ncols=True,
             disable=not shown,
             mininterval=self._interval,
         )

@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from latro.files import append, replacing
 from latro.reporting.trackers import Report
-from latro.terminal import Terminal
+from latro.terminal import Lasting, Terminal, progress_bar
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
@@ -117,12 +117,11 @@ class ProgressBar(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(
+            self.bar = progress_bar(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc=self.title,
                 unit="update",
-                dynamic_ncols=True,
                 # In a file, one line every ten seconds is enough.
                 mininterval=0.1 if sys.stderr.isatty() else 10,
             )
@@ -160,7 +159,8 @@ class ProgressBar(TrainerCallback):
             sampled = logs.get("eval_accuracy_sampled", float("nan"))
             self.bar.write(
                 f"update {state.global_step}: held-out accuracy "
-                f"{logs['eval_accuracy_greedy']:.3f} greedy, {sampled:.3f} sampled"
+                f"{logs['eval_accuracy_greedy']:.3f} greedy, {sampled:.3f} sampled",
+                file=Lasting("stdout"),
             )
 
     def on_train_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,6 +13,8 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+
+from latro.terminal import drop_closed_pipes
 
 
 class Interruption(TrainerCallback):
@@ -78,8 +81,10 @@ class Interruption(TrainerCallback):
             raise KeyboardInterrupt
         if not self._received:
             name = signal.Signals(number).name
-            # Not by print, since the signal may have interrupted a print.
-            os.write(2, f"\n{name}: saving after this update\n".encode())
+            # Not by print, since the signal may have interrupted a print. The same Ctrl-C may have
+            # ended what reads it.
+            with contextlib.suppress(OSError):
+                os.write(2, f"\n{name}: saving after this update\n".encode())
         self._received = number
 
     def _highest_received(self, args: TrainingArguments) -> int:
@@ -100,6 +105,7 @@ class Interruption(TrainerCallback):
         number = self._highest_received(args)
         if number:
             self.signal = number
+            drop_closed_pipes()
             # Checkpoints do not hold the sums since the last log, so log them now.
             control.should_log |= args.logging_strategy != IntervalStrategy.NO
             control.should_save = True

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
 import pytest
 from rich.table import Table
 
 from benchmarks.common import report
-from latro.terminal import Terminal, one_line, shown
+from latro.terminal import Lasting, Terminal, one_line, progress_bar, shown
 
 TEXTS = [
     "[INST] How many? [/INST]",
@@ -84,3 +86,47 @@ def test_a_message_is_one_line_of_bounded_length():
     assert long.startswith("begin ")
     assert long.endswith(" end")
     assert len(long) < 5000
+
+
+@pytest.mark.parametrize("show", ["terminal", "bar", "line of a bar"])
+def test_a_reader_that_has_gone_ends_nothing(monkeypatch, show):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stream = open(writer, "w")  # noqa: SIM115
+    for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+        monkeypatch.setattr(sys, name, stream)
+    with pytest.raises(BrokenPipeError):
+        os.write(writer, b"lost")
+    if show == "terminal":
+        Terminal().print("shown")
+    else:
+        with progress_bar(total=2, mininterval=0) as bar:
+            if show == "bar":
+                bar.update(2)
+            else:
+                bar.write("shown", file=Lasting("stdout"))
+    # What others write there is lost from now on, and no error.
+    assert os.write(writer, b"lost") == 4
+    monkeypatch.undo()
+    stream.close()
+
+
+def test_a_full_disk_under_the_output_ends_nothing(monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    monkeypatch.setattr(sys, "stderr", full)
+    with pytest.raises(OSError, match="No space"):
+        print("shown", file=sys.stderr)
+    with progress_bar(total=2, mininterval=0) as bar:
+        bar.update(2)
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+
+
+def test_a_line_stands_above_a_bar(capfd):
+    with progress_bar(total=2, mininterval=0, ascii=True) as bar:
+        bar.write("a line", file=Lasting("stdout"))
+    printed = capfd.readouterr()
+    assert printed.out == "a line\n"
+    # The bar is cleared before the line, and drawn again behind it.
+    assert printed.err.count("0/2") >= 2

@@ -144,6 +144,25 @@ def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_a_checkpoint(make_trainer, tmp_path):
+    # As in `… 2>&1 | tee log`, where the terminal sends it to both.
+    trainer = make_trainer([Signal(signal.SIGINT, 1)], save_strategy="no")
+    reader, writer = os.pipe()
+    os.close(reader)
+    standard_error = os.dup(2)
+    os.dup2(writer, 2)
+    try:
+        trainer.train()
+        # Whoever else writes there goes on, too.
+        os.write(2, b"more")
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(standard_error)
+        os.close(writer)
+    assert trainer.interruption.signal == signal.SIGINT
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+
+
 class SignalAtTheEnd(TrainerCallback):
     """Sends this process SIGTERM at an event after the last update."""
 
