@@ -39,7 +39,7 @@ from latro.reporting.held_out_samples import HeldOutSamples
 from latro.reporting.model_card import CARD_FILE, is_own_card, write_card
 from latro.reporting.run_summary import run_of
 from latro.rollout.prompts import check_dataset
-from latro.rollout.sequences import AnswerJoin, eos_token_ids
+from latro.rollout.sequences import AnswerJoin, eos_token_ids, let_generation_end
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts
 from latro.tasks import Task
@@ -61,7 +61,8 @@ class AnswerTrainer(EvaluatingTrainer):
     count for, which is `coefficients`. The rest is one path (`latro.update.gradient`).
 
     Args:
-        model: what is trained. Its dropout is set to 0. Of a `PeftModel` the adapter is trained.
+        model: what is trained. Its dropout is set to 0, and its generation config gets the tokens
+            that end answers. Of a `PeftModel` the adapter is trained.
         args: the settings.
         train_dataset: rows with `prompt` and `answer`.
         processing_class: the model's tokenizer.
@@ -151,6 +152,7 @@ class AnswerTrainer(EvaluatingTrainer):
         if is_sharded(self.accelerator):
             check_shardable(model)
         disable_dropout(model)
+        let_generation_end(model, ends)
         keep_output_dtype(self.accelerator)
         keep_fp32_weights(model, self.accelerator)
         self.scorer = Scorer(model, temperature=temperature, backend=args.backend)

@@ -28,7 +28,7 @@ letter follows the template.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -163,6 +163,23 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     ids.discard(None)
     ids.add(end_of_turn(tokenizer, ids))
     return sorted(i for i in ids if i is not None)
+
+
+def let_generation_end(model: PreTrainedModel, ends: Collection[int]) -> None:
+    """Let the model's generation config, which is saved with it, have all tokens of `ends`.
+
+    Otherwise other programs would sample on behind the end that the model was trained to write.
+    """
+    config = model.generation_config
+    if config is None:
+        return
+    configured = config.eos_token_id
+    known = configured if isinstance(configured, list) else [configured]
+    if not set(ends) <= set(known):
+        config.eos_token_id = [
+            *(i for i in known if i is not None),
+            *sorted(set(ends) - set(known)),
+        ]
 
 
 class AnswerJoin:

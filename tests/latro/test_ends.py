@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from transformers import GenerationConfig
 
 from latro import LatroConfig, LatroTrainer, SftConfig, SftTrainer
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
@@ -58,6 +59,25 @@ def test_in_sft(chat, tiny, task, dataset, tmp_path, target):
         ids = trainer._target(row).answer_ids
         assert ids[-1] == end
         assert ids.count(end) == 1
+
+
+@pytest.mark.parametrize("configured", [[], [5], [5, 6]])
+def test_in_what_other_programs_sample_from_the_saved_model(
+    chat, tiny, task, dataset, tmp_path, configured
+):
+    tokenizer, end = chat
+    model = tiny(vocab_size=len(tokenizer))
+    # A config may have none, one by itself, or several.
+    model.generation_config.eos_token_id = (
+        [None, *configured][-1] if len(configured) < 2 else configured
+    )
+    config = LatroConfig(**settings(tmp_path), num_generations=2, save_strategy="no")
+    trainer = LatroTrainer(model, config, dataset, tokenizer, task)
+    ends = {end, tokenizer.eos_token_id, *configured}
+    trainer.train()
+    trainer.save_model()
+    saved = GenerationConfig.from_pretrained(config.output_dir).eos_token_id
+    assert set(saved if isinstance(saved, list) else [saved]) == ends == trainer.join.eos_token_ids
 
 
 def test_in_probe_and_evaluation(chat, tiny, task, dataset, monkeypatch):
