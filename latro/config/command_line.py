@@ -28,7 +28,25 @@ class _FileParser(HfArgumentParser):
         raise ValueError(message)
 
 
-class _AsWritten(yaml.SafeLoader):
+class _Once(yaml.SafeLoader):
+    """Refuses a mapping that gives a name twice, of which YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return the mapping; raise ConstructorError where a name is there twice."""
+        # Merged mappings give way to what is written beside them.
+        given: set[str] = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge" or not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in given:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value} is given twice", key.start_mark
+                )
+            given.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _AsWritten(_Once):
     """Reads every scalar but null as text."""
 
     yaml_implicit_resolvers: ClassVar = {
@@ -37,7 +55,7 @@ class _AsWritten(yaml.SafeLoader):
     }
 
 
-class _WithExponents(yaml.SafeLoader):
+class _WithExponents(_Once):
     """Reads 1e-6 as a number; YAML 1.1 by itself takes only 1.0e-6 for one."""
 
 
@@ -66,8 +84,8 @@ def parse_arguments(
     made for it (`small_settings`, a file in `latro/assets`) replace the defaults.
 
     Raises:
-        ValueError: an argument is unknown, or the YAML file is missing, malformed or has a value
-            that its argument does not take.
+        ValueError: an argument is unknown, or the YAML file is missing, malformed, gives a name
+            twice or has a value that its argument does not take; or there are several files.
     """
     # argparse's own usage message would fill four screens.
     usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
@@ -76,13 +94,19 @@ def parse_arguments(
     _group_help(parser, classes)
     argv = list(sys.argv[1:] if argv is None else argv)
     named, _ = _preparse(argv)
-    file = _parse_yaml(classes, _read_yaml(named.config), named.config) if named.config else {}
+    if len(named.config or ()) > 1:
+        raise ValueError(
+            f"--config: expected one file, got {', '.join(named.config)}, of which only the last "
+            "would be read"
+        )
+    path = named.config[0] if named.config else None
+    file = _parse_yaml(classes, _read_yaml(path), path) if path else {}
     small = {}
     if named.model_name_or_path is None and file.get("model_name_or_path") is None:
-        path = ASSETS / small_settings
+        ships = ASSETS / small_settings
         known = {f.name for cls in classes for f in dataclasses.fields(cls)}
-        small = {k: v for k, v in _read_yaml(path).items() if k in known}
-        small = _parse_yaml(classes, small, path)
+        small = {k: v for k, v in _read_yaml(ships).items() if k in known}
+        small = _parse_yaml(classes, small, ships)
     # These defaults are for --help; given settings win over them below.
     parser.set_defaults(**small | file)
     settings = by_precedence(small, file, _given(parser, argv))
@@ -113,7 +137,7 @@ def _given(parser: HfArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
 
 def _preparse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
+    first.add_argument("--config", action="append")
     first.add_argument("--model_name_or_path", "--model-name-or-path")
     return first.parse_known_args(argv)
 

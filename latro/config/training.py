@@ -35,6 +35,7 @@ _OTHER_REWARDS = {
 }
 # Schedulers that step by an evaluation metric, and take it for a loss unless told otherwise.
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
 
 
 @dataclass
@@ -127,6 +128,12 @@ class AnswerConfig(TrainingArguments):
                 "warmup_steps: expected 0 with a schedule that has no warm-up, as "
                 f"constant_with_warmup has, got {self.warmup_steps:g} with lr_scheduler_type="
                 f"{self.lr_scheduler_type.value!r}"
+            )
+        if self.lr_scheduler_kwargs and self.lr_scheduler_type in _WITHOUT_ARGUMENTS:
+            raise ValueError(
+                f"lr_scheduler_kwargs: expected none with lr_scheduler_type="
+                f"{self.lr_scheduler_type.value!r}, which reads none, got "
+                f"{self.lr_scheduler_kwargs!r}"
             )
         check_trackers(self.report_to)
         self._check_best_model()

@@ -6,6 +6,7 @@ by zero in the last update, would cost the whole training.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from latro.model.adapters import has_adapter
 from latro.terminal import one_line
@@ -49,6 +50,50 @@ def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> set[str
                     f"either: {one_line(str(error))}"
                 ) from error
         return {path.name for path in Path(folder).iterdir()}
+
+
+def check_optimizer_settings(
+    args: TrainingArguments, model: Any, settings_of: Callable[..., tuple[Any, dict[str, Any]]]
+) -> None:
+    """Refuse arguments of an optimiser that it does not read, which the Trainer passes over.
+
+    An argument is read where another value of it makes other settings, or an error.
+
+    Args:
+        args: the run's settings.
+        model: whose weights are trained.
+        settings_of: returns the optimiser's class and settings, of `args` and `model`.
+
+    Raises:
+        ValueError: it does not read one of `optim_args`, or `optim_target_modules`.
+        ImportError, TypeError, ValueError: it cannot be made with these settings.
+    """
+
+    def made(**changed: Any) -> Any:
+        tried = copy.copy(args)
+        for name, value in changed.items():
+            setattr(tried, name, value)
+        kind, settings = settings_of(tried, model)
+        groups = settings.pop("params", [])
+        # Weights are the same in all groups, whatever the arguments.
+        return kind, settings, [{k: v for k, v in g.items() if k != "params"} for g in groups]
+
+    def read(**changed: Any) -> bool:
+        try:
+            return made(**changed) != given
+        except Exception:
+            # What reads the value may raise any error at it.
+            return True
+
+    given = made()
+    if args.optim_target_modules is not None and not read(optim_target_modules=None):
+        raise ValueError(f"it has no target modules, got {args.optim_target_modules!r}")
+    pairs = [pair.split("=") for pair in (args.optim_args or "").replace(" ", "").split(",")]
+    for name, value in (pair for pair in pairs if len(pair) == 2):
+        others = [f"{n}={v}" for n, v in pairs if n != name]
+        values = [f"{name}={other}" for other in (f"{value}1", "true", "false", "1")]
+        if not any(read(optim_args=",".join([*others, v])) for v in values):
+            raise ValueError(f"it has no argument {name}")
 
 
 def try_schedule(scheduler: Any, num_updates: int, name: str) -> None:

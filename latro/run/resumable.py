@@ -40,7 +40,7 @@ from latro.run.checkpoints import (
 from latro.run.due import GoingOn, evaluation_due
 from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
 from latro.run.identity import Facts, check_identity, settings_of, write_identity
-from latro.run.rehearsal import try_saving, try_schedule
+from latro.run.rehearsal import check_optimizer_settings, try_saving, try_schedule
 from latro.run.signals import Interruption
 from latro.terminal import one_line
 
@@ -237,9 +237,13 @@ class LongRunTrainer(Trainer):
         """Make the optimiser as the Trainer does.
 
         Raises:
-            ValueError: the settings do not fit it, or its package is not installed.
+            ValueError: the settings do not fit it, one of them would have no effect, or its package
+                is not installed.
         """
         try:
+            # One that is there already was made by other hands, and these settings are not of it.
+            if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+                check_optimizer_settings(self.args, self.model, self.get_optimizer_cls_and_kwargs)
             return super().create_optimizer(*args, **kwargs)
         except (ValueError, TypeError, ImportError) as error:
             raise ValueError(

@@ -115,6 +115,8 @@ def test_an_alias_in_yaml_wins_over_the_small_models_settings(tmp_path):
         ("help: true", "unknown argument 'help'"),
         ("- a\n- b", "expected lines of `name: value`"),
         ("a: [", "is not YAML"),
+        ("beta: 0.1\nlearning_rate: 1\nbeta: 0.7", "is not YAML: beta is given twice"),
+        ("lr_scheduler_kwargs: {a: 1, a: 2}", "is not YAML: a is given twice"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
@@ -122,6 +124,19 @@ def test_bad_yaml(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"run.yaml.*{message}".replace("?", r"\?")):
         parse("--config", str(path))
+
+
+def test_a_merged_mapping_gives_way(tmp_path):
+    text = "lr_scheduler_kwargs: {<<: &a {min_lr: 1, x: 2}, min_lr: 3}\n"
+    assert parse_yaml(tmp_path, text)[2].lr_scheduler_kwargs == {"min_lr": 3, "x": 2}
+
+
+def test_two_files_are_refused(tmp_path):
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).write_text("beta: 0.1\n")
+    files = [f"--config={tmp_path / name}" for name in ("a.yaml", "b.yaml")]
+    with pytest.raises(ValueError, match=r"--config: expected one file, got .*a.yaml, .*b.yaml"):
+        parse(*files)
 
 
 def test_missing_yaml(tmp_path):
@@ -206,6 +221,10 @@ def test_a_number_is_no_text(name, value, tmp_path):
             "reward_tokens: expected all with objective='sft', which has no reward",
         ),
         ({"backend": "tpu"}, "backend: expected one of auto"),
+        (
+            {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"min_lr": 0.1}},
+            "lr_scheduler_kwargs: expected none with lr_scheduler_type='constant', which reads no",
+        ),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"torch_compile": True}, "torch_compile: expected it left out .packed rows have segments"),
         (

@@ -77,6 +77,12 @@ def test_the_names_are_those_that_saving_leaves(tiny, tokenizer, tmp_path):
         ),
         ({"optim": "galore_adamw"}, "optim: galore_adamw .*cannot be made"),
         ({"optim_args": "rank"}, "optim: .*optim_args 'rank' cannot be made"),
+        ({"optim_args": "eps=1e-6"}, "optim: adamw_torch.*cannot be made: it has no argument eps"),
+        (
+            {"optim": "sgd", "optim_args": "momentum=0.9,beta=1"},
+            "optim: sgd .*cannot be made: it has no argument beta",
+        ),
+        ({"optim_target_modules": ["q_proj"]}, "optim: .*it has no target modules, got .'q_proj'"),
     ],
 )
 def test_a_schedule_or_optimiser_that_fails(make_trainer, tmp_path, setting, message):
@@ -104,3 +110,9 @@ def test_a_schedule_that_divides_by_zero_at_its_end():
     scheduler = LambdaLR(optimizer, lambda update: 1 / (10 - update))
     with pytest.raises(ValueError, match="mine has no learning rate after update 10: ZeroDivision"):
         try_schedule(scheduler, 10, "mine")
+
+
+@pytest.mark.parametrize("value", ["momentum=0.9,nesterov=true", "momentum=0,nesterov=false"])
+def test_arguments_that_an_optimiser_reads_are_taken_whatever_their_values(make_trainer, value):
+    group = make_trainer(optim="sgd", optim_args=value).create_optimizer().param_groups[0]
+    assert f"momentum={group['momentum']:g},nesterov={group['nesterov']}".lower() == value
