@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -86,6 +87,7 @@ class LongRunTrainer(Trainer):
         self.interruption = Interruption()
         self._partial: Path | None = None
         self._saved_step: int | None = None
+        self._first_step: int | None = None
         self._best_is_loaded = False
         self._resumed_from: Path | None = None
         self._holds_output = False
@@ -190,6 +192,7 @@ class LongRunTrainer(Trainer):
         """Clear the output folder, now that nothing else can fail before the first update."""
         # The checkpoint's state has the intervals of its own run; those of the arguments hold now.
         self.state.compute_steps(self.args, self.state.max_steps)
+        self._first_step = self.state.global_step
         # The Trainer saves the states of those callbacks only that the checkpoint knows.
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
@@ -312,6 +315,7 @@ class LongRunTrainer(Trainer):
                 )
             )
             self.add_callback(going_on)
+        self._first_step = None
         try:
             return super()._inner_training_loop(
                 batch_size=batch_size,
@@ -320,6 +324,17 @@ class LongRunTrainer(Trainer):
                 trial=trial,
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
+        except RuntimeError as error:
+            begun = self._first_step is not None and self.state.global_step > self._first_step
+            if begun and self.args.auto_find_batch_size and should_reduce_batch_size(error):
+                # The Trainer would begin again at the first update, with weights trained by then.
+                raise ValueError(
+                    "auto_find_batch_size: expected a batch that does not fit to show in the "
+                    f"first update, got out of memory after update {self.state.global_step}; "
+                    "resume from a checkpoint, or begin again, with a smaller "
+                    "per_device_train_batch_size"
+                ) from error
+            raise
         finally:
             if going_on is not None:
                 self.remove_callback(going_on)

@@ -270,3 +270,30 @@ def test_a_callback_with_a_state_may_join_a_run_that_goes_on(make_trainer, tmp_p
         "early_stopping_patience": 9,
         "early_stopping_threshold": 0.0,
     }
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_batch_size_is_found_before_the_first_update_only(make_trainer, monkeypatch, step):
+    trainer = make_trainer(auto_find_batch_size=True, max_steps=3, save_strategy="no")
+    training_step, began = trainer.training_step, []
+
+    def out_of_memory_once(*args):
+        if len(began) == 1 and trainer.state.global_step == step:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return training_step(*args)
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            began.append([p.detach().clone() for p in trainer.model.parameters()])
+
+    trainer.add_callback(Begin())
+    monkeypatch.setattr(trainer, "training_step", out_of_memory_once)
+    if step:
+        # A second beginning would train weights that have had an update.
+        with pytest.raises(ValueError, match=r"^auto_find_batch_size: .* after update 1; resume"):
+            trainer.train()
+        assert len(began) == 1
+    else:
+        trainer.train()
+        assert trainer._train_batch_size == 1
+        assert all(map(torch.equal, *began))
