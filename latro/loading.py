@@ -181,6 +181,9 @@ def _load_weights(
             if has_file(place.name, GENERATION_CONFIG_NAME, revision=revision):
                 GenerationConfig.from_pretrained(place.name, revision=revision)
             place.name_model(model)
+            # Some old configs ask for tuples, in which nothing has a name.
+            for config in (model.config, model.config.get_text_config()):
+                config.return_dict = True
             # transformers would take weights of an unknown quantisation as they are.
             quantised = getattr(model.config, "quantization_config", None)
             if quantised is not None and getattr(model, "hf_quantizer", None) is None:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from latro.config.model import ModelArguments
 from latro.evaluate import evaluate
 from latro.loading import load_model
+from latro.model.scoring import Scorer
 from latro.probe import probe
 from latro.sft import sft
 from latro.train import train
@@ -337,6 +338,14 @@ def test_an_adapter_with_a_name_is_in_a_folder_of_that_name(adapter, whole, tmp_
         load(tmp_path / "run")
     loaded, _ = load(tmp_path / "run" / "policy")
     assert all(map(torch.equal, loaded.parameters(), model.parameters()))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_a_config_that_asks_for_tuples(tiny, tokenizer, tmp_path, architecture):
+    saved(tiny(architecture), tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    assert Scorer(load(tmp_path)[0]).packed
 
 
 class _Terminal:
