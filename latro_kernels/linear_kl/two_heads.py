@@ -75,9 +75,18 @@ def reference_log_softmax(
 
 
 def rows_of(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the tensors with hidden states [N, H], of which there may be more dimensions."""
+    """Return the tensors with hidden states [N, H], of which there may be more dimensions.
+
+    What both heads share is a view of it in q: torch.compile cannot trace an autograd function that
+    is given one tensor twice.
+    """
     hidden = ((name, tensors[name]) for name in ("hidden_p", "hidden_q"))
-    return tensors | {name: h.reshape(-1, h.shape[-1]) for name, h in hidden}
+    given = tensors | {name: h.reshape(-1, h.shape[-1]) for name, h in hidden}
+    for kind in ("hidden", "weight", "bias"):
+        of_p, of_q = given[f"{kind}_p"], given[f"{kind}_q"]
+        if of_q is not None and of_q is of_p:
+            given[f"{kind}_q"] = of_q.view_as(of_q)
+    return given
 
 
 def backward(

@@ -207,6 +207,25 @@ def test_compiles_as_one_graph(op: Op, backend: str) -> None:
         torch.testing.assert_close(results, values_and_gradients(given, eager))
 
 
+@each_op([LINEAR_KL, linear_jsd.OP])
+def test_heads_that_share_their_tensors_compile(op: Op) -> None:
+    torch.compiler.reset()
+    given = op.plain(6)
+    hidden, weight, bias = (given[name] for name in ("hidden_p", "weight_p", "bias_p"))
+
+    def divergence(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        own = {"hidden_p": hidden, "weight_p": weight, "bias_p": bias}
+        others = {"hidden_q": hidden, "weight_q": weight, "bias_q": bias}
+        return op.function(**own, **others, temperature=(1.0, 2.0))
+
+    results = []
+    for function in (divergence, torch.compile(divergence, backend="aot_eager", fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias) if x is not None]
+        output = function(*leaves, *[None] * (3 - len(leaves)))
+        results.append([output.detach(), *torch.autograd.grad(output.sum(), leaves)])
+    torch.testing.assert_close(results[0], results[1])
+
+
 @pytest.mark.parametrize("has_grad", [False, True])
 @pytest.mark.parametrize("op", ["linear_logprob", "gather_logprob"])
 def test_targets_are_checked_where_compiled(op: str, has_grad: bool) -> None:
