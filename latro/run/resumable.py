@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch import distributed, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     Trainer,
@@ -63,6 +63,12 @@ class _Beginning(TrainerCallback):
 
 
 _SHOWN_KEYS = 5
+
+# What callbacks ask of the Trainer after an update.
+_ASKED = (
+    *("should_log", "should_evaluate", "should_save"),
+    *("should_epoch_stop", "should_training_stop"),
+)
 
 _logger = logging.getLogger(__name__)
 
@@ -289,6 +295,19 @@ class LongRunTrainer(Trainer):
         if self._is_done():
             return [], None
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        # A callback may decide by its process's own clock or files. What one is to do all do, since
+        # each of these waits for the others.
+        if self.args.world_size > 1:
+            asked = torch.tensor(
+                [getattr(self.control, name) for name in _ASKED], device=self.args.device
+            )
+            asked = asked.to(torch.int32)
+            distributed.all_reduce(asked, distributed.ReduceOp.MAX)
+            for name, value in zip(_ASKED, asked.tolist(), strict=True):
+                setattr(self.control, name, bool(value))
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _is_done(self) -> bool:
         # An evaluation that was made up for may have stopped the training before any update.

@@ -260,6 +260,33 @@ def test_two_processes_save_and_stop_together(tiny, tmp_path, warm):
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "optimizer.pt"} <= set(files)
 
 
+# At each update one process alone asks for something.
+ONE_ASKS = """
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == state.global_step % 2:
+            asked = {1: "should_log", 2: "should_save", 3: "should_training_stop"}
+            setattr(control, asked[state.global_step], True)
+"""
+
+
+def test_what_a_callback_asks_for_in_one_process_all_do(tiny, tmp_path, warm):
+    tiny().save_pretrained(tmp_path / "model")
+    script = tmp_path / "script.py"
+    head, rest = SCRIPT.split("    def on_step_begin")
+    asserts = """
+assert trainer.interruption.signal is None
+assert trainer.state.global_step == 3
+assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1]
+"""
+    rest = rest[rest.index("\nmodel, output") : rest.index("assert trainer")]
+    script.write_text(head + ONE_ASKS.lstrip("\n") + rest + asserts)
+    run = tmp_path / "run"
+    arguments = (tmp_path / "model", run)
+    warm.run_together(str(script), arguments, tmp_path / "printed", processes=2)
+    assert names(run) == ["checkpoint-2"]
+    assert damage(run / "checkpoint-2") is None
+
+
 def test_a_callback_with_a_state_may_join_a_run_that_goes_on(make_trainer, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     make_trainer(max_steps=1, **settings).train()
