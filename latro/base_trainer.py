@@ -15,7 +15,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
@@ -52,6 +58,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
 RESULTS_FILE = "results.json"
+_NEVER_CALLED = ("compute_loss", "evaluation_loop", "prediction_step")
+"""Methods of the Trainer: an update has no batch of labels, an evaluation samples completions."""
 
 
 class AnswerTrainer(EvaluatingTrainer):
@@ -70,7 +78,7 @@ class AnswerTrainer(EvaluatingTrainer):
         coefficients: what the rows of rollouts count for in the loss.
         eval_dataset: held-out rows for `evaluate()`.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
-        callbacks: added to the Trainer's own.
+        callbacks: added to the Trainer's own; None for none.
         temperature: of the policy, in the loss and in evaluation.
 
     Attributes:
@@ -81,7 +89,7 @@ class AnswerTrainer(EvaluatingTrainer):
         data: the arguments by which a command loaded the rows; the model card tells them.
 
     Raises:
-        TypeError: an argument of another kind.
+        TypeError: an argument of another kind, or a subclass overrides what is never called.
         ValueError: a row that cannot be trained on, or a model that cannot be scored, or that
             computes differently in training than in evaluation.
     """
@@ -102,10 +110,11 @@ class AnswerTrainer(EvaluatingTrainer):
         coefficients: Coefficients,
         eval_dataset: Dataset | None = None,
         peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
         temperature: float = 1.0,
     ) -> None:
         _check_types(model, processing_class, task)
+        _check_overrides(type(self))
         _check_precision(args)
         check_whole(model)
         if peft_config is not None:
@@ -147,7 +156,7 @@ class AnswerTrainer(EvaluatingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=list(callbacks),
+            callbacks=list(callbacks or ()),
         )
         if is_sharded(self.accelerator):
             check_shardable(model)
@@ -368,6 +377,17 @@ def _check_types(model: Any, processing_class: object, task: object) -> None:
     for name, value, kind, expected in kinds:
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def _check_overrides(kind: type[AnswerTrainer]) -> None:
+    """Raise TypeError for a method that a subclass overrides, and that nothing would call."""
+    for name in _NEVER_CALLED:
+        if getattr(kind, name) is not getattr(Trainer, name):
+            raise TypeError(
+                f"{kind.__name__}.{name}: expected the Trainer's own, as no update and no "
+                "evaluation calls it; what rows count for in the loss is `coefficients`, and the "
+                "metrics are those of `evaluate`"
+            )
 
 
 def _check_precision(args: AnswerConfig) -> None:

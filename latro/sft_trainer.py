@@ -41,7 +41,7 @@ class SftTrainer(AnswerTrainer):
         task: its answer template opens answers; it grades in evaluation.
         eval_dataset: held-out rows for `evaluate()`.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
-        callbacks: added to the Trainer's own.
+        callbacks: added to the Trainer's own; None for none.
 
     Raises:
         TypeError: an argument of another kind.
@@ -66,7 +66,7 @@ class SftTrainer(AnswerTrainer):
         *,
         eval_dataset: Dataset | None = None,
         peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, SftConfig):
             raise TypeError(f"args: expected a SftConfig, got {type(args).__name__}")

@@ -84,7 +84,7 @@ class LatroTrainer(AnswerTrainer):
             the adapter as it is now; otherwise a frozen copy. A resumed run has the π_0 that it
             began with.
         peft_config: puts an adapter on `model`, and that is trained; needs the package peft.
-        callbacks: added to the Trainer's own.
+        callbacks: added to the Trainer's own; None for none.
 
     Raises:
         TypeError: an argument of another kind.
@@ -110,7 +110,7 @@ class LatroTrainer(AnswerTrainer):
         eval_dataset: Dataset | None = None,
         ref_model: PreTrainedModel | None = None,
         peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
+        callbacks: Sequence[TrainerCallback] | None = None,
     ) -> None:
         if not isinstance(args, LatroConfig):
             raise TypeError(f"args: expected a LatroConfig, got {type(args).__name__}")

@@ -93,7 +93,30 @@ def test_half_precision_that_a_cpu_would_leave_out_is_refused(make_trainer):
         make_trainer(fp16=True, use_cpu=True)
 
 
+def test_no_callbacks_may_be_given_as_none(tiny, tokenizer, task, tmp_path):
+    def callbacks_of(**given):
+        args = LatroConfig(output_dir=str(tmp_path / "run"))
+        trainer = LatroTrainer(tiny(), args, None, tokenizer, task, **given)
+        return [type(callback) for callback in trainer.callback_handler.callbacks]
+
+    assert callbacks_of(callbacks=None) == callbacks_of()
+
+
 def test_rows_that_would_all_be_dropped_are_refused(make_trainer):
     trainer = make_trainer(per_device_train_batch_size=16, dataloader_drop_last=True)
     with pytest.raises(ValueError, match=r"dataloader_drop_last: expected .* 16 rows, got 8 rows"):
         trainer.train()
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "evaluation_loop", "prediction_step"])
+def test_a_subclass_may_not_override_what_is_never_called(tiny, tokenizer, task, tmp_path, name):
+    kind = type("Mine", (LatroTrainer,), {name: lambda self, *args, **kwargs: None})
+    with pytest.raises(TypeError, match=rf"^Mine.{name}: expected the Trainer's own, as no update"):
+        kind(
+            model=tiny(),
+            args=LatroConfig(output_dir=str(tmp_path / "run")),
+            train_dataset=Dataset.from_dict({"prompt": ["How?"], "answer": ["5"]}),
+            processing_class=tokenizer,
+            task=task,
+        )
+    assert not (tmp_path / "run").exists()
