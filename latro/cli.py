@@ -108,7 +108,7 @@ def run_training(
     with trainer.holding_output():
         results = _train(trainer, resume, console)
     if args.push_to_hub:
-        # `save_model` pushed before the card and the results existed, so push again.
+        # With the card and the results; a hub that is not there takes none of them away.
         trainer.push_to_hub()
     return results
 
@@ -123,7 +123,7 @@ def _train(
         raise TrainingInterrupted(
             trainer.interruption.signal, trainer.state.global_step, args.output_dir
         )
-    trainer.save_model()
+    trainer.write_model()
     best = _best_step(args, trainer.state)
     evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
     final = [e for e in evaluations if e["step"] == (best or trainer.state.global_step)]

@@ -7,6 +7,7 @@ its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -36,6 +37,10 @@ _DAMAGE = (
     # An unpickler that reads text pops from an empty stack.
     *(pickle.UnpicklingError, zipfile.BadZipFile, IndexError),
 )
+
+# The hub's client, and what it has used for connections, release by release; their errors share no
+# class.
+_OF_THE_HUB = {"huggingface_hub", "httpx", "httpx2", "requests"}
 
 
 class TrainingInterrupted(Exception):
@@ -76,6 +81,27 @@ class writing:
                 f"{self.path}: cannot be written: {one_line(str(error))}; "
                 f"{shutil.disk_usage(folder).free:,} bytes are free on that disk"
             ) from error
+
+
+@contextlib.contextmanager
+def pushing(meanwhile: str) -> Iterator[None]:
+    """Report that the hub cannot be reached, or refuses, as one kind of error.
+
+    Args:
+        meanwhile: words for what there is nevertheless.
+
+    Raises:
+        OSError: the hub's client, or the library beneath it, raised an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not {kind.__module__.partition(".")[0] for kind in type(error).__mro__} & _OF_THE_HUB:
+            raise
+        reason = one_line(str(error)) or type(error).__name__
+        raise OSError(
+            f"push_to_hub: the hub cannot be reached, or refuses: {reason}; {meanwhile}"
+        ) from error
 
 
 def named(error: OSError, path: str | os.PathLike[str]) -> OSError:

@@ -26,7 +26,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from latro.errors import reading, writing
+from latro.errors import pushing, reading, writing
 from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
     PARTIAL,
@@ -442,11 +442,21 @@ class LongRunTrainer(Trainer):
         """Save the model as the Trainer does; old files stay until the whole model is written.
 
         Raises:
-            OSError: it cannot be written; the folder is then unchanged.
+            OSError: it cannot be written, and the folder is unchanged; or it cannot be pushed.
         """
-        if _internal_call:
+        if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
+        self.write_model(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def write_model(self, output_dir: str | None = None) -> None:
+        """Save the model as `save_model` does, and push nothing.
+
+        Raises:
+            OSError: it cannot be written; the folder is then unchanged.
+        """
         place = Path(output_dir or self.args.output_dir)
         folder = place / PARTIAL / "model"
         try:
@@ -459,8 +469,24 @@ class LongRunTrainer(Trainer):
         finally:
             if self.is_local_process_zero():
                 remove_partial(place)
-        if self.args.push_to_hub:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Find or make the repository on the hub, as the Trainer does.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses.
+        """
+        with pushing("nothing has been trained"):
+            super().init_hf_repo(token=token, private=private)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Push the output folder to the hub, as the Trainer does.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses.
+        """
+        with pushing(f"everything is in {self.args.output_dir}"):
+            return super().push_to_hub(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with reading("resume_from_checkpoint", resume_from_checkpoint), activity_kept(self.model):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -116,8 +117,37 @@ def test_what_is_pushed_last_is_what_a_run_leaves(model_dir, tmp_path, monkeypat
             *("--output_dir", str(output)),
         ]
     )
-    assert "results.json" in pushed[-1]
-    assert pushed[-1] == files()
+    (last,) = pushed
+    assert "results.json" in last
+    assert last == files()
+
+
+def test_a_hub_that_cannot_be_reached_takes_nothing_away(tmp_path, monkeypatch):
+    output = tmp_path / "run"
+    settings = [
+        *(*SMALL, "--max_steps", "1", "--save_strategy", "no", "--push_to_hub", "true"),
+        *("--output_dir", str(output)),
+    ]
+
+    # Of the library beneath the hub's client, which passes its errors on.
+    of_connections = HfHubHTTPError.__mro__[1]
+
+    def fail(self, *args, **options):
+        raise of_connections("no such host")
+
+    assert not issubclass(of_connections, OSError)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "init_hf_repo", fail)
+        with pytest.raises(OSError, match=r"^push_to_hub: .* no such host; nothing has been tr"):
+            train(settings)
+    assert not (output / "model.safetensors").exists()
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **options: None)
+    monkeypatch.setattr(Trainer, "push_to_hub", fail)
+    with pytest.raises(OSError, match=r"^push_to_hub: .* no such host; everything is in .*run$"):
+        train(settings)
+    assert json.loads((output / "results.json").read_text())["final"]["step"] == 1
+    assert (output / "README.md").exists()
+    assert load_file(output / "model.safetensors")
 
 
 @pytest.mark.parametrize(("saving", "adapter"), [("steps", "false"), ("best", "true")])
