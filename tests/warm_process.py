@@ -11,6 +11,7 @@ nothing, since a fork after a parallel region of OpenMP would hang. Pictures of 
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import importlib
 import json
@@ -272,6 +273,8 @@ def _become(request: Mapping[str, Any]) -> Callable[[], object]:
         opened = os.open(path, flags, 0o666)
         os.dup2(opened, descriptor)
         os.close(opened)
+    # A crash in native code then says in its standard error where it was.
+    faulthandler.enable()
     command = request["command"]
     sys.argv = [command, *request["arguments"]]
     if command.endswith(".py"):
