@@ -156,7 +156,7 @@ class AnswerTrainer(EvaluatingTrainer):
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=list(callbacks or ()),
+            callbacks=callbacks,
         )
         if is_sharded(self.accelerator):
             check_shardable(model)

@@ -51,6 +51,18 @@ def last_whole_checkpoint(output_dir: str) -> str:
     raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}")
 
 
+def beside(resumed_from: Path, checkpoint: Path, run_dir: Path) -> Path | None:
+    """Return the place now of a checkpoint that another one's state names; None: there is none.
+
+    The path in the state is that of the run before, whose folder may have been moved since, or may
+    be named otherwise now: in a run that goes on in it, the name is that of `run_dir`.
+    """
+    folder = resumed_from.parent
+    if run_dir.resolve() == folder.resolve():
+        folder = run_dir
+    return next((p for p in (folder / checkpoint.name, checkpoint) if p.is_dir()), None)
+
+
 def check_checkpoint(folder: str) -> None:
     """Refuse a checkpoint folder that cannot be resumed from as it was saved.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,35 +13,32 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import distributed, nn
+from torch import distributed
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from latro.errors import pushing, reading, writing
+from latro.errors import reading
 from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
-    PARTIAL,
     STATE,
+    beside,
     check_optimizer_state,
     last_whole_checkpoint,
-    publish,
-    publish_files,
     remove_partial,
-    rotate,
 )
 from latro.run.due import GoingOn, evaluation_due
 from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
-from latro.run.identity import Facts, check_identity, settings_of, write_identity
+from latro.run.identity import Facts, check_identity, settings_of
 from latro.run.rehearsal import check_optimizer_settings, try_saving, try_schedule
+from latro.run.saving import SavingTrainer
 from latro.run.signals import Interruption
 from latro.terminal import one_line
 
@@ -73,7 +70,7 @@ _ASKED = (
 _logger = logging.getLogger(__name__)
 
 
-class LongRunTrainer(Trainer):
+class LongRunTrainer(SavingTrainer):
     """A Trainer whose checkpoints are never half written, and which stops cleanly at signals.
 
     It trains alone in its output folder and overwrites only files of its own run
@@ -89,21 +86,20 @@ class LongRunTrainer(Trainer):
     run_files: ClassVar[tuple[str, ...]] = ("trainer_state.json", "training_args.bin")
     control: TrainerControl
 
-    def __init__(self, *, callbacks: list[TrainerCallback] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, callbacks: Sequence[TrainerCallback] | None = None, **kwargs: Any
+    ) -> None:
         self.interruption = Interruption()
-        self._partial: Path | None = None
-        self._saved_step: int | None = None
         self._first_step: int | None = None
         self._best_is_loaded = False
         self._resumed_from: Path | None = None
         self._holds_output = False
         self._owns_output = False
         self._model_facts: Facts | None = None
-        self._identity: Facts = {}
         self._replaced: list[Path] = []
         self._beginning = _Beginning(self._begin_run)
-        callbacks = [self._beginning, *(callbacks or []), self.interruption]
-        super().__init__(callbacks=callbacks, **kwargs)
+        all_callbacks = [self._beginning, *(callbacks or ()), self.interruption]
+        super().__init__(callbacks=all_callbacks, **kwargs)
 
     def train(
         self,
@@ -214,22 +210,14 @@ class LongRunTrainer(Trainer):
         self._owns_output = True
 
     def _find_best_checkpoint(self, resumed_from: Path) -> None:
-        """Name the best checkpoint by its place beside the one that the run goes on from.
-
-        The path in the state is that of the run before, whose folder may have been moved since, or
-        may be named otherwise now. Under another name it would not be known, and be deleted.
-        """
+        """Name the best checkpoint by its place now, or forget one that is gone."""
         noted = json.loads((resumed_from / STATE).read_bytes()).get("best_model_checkpoint")
         if noted is None:
             return
-        run_dir = Path(self.args.output_dir)
-        folder = resumed_from.parent
-        if run_dir.resolve() == folder.resolve():
-            folder = run_dir
-        for best in (folder / Path(noted).name, Path(noted)):
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
-                return
+        best = beside(resumed_from, Path(noted), Path(self.args.output_dir))
+        if best is not None:
+            self.state.best_model_checkpoint = str(best)
+            return
         if self.is_world_process_zero():
             _logger.warning(
                 "resume_from_checkpoint: the best checkpoint so far, %s, is neither there nor "
@@ -388,106 +376,6 @@ class LongRunTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
-    def _get_output_dir(self, trial: Any) -> str:
-        # The folder where the Trainer makes `checkpoint-N`; it calls this once per checkpoint.
-        run_dir = super()._get_output_dir(trial)
-        return run_dir if self._partial is None else str(self._partial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        run_dir = Path(self._get_output_dir(trial))
-        self._partial = run_dir / PARTIAL
-        try:
-            with writing(self._partial / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
-                self._write_checkpoint(model, trial, run_dir)
-        except OSError:
-            # Part of a checkpoint on a full disk is useless and takes space.
-            remove_partial(run_dir)
-            raise
-        finally:
-            self._partial = None
-        self._saved_step = self.state.global_step
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(
-                str(run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-            )
-
-    def _write_checkpoint(self, model: nn.Module, trial: Any, run_dir: Path) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = run_dir / PARTIAL / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        place = run_dir / folder.name
-        if self.args.should_save:
-            write_identity(folder, self._identity)
-        if self.state.best_model_checkpoint == str(folder):
-            self.state.best_model_checkpoint = str(place)
-            if self.args.should_save:
-                self.state.save_to_json(str(folder / "trainer_state.json"))
-        # On a shared disk all ranks wrote into one folder; a node with its own disk has a folder of
-        # its own. So process 0 renames first, and then each node what is still there.
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self._finish_checkpoint(folder, run_dir)
-        self.accelerator.wait_for_everyone()
-        if self.is_local_process_zero() and folder.exists():
-            self._finish_checkpoint(folder, run_dir)
-        self.accelerator.wait_for_everyone()
-
-    def _finish_checkpoint(self, folder: Path, run_dir: Path) -> None:
-        keep = {publish(folder, run_dir)}
-        if self.state.best_model_checkpoint is not None:
-            keep.add(Path(self.state.best_model_checkpoint))
-        rotate(run_dir, self.args.save_total_limit, keep)
-        remove_partial(run_dir)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as the Trainer does; old files stay until the whole model is written.
-
-        Raises:
-            OSError: it cannot be written, and the folder is unchanged; or it cannot be pushed.
-        """
-        if _internal_call and output_dir is not None:
-            super().save_model(output_dir, _internal_call)
-            return
-        self.write_model(output_dir)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def write_model(self, output_dir: str | None = None) -> None:
-        """Save the model as `save_model` does, and push nothing.
-
-        Raises:
-            OSError: it cannot be written; the folder is then unchanged.
-        """
-        place = Path(output_dir or self.args.output_dir)
-        folder = place / PARTIAL / "model"
-        try:
-            with writing(place):
-                super().save_model(str(folder), _internal_call=True)
-                self.accelerator.wait_for_everyone()
-                if self.is_local_process_zero() and folder.exists():
-                    publish_files(folder, place)
-                self.accelerator.wait_for_everyone()
-        finally:
-            if self.is_local_process_zero():
-                remove_partial(place)
-
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Find or make the repository on the hub, as the Trainer does.
-
-        Raises:
-            OSError: the hub cannot be reached, or refuses.
-        """
-        with pushing("nothing has been trained"):
-            super().init_hf_repo(token=token, private=private)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push the output folder to the hub, as the Trainer does.
-
-        Raises:
-            OSError: the hub cannot be reached, or refuses.
-        """
-        with pushing(f"everything is in {self.args.output_dir}"):
-            return super().push_to_hub(*args, **kwargs)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         with reading("resume_from_checkpoint", resume_from_checkpoint), activity_kept(self.model):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
@@ -517,9 +405,3 @@ class LongRunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with reading("resume_from_checkpoint", checkpoint or ""):
             super()._load_rng_state(checkpoint)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The upload runs in parallel with training, so it starts when the folder has its final
-        # name.
-        if self._partial is None:
-            super()._push_from_checkpoint(checkpoint_folder)

@@ -144,7 +144,7 @@ def run(make_trainer, tmp_path):
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("latro.run.resumable.write_identity", full()),
+        ("latro.run.saving.write_identity", full()),
         ("latro.run.checkpoints.write_manifest", full()),
         ("transformers.trainer.torch.save", RuntimeError("[enforce fail] unexpected pos")),
         ("transformers.modeling_utils.safe_save_file", SafetensorError("No space left on device")),
