@@ -21,6 +21,17 @@ import pyarrow.parquet
 Records = Iterable[tuple[str, dict[str, Any]]]
 
 
+def _number(text: str) -> float | Decimal:
+    """Return a number of JSON with the digits that it is written in: 3.10 is a price, 3.1 is none.
+
+    With an exponent it is a float, since 1e-999999999 would be written out in so many digits.
+    """
+    return float(text) if "e" in text.lower() else Decimal(text)
+
+
+_JSON = json.JSONDecoder(parse_float=_number)
+
+
 def read_records(path: Path) -> Records:
     """Yield (place, record) for each record of a file, in the format that its name ends in.
 
@@ -58,7 +69,7 @@ def read_jsonl(path: Path) -> Records:
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line)
+                record = _JSON.decode(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{where}: not JSON: {error.msg}, column {error.colno}") from error
             except (ValueError, RecursionError) as error:  # more digits or brackets than are read
@@ -78,14 +89,13 @@ def _read_json(path: Path) -> Records:
 
 def _list_of_objects(text: str, path: Path) -> Records:
     # Elements are decoded one by one, since parsing the whole list would lose their places.
-    decode = json.JSONDecoder().raw_decode
     at = _skip_space(text, text.index("[") + 1)
     line, counted = 1, 0
     while text[at : at + 1] != "]":
         line, counted = line + text.count("\n", counted, at), at
         where = f"{path}:{line}"
         try:
-            record, end = decode(text, at)
+            record, end = _JSON.raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}:{error.lineno}: not JSON: {error.msg}, column {error.colno}"

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from latro.tasks.own_rows import own_row
 from latro.tasks.records import FORMATS, read_jsonl, read_records
 
 ROWS = [{"prompt": "a\nb", "answer": "1"}, {"prompt": 'say "c, d"', "answer": "2"}]
@@ -53,6 +54,21 @@ def test_numbers_of_a_table_have_the_digits_of_their_precision(tmp_path, kind):
     pyarrow.parquet.write_table(pyarrow.table({"answer": numbers}), path)
     found = [record["answer"] for _, record in read_records(path)]
     assert [None if n is None else float(n) for n in found] == given
+
+
+@pytest.mark.parametrize("name", ["r.json", "r.jsonl"])
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        *(("3.10", "3.10"), ("0.00", "0.00"), ("-1.50", "-1.50"), ("7", "7"), ("2.5e-1", "0.25")),
+        ("0.12345678901234567890", "0.12345678901234567890"),
+        ("1e-999999999", "0.0"),
+    ],
+)
+def test_a_number_of_json_keeps_the_digits_that_it_is_written_in(tmp_path, name, number, answer):
+    record = f'{{"prompt": "How much?", "answer": {number}}}'
+    (tmp_path / name).write_text(f"[{record}]" if name == "r.json" else record)
+    assert [own_row(found, "r")["answer"] for _, found in read_records(tmp_path / name)] == [answer]
 
 
 @pytest.mark.parametrize("text", ["[]", " [ \n ] \n", ""])
