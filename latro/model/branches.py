@@ -48,6 +48,7 @@ class BranchScorer:
         self, model: PreTrainedModel, *, temperature: float = 1.0, backend: str = "auto"
     ) -> None:
         self._scorer = Scorer(model, temperature=temperature, backend=backend)
+        self._scorer.entropy_gradient = True
         if self._scorer.why_not_packed is not None:
             raise ValueError(
                 f"model: expected one whose sequences can share a prefix, got "
@@ -88,7 +89,7 @@ class BranchScorer:
 
         Returns:
             Two tensors, fp32 [N] in nats, with N the number of tokens of all branches, in their
-            order. Log-probs are differentiable; entropies are detached.
+            order; both are differentiable.
 
         Raises:
             ValueError: there is no branch, there are not as many groups as prompts, or a prompt is

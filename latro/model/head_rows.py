@@ -58,8 +58,8 @@ class Returned:
 class HeadRows:
     """Asks a model's forward for (logp, entropy[, row_kl]) at the N head rows of a batch.
 
-    Each is fp32 [N] in nats, and the entropy has no gradient. The forward returns a tuple, because
-    engines look for the tensors in what a forward returns.
+    Each is fp32 [N] in nats. The forward returns a tuple, because engines look for the tensors in
+    what a forward returns.
     """
 
     batch: Batch
@@ -69,6 +69,8 @@ class HeadRows:
     """The logits are divided by it."""
     backend: str
     """The backend of `linear_logprob` and `linear_kl`."""
+    entropy_gradient: bool = False
+    """Whether the entropy has a gradient."""
     reference: Reference | None = None
     """π_0 at the same rows, where their KL to it is wanted."""
     own: Returned = field(default_factory=Returned)
@@ -190,7 +192,10 @@ def _head_forward() -> Callable[..., Any]:
             memory_budget=HEAD_BUDGET,
             **settings,
         )
-        returned: tuple[Tensor, ...] = logp, entropy.detach()
+        returned: tuple[Tensor, ...] = (
+            logp,
+            entropy if head_rows.entropy_gradient else entropy.detach(),
+        )
         if reference is not None:
             row_kl = linear_kl(
                 hidden,

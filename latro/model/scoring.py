@@ -43,7 +43,7 @@ class Scores:
     logp: Tensor
     """[N], log-probability of each row's target, in nats; differentiable where the model is."""
     entropy: Tensor
-    """[N], in nats; detached."""
+    """[N], in nats; differentiable where the scorer's `entropy_gradient` says so."""
     row_kl: Tensor | None = None
     """[N], in nats, KL to the reference at each row, where one was given; differentiable."""
 
@@ -58,6 +58,7 @@ class Scorer:
 
     Attributes:
         caller: what is called in the model's place: set to the engine's wrapper where there is one.
+        entropy_gradient: set where a loss has a use for the entropies' gradient.
         sharded: set where an engine keeps the weights in shards that are gathered for a forward.
         packed: whether batches are packed, each prompt once for its branches. False, with a
             warning, where the model's attention cannot do that.
@@ -74,6 +75,7 @@ class Scorer:
     ) -> None:
         self.model = model
         self.caller: nn.Module = model
+        self.entropy_gradient = False
         self.sharded = False
         # PEFT's wrapper hands the arguments of its forward on.
         self.causal = without_wrapper(model)
@@ -126,6 +128,7 @@ class Scorer:
             self.logit_form,
             temperature=self.temperature,
             backend=self.backend,
+            entropy_gradient=self.entropy_gradient,
             reference=reference,
         )
 

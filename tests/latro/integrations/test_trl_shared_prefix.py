@@ -131,6 +131,19 @@ def test_an_update_is_trls(
     assert (ours - expected).abs().max() <= 2 * noise + 1e-5 * moved
 
 
+def test_a_bonus_for_entropy_has_its_gradient(
+    make_trl: Callable[..., Any], completions: Callable[..., Any]
+) -> None:
+    ids = completions(unfinished=True)
+    settings = {"learning_rate": 0.01, "entropy_coef": 0.5}
+    before, expected = update(make_trl, GRPOTrainer, ids, **settings)
+    without = update(make_trl, GRPOTrainer, ids, learning_rate=0.01)[1]
+    ours = update(make_trl, PackedGRPO, ids, **settings)[1]
+    of_bonus = (expected - without).abs().max()
+    assert of_bonus > 0.1 * (expected - before).abs().max()
+    assert (ours - expected).abs().max() < 1e-3 * of_bonus
+
+
 def test_all_three_together_train(
     small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any]
 ) -> None:
