@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
-import re
 import struct
 import textwrap
 import warnings
@@ -36,7 +35,7 @@ from transformers.utils import (
 
 from latro.config.model import ModelArguments
 from latro.config.training import SMALL_MODEL
-from latro.model.adapters import require_peft
+from latro.model.adapters import require_peft, weight_under
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
 from latro.model.quantized import prepare_layers, quantization_config
@@ -308,13 +307,16 @@ def _resize_vocabulary(model: PreTrainedModel, file: str) -> None:
     Where a vocabulary was resized, PEFT saves embedding and head beside the adapter. New rows are
     NaN until they are loaded.
     """
-    embedding = model.get_input_embeddings()
-    (path,) = (name for name, module in model.named_modules() if module is embedding)
-    of_embedding = re.compile(rf"base_model\.model\.{re.escape(path)}\.(.*\.)?weight")
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = [
+        weight_under(f"base_model.model.{name}")
+        for name, module in model.named_modules()
+        if any(module is layer for layer in layers)
+    ]
     with safe_open(file, "pt") as saved:
-        names = [name for name in saved.keys() if of_embedding.fullmatch(name)]  # noqa: SIM118
+        names = [n for n in saved.keys() if any(of.fullmatch(n) for of in whole)]  # noqa: SIM118
         rows = {saved.get_slice(name).get_shape()[0] for name in names}
-    before = embedding.weight.shape[0]
+    before = layers[0].weight.shape[0]
     if not rows or rows == {before}:
         return
     model.resize_token_embeddings(max(rows), mean_resizing=False)

@@ -8,13 +8,17 @@ has the reference of an adapter that came trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import is_peft_available
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available
 
 from latro_kernels.integrations.logits import adds_to
 
@@ -160,6 +164,48 @@ def activity_kept(model: Any) -> Iterator[None]:
         model.base_model.set_adapter(active)
         for parameter, requires_grad in given:
             parameter.requires_grad_(requires_grad)
+
+
+def weight_under(layer: str) -> re.Pattern[str]:
+    """Return what PEFT calls the weight [V, H] of `layer`, be it under an adapter or under none."""
+    under = r"((token_adapter\.)?base_layer|original_module)"
+    return re.compile(rf"{re.escape(layer)}\.({under}\.)?weight")
+
+
+def save_vocabulary(
+    model: PeftModel, folder: str, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Save both embedding and head with an adapter where PEFT has saved one of the two.
+
+    It saves what lies under an adapter on either, since the vocabulary may be another than the base
+    model's, and would leave the other one's new rows nowhere.
+
+    Args:
+        model: has been saved.
+        folder: where.
+        state_dict: the model's weights, gathered where it is sharded.
+    """
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [name for name, module in model.named_modules() if any(module is la for la in layers)]
+    if len(paths) != 2 or layers[0].weight is layers[1].weight:
+        return
+    of_layers = [weight_under(path) for path in paths]
+    for adapter in model.peft_config:
+        file = Path(folder, "" if adapter == "default" else adapter, ADAPTER_SAFE_WEIGHTS_NAME)
+        if not file.exists():
+            continue
+        with safe_open(file, "pt") as saved:
+            names = set(saved.keys())
+        given = model.state_dict() if state_dict is None else state_dict
+        # A bias is as long as the vocabulary too.
+        needed = {
+            name: tensor
+            for name, tensor in given.items()
+            if any(of.fullmatch(re.sub(r"\.bias$", ".weight", name)) for of in of_layers)
+        }
+        if names & needed.keys() and needed.keys() - names:
+            others = {n: needed[n].detach().cpu().contiguous() for n in needed.keys() - names}
+            save_file(load_file(file) | others, file, metadata={"format": "pt"})
 
 
 def check_ties(model: PreTrainedModel | PeftModel) -> None:

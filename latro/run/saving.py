@@ -10,6 +10,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from latro.errors import pushing, writing
+from latro.model.adapters import has_adapter, save_vocabulary
 from latro.run.checkpoints import PARTIAL, publish, publish_files, remove_partial, rotate
 from latro.run.identity import Facts, write_identity
 
@@ -76,6 +77,12 @@ class SavingTrainer(Trainer):
             keep.add(Path(self.state.best_model_checkpoint))
         rotate(run_dir, self.args.save_total_limit, keep)
         remove_partial(run_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if self.args.should_save and has_adapter(model):
+            save_vocabulary(model, output_dir or self.args.output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does; old files stay until the whole model is written.

@@ -292,8 +292,9 @@ def test_an_adapter_is_loaded_as_it_was_saved(adapter):
         {"modules_to_save": ["embed_tokens", "lm_head"]},
         {"trainable_token_indices": ["<yes>", "<no>"]},
         {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
     ],
-    ids=["trunk", "whole", "tokens", "embedding"],
+    ids=["trunk", "whole", "tokens", "embedding", "head"],
 )
 def test_an_adapter_over_a_resized_vocabulary(tiny, tokenizer, tmp_path, options):
     peft = pytest.importorskip("peft")
@@ -312,9 +313,10 @@ def test_an_adapter_over_a_resized_vocabulary(tiny, tokenizer, tmp_path, options
                 parameter.add_(0.1)
     model.save_pretrained(tmp_path / "adapter")
     grown.save_pretrained(tmp_path / "adapter")
-    if "embed_tokens" in options.get("target_modules", []):
-        # PEFT leaves the head's new rows out of the file.
-        with pytest.raises(ValueError, match=r"got 1 missing \(.*\.lm_head\.weight\)"):
+    if targets := options.get("target_modules"):
+        # PEFT leaves the other one's new rows out of the file.
+        other = "embed_tokens" if "lm_head" in targets else "lm_head"
+        with pytest.raises(ValueError, match=rf"got 1 missing \(.*\.{other}\.weight\)"):
             load(tmp_path / "adapter")
         return
     loaded, tokens = load(tmp_path / "adapter")

@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from latro import LatroConfig, LatroTrainer
+from latro.config.model import ModelArguments
 from latro.engines.transformers import TransformersEngine
 from latro.evaluate import evaluate
+from latro.loading import load_model
 from latro.model.adapters import head_parameters
 from latro.model.initial import AdapterOff
 from latro.model.scoring import Scorer
@@ -422,6 +425,35 @@ def test_the_best_checkpoint_of_an_adapter_with_a_name_is_loaded(make_trainer, t
     best, last = weights[1], weights[2]
     assert any(not torch.equal(best[name], last[name]) for name in best)
     assert all(torch.equal(p, best[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [3]}},
+    ],
+)
+def test_a_run_saves_all_rows_of_a_resized_vocabulary(
+    make_trainer, tiny, tokenizer, tmp_path, options, tied
+):
+    tokens = options.get("trainable_token_indices")
+    if tied and tokens:
+        pytest.skip("PEFT saves neither layer")
+    tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(len(tokenizer) + 7)
+    trainer = make_trainer(model, lora(**options), max_steps=1)
+    trainer.train()
+    trainer.save_model(tmp_path / "run")
+    args = ModelArguments(model_name_or_path=str(tmp_path / "run"))
+    given, found = (m.state_dict() for m in (trainer.model, load_model(args)[0]))
+    assert given.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in given.items())
 
 
 def test_the_seed_decides_the_adapter(make_trainer, tiny):
