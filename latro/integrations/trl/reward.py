@@ -57,7 +57,8 @@ class AnswerLikelihood:
         objective: "latro", "verifree" or "rlpr", as above.
         answer_template: the words that an answer begins with.
         unfinished: what a completion gets that the length limit ended: "floor", the lowest reward
-            of its group; "exclude", none, so that TRL leaves it out.
+            of its group; "exclude", none, so that TRL leaves it out where no other function has a
+            reward for it.
         token_budget: positions of one forward.
 
     Attributes:
@@ -105,8 +106,8 @@ class AnswerLikelihood:
         """Return the reward of each completion, None for what is excluded; TRL calls this.
 
         Raises:
-            ValueError: there is no column `answer`, or no text in it, or the trainer trains another
-                model.
+            ValueError: there is no column `answer`, or no text in it, the trainer trains another
+                model, or has other reward functions beside one that excludes completions.
             NotImplementedError: images come in tiles, or TRL did not tokenize the prompts.
             RuntimeError: this version of TRL has other trainers.
         """
@@ -126,6 +127,13 @@ class AnswerLikelihood:
             _get_per_token_logps_and_entropies=SCORES,
         )
         self._check_model(trainer)
+        if self.unfinished == "exclude" and len(trainer.reward_funcs) > 1:
+            # TRL sums what there is, and a log-likelihood that is missing is more than any other.
+            raise ValueError(
+                "unfinished: expected 'floor' where the trainer has other reward functions, of "
+                "which alone TRL would make the reward of a completion that is left out here; got "
+                f"'exclude' and {len(trainer.reward_funcs)} functions"
+            )
         self.scorer.temperature = trainer.temperature
         if getattr(trainer, "rollout_func", None) is not None:
             raise NotImplementedError(

@@ -111,6 +111,23 @@ def test_what_is_excluded_has_no_reward(
     assert rewards.isnan().nonzero().flatten().tolist() == [1, 6]
 
 
+def test_beside_other_rewards_nothing_is_excluded(
+    small_model: Any,
+    padding_tokenizer: Any,
+    completions: Callable[..., Any],
+    make_trl: Callable[..., Any],
+) -> None:
+    """TRL sums the rewards that there are, in which a missing log-likelihood would count as 0."""
+    ids = completions(unfinished=True)
+    reward = AnswerLikelihood(small_model, padding_tokenizer, unfinished="exclude")
+    other = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
+    trainer = make_trl(GRPOTrainer, small_model, [reward, other], ids)
+    with pytest.raises(
+        ValueError, match="unfinished: expected 'floor' where the trainer has other"
+    ):
+        trainer.train()
+
+
 def test_the_answer_stands_in_the_place_of_what_a_completion_states(
     small_model: Any, padding_tokenizer: Any, make_trl: Callable[..., Any]
 ) -> None:
