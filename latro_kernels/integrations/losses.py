@@ -174,18 +174,26 @@ def selective_log_softmax(
         scored = columns.gather(-1, largest)[..., 0]
     if ignore_index is not None:
         scored = scored.masked_fill(mask, ignore_index)
-    logp = gather_logprob(
+    found = gather_logprob(
         logits,
         scored,
         temperature=temperature,
         ignore_index=ignore_index,
+        statistics=("log_sum_exp",),
         backend=_backend(logits),
     )
+    logp = found.logp
     if columns.shape[-1] > 1:
-        # log p_k − log p_j = z_k − z_j, in which the sum of exponentials is not needed again.
+        assert found.log_sum_exp is not None
+        # log p_k − log p_j = z_k − z_j, in which the sum of exponentials is not needed again. Where
+        # all K logits are −∞ it is, for their gradients.
         z = z.to(logp.dtype) / temperature
         of_largest = z.gather(-1, largest)
-        logp = logp[..., None] + torch.where(of_largest == -torch.inf, z, z - of_largest)
+        logp = torch.where(
+            of_largest == -torch.inf,
+            z - found.log_sum_exp[..., None],
+            logp[..., None] + (z - of_largest),
+        )
         if row_mask is not None:
             logp = logp.masked_fill(mask[..., None], 0)
     return logp.view(index.shape)
