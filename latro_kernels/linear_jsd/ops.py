@@ -47,7 +47,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
             fold(zq, max_q[rows], sum_exp_q[rows])
         shift = _shift(max_p, sum_exp_p, max_q, sum_exp_q)
         for rows, zp, zq in _tiles(p, q):
-            upper, lower, is_p = _log_ratios((zp - zq).sub_(shift[rows, None]), beta)
+            upper, lower, is_p = _log_ratios(_difference(zp, zq, shift[rows]), beta)
             of_p = _terms(_softmax(zp, max_p[rows], sum_exp_p[rows]), upper.where(is_p, lower))
             of_q = _terms(_softmax(zq, max_q[rows], sum_exp_q[rows]), lower.where(is_p, upper))
             totals[1, rows] += of_p.sum(1)
@@ -86,7 +86,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         rows = tile.rows
         z, tanh = logits(own, tile)
         z_other, _ = logits(other, _beside(other, tile))
-        upper, lower, is_own = _log_ratios(z_other.neg_().add_(z).sub_(shift[rows, None]), part)
+        upper, lower, is_own = _log_ratios(_difference(z, z_other, shift[rows]), part)
         ratio = upper.where(is_own, lower).sub_(kl[rows, None])
         dz = _terms(_softmax(z, row_max[rows], sum_exp[rows]), ratio).mul_(slope[rows, None])
         if tanh is not None:
@@ -135,9 +135,17 @@ def _beside(head: Head, tile: Tile) -> Tile:
 
 
 def _shift(max_p: Tensor, sum_exp_p: Tensor, max_q: Tensor, sum_exp_q: Tensor) -> Tensor:
-    """Return by how much the log-sum-exp of p is above that of q, rounded once."""
+    """Return by how much the log-sum-exp of p is above that of q, in fp64."""
     log_ratio = (sum_exp_p.double() / sum_exp_q.double()).log()
-    return ((max_p.double() - max_q.double()) + log_ratio).float()
+    return (max_p.double() - max_q.double()) + log_ratio
+
+
+def _difference(zp: Tensor, zq: Tensor, shift: Tensor) -> Tensor:
+    """Return log p − log q of logits: where these are far apart, fp32 would round the difference.
+
+    Of logits at 10⁶ and at 3 it would have no digit below 0.06, and each of them still has its own.
+    """
+    return zp.double().sub_(zq).sub_(shift[:, None]).float()
 
 
 def _softmax(z: Tensor, row_max: Tensor, sum_exp: Tensor) -> Tensor:

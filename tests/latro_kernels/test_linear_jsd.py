@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from latro_kernels import linear_jsd, linear_kl, logit_tiles
 from tests.latro_kernels.ops.linear_jsd import OP, problem
 from tests.latro_kernels.ops.linear_kl import equal_heads, share_weight
-from tests.latro_kernels.ops.op import Problem, assert_same, check, each_dtype
+from tests.latro_kernels.ops.op import Problem, assert_same, check, each_dtype, gate
 from tests.latro_kernels.test_memory import LargestTensor
 from tests.latro_kernels.test_torch import RawOps, forms, losses, values_and_gradients
 
@@ -132,6 +132,21 @@ def test_a_small_divergence_keeps_its_digits(beta: float) -> None:
     assert (got >= 0).all()
     assert ((got - true).abs() / true).max() < 2**-6
     assert ((given.unfused()["jsd"] - true).abs() / true).max() > 1
+
+
+@pytest.mark.parametrize("far", [1e4, 1e6])
+@pytest.mark.parametrize("shape", [(40, 3, 2), (40, 3, 350)], ids=str)
+def test_logits_far_apart_keep_their_digits(far: float, shape: tuple[int, int, int]) -> None:
+    """The logits have quarters, which fp32 holds beside `far`."""
+    given = problem(shape, beta=0.3)
+    given["hidden_p"][:], given["hidden_q"][:] = torch.eye(3)[:1], torch.eye(3)[1:2]
+    for name in ("weight_p", "weight_q"):
+        given[name].mul_(4).round_().div_(4)
+    given["weight_p"][:, 0] += far
+    ours, exact, plain = given.solve("auto"), given.truth(), given.unfused()
+    # The gradients with respect to hidden states are products with `far`.
+    for name in ("jsd", "dw", "dw_q"):
+        gate(name, ours[name], exact[name], plain[name])
 
 
 @each_backend
