@@ -18,8 +18,9 @@ both heads' maxima and sums of exponentials, and for the divergences. With d = l
 
 by expm1 and log1p, so that nothing overflows, and ratios near 1 keep their digits. d itself is the
 difference of the logits less that of the normalisers, in fp64, not one of two log-probs. Each
-token's term of the JSD is at least 0, and of second order in d: where the heads differ by little, the error is
-relative to the JSD's square root. Equal logits give exactly 0, and so do their gradients.
+token's term of the JSD is at least 0, and of second order in d: where the heads differ by little,
+the error is relative to the JSD's square root. Equal logits give exactly 0, and so do their
+gradients.
 """
 
 from __future__ import annotations
