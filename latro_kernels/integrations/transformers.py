@@ -16,7 +16,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
+from pickle import PicklingError
 from types import MethodType
 from typing import Any
 
@@ -53,13 +55,27 @@ class _Fused:
     """The attributes of model and head that are replaced, as far as they were there."""
     asked: _Asked | None = None
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: what lies in the model's forwards would not come back."""
+        raise PicklingError(
+            "model: a model with a fused head cannot be pickled; save it with save_pretrained, or "
+            "call unfused_head(model) first"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fused:
+        """Return what a copy of the model remembers."""
+        copied = memo[id(self)] = object.__new__(_Fused)
+        vars(copied).update(deepcopy(vars(self), memo))
+        return copied
+
 
 def fused_head(model: PreTrainedModel) -> PreTrainedModel:
     """Let `model` compute its loss without logits, and give it `logprobs`.
 
     `model(input_ids, labels=...)` returns the loss that it returned before, up to rounding, and
     None for logits. `model.logprobs` is `logprobs` of this module. Call it before PEFT or an engine
-    wraps the model; a second call does nothing.
+    wraps the model; a second call does nothing. `copy.deepcopy` copies the fused head too; pickle,
+    and so `torch.save` of a whole model, refuses it.
 
     Returns:
         model itself.

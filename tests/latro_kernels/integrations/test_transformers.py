@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import pytest
@@ -199,6 +201,17 @@ def test_without_labels_a_model_is_as_before() -> None:
     unfused_head(unfused_head(model))
     assert (set(vars(model)), set(vars(model.lm_head)), model.loss_function) == before
     assert model(ids, labels=ids).logits is not None
+
+
+def test_a_pickle_would_not_have_the_head_and_is_refused() -> None:
+    model, (ids, _) = fused_head(model_of("llama")), batch()
+    with pytest.raises(PicklingError, match=r"unfused_head\(model\) first"):
+        torch.save(model, io.BytesIO())
+    file = io.BytesIO()
+    torch.save(unfused_head(model), file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
 def test_a_copy_has_a_head_of_its_own() -> None:
