@@ -189,7 +189,7 @@ def _rollouts(
     groups = []
     for place, (prompt, (_, row)) in enumerate(zip(prompts, problems, strict=True)):
         group = {"none": [join(prompt, Sample([]), row["answer"])]}
-        if row.get("rationale", "").strip():
+        if (row.get("rationale") or "").strip():
             group["gold"] = [join.written(prompt, row["rationale"], row["answer"])]
         for kind, samples in own.items():
             group[kind] = [join(prompt, sample, row["answer"]) for sample in samples[place]]

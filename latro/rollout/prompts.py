@@ -249,7 +249,7 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
         return
     for index, row in enumerate(dataset):
         prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.frame)
-        needed = len(join.written(prompt_ids, row["rationale"], row["answer"]).input_ids)
+        needed = len(join.written(prompt_ids, row["rationale"] or "", row["answer"]).input_ids)
         if needed > limit:
             raise ValueError(
                 f"{name}: row {index}: prompt, rationale and answer take {needed} positions, but "

@@ -2,11 +2,12 @@
 
 A dataset row has the columns `prompt` (a string, or {"role", "content"} messages) and `answer` (a
 string). Where a task has them there are also `rationale`, the worked solution, `ground_truth`,
-which completions are graded against instead of `answer`, and whatever else its grading needs. A
-completion states its answer after the answer template, "The answer is 42". The first statement that
-holds an answer counts, as it is the one that a rollout ends at. What the model goes on to say does
-not count, nor does a mention of the template without an answer ("I hope the answer is correct."),
-nor anything else in the completion or in the prompt.
+which completions are graded against instead of `answer`, and whatever else its grading needs. What
+a row leaves out of these is None in its dataset. A completion states its answer after the answer
+template, "The answer is 42". The first statement that holds an answer counts, as it is the one that
+a rollout ends at. What the model goes on to say does not count, nor does a mention of the template
+without an answer ("I hope the answer is correct."), nor anything else in the completion or in the
+prompt.
 """
 
 from __future__ import annotations
@@ -76,7 +77,9 @@ class Task(ABC):
         rows = self._rows(split, path, num_examples, seed)
         if not rows:
             raise ValueError(f"task {self.name} has no rows in split {split!r} of {path}")
-        return Dataset.from_list(rows)
+        # By itself `datasets` takes the first row's columns, and leaves others out.
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        return Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
 
     def extract(self, completion: str, example: Mapping[str, Any]) -> str | None:
         """Return the answer that a completion states, in canonical form.
@@ -110,7 +113,8 @@ class Task(ABC):
 
     def truth(self, example: Mapping[str, Any]) -> str:
         """Return the text that a row is graded against: `ground_truth`, or else its `answer`."""
-        return example.get("ground_truth", example["answer"])
+        truth = example.get("ground_truth")
+        return example["answer"] if truth is None else truth
 
     def is_correct(self, predicted: str | None, example: Mapping[str, Any]) -> bool:
         """Return whether what `extract` returned is the right answer."""

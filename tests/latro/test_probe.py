@@ -60,6 +60,14 @@ def test_likelihoods_are_those_of_whole_logits(records, tiny, tokenizer, worked)
         assert [len(record[kind]) for kind in ("greedy", "sampled")] == [1, 3]
 
 
+def test_a_rationale_that_is_none_is_left_out(records, tiny, tokenizer, task, worked):
+    """As rows have it that leave a column out."""
+    texts = [text or None for text in worked["rationale"]]
+    worked = worked.remove_columns("rationale").add_column("rationale", texts)
+    settings = ProbeSettings(num_samples=3, max_completion_length=6, batch_size=3)
+    assert probe_model(Scorer(tiny()), tokenizer, task, worked, settings) == records
+
+
 def test_problems_do_not_depend_on_their_batch(records, tiny, tokenizer, task, worked):
     settings = ProbeSettings(num_samples=3, max_completion_length=6, batch_size=64)
     whole = probe_model(Scorer(tiny()), tokenizer, task, worked, settings)

@@ -120,11 +120,12 @@ def test_beside_other_rewards_nothing_is_excluded(
     """TRL sums the rewards that there are, in which a missing log-likelihood would count as 0."""
     ids = completions(unfinished=True)
     reward = AnswerLikelihood(small_model, padding_tokenizer, unfinished="exclude")
-    other = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
+
+    def other(completions: list[str], **_: Any) -> list[float]:
+        return [1.0] * len(completions)
+
     trainer = make_trl(GRPOTrainer, small_model, [reward, other], ids)
-    with pytest.raises(
-        ValueError, match="unfinished: expected 'floor' where the trainer has other"
-    ):
+    with pytest.raises(ValueError, match="unfinished: expected 'floor' where the trainer has"):
         trainer.train()
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from latro.tasks import TASKS, Task, get_task
+from latro.tasks.numeric import NumericTask
 
 
 def test_tasks_are_known_by_their_names():
@@ -29,6 +30,26 @@ def test_an_unknown_split_is_refused(name):
 def test_a_count_below_one_is_refused(name, count):
     with pytest.raises(ValueError, match=f"num_examples must be at least 1; got {count}"):
         get_task(name).load("test", num_examples=count)
+
+
+def test_rows_may_leave_columns_out():
+    rows = [
+        {"prompt": "a", "answer": "five"},
+        {"prompt": "b", "answer": "six", "ground_truth": "6", "rationale": "1 + 5"},
+    ]
+
+    class Spelled(NumericTask):
+        name = "spelled"
+
+        def _rows(self, split, path, num_examples, seed):
+            return rows
+
+    task = Spelled()
+    first, second = task.load("train")
+    assert first == {**rows[0], "ground_truth": None, "rationale": None}
+    assert second == rows[1]
+    assert task.truth(first) == "five"
+    assert task.grade("The answer is 6.", second)
 
 
 @pytest.mark.parametrize(
