@@ -41,10 +41,14 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}")
 _ROOT = re.compile(r"(?<!\\)(?:sqrt|√)\s*(?:\(([^()]*)\)|(\w))")
 _SIGNS = str.maketrans(
     {
-        "π": r"\pi ", "∞": r"\infty ", "×": r"\cdot ", "·": r"\cdot ", "*": r"\cdot ",
+        "π": r"\pi ", "∞": r"\infty ", "×": r"\cdot ", "·": r"\cdot ", "∅": r"\emptyset ",
         "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∪": r"\cup ", "∩": r"\cap ", "±": r"\pm ",
     }
 )  # fmt: skip
+_EMPTY_SET = re.compile(r"\\varnothing(?![a-zA-Z])|\\\{\s*\\\}")
+# In prose "!" may end a sentence: "18!" is 18.
+_FACTORIAL = re.compile(r"[\w)}\]]\s*!(?!\s*=)")
+_FACTORIAL_IN_PROSE = re.compile(r"(?<![\w$])\w+!(?!\s*=)")
 _GROUPS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,|\{,\}|\\,|\\!,|,\\!)\d{3})+(?![\d,])")
 _DECIMAL = re.compile(r"(?<![\d.])(\d*)\.(\d+)")
 
@@ -73,17 +77,22 @@ class MathReader:
 
         Return None where it states no answer, and `SEVERAL` where it states more than one.
         """
+        if _FACTORIAL.search(truth) and not _segments(statement):
+            marked = _FACTORIAL_IN_PROSE.sub(r"$\g<0>$", statement)
+            if marked != statement and self.stated(marked, truth) == self.truth(truth):
+                return self.truth(truth)
         values = stated_values(statement)
-        if len(values) == 1 and None not in values:
+        factorial = any(_FACTORIAL.search(segment) for segment in _segments(statement))
+        if len(values) == 1 and None not in values and not factorial:
             return str(values.pop())  # SymPy spells it in the same way
         latex = _mathematics(statement)
         if not latex:
             return latex if latex == SEVERAL or not values else SEVERAL
-        return self._spelled(latex, _mathematics(truth)) or SEVERAL
+        return self._spelled(latex, _mathematics(_as_mathematics(truth))) or SEVERAL
 
     def truth(self, answer: str) -> str | None:
         """Return the canonical string of an answer in the data; None where it cannot be read."""
-        return self.stated(answer, answer) or None
+        return self.stated(_as_mathematics(answer), answer) or None
 
     def _spelled(self, latex: str, truth: str | None) -> str | None:
         key = (latex, truth or "")
@@ -100,6 +109,18 @@ class MathReader:
         except WorkerEndedError:  # its alarm or its memory limit ended it
             self._worker = None
             return None
+
+
+def _as_mathematics(answer: str) -> str:
+    """Return an answer of the data, with factorials marked as such: there "!" ends no sentence."""
+    plain = _FACTORIAL.search(answer) and not any(_segments(answer))
+    return f"${answer.strip()}$" if plain else answer
+
+
+def _segments(text: str) -> list[str]:
+    """Return the parts of a text that are marked as mathematics."""
+    found = [*_SEGMENT.finditer(text), *_BOX.finditer(text)]
+    return [next(group for group in match.groups() if group is not None) for match in found]
 
 
 def _mathematics(statement: str) -> str | None:
@@ -135,13 +156,14 @@ def _from_plain_text(sentence: str) -> str | None:
     words = _WORD.findall(_ENVIRONMENT.sub("", text))
     if not text or any(word.lower() not in {*_FUNCTIONS, "sqrt"} for word in words):
         return None
-    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = _WORD.sub(lambda m: _FUNCTIONS.get(m[0].lower(), m[0]), text)
     text = text.replace("<=", r"\le ").replace(">=", r"\ge ").replace("**", "^")
-    return _exact(text.translate(_SIGNS))
+    return _exact(text.replace("*", r"\cdot "))
 
 
 def _exact(latex: str) -> str:
-    """Return the LaTeX with decimals as fractions and without separators of thousands."""
-    text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), latex.strip())
+    """Return the LaTeX with commands for signs, decimals as fractions and thousands ungrouped."""
+    text = _ROOT.sub(lambda m: rf"\sqrt{{{m[1] or m[2]}}}", folded(latex.strip()))
+    text = _EMPTY_SET.sub(lambda _: r"\emptyset ", text.translate(_SIGNS))
+    text = _GROUPS.sub(lambda m: re.sub(r"\D", "", m[0]), text)
     return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)

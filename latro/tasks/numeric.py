@@ -120,6 +120,7 @@ _TERM = rf"[-+\s($√]*[0-9.]+[\s)%!$π]*(?:{_UNIT}){{0,3}}"
 _ARITHMETIC = re.compile(
     rf"[^0-9(√$+-]*(?P<expression>{_TERM}(?:(?:[-+*/×÷^\u2013]+|(?=\()){_TERM})*)"
 )
+_FACTORIAL = re.compile(r"[0-9)}]\s?!")
 _OPERATOR = re.compile(r"(?<=\S)\s*[-+*/×÷^!π\u2013]|√|[0-9]\(")
 
 
@@ -141,7 +142,12 @@ class NumericTask(Task):
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Return the one number that a text in figures names by the rule above, or None."""
+    """Return the one number that a text in figures names by the rule above, or None.
+
+    As in data: "6!" is a factorial there, and not 6 with an exclamation mark.
+    """
+    if _FACTORIAL.search(text):
+        return None
     values = _values(plain_figures(text, words=False))
     return values.pop() if len(values) == 1 else None
 

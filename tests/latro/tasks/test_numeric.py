@@ -83,6 +83,8 @@ def test_one_number_is_read_by_value(text, value):
         "1/2/3",
         "A2",
         "1" * 101,
+        "6!",
+        "3 × (2)!",
         "1" * 10_000,
     ],
 )
