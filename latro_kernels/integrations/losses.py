@@ -155,18 +155,30 @@ def selective_log_softmax(
         logits: [..., V].
         index: [...] or [..., K], int32 or int64.
         temperature: divides the logits.
-        row_mask: [...], where 0 the result is 0 and index is not read; None for none.
+        row_mask: [...] or the shape of index, where 0 the result is 0 and index is not read; None
+            for none.
 
     Returns:
         Log-probs of the shape of index, fp32 (fp64 for fp64), nats.
+
+    Raises:
+        ValueError: row_mask has another shape.
     """
     columns = index.long()
     if index.ndim < logits.ndim:
         columns = columns[..., None]
     scored, ignore_index = columns[..., 0], None
     if row_mask is not None:
-        mask, ignore_index = row_mask == 0, -100
-        columns = columns.masked_fill(mask[..., None], 0)
+        if row_mask.shape not in (index.shape, logits.shape[:-1]):
+            raise ValueError(
+                f"row_mask: expected shape {tuple(index.shape)}, as index has, or "
+                f"{tuple(logits.shape[:-1])}, as logits have rows, got {tuple(row_mask.shape)}"
+            )
+        masked = row_mask == 0
+        if row_mask.ndim < logits.ndim:
+            masked = masked[..., None]
+        mask, ignore_index = masked.all(-1), -100
+        columns = columns.masked_fill(masked, 0)
     if columns.shape[-1] > 1:
         z = logits.gather(-1, columns)
         # The column with the largest logit, as the difference of −∞ from −∞ is no number.
@@ -195,7 +207,7 @@ def selective_log_softmax(
             logp[..., None] + (z - of_largest),
         )
         if row_mask is not None:
-            logp = logp.masked_fill(mask[..., None], 0)
+            logp = logp.masked_fill(masked, 0)
     return logp.view(index.shape)
 
 

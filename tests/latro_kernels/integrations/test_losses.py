@@ -139,6 +139,24 @@ def test_selective_log_softmax(k: int | None, masked: bool) -> None:
     assert exact.dtype == torch.float64
 
 
+def test_a_mask_may_leave_out_columns_of_a_row() -> None:
+    """As TRL's mask does, which has the shape of index."""
+    generator = torch.Generator().manual_seed(4)
+    index = torch.randint(V, (3, 7, 4), generator=generator)
+    mask = torch.randint(2, (3, 7, 4), generator=generator)
+    mask[2, 6] = 0
+
+    def ours(z: Tensor) -> Tensor:
+        return losses.selective_log_softmax(z, index.masked_fill(mask == 0, -100), row_mask=mask)
+
+    def unfused(z: Tensor) -> Tensor:
+        return z.log_softmax(-1).gather(-1, index) * mask
+
+    gate(ours, unfused, logits)
+    with pytest.raises(ValueError, match=r"row_mask: expected shape \(3, 7, 4\), as index has, or"):
+        losses.selective_log_softmax(logits(torch.float32)[0], index, row_mask=mask[:, :2])
+
+
 def test_masked_columns_spoil_no_others() -> None:
     """A logit of −∞ is masked; where it is asked for, its own log-prob alone is −∞."""
     index = torch.tensor([[2, 1, 3], [1, 2, 3], [2, 2, 2], [4, 5, 6]])
