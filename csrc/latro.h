@@ -36,6 +36,14 @@ enum {
   LATRO_F16 = 2,
 };
 
+/* How the CPU multiplies bf16, each better than the one before: widened to fp32, or as it is with
+ * the instructions of AVX512-BF16 or of AMX. Sums are fp32. */
+enum {
+  LATRO_BF16_WIDENED = 0,
+  LATRO_BF16_AVX512 = 1,
+  LATRO_BF16_AMX = 2,
+};
+
 /* The scratch of group_advantage on CUDA. */
 enum {
   LATRO_GROUP_TILE_ROWS = 256,
@@ -74,8 +82,9 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
 /* linear_logprob, whole, on the CPU.
  *
  * hidden and weight are [N, H] and [V, H] of `dtype` with any steps (in elements); bias[V] or null;
- * a target outside of 0 .. V - 1 is no column of this weight. bf16_products: whether bf16 is
- * multiplied as it is, for a processor where `latro_cpu_bf16_products_supported` is 1, or as fp32.
+ * a target outside of 0 .. V - 1 is no column of this weight. bf16_products: how bf16 is
+ * multiplied, for a processor that can; LATRO_BF16_WIDENED for other dtypes.
+ * `latro_cpu_bf16_products` is the best that this one can.
  *
  *     z = softcap * tanh((hidden . weight + bias) / softcap) / temperature      softcap 0: none
  *
@@ -97,10 +106,10 @@ LATRO_API int32_t latro_cuda_group_advantage_forward(
  * where that has none; offset is grad_entropy * entropy + 2 q less the upstream gradient of
  * log(sum of exp(z)); grad_entropy and offset are null where none of the three has a gradient. It
  * fills dx[., H] in those rows, dw[V, H] in `dtype` and db[V], each or null. With block_max, 12 of
- * its rows by 96 columns are left out where they hold no target and no entry of dz reaches
- * grad_filter.
+ * its rows (32 with AMX) by 96 columns are left out where they hold no target and no entry of dz
+ * reaches grad_filter.
  */
-LATRO_API int32_t latro_cpu_bf16_products_supported(void);
+LATRO_API int32_t latro_cpu_bf16_products(void);
 
 LATRO_API int32_t latro_cpu_linear_logprob_forward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,

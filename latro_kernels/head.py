@@ -85,12 +85,11 @@ def absent(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def multiplies_bf16(*hidden: Tensor) -> bool:
-    """Return whether the CPU kernels multiply these hidden states in bf16, not widened to fp32."""
-    return (
-        all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden)
-        and native.library("cpu").latro_cpu_bf16_products_supported() != 0
-    )
+def bf16_products(*hidden: Tensor) -> int:
+    """Return how the CPU kernels multiply these hidden states, a constant of `latro.h`."""
+    if all(x.dtype == torch.bfloat16 and x.shape[1] >= _MIN_BF16_H for x in hidden):
+        return native.library("cpu").latro_cpu_bf16_products()
+    return native.constants()["LATRO_BF16_WIDENED"]
 
 
 def native_operands(head: Head) -> tuple[Tensor | int | None, ...]:
@@ -102,6 +101,6 @@ def native_operands(head: Head) -> tuple[Tensor | int | None, ...]:
         weight,
         *weight.stride(),
         native.dtype_code(hidden.dtype),
-        multiplies_bf16(hidden),
+        bf16_products(hidden),
         None if head.bias is None else head.bias.float().contiguous(),
     )

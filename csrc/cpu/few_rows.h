@@ -4,7 +4,8 @@
 // which are packed so, and each word of the weight multiplies it: nothing of the weight is packed
 // or transposed. A thread takes a group of columns, which are neighbouring rows of the weight, and
 // goes through eight parts of the group at once: eight long streams, which a processor fetches by
-// itself, where eight neighbouring columns would be eight short ones.
+// itself, where eight neighbouring columns would be eight short ones. With AMX they are sixteen,
+// and sixteen rows of the weight are a tile as they lie.
 //
 // Each entry is summed in the order in which `multiply` of gemm.h sums it, so that a row has the
 // same bits here as among many rows there.
@@ -21,6 +22,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "amx.h"
 #include "gemm.h"
 #include "sweep.h"
 
@@ -28,13 +30,8 @@ namespace latro {
 
 // The most rows for which this is at least as fast as packing the weight.
 constexpr int64_t kFewRows = 64;
-// Rows in a panel of hidden; the last panel of few rows is a narrow one. A wide one is a vector of
-// 512 bits. Where vectors are shorter all are narrow: eight columns of sixteen rows would take more
-// registers than there are, and fewer columns read the panel more often.
-constexpr int64_t kNarrowPanel = 8, kWidePanel = Fp32Gemm::kLanes == 16 ? 16 : kNarrowPanel;
-// Columns that are multiplied at once: so many lines of the cache where the weight's rows lie a
-// power of two apart share one set of the first-level cache.
-constexpr int64_t kFewColumns = 8;
+// The depth that is multiplied at once, in words; for vectors it must be that of one sum.
+constexpr int64_t kFewDepth = VectorGemm::kMaxDepth;
 // Words from where a row of the weight is multiplied to where it is fetched.
 constexpr int64_t kFetchAhead = 4 * kLineWords;
 
@@ -138,8 +135,8 @@ struct FewScratch {
 
   explicit FewScratch(int64_t padded_rows)
       : by_column(room<float>(padded_rows * kGroupCols)),
-        by_row(room<float>(kWidePanel * kGroupCols)),
-        words(room<typename Gemm::Element>(kFewColumns * kMaxDepth * Gemm::kPerWord)) {}
+        by_row(room<float>(Gemm::kWidePanel * kGroupCols)),
+        words(room<typename Gemm::Element>(Gemm::kFewColumns * kFewDepth * Gemm::kPerWord)) {}
   bool ok() const { return by_column && by_row && words; }
 };
 
@@ -148,6 +145,8 @@ template <typename Gemm, typename T>
 struct FewRows {
   using Word = typename Gemm::Word;
   using Element = typename Gemm::Element;
+  static constexpr int64_t kNarrowPanel = Gemm::kNarrowPanel, kWidePanel = Gemm::kWidePanel;
+  static constexpr int64_t kFewColumns = Gemm::kFewColumns;
 
   const Matrix<T>& weight;
   const int64_t N, H, depth;  // depth: of H, in words
@@ -166,9 +165,10 @@ struct FewRows {
     for (int64_t first = 0; first < N; first += kWidePanel) {
       Word* to = panels.get() + first * depth;
       if (is_narrow(first)) {
-        pack_rows<Gemm, kNarrowPanel>(hidden, first, N - first, H, to);
+        pack_rows<Gemm, Side::kB, kNarrowPanel>(hidden, first, N - first, H, to);
       } else {
-        pack_rows<Gemm, kWidePanel>(hidden, first, std::min(kWidePanel, N - first), H, to);
+        pack_rows<Gemm, Side::kB, kWidePanel>(hidden, first, std::min(kWidePanel, N - first), H,
+                                              to);
       }
     }
   }
@@ -185,8 +185,14 @@ struct FewRows {
   template <typename Use>
   void group(int64_t begin, int64_t cols, FewScratch<Gemm>& own, Use use) {
     const int64_t part = cols / kFewColumns;
-    for (int64_t j = 0; j < part; ++j) block<kFewColumns>(begin, j, part, own);
-    for (int64_t j = part * kFewColumns; j < cols; ++j) block<1>(begin, j, 0, own);
+    const int64_t left = part * kFewColumns;
+    if constexpr (Gemm::kStep > 1) {
+      for (int64_t j = 0; j < part; ++j) tile(begin, j, part, kFewColumns, own);
+      if (left < cols) tile(begin, left, 1, cols - left, own);
+    } else {
+      for (int64_t j = 0; j < part; ++j) block<kFewColumns>(begin, j, part, own);
+      for (int64_t j = left; j < cols; ++j) block<1>(begin, j, 0, own);
+    }
     for (int64_t first = 0; first < N; first += kWidePanel) {
       const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
       const float* from = own.by_column.get() + first * kGroupCols;
@@ -206,12 +212,12 @@ struct FewRows {
   // The products of all rows with the columns `place`, place + part, ... of the group at `begin`.
   template <int64_t columns>
   void block(int64_t begin, int64_t place, int64_t part, FewScratch<Gemm>& own) {
-    for (int64_t k = 0; k < depth; k += kMaxDepth) {
-      const int64_t words = std::min(kMaxDepth, depth - k);
+    for (int64_t k = 0; k < depth; k += kFewDepth) {
+      const int64_t words = std::min(kFewDepth, depth - k);
       const Element* row[columns];
       for (int64_t j = 0; j < columns; ++j) {
         row[j] = words_at(weight.row(begin + place + j * part), k * Gemm::kPerWord,
-                          words * Gemm::kPerWord, own.words.get() + j * kMaxDepth * Gemm::kPerWord);
+                          words * Gemm::kPerWord, own.words.get() + j * kFewDepth * Gemm::kPerWord);
       }
       for (int64_t first = 0; first < N; first += kWidePanel) {
         const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
@@ -222,6 +228,33 @@ struct FewRows {
         } else {
           multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, part * width, k > 0);
         }
+      }
+    }
+  }
+
+  // The same with AMX, of `count` columns.
+  void tile(int64_t begin, int64_t place, int64_t part, int64_t count, FewScratch<Gemm>& own) {
+    for (int64_t k = 0; k < depth; k += kFewDepth) {
+      const int64_t words = std::min(kFewDepth, depth - k), length = words * Gemm::kPerWord;
+      const int64_t from = k * Gemm::kPerWord;
+      const Element* rows = weight.row(begin + place) + from;
+      int64_t row_step = part * weight.row_step;
+      if (count < kFewColumns || weight.col_step != 1 || from + length > H) {
+        rows = own.words.get();
+        row_step = length;
+        for (int64_t j = 0; j < count; ++j) {
+          Element* to = own.words.get() + j * length;
+          const Element* at = words_at(weight.row(begin + place + j * part), from, length, to);
+          if (at != to) std::copy_n(at, length, to);
+        }
+        std::fill(own.words.get() + count * length, own.words.get() + kFewColumns * length,
+                  Element{});
+      }
+      for (int64_t first = 0; first < N; first += kWidePanel) {
+        Gemm::multiply_tile(rows, row_step * static_cast<int64_t>(sizeof(Element)),
+                            panels.get() + first * depth + k * kWidePanel, words,
+                            own.by_column.get() + first * kGroupCols + place * kWidePanel,
+                            part * kWidePanel, k > 0);
       }
     }
   }
@@ -253,6 +286,7 @@ void for_each_group(FewRows<Gemm, T>& few, int64_t V, int64_t cols, Use use) {
   const int64_t groups = ceil_div(V, cols);
 #pragma omp parallel num_threads(static_cast<int>(few.threads.size()))
   {
+    const typename Gemm::Session session;
     FewScratch<Gemm>& own = few.threads[omp_get_thread_num()];
     for (int64_t group = free_group++; group < groups; group = free_group++) {
       const int64_t begin = group * cols, n = std::min(cols, V - begin);

@@ -24,7 +24,8 @@ int32_t latro_cpu_few_rows_linear(const void* x, const void* weight, int64_t wei
     const T* of_columns = static_cast<const T*>(bias);
     const int64_t bytes = V * H * static_cast<int64_t>(sizeof(T));
     const int64_t used = std::max<int64_t>(1, std::min(threads, bytes / kBytesPerThread));
-    const int64_t part = ceil_div(V, used * kPartsPerThread * kFewColumns) * kFewColumns;
+    constexpr int64_t columns = decltype(gemm)::kFewColumns;
+    const int64_t part = ceil_div(V, used * kPartsPerThread * columns) * columns;
     for (int64_t first = 0; first < N; first += kFewRows) {
       const Matrix<T> rows{static_cast<const T*>(x) + first * H, H, 1};
       FewRows<decltype(gemm), T> few(rows, m, std::min(kFewRows, N - first), H, used);

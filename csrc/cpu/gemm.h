@@ -2,9 +2,9 @@
 // kernel multiplies one panel of each into a small block of the result, in registers.
 //
 // A panel of A holds kRows of its vectors, a panel of B kCols, and both run along the depth k, the
-// index that is summed over: word (k, i) of a panel stands at k * width + i. What a word is depends
-// on the Gemm: one float, or two neighbouring k in bf16. There is no copy of a whole matrix:
-// callers pack as much as they are about to use.
+// index that is summed over, in words: one float, or two neighbouring k in bf16. Word (k, i) of a
+// panel of B stands at k * kCols + i; of A it does so too, unless the Gemm says otherwise (a_word).
+// There is no copy of a whole matrix: callers pack as much as they are about to use.
 //
 // Each entry of a block is summed in the same order whatever stands beside it. A row of a result
 // depends on that row alone, not on the other rows, their number or the threads.
@@ -30,8 +30,6 @@
 
 namespace latro {
 
-// One sum in fp32 over a longer depth than this loses digits that sums of parts keep.
-constexpr int64_t kMaxDepth = 128;
 constexpr int64_t kAlign = 64;
 // Words in a line of the cache, and rows fetched before they are packed.
 constexpr int64_t kLineWords = 16, kRowsAhead = 16;
@@ -62,9 +60,36 @@ Vector add_product(Vector sum, float a, Vector b) {
   return sum + a * b;
 }
 
+// What Gemms of vector instructions have in common.
+struct VectorGemm {
+  // The depth of a panel is a multiple of so many words.
+  static constexpr int64_t kStep = 1;
+  // One sum in fp32 over a longer depth, in words, loses digits that sums of parts keep.
+  static constexpr int64_t kMaxDepth = 128;
+  // Rows that a filter leaves out together, or not.
+  static constexpr int64_t kFilterRows = 12;
+  // Of few_rows.h. Columns that are multiplied at once: so many lines of the cache where the
+  // weight's rows lie a power of two apart share one set of the first-level cache.
+  static constexpr int64_t kFewColumns = 8;
+  // Rows in a panel of hidden; the last panel of few rows is a narrow one. A wide one is a vector
+  // of 512 bits. Where vectors are shorter all are narrow: eight columns of sixteen rows would take
+  // more registers than there are, and fewer columns read the panel more often.
+  static constexpr int64_t kNarrowPanel = 8;
+#if defined(__AVX512F__)
+  static constexpr int64_t kWidePanel = 16;
+#else
+  static constexpr int64_t kWidePanel = kNarrowPanel;
+#endif
+
+  // What a thread needs as long as it multiplies.
+  struct Session {
+    Session() {}
+  };
+};
+
 // Products in fp32. The vectors are the compiler's own, so that one text serves AVX-512, AVX2 and
 // NEON; the block of the result and one row of B fill the registers that there are.
-struct Fp32Gemm {
+struct Fp32Gemm : VectorGemm {
   using Element = float;
   using Word = float;
   using Product = float;
@@ -81,6 +106,7 @@ struct Fp32Gemm {
   static constexpr int64_t kPerWord = 1;
 
   static Word word(float low, float) { return low; }
+  static int64_t a_word(int64_t k, int64_t i) { return k * kRows + i; }
 
   // c[kRows][kCols] = a . b, or += with `add`; row i of c at i * c_step.
   static void multiply(const Word* a, const Word* b, int64_t depth, float* c, int64_t c_step,
@@ -112,7 +138,7 @@ struct Fp32Gemm {
 };
 
 // Products in double, for where they are few and take less time than what is done with them.
-struct Fp64Gemm {
+struct Fp64Gemm : VectorGemm {
   using Element = double;
   using Word = double;
   using Product = double;
@@ -120,6 +146,7 @@ struct Fp64Gemm {
   static constexpr int64_t kPerWord = 1;
 
   static Word word(double low, double) { return low; }
+  static int64_t a_word(int64_t k, int64_t i) { return k * kRows + i; }
 
   static void multiply(const Word* a, const Word* b, int64_t depth, double* c, int64_t c_step,
                        bool add) {
@@ -135,18 +162,21 @@ struct Fp64Gemm {
   }
 };
 
+inline uint32_t bf16_pair(bfloat16 low, bfloat16 high) {
+  return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
 #ifdef LATRO_HAS_AVX512_BF16
 // Products of bf16 with sums in fp32, for processors that have them (`bf16_gemm_supported`).
-struct Bf16Gemm {
+struct Bf16Gemm : VectorGemm {
   using Element = bfloat16;
   using Word = uint32_t;
   using Product = float;
   static constexpr int64_t kRows = 12, kCols = 32;
   static constexpr int64_t kPerWord = 2;
 
-  static Word word(bfloat16 low, bfloat16 high) {
-    return low.bits | static_cast<uint32_t>(high.bits) << 16;
-  }
+  static Word word(bfloat16 low, bfloat16 high) { return bf16_pair(low, high); }
+  static int64_t a_word(int64_t k, int64_t i) { return k * kRows + i; }
 
   __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))) static void multiply(
       const Word* a, const Word* b, int64_t depth, float* c, int64_t c_step, bool add) {
@@ -227,19 +257,50 @@ void transpose4(const void* const* from, int64_t word, Word* to, int64_t to_step
   for (int i = 0; i < 4; ++i) std::memcpy(to + i * to_step, &column[i], sizeof column[i]);
 }
 
+// Words of a panel whose depth is `length`.
+template <typename Gemm>
+int64_t words_of(int64_t length) {
+  return ceil_div(length, Gemm::kPerWord * Gemm::kStep) * Gemm::kStep;
+}
+
+enum class Side { kA, kB };
+
+template <typename Gemm, Side side>
+constexpr int64_t kPanelWidth = side == Side::kA ? Gemm::kRows : Gemm::kCols;
+
+// Whether the words of a vector stand side by side in a panel, kStep of them, and not those of all
+// vectors at one depth.
+template <typename Gemm, Side side>
+constexpr bool kInTiles = side == Side::kA && Gemm::kStep > 1;
+
 // A panel whose vectors are `count` rows of m from `first` and whose depth is its first `length`
-// columns; zeros fill it up to `width` vectors and to whole words.
-template <typename Gemm, int64_t width, typename T>
+// columns; zeros fill it up to `width` vectors and to whole steps.
+template <typename Gemm, Side side, int64_t width = kPanelWidth<Gemm, side>, typename T>
 void pack_rows(const Matrix<T>& m, int64_t first, int64_t count, int64_t length,
                typename Gemm::Word* out) {
   using Element = typename Gemm::Element;
   using Word = typename Gemm::Word;
-  const int64_t words = length / Gemm::kPerWord;
+  const int64_t words = length / Gemm::kPerWord, padded = words_of<Gemm>(length);
+  const auto place = [](int64_t k, int64_t i) {
+    if constexpr (side == Side::kA) {
+      return Gemm::a_word(k, i);
+    } else {
+      return k * width + i;
+    }
+  };
   const T* row[width];
   for (int64_t i = 0; i < count; ++i) row[i] = m.row(first + i);
   int64_t fast_rows = 0, fast_words = 0;
   if constexpr (std::is_same_v<T, Element>) {
-    if (m.col_step == 1) {
+    if (m.col_step == 1 && kInTiles<Gemm, side>) {
+      fast_rows = count;
+      fast_words = words / Gemm::kStep * Gemm::kStep;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t k = 0; k < fast_words; k += Gemm::kStep) {
+          std::memcpy(out + place(k, i), row[i] + k * Gemm::kPerWord, Gemm::kStep * sizeof(Word));
+        }
+      }
+    } else if (m.col_step == 1) {
       // Neighbouring columns are a word already: transpose 4 x 4 of them at a time.
       fast_rows = count / 4 * 4;
       fast_words = words / 4 * 4;
@@ -262,47 +323,79 @@ void pack_rows(const Matrix<T>& m, int64_t first, int64_t count, int64_t length,
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t k = i < fast_rows ? fast_words : 0; k < words; ++k) {
       const int64_t column = k * Gemm::kPerWord;
-      out[k * width + i] = Gemm::word(at(i, column), at(i, column + Gemm::kPerWord - 1));
+      out[place(k, i)] = Gemm::word(at(i, column), at(i, column + Gemm::kPerWord - 1));
     }
-  }
-  if (length % Gemm::kPerWord != 0) {
-    for (int64_t j = 0; j < count; ++j) {
-      out[words * width + j] = Gemm::word(at(j, length - 1), Element{});
+    int64_t k = words;
+    if (length % Gemm::kPerWord != 0) {
+      out[place(k++, i)] = Gemm::word(at(i, length - 1), Element{});
     }
+    for (; k < padded; ++k) out[place(k, i)] = Word{};
   }
-  for (int64_t k = 0; count < width && k < ceil_div(length, Gemm::kPerWord); ++k) {
-    for (int64_t j = count; j < width; ++j) out[k * width + j] = Word{};
+  for (int64_t k = 0; count < width && k < padded; ++k) {
+    for (int64_t i = count; i < width; ++i) out[place(k, i)] = Word{};
   }
 }
 
-// A panel whose vectors are `count` columns of m from `first` and whose depth is `length` of its
-// rows from `begin`; zeros fill it up to `width` vectors and to whole words.
+// Word k of `count` columns of m from `first`, of which the first `length` rows from `begin` are
+// packed; zeros fill it up to `width`.
 template <typename Gemm, int64_t width, typename T>
+void pack_word(const Matrix<T>& m, int64_t begin, int64_t length, int64_t first, int64_t count,
+               int64_t k, typename Gemm::Word* to) {
+  using Element = typename Gemm::Element;
+  using Word = typename Gemm::Word;
+  k *= Gemm::kPerWord;
+  if (k >= length) {
+    std::fill_n(to, width, Word{});
+    return;
+  }
+  for (int64_t ahead = k + kRowsAhead; ahead < std::min(k + kRowsAhead + Gemm::kPerWord, length);
+       ++ahead) {
+    __builtin_prefetch(m.row(begin + ahead) + first * m.col_step);
+  }
+  const T* low = m.row(begin + k) + first * m.col_step;
+  const bool single = k + Gemm::kPerWord > length;
+  const T* high = single ? low : m.row(begin + k + Gemm::kPerWord - 1) + first * m.col_step;
+  if (m.col_step == 1 && count == width && !single) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) {
+      to[i] = Gemm::word(convert<Element>(low[i]), convert<Element>(high[i]));
+    }
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Element other =
+        single && Gemm::kPerWord > 1 ? Element{} : convert<Element>(high[i * m.col_step]);
+    to[i] = Gemm::word(convert<Element>(low[i * m.col_step]), other);
+  }
+  std::fill(to + count, to + width, Word{});
+}
+
+// A panel whose vectors are `count` columns of m from `first` and whose depth is `length` of its
+// rows from `begin`; zeros fill it up to its width and to whole steps.
+template <typename Gemm, Side side, typename T>
 void pack_columns(const Matrix<T>& m, int64_t begin, int64_t length, int64_t first, int64_t count,
                   typename Gemm::Word* out) {
-  using Element = typename Gemm::Element;
-  for (int64_t k = 0; k < length; k += Gemm::kPerWord) {
-    const T* low = m.row(begin + k) + first * m.col_step;
-    typename Gemm::Word* to = out + k / Gemm::kPerWord * width;
-    for (int64_t ahead = k + kRowsAhead; ahead < std::min(k + kRowsAhead + Gemm::kPerWord, length);
-         ++ahead) {
-      __builtin_prefetch(m.row(begin + ahead) + first * m.col_step);
-    }
-    const bool single = k + Gemm::kPerWord > length;
-    const T* high = single ? low : m.row(begin + k + Gemm::kPerWord - 1) + first * m.col_step;
-    if (m.col_step == 1 && count == width && !single) {
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) {
-        to[i] = Gemm::word(convert<Element>(low[i]), convert<Element>(high[i]));
+  using Word = typename Gemm::Word;
+  constexpr int64_t width = kPanelWidth<Gemm, side>;
+  const int64_t words = words_of<Gemm>(length);
+  if constexpr (kInTiles<Gemm, side>) {
+    Word lines[Gemm::kStep * width];
+    for (int64_t step = 0; step < words; step += Gemm::kStep) {
+      for (int64_t k = 0; k < Gemm::kStep; ++k) {
+        pack_word<Gemm, width>(m, begin, length, first, count, step + k, lines + k * width);
       }
-      continue;
+      for (int64_t k = 0; k < Gemm::kStep; k += 4) {
+        const Word* line = lines + k * width;
+        const void* four[4] = {line, line + width, line + 2 * width, line + 3 * width};
+        for (int64_t i = 0; i < width; i += 4) {
+          transpose4<Word>(four, i, out + Gemm::a_word(step + k, i), Gemm::kStep);
+        }
+      }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      const Element other =
-          single && Gemm::kPerWord > 1 ? Element{} : convert<Element>(high[i * m.col_step]);
-      to[i] = Gemm::word(convert<Element>(low[i * m.col_step]), other);
+  } else {
+    for (int64_t k = 0; k < words; ++k) {
+      pack_word<Gemm, width>(m, begin, length, first, count, k, out + k * width);
     }
-    for (int64_t i = count; i < width; ++i) to[i] = typename Gemm::Word{};
   }
 }
 
@@ -310,8 +403,8 @@ void pack_columns(const Matrix<T>& m, int64_t begin, int64_t length, int64_t fir
 template <typename Gemm>
 void multiply(const typename Gemm::Word* a, const typename Gemm::Word* b, int64_t depth,
               typename Gemm::Product* c, int64_t c_step, bool add) {
-  for (int64_t k = 0; k < depth; k += kMaxDepth) {
-    const int64_t some = depth - k < kMaxDepth ? depth - k : kMaxDepth;
+  for (int64_t k = 0; k < depth; k += Gemm::kMaxDepth) {
+    const int64_t some = std::min(depth - k, Gemm::kMaxDepth);
     Gemm::multiply(a + k * Gemm::kRows, b + k * Gemm::kCols, some, c, c_step, add || k > 0);
   }
 }

@@ -36,6 +36,7 @@ class HeadGradient {
   using Word = typename Gemm::Word;
   using Product = typename Gemm::Product;
   static constexpr int64_t kRows = Gemm::kRows, kCols = Gemm::kCols;
+  static constexpr int64_t kFilterRows = Gemm::kFilterRows, kChunkRows = latro::kChunkRows<Gemm>;
   // A stretch from .. to of columns, or of rows, whose blocks are not left out.
   struct Run {
     int64_t from, to;
@@ -61,8 +62,9 @@ class HeadGradient {
         M_(M),
         H_(sweep.head.H),
         width_(sweep.width),
-        block_rows_(ceil_div(ceil_div(M, ceil_div(M, kMaxBlockRows)), kChunkRows) * kChunkRows),
-        chunk_rows_(chunk_rows(M)),
+        block_rows_(ceil_div(ceil_div(M, ceil_div(M, kMaxBlockRows<Gemm>)), kChunkRows) *
+                    kChunkRows),
+        chunk_rows_(chunk_rows<Gemm>(M)),
         depth_(words_of<Gemm>(block_rows_)),
         active_(room<uint8_t>(block_rows_ / kFilterRows * (width_ / kFilterCols))),
         dz_columns_(room<Word>(out.dw != nullptr ? ceil_div(width_, kRows) * kRows * depth_ : 0)),
@@ -99,23 +101,26 @@ class HeadGradient {
   template <typename Pack, typename Fill>
   void run(int64_t V, Pack pack, Fill fill) {
 #pragma omp parallel num_threads(static_cast<int>(sweep_.threads.size()))
-    for (int64_t begin = 0; begin < V; begin += width_) {
-      const int64_t cols = std::min(width_, V - begin);
-      pack(begin, cols);
-      if (out_.dx != nullptr) sweep_.pack_weight_columns(begin, cols);
-      for (int64_t block = 0; block < M_; block += block_rows_) {
-        const int64_t rows = std::min(block_rows_, M_ - block);
+    {
+      const typename Gemm::Session session;
+      for (int64_t begin = 0; begin < V; begin += width_) {
+        const int64_t cols = std::min(width_, V - begin);
+        pack(begin, cols);
+        if (out_.dx != nullptr) sweep_.pack_weight_columns(begin, cols);
+        for (int64_t block = 0; block < M_; block += block_rows_) {
+          const int64_t rows = std::min(block_rows_, M_ - block);
 #pragma omp for schedule(dynamic)
-        for (int64_t first = 0; first < rows; first += chunk_rows_) {
-          const Place place{block, first, std::min(chunk_rows_, rows - first), begin, cols};
-          if (out_.db != nullptr) std::fill_n(db_part(first), cols, Product{});
-          fill(place, omp_get_thread_num());
-          Scratch<Gemm>& own = sweep_.threads[omp_get_thread_num()];
-          if (out_.dx != nullptr) add_to_dx(place, own);
-          if (out_.dw != nullptr) pack_for_dw(place, own);
+          for (int64_t first = 0; first < rows; first += chunk_rows_) {
+            const Place place{block, first, std::min(chunk_rows_, rows - first), begin, cols};
+            if (out_.db != nullptr) std::fill_n(db_part(first), cols, Product{});
+            fill(place, omp_get_thread_num());
+            Scratch<Gemm>& own = sweep_.threads[omp_get_thread_num()];
+            if (out_.dx != nullptr) add_to_dx(place, own);
+            if (out_.dw != nullptr) pack_for_dw(place, own);
+          }
+          if (out_.dw != nullptr) dw_slice(block, rows, begin, cols);
+          if (out_.db != nullptr) db_slice(block, rows, begin, cols);
         }
-        if (out_.dw != nullptr) dw_slice(block, rows, begin, cols);
-        if (out_.db != nullptr) db_slice(block, rows, begin, cols);
       }
     }
   }
@@ -184,14 +189,14 @@ class HeadGradient {
     for (int64_t j = 0; j < place.cols; j += kRows) {
       Word* panel = dz_columns_.get() + j * depth_;
       for (const Run& run : rows_with(j, first, first + place.count)) {
-        pack_columns<Gemm, kRows>(dz, run.from - first, run.to - run.from, j,
-                                  std::min(kRows, place.cols - j),
-                                  panel + run.from / Gemm::kPerWord * kRows);
+        pack_columns<Gemm, Side::kA>(dz, run.from - first, run.to - run.from, j,
+                                     std::min(kRows, place.cols - j),
+                                     panel + run.from / Gemm::kPerWord * kRows);
       }
     }
     if (place.begin > 0 && one_block()) return;  // packed with the first slice
     for (int64_t h = 0; h < H_; h += kCols) {
-      pack_columns<Gemm, kCols>(
+      pack_columns<Gemm, Side::kB>(
           hidden_, place.block + first, place.count, h, std::min(kCols, H_ - h),
           hidden_columns_.get() + h * depth_ + first / Gemm::kPerWord * kCols);
     }

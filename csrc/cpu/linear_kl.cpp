@@ -89,21 +89,24 @@ struct Pair {
 template <typename Gemm, typename T>
 std::vector<KlState> forward(Pair<Gemm, T>& pair, int64_t N, int64_t threads) {
   std::vector<KlState> states(N);
-  const int64_t V = pair.own.head.V, rows = chunk_rows(N);
+  const int64_t V = pair.own.head.V, rows = chunk_rows<Gemm>(N);
 #pragma omp parallel num_threads(static_cast<int>(threads))
-  for (int64_t begin = 0; begin < V; begin += pair.width) {
-    const int64_t cols = std::min(pair.width, V - begin);
-    pair.pack_weights(begin, cols);
+  {
+    const typename Gemm::Session session;
+    for (int64_t begin = 0; begin < V; begin += pair.width) {
+      const int64_t cols = std::min(pair.width, V - begin);
+      pair.pack_weights(begin, cols);
 #pragma omp for schedule(dynamic)
-    for (int64_t first = 0; first < N; first += rows) {
-      const int64_t count = std::min(rows, N - first);
-      const int thread = omp_get_thread_num();
-      pair.own.pack_chunk(pair.own.head.hidden, first, count, pair.own.threads[thread]);
-      pair.other.pack_chunk(pair.other.head.hidden, first, count, pair.other.threads[thread]);
-      pair.for_each_row(thread, count, begin, cols,
-                        [&](int64_t i, int64_t, int64_t n, const double* zp, const double* zq) {
-                          states[first + i].add(zp, zq, n);
-                        });
+      for (int64_t first = 0; first < N; first += rows) {
+        const int64_t count = std::min(rows, N - first);
+        const int thread = omp_get_thread_num();
+        pair.own.pack_chunk(pair.own.head.hidden, first, count, pair.own.threads[thread]);
+        pair.other.pack_chunk(pair.other.head.hidden, first, count, pair.other.threads[thread]);
+        pair.for_each_row(thread, count, begin, cols,
+                          [&](int64_t i, int64_t, int64_t n, const double* zp, const double* zq) {
+                            states[first + i].add(zp, zq, n);
+                          });
+      }
     }
   }
   return states;

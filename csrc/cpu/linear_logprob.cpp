@@ -147,22 +147,25 @@ struct Forward : Sweep<Gemm, T> {
         state(fold.state) {}
 
   void run(int64_t N) {
-    const int64_t rows = chunk_rows(N);
+    const int64_t rows = chunk_rows<Gemm>(N);
 #pragma omp parallel num_threads(static_cast<int>(this->threads.size()))
-    for (int64_t begin = 0; begin < head.V; begin += width) {
-      const int64_t cols = std::min(width, head.V - begin);
-      this->pack_weight_rows(begin, cols);
-      if (state.dx_sum != nullptr) this->pack_weight_columns(begin, cols);
+    {
+      const typename Gemm::Session session;
+      for (int64_t begin = 0; begin < head.V; begin += width) {
+        const int64_t cols = std::min(width, head.V - begin);
+        this->pack_weight_rows(begin, cols);
+        if (state.dx_sum != nullptr) this->pack_weight_columns(begin, cols);
 #pragma omp for schedule(dynamic)
-      for (int64_t first = 0; first < N; first += rows) {
-        chunk(first, std::min(rows, N - first), begin, cols, this->threads[omp_get_thread_num()]);
+        for (int64_t first = 0; first < N; first += rows) {
+          chunk(first, std::min(rows, N - first), begin, cols, this->threads[omp_get_thread_num()]);
+        }
       }
     }
   }
 
   void chunk(int64_t first, int64_t count, int64_t begin, int64_t cols, Scratch<Gemm>& own) {
     this->pack_chunk(head.hidden, first, count, own);
-    float row_max_before[kChunkRows], local[kGroupCols];
+    float row_max_before[kChunkRows<Gemm>], local[kGroupCols];
     std::copy_n(state.row_max + first, count, row_max_before);
     for (int64_t from = 0; from < cols; from += kGroupCols) {
       const int64_t to = std::min(from + kGroupCols, cols);
@@ -182,7 +185,7 @@ struct Forward : Sweep<Gemm, T> {
   // wherever the maximum has moved.
   void add_to_dx_sum(int64_t first, int64_t count, int64_t begin, int64_t cols,
                      const float* row_max_before, Scratch<Gemm>& own) {
-    float shrink[kChunkRows];
+    float shrink[kChunkRows<Gemm>];
     for (int64_t i = 0; i < count; ++i) {
       const float row_max = state.row_max[first + i];
       shrink[i] = row_max == row_max_before[i] ? 1.0f : std::exp(row_max_before[i] - row_max);
@@ -276,8 +279,8 @@ struct Backward {
   }
 
   void find_active(const Place& place) {
-    for (int64_t i = 0; i < place.count; i += kFilterRows) {
-      const int64_t end = std::min(i + kFilterRows, place.count);
+    for (int64_t i = 0; i < place.count; i += Gemm::kFilterRows) {
+      const int64_t end = std::min(i + Gemm::kFilterRows, place.count);
       for (int64_t b = 0; b < place.cols; b += kFilterCols) {
         bool below = true;
         for (int64_t r = i; below && r < end; ++r) {
@@ -294,7 +297,10 @@ struct Backward {
 
 }  // namespace
 
-int32_t latro_cpu_bf16_products_supported(void) { return bf16_gemm_supported(); }
+int32_t latro_cpu_bf16_products(void) {
+  if (amx_gemm_supported()) return LATRO_BF16_AMX;
+  return bf16_gemm_supported() ? LATRO_BF16_AVX512 : LATRO_BF16_WIDENED;
+}
 
 int32_t latro_cpu_linear_logprob_forward(
     const void* hidden, int64_t hidden_row_step, int64_t hidden_col_step, const void* weight,

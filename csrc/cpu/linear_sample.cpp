@@ -122,14 +122,17 @@ struct Sampling : Sweep<Gemm, T> {
       : Base(fold.head, false, false, threads), fold(fold) {}
 
   void run(int64_t N) {
-    const int64_t rows = chunk_rows(N);
+    const int64_t rows = chunk_rows<Gemm>(N);
 #pragma omp parallel num_threads(static_cast<int>(this->threads.size()))
-    for (int64_t begin = 0; begin < head.V; begin += width) {
-      const int64_t cols = std::min(width, head.V - begin);
-      this->pack_weight_rows(begin, cols);
+    {
+      const typename Gemm::Session session;
+      for (int64_t begin = 0; begin < head.V; begin += width) {
+        const int64_t cols = std::min(width, head.V - begin);
+        this->pack_weight_rows(begin, cols);
 #pragma omp for schedule(dynamic)
-      for (int64_t first = 0; first < N; first += rows) {
-        chunk(first, std::min(rows, N - first), begin, cols, this->threads[omp_get_thread_num()]);
+        for (int64_t first = 0; first < N; first += rows) {
+          chunk(first, std::min(rows, N - first), begin, cols, this->threads[omp_get_thread_num()]);
+        }
       }
     }
   }

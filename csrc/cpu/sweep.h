@@ -7,21 +7,24 @@
 #include <cstdint>
 #include <vector>
 
+#include "amx.h"
 #include "gemm.h"
 #include "latro.h"
 #include "softmax.h"
 
 namespace latro {
 
-// The grain of the filter: these many rows and columns are left out together, or not.
-constexpr int64_t kFilterRows = 12, kFilterCols = 96;
+// The filter leaves out so many columns together, of a Gemm's kFilterRows.
+constexpr int64_t kFilterCols = 96;
 // Columns whose products are folded together: what one panel of rows makes of them fits the
 // first-level cache, and their weights the second-level one.
 constexpr int64_t kGroupCols = 2 * kFilterCols;
 // The most rows that one thread takes at a time.
-constexpr int64_t kChunkRows = 4 * kFilterRows;
-// Rows over which a slice of dw is summed in one go.
-constexpr int64_t kMaxBlockRows = 22 * kChunkRows;
+template <typename Gemm>
+constexpr int64_t kChunkRows = 4 * Gemm::kFilterRows;
+// The most rows over which a slice of dw is summed in one go.
+template <typename Gemm>
+constexpr int64_t kMaxBlockRows = 1056 / kChunkRows<Gemm> * kChunkRows<Gemm>;
 // A packed slice of the weight; it shares the last-level cache with dz and hidden.
 constexpr int64_t kSliceBytes = 4 << 20;
 
@@ -36,18 +39,16 @@ struct Head {
   const float* bias_at(int64_t column) const { return bias != nullptr ? bias + column : nullptr; }
 };
 
-template <typename Gemm>
-int64_t words_of(int64_t length) {
-  return ceil_div(length, Gemm::kPerWord);
-}
-
 // Rows in a chunk, of M: few rows make small chunks, so that there is one for every thread.
-inline int64_t chunk_rows(int64_t M) { return M < 10 * kChunkRows ? 2 * kFilterRows : kChunkRows; }
+template <typename Gemm>
+int64_t chunk_rows(int64_t M) {
+  return M < 480 ? 2 * Gemm::kFilterRows : kChunkRows<Gemm>;
+}
 
 // Columns in a slice: its packed weight, and a block's packed dz for them, have kSliceBytes each.
 template <typename Gemm>
 int64_t slice_columns(int64_t H, int64_t V) {
-  const int64_t depth = std::max(words_of<Gemm>(H), words_of<Gemm>(kMaxBlockRows));
+  const int64_t depth = std::max(words_of<Gemm>(H), words_of<Gemm>(kMaxBlockRows<Gemm>));
   const int64_t fit = kSliceBytes / (depth * static_cast<int64_t>(sizeof(float)));
   const int64_t cols = std::max<int64_t>(1, fit / kGroupCols) * kGroupCols;
   return std::min(cols, ceil_div(V, kGroupCols) * kGroupCols);
@@ -65,11 +66,11 @@ struct Scratch {
 
   // `width` columns of dz, or 0 for none.
   Scratch(int64_t H, int64_t width)
-      : rows(room<Word>(kChunkRows * words_of<Gemm>(H))),
-        dz_rows(room<Word>(kChunkRows * words_of<Gemm>(width))),
+      : rows(room<Word>(kChunkRows<Gemm> * words_of<Gemm>(H))),
+        dz_rows(room<Word>(kChunkRows<Gemm> * words_of<Gemm>(width))),
         products(room<typename Gemm::Product>(Gemm::kRows * kGroupCols)),
-        z(room<float>(kChunkRows * width)),
-        dz(room<Element>(kChunkRows * width)) {}
+        z(room<float>(kChunkRows<Gemm> * width)),
+        dz(room<Element>(kChunkRows<Gemm> * width)) {}
   bool ok() const { return rows && dz_rows && products && z && dz; }
 };
 
@@ -106,22 +107,22 @@ struct Sweep {
   void pack_weight_rows(int64_t begin, int64_t cols) {
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < cols; j += kCols) {
-      pack_rows<Gemm, kCols>(head.weight, begin + j, std::min(kCols, cols - j), head.H,
-                             weight_rows.get() + j * words);
+      pack_rows<Gemm, Side::kB>(head.weight, begin + j, std::min(kCols, cols - j), head.H,
+                                weight_rows.get() + j * words);
     }
   }
   void pack_weight_columns(int64_t begin, int64_t cols) {
 #pragma omp for schedule(static)
     for (int64_t h = 0; h < head.H; h += kCols) {
-      pack_columns<Gemm, kCols>(head.weight, begin, cols, h, std::min(kCols, head.H - h),
-                                weight_columns.get() + h * words_of<Gemm>(width));
+      pack_columns<Gemm, Side::kB>(head.weight, begin, cols, h, std::min(kCols, head.H - h),
+                                   weight_columns.get() + h * words_of<Gemm>(width));
     }
   }
 
   void pack_chunk(const Matrix<T>& hidden, int64_t first, int64_t count, Scratch<Gemm>& own) {
     for (int64_t i = 0; i < count; i += kRows) {
-      pack_rows<Gemm, kRows>(hidden, first + i, std::min(kRows, count - i), head.H,
-                             own.rows.get() + i * words);
+      pack_rows<Gemm, Side::kA>(hidden, first + i, std::min(kRows, count - i), head.H,
+                                own.rows.get() + i * words);
     }
   }
 
@@ -137,7 +138,7 @@ struct Sweep {
   // Packs columns from .. to of the panel of dz at row `i` of the chunk.
   void pack_dz_rows(Scratch<Gemm>& own, int64_t i, int64_t count, int64_t from, int64_t to) const {
     const Matrix<Element> dz{own.dz.get() + from, width, 1};
-    pack_rows<Gemm, kRows>(
+    pack_rows<Gemm, Side::kA>(
         dz, i, std::min(kRows, count - i), to - from,
         own.dz_rows.get() + i * words_of<Gemm>(width) + from / Gemm::kPerWord * kRows);
   }
@@ -156,14 +157,15 @@ struct Sweep {
 // Calls run(gemm, element) with the types that a dtype and a kind of product stand for.
 template <typename Run>
 int32_t with_types(int32_t dtype, int32_t bf16_products, Run run) {
-  if (bf16_products != 0) {
-#ifdef LATRO_HAS_AVX512_BF16
-    if (dtype == LATRO_BF16 && bf16_gemm_supported()) {
-      return run(Bf16Gemm{}, bfloat16{});
-    }
+  if (bf16_products != LATRO_BF16_WIDENED && dtype != LATRO_BF16) return LATRO_BAD_DTYPE;
+#ifdef LATRO_HAS_AMX
+  if (bf16_products == LATRO_BF16_AMX && amx_gemm_supported()) return run(AmxGemm{}, bfloat16{});
 #endif
-    return LATRO_UNSUPPORTED;
-  }
+#ifdef LATRO_HAS_AVX512_BF16
+  if (bf16_products == LATRO_BF16_AVX512 && bf16_gemm_supported())
+    return run(Bf16Gemm{}, bfloat16{});
+#endif
+  if (bf16_products != LATRO_BF16_WIDENED) return LATRO_UNSUPPORTED;
   if (dtype == LATRO_F32) return run(Fp32Gemm{}, float{});
   if (dtype == LATRO_BF16) return run(Fp32Gemm{}, bfloat16{});
   if (dtype == LATRO_F16) return run(Fp32Gemm{}, float16{});

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import multiplies_bf16
+from latro_kernels.head import bf16_products
 
 torch.library.define(
     "latro_kernels::few_rows_linear", "(Tensor x, Tensor weight, Tensor? bias) -> Tensor"
@@ -26,7 +26,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         None if bias is None else bias.contiguous(),
         out,
         native.dtype_code(x.dtype),
-        multiplies_bf16(weight),
+        bf16_products(weight),
         x.numel() // H,
         H,
         V,

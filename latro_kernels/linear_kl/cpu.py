@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latro_kernels import native
-from latro_kernels.head import Head, multiplies_bf16
+from latro_kernels.head import Head, bf16_products
 from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 
 
@@ -55,5 +55,5 @@ def _operands(head: Head, other: Head) -> list[Tensor | float | None]:
         bias = None if one.bias is None else one.bias.float().contiguous()
         operands += [one.hidden.contiguous(), None if is_shared else one.weight.contiguous()]
         operands += [bias, one.hidden.shape[1], one.softcap, one.temperature]
-    codes = native.dtype_code(head.hidden.dtype), multiplies_bf16(head.hidden, other.hidden)
+    codes = native.dtype_code(head.hidden.dtype), bf16_products(head.hidden, other.hidden)
     return [*operands, *codes]

@@ -199,15 +199,19 @@ def gate(name: str, got: Tensor, truth: Tensor, unfused: Tensor) -> None:
     of the truth's largest entry; absolute, not relative, where that entry is above 1. Log-probs,
     entropies and log Σ p² come from the logarithm of a sum that is at least 1: they may be two
     steps of fp32 at 1 off, where a few peaked rows of the unfused computation happen to be nearer.
+    So may gradients be sixteen steps at their largest entry, where there are few of them.
     """
     assert got.shape == truth.shape, f"{name}: shape {tuple(got.shape)}"
     assert got.isfinite().all(), f"{name}: not finite"
     if truth.numel() == 0:
         return
     error, of_unfused = ((x.double() - truth).abs().max() for x in (got, unfused))
-    floor = 1e-5 * truth.abs().max().clamp(max=1)
+    largest, step = truth.abs().max(), torch.finfo(torch.float32).eps
+    floor = 1e-5 * largest.clamp(max=1)
     if name in {"logp", "entropy", "log_sum_p_squared"}:
-        floor = floor.clamp(min=2 * torch.finfo(torch.float32).eps)
+        floor = floor.clamp(min=2 * step)
+    if name.startswith("d"):
+        floor = floor.clamp(min=16 * step * largest)
     bound = 2 * of_unfused + floor
     assert error <= bound, f"{name}: error {error:.3g}, of unfused torch {of_unfused:.3g}"
 
