@@ -20,6 +20,9 @@ import pyarrow.parquet
 
 Records = Iterable[tuple[str, dict[str, Any]]]
 
+# In characters. The module's own, of 131,072, is less than a prompt may have.
+_LARGEST_CELL = 2**31 - 1
+
 
 def _number(text: str) -> float | Decimal:
     """Return a number of JSON with the digits that it is written in: 3.10 is a price, 3.1 is none.
@@ -137,10 +140,13 @@ def _csv_rows(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yield each row that is not blank and the line where it begins: cells may hold line ends."""
     while True:
         line = reader.line_num + 1
+        limit = csv.field_size_limit(_LARGEST_CELL)
         try:
             cells = next(reader, None)
         except csv.Error as error:
             raise ValueError(f"{path}:{line}: not CSV: {error}") from error
+        finally:
+            csv.field_size_limit(limit)
         if cells is None:
             return
         if cells:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 
 import pyarrow
@@ -39,6 +40,15 @@ def test_each_format_gives_its_records_and_where_they_begin(tmp_path, suffix, pl
     assert list(read_records(path)) == [
         (f"{path}{place}", row) for place, row in zip(places, ROWS, strict=True)
     ]
+
+
+def test_a_cell_of_csv_may_be_as_long_as_a_prompt(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,answer\n" + "x " * 100_000 + ",1\n")
+    before = csv.field_size_limit()
+    ((_, record),) = read_records(path)
+    assert len(record["prompt"]) == 200_000
+    assert csv.field_size_limit() == before
 
 
 def test_a_json_file_may_hold_an_object_a_line(tmp_path):
