@@ -66,7 +66,7 @@ class LinearLogprob:
         """
         softcap, scale, outputs = (*rest, *_DEFAULTS[len(rest) :])
         dtype = autocast_dtype(hidden.device) or hidden.dtype
-        if not _is_ours(weight, dtype):
+        if not _is_ours(weight, dtype, scale, softcap):
             return chunked_logprob.ChunkedLogProbFunction.apply(
                 hidden, weight, bias, target, temperature, chunk_size, softcap, scale, outputs
             )
@@ -115,16 +115,18 @@ def _leaves_out_ignored(device: torch.device) -> bool:
     return device.type == "cpu" or chunked_logprob._use_triton(device)
 
 
-def _is_ours(weight: Tensor, dtype: torch.dtype) -> bool:
+def _is_ours(weight: Tensor, dtype: torch.dtype, scale: float, softcap: float | None) -> bool:
     """Return whether we have what TRL asks for.
 
-    We have no other devices than CPUs and CUDA's, no fp64; and under ZeRO-3 the backward has to
-    gather the weight again, which TRL's function does.
+    We have no other devices than CPUs and CUDA's, no fp64, and no scale or softcap of 0 or less;
+    and under ZeRO-3 the backward has to gather the weight again, which TRL's function does.
     """
     return (
         weight.device.type in ("cpu", "cuda")
         and dtype in (torch.float32, torch.bfloat16, torch.float16)
         and not is_shard(weight)
+        and scale > 0
+        and (softcap is None or softcap > 0)
     )
 
 

@@ -161,6 +161,19 @@ def test_each_output_is_trls_and_only_what_was_asked_for(softcap: float | None) 
                 torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 0.0), (None, -0.5), (0.0, 1.0)])
+def test_a_scale_or_softcap_that_is_not_above_0_is_left_to_trl(
+    softcap: float | None, scale: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator) for n in (40, 23))
+    target = torch.randint(23, (40,), generator=generator)
+    given = (hidden, weight, None, target, 0.7, 8, softcap, scale)
+    theirs = chunked_logprob.ChunkedLogProbFunction.apply(*given)
+    for x, y in zip(LinearLogprob.apply(*given), theirs, strict=True):
+        assert torch.equal(x, y)
+
+
 def test_all_outputs_of_capped_logits_are_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator) for n in (40, 23))
