@@ -63,7 +63,11 @@ _LOWERED = "₀₁₂₃₄₅₆₇₈₉"
 _DARK_LETTERS = {
     first + i: chr(ord("A") + i) for first in (0x1F150, 0x1F170) for i in range(26)
 } | {0xFE0F: None}
-_MINUS_SIGNS = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d", "-"))
+# Minus signs, and the decimal, thousands and percent signs of Arabic digits.
+_SIGNS = str.maketrans(
+    dict.fromkeys("\u2010\u2011\u2012\u2212\ufe63\uff0d", "-")
+    | {"\u066b": ".", "\u066c": ",", "\u066a": "%"}
+)
 
 # A closing quote or bracket belongs to its sentence; a capital letter after it begins the next one,
 # since base models write "5.Question:". Neither "3! = 6" nor "20? No, 18" ends at "!" or "?".
@@ -107,7 +111,7 @@ def unmarked(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """Return the text in Unicode's compatibility forms, minus signs and digits in ASCII.
+    """Return the text in Unicode's compatibility forms, signs of numbers and digits in ASCII.
 
     Raised digits become "^{2}", lowered ones "_{2}" and "½" becomes " 1/2", which those forms
     would run into the number before them.
@@ -117,7 +121,7 @@ def folded(text: str) -> str:
     text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0]}}}", text)
     text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0]}}}", text)
     text = re.sub(f"[{_VULGAR}]", r" \g<0>", text).translate(_DARK_LETTERS)
-    text = unicodedata.normalize("NFKC", text).translate(_MINUS_SIGNS).replace("\u2044", "/")
+    text = unicodedata.normalize("NFKC", text).translate(_SIGNS).replace("\u2044", "/")
     return "".join(
         str(unicodedata.decimal(c)) if c.isdecimal() else c
         for c in text

@@ -53,7 +53,9 @@ _VALIDATION_BUCKETS = 10
 _WHOLE_FILE = "all"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # An answer that is a number and nothing else; the grader itself reads one among words too.
-_BARE_NUMBER = re.compile(r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/]+(?:[eE][-+]?\d+)?\s?%?")
+_BARE_NUMBER = re.compile(
+    r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/\u066b\u066c]+(?:[eE][-+]?\d+)?\s?[%\u066a]?"
+)
 _MARKS = " .!*\"'`“”‘’"
 # The end of a sentence, with closing quotes and asterisks and the white space after it.
 _SENTENCE_END = re.compile(r"[.!?]+[*_\"'`”’]*(?:\s+|$)|\n\s*")
