@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from .base import SEVERAL, Task
-from .markup import TAG, first_line, first_sentence, folded, unmarked
+from .markup import TAG, first_line, first_sentence, folded, unmarked, without_marks
 
 _MARKS = " .!?*_$\"'`“”‘’"
 _CLOSING = _MARKS + ")]}>」】»"
@@ -73,6 +73,8 @@ _LABEL_AND_TEXT = re.compile(r"(?P<label>\w)\s+(?:(?:is|=|->|→)\s+)?(?P<text>.
 _NO_LABEL = re.compile(
     r"\b(?:[Ii](?=['’])|[AaIi](?=\s+(?!(?:and|or|nor|is|are|too|because)\b)[a-z]))"
 )
+# What stands behind an option's text: "0.5", "3-5" and "x**2" are not the options 0, 3 and x.
+_NOT_MORE = r"(?!\w|[.,:/–-]+\d|[*^_]+\w)"
 _ARTICLE = re.compile(r"^(?:a|an|[Tt]he)\s+")
 
 # fmt: off
@@ -219,7 +221,7 @@ class _Options:
             rest_of_line = _ARTICLE.sub("", line[start:], count=1)
             for begun in (line[start:], rest_of_line):
                 for _, text in self._longest_first():
-                    pattern = rf"{_MARKUP}({re.escape(text)})(?!\w){_MARKUP}"
+                    pattern = rf"{_MARKUP}({re.escape(text)}){_NOT_MORE}{_MARKUP}"
                     match = re.match(pattern, begun, re.IGNORECASE)
                     if match is None:
                         continue
@@ -236,7 +238,7 @@ class _Options:
             rest,
             re.IGNORECASE,
         )
-        if labelled is not None:
+        if labelled is not None and self._label(labelled["label"]) is not None:
             return True
         remark = (
             rf"[\s,;(–—-]*(?:\b(?:{_REASON}|{_CONTRAST}|(?:and|but)\s+not\b|which\b|{_IS_RIGHT})"
@@ -321,7 +323,7 @@ def _collapsed(text: str) -> str:
 
 def _bare(text: str) -> str:
     collapsed = _collapsed(text)
-    return collapsed.strip(_MARKS) or collapsed
+    return without_marks(collapsed, _MARKS) or collapsed
 
 
 def _caseless(text: str) -> str:

@@ -129,6 +129,14 @@ def folded(text: str) -> str:
     )
 
 
+def without_marks(text: str, marks: str) -> str:
+    """Return the text without these marks around it; the point of ".5" is none."""
+    bare = text.strip(marks)
+    before = text[: text.find(bare)]
+    has_point = bare[:1].isdecimal() and before.endswith(".") and not before.endswith("..")
+    return f".{bare}" if has_point else bare
+
+
 def first_sentence(statement: str) -> str:
     """Return the rest of the sentence that an answer template began, without the closing mark.
 

@@ -36,7 +36,7 @@ from latro.rollout.prompts import prompt_text
 
 from .base import Task, draw, stable_bucket
 from .choice import ChoiceTask
-from .markup import unmarked
+from .markup import unmarked, without_marks
 from .mathematics import MathReader
 from .numeric import NumericTask, parse_number
 from .own_rows import own_row
@@ -56,6 +56,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _BARE_NUMBER = re.compile(
     r"[-\u2212+]?\s?[$€£¥]?\s?[-\d.,/\u066b\u066c]+(?:[eE][-+]?\d+)?\s?[%\u066a]?"
 )
+_CALL = re.compile(r"!+(?=\W*\Z)")
 _MARKS = " .!*\"'`“”‘’"
 # The end of a sentence, with closing quotes and asterisks and the white space after it.
 _SENTENCE_END = re.compile(r"[.!?]+[*_\"'`”’]*(?:\s+|$)|\n\s*")
@@ -106,7 +107,9 @@ class _Exact(OwnData):
             whole = spelled.strip(" \t\r\n:")
             # The answer may itself have sentences and lines: "Dr. Smith" ends two.
             ends = _sentence_ends(whole)[: len(_sentence_ends(truth))]
-            if any(_plain(whole[:end]) == right for end in (*ends, len(whole))):
+            parts = [whole[:end] for end in (*ends, len(whole))]
+            # "18!" is 18, but no other answer is "18!".
+            if any(right in (_plain(part), _plain(_CALL.sub("", part))) for part in parts):
                 return right
             first = _plain(whole[: ends[-1]])
         return first or None
@@ -340,10 +343,17 @@ def _cut(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[st
 def _plain(text: str) -> str:
     """Return the text to compare, without outer punctuation, in one case and with single spaces."""
     collapsed = " ".join(text.split())
-    caseless = (collapsed.strip(_MARKS) or collapsed).casefold()
+    bare = without_marks(collapsed, _MARKS) or collapsed
+    behind = collapsed[collapsed.rfind(bare) + len(bare) :]
+    caseless = (bare + "!" if _is_factorial(bare, behind) else bare).casefold()
     if bracketed := re.fullmatch(r"\(([^()]+)\)", caseless):  # "(B)", an option in its prompt
         caseless = bracketed[1].strip(_MARKS) or caseless
     return unicodedata.normalize("NFC", caseless)
+
+
+def _is_factorial(bare: str, behind: str) -> bool:
+    """Return whether a "!" behind a text belongs to it: "6!" is another number than 6."""
+    return bare[-1:].isdecimal() and behind.startswith("!")
 
 
 def _sentence_ends(text: str) -> list[int]:

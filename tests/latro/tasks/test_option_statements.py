@@ -421,6 +421,13 @@ def test_digits_are_labels_or_texts_and_never_both(row, statement, stated):
         (["32° F", "78° F"], "78° F (B)", "B"),
         (["32° F", "78° F"], "78 °F, since it is warm", "B"),
         (["32° F", "78° F"], "78° F (A)", None),
+        ([".5", "50"], ".5", "A"),
+        ([".5", "50"], "**.5**", "A"),
+        ([".5", "50"], "5", None),
+        (["$.50", "$5"], "50", None),
+        (["x", "y"], "x**2", None),
+        (["x", "y"], "x^2", None),
+        (["x", "y"], "**x**", "A"),
     ],
 )
 def test_texts_with_marks_and_words_of_the_rule(texts, statement, stated):
