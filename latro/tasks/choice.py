@@ -24,7 +24,7 @@ from functools import lru_cache
 from typing import Any
 
 from .base import SEVERAL, Task
-from .markup import TAG, first_line, first_sentence, folded, unmarked, without_marks
+from .markup import CROSSES, TAG, first_line, first_sentence, folded, unmarked, without_marks
 
 _MARKS = " .!?*_$\"'`“”‘’"
 _CLOSING = _MARKS + ")]}>」】»"
@@ -311,7 +311,7 @@ class _Options:
 @lru_cache(maxsize=4096)
 def _plain(text: str) -> str:
     """Return the text without markup, tags and symbols such as check marks."""
-    letters = re.sub("[✗✘❌❎🚫]", " not ", TAG.sub("\n", folded(unmarked(text))))
+    letters = re.sub(CROSSES, " wrong ", TAG.sub("\n", folded(unmarked(text))))
     plain = "".join(" " if unicodedata.category(c) == "So" else c for c in letters)
     # Options are compared with single spaces, and "78° F" has two now.
     return re.sub(" {2,}", " ", plain)

@@ -16,6 +16,8 @@ import unicodedata
 from collections.abc import Callable
 
 _BRACED = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"
+CROSSES = "[✗✘❌❎🚫]"
+"""Signs that call wrong what they stand at."""
 TAG = re.compile(r"</?(?:[a-zA-Z]\w+|s)\s?/?>|</[a-zA-Z]>|<\|[^<>|]*\|>|\[/?INST\]")
 """A token that ends a turn, or a tag that stands alone; "<B>" is left, as it may be an option."""
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from .base import SEVERAL, Task
 from .figures import UNREADABLE, plain_figures
-from .markup import first_sentence
+from .markup import CROSSES, first_sentence
 
 _GROUPED = "|".join(rf"[0-9]{{1,3}}(?:{mark}[0-9]{{3}})+" for mark in (",", "['’]", "_"))
 # "1,00,000" is how India groups.
@@ -86,6 +86,7 @@ _NO_STATEMENT = re.compile(
     r"|\b(?:more|less|greater|fewer|larger|smaller|higher|lower) than\b"
     r"|\bor (?:more|less|fewer|above|below|higher|lower|greater)\b"
     r"|\b(?:over|under|above|below|beyond|exceeds|up to)\s+(?=[-$.]*[0-9])"
+    rf"|{CROSSES}"
     r"|[≤≥≠>]|<(?!/?\w+>|\|)|[0-9]\+(?!\s?[0-9])",
     re.IGNORECASE,
 )

@@ -340,7 +340,8 @@ STATED = {
             " the second option from the bottom", " the first two options", " the last two",
             " the first and the second", " the first or second option", " the second, third",
             " the second option and the third", " not the second option", " option 5",
-            " A ✗", " ❌ B", " B is heat energy", " light energy is A",
+            " A ✗", " ❌ B", " heat energy ✗", " heat energy ❌ light energy ✓",
+            " B is heat energy", " light energy is A",
             " the wrong option", " the option", " the letter", " ~~B~~", " unclear", " ?",
         )
         if s != " a"
