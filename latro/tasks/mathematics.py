@@ -37,6 +37,8 @@ _FUNCTIONS = {
     name: rf"\{name} "
     for name in ("sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "exp", "pi", "infty")
 } | {"infinity": r"\infty ", "or": r"\text{ or }", "and": r"\text{ and }"}
+# "3 \text{ or } 4", as data has it without dollars.
+_JOINT = re.compile(r"\\(?:text|textrm|mbox|mathrm)\s*\{\s*(and|or)\s*\}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{[a-z]*\*?\}")
 _ROOT = re.compile(r"(?<!\\)(?:sqrt|√)\s*(?:\(([^()]*)\)|(\w))")
 _SIGNS = str.maketrans(
@@ -152,7 +154,7 @@ def _inside_box(latex: str) -> str:
 
 
 def _from_plain_text(sentence: str) -> str | None:
-    text = folded(sentence.strip(" *_`$.,;:"))
+    text = _JOINT.sub(r" \1 ", folded(sentence.strip(" *_`$.,;:")))
     words = _WORD.findall(_ENVIRONMENT.sub("", text))
     if not text or any(word.lower() not in {*_FUNCTIONS, "sqrt"} for word in words):
         return None
