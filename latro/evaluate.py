@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from latro.config.command_line import parse_arguments
 from latro.config.data import DataArguments
 from latro.config.engine import EngineArguments
-from latro.config.fields import setting
+from latro.config.fields import check_settings, setting
 from latro.config.model import ModelArguments
 from latro.engines.make import load_engine
 from latro.errors import exit_with
@@ -66,6 +66,7 @@ class EvaluateArguments(EngineArguments):
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.check_engine()
         if self.majority is None:
             self.majority = [self.num_samples] if self.num_samples else []

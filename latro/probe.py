@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from latro.config.command_line import parse_arguments
 from latro.config.data import DataArguments
 from latro.config.engine import EngineArguments
-from latro.config.fields import setting
+from latro.config.fields import check_settings, setting
 from latro.config.model import ModelArguments
 from latro.engines.make import load_engine
 from latro.errors import exit_with
@@ -53,6 +53,7 @@ class ProbeArguments(EngineArguments):
     backend: str = setting("auto", "Backend of the kernels: auto, reference, cpu, triton or cuda.")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         self.check_engine()
 
 

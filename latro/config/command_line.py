@@ -9,13 +9,13 @@ import inspect
 import os
 import re
 import sys
-import types
 from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from latro.config.fields import kinds_of
 from latro.config.precedence import by_precedence
 from latro.config.training import ASSETS, AnswerConfig
 from latro.terminal import one_line
@@ -187,17 +187,16 @@ def _parse_yaml(
             except ValueError as error:
                 raise ValueError(f"--config: {path}: {error}") from error
             settings[option.dest] = getattr(parsed, option.dest)
-        elif type(value) in _kinds(hints[option.dest]):
+        elif type(value) in _classes(hints[option.dest]):
             settings[option.dest] = value
         else:
             raise ValueError(f"--config: {path}: argument {name} does not take {value!r}")
     return settings
 
 
-def _kinds(hint: Any) -> set[type]:
+def _classes(hint: Any) -> set[type]:
     """Return the classes of values that an annotation admits."""
-    union = get_origin(hint) in (Union, types.UnionType)
-    return {get_origin(kind) or kind for kind in (get_args(hint) if union else (hint,))}
+    return {get_origin(kind) or kind for kind in kinds_of(hint)}
 
 
 def _group_help(parser: HfArgumentParser, classes: Sequence[type]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
-from latro.config.fields import setting
+from latro.config.fields import check_settings, json_object, setting
 from latro.rollout.frame import Chat
 from latro.tasks import FORMATS, GRADERS, TASKS
 
@@ -55,6 +53,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         template = self.answer_template
         if template is not None and (not template or template != template.strip()):
             raise ValueError(
@@ -63,7 +62,7 @@ class DataArguments:
         if self.system_prompt is not None and not self.system_prompt.strip():
             raise ValueError(f"system_prompt: expected words, got {self.system_prompt!r}")
         if isinstance(self.chat_template_kwargs, str):
-            self.chat_template_kwargs = _json_object(
+            self.chat_template_kwargs = json_object(
                 "chat_template_kwargs", self.chat_template_kwargs
             )
 
@@ -72,14 +71,3 @@ class DataArguments:
         """Return what chat templates are given beside a problem's prompt."""
         assert not isinstance(self.chat_template_kwargs, str)
         return Chat(self.system_prompt, self.chat_template_kwargs or {})
-
-
-def _json_object(name: str, text: str) -> dict[str, Any]:
-    """Return the object that `text` is as JSON; raise ValueError where it is none."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected a JSON object, got {text!r}: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a JSON object, got {text!r}")
-    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from latro.config.fields import WEIGHT_DTYPES, one_of, setting
+from latro.config.fields import WEIGHT_DTYPES, setting
 from latro.config.ranges import above_zero, at_least
 
 _OF_A_SERVER = ("vllm_url", "vllm_weights_dir", "vllm_sync")
@@ -61,9 +61,6 @@ class EngineArguments:
 
     def check_engine(self) -> None:
         """Raise ValueError for settings that are out of range, or do not go together."""
-        one_of("rollout_engine", self.rollout_engine, ("transformers", "vllm"))
-        one_of("vllm_mode", self.vllm_mode, ("server", "colocate"))
-        one_of("vllm_sync", self.vllm_sync, ("files", "nccl"))
         above_zero("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization)
         if self.vllm_gpu_memory_utilization > 1:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 
-from latro.config.fields import WEIGHT_DTYPES, one_of, setting
+from latro.config.fields import WEIGHT_DTYPES, check_settings, setting
 from latro.config.ranges import at_least
 
 
@@ -56,7 +56,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        one_of("bnb_4bit_quant_type", self.bnb_4bit_quant_type, ("nf4", "fp4"))
+        check_settings(self)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected one of it and load_in_4bit, got both")
         for f in dataclasses.fields(self):
@@ -103,6 +103,7 @@ class PeftArguments:
     use_dora: bool = setting(False, "DoRA: the direction by LoRA, the magnitude by itself.")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not self.use_peft:
             for f in dataclasses.fields(self):
                 if getattr(self, f.name) != f.default:

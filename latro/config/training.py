@@ -14,7 +14,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.training_args import ParallelMode
 
 from latro.config.engine import EngineArguments
-from latro.config.fields import WEIGHT_DTYPES, one_of, setting
+from latro.config.fields import check_settings, json_object, one_of, setting
 from latro.config.precedence import NO_WARMUP
 from latro.config.ranges import above_zero, at_least, check_numbers
 from latro.config.trackers import check_trackers
@@ -35,6 +35,12 @@ _OTHER_REWARDS = {
 }
 # Schedulers that step by an evaluation metric, and take it for a loss unless told otherwise.
 _SCHEDULERS_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+# transformers reads them where they begin as JSON does, and takes other text as it is.
+_MAPPINGS = (
+    "lr_scheduler_kwargs",
+    "activation_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs",
+)
 _WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")
 
 
@@ -96,6 +102,7 @@ class AnswerConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_refused(self)
+        check_settings(self)
         by_metric = self.lr_scheduler_type in _SCHEDULERS_BY_METRIC
         if self.metric_for_best_model is None and (  # type: ignore[has-type]
             self.load_best_model_at_end or self.save_strategy == SaveStrategy.BEST or by_metric
@@ -109,7 +116,18 @@ class AnswerConfig(TrainingArguments):
             self.use_cpu = True
         # Checked first, since the messages of transformers do not name the argument.
         check_numbers(self)
-        super().__post_init__()
+        for name in _MAPPINGS:
+            if isinstance(text := getattr(self, name), str):
+                json_object(name, text)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            if self.ddp_backend is None or "init_process_group" not in str(error):
+                raise
+            raise ValueError(
+                f"ddp_backend: expected it left out with one process, which makes no group, got "
+                f"{self.ddp_backend!r}; `accelerate launch -m` or `torchrun -m` start several"
+            ) from error
         if is_torchelastic_launched() and self.parallel_mode != ParallelMode.DISTRIBUTED:
             raise ValueError(
                 f"use_cpu: expected True with several processes on a {self.device.type} device, "
@@ -269,18 +287,12 @@ class LatroConfig(EngineArguments, AnswerConfig):
         at_least("rlpr_min_std", self.rlpr_min_std, 0)
         above_zero("temperature", self.temperature)
         at_least("num_completions_to_print", self.num_completions_to_print, 0)
-        one_of("objective", self.objective, tuple(OBJECTIVES))
-        one_of("kl", self.kl, ("reward", "k3", "exact"))
-        one_of("unfinished", self.unfinished, ("floor", "exclude"))
-        one_of("reward_tokens", self.reward_tokens, REWARD_TOKENS)
         if self.reward_tokens != "all" and self.objective in _OTHER_REWARDS:
             raise ValueError(
                 f"reward_tokens: expected all with objective={self.objective!r}, "
                 f"{_OTHER_REWARDS[self.objective]}; got {self.reward_tokens!r}"
             )
         self.check_engine()
-        if self.rollout_dtype is not None:
-            one_of("rollout_dtype", self.rollout_dtype, ("auto", *WEIGHT_DTYPES))
         if self.importance_cap is not None:
             above_zero("importance_cap", self.importance_cap)
             if self.rollout_engine != "vllm" and self.rollout_dtype is None:
@@ -294,8 +306,6 @@ class LatroConfig(EngineArguments, AnswerConfig):
     def _check_answer_weight_warmup(self) -> None:
         name, steps = "answer_weight_warmup_steps", self.answer_weight_warmup_steps
         at_least(name, steps, 0)
-        if steps != int(steps):
-            raise ValueError(f"{name}: expected a whole number of updates, got {steps}")
         if steps and self.objective == "rlpr":
             raise ValueError(
                 f"{name}: expected 0 with objective='rlpr', which has no λ, got {steps}"
@@ -351,7 +361,3 @@ class SftConfig(AnswerConfig):
         "What to learn: the written rationale with the answer after it, or the answer alone.",
         choices=["rationale", "answer"],
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("target", self.target, ("rationale", "answer"))
