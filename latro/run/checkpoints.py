@@ -264,6 +264,21 @@ def rotate(run_dir: Path, limit: int | None, keep: set[Path]) -> None:
         _put_away(folder)
 
 
+def later_than(run_dir: Path, step: int) -> list[Path]:
+    """Return the checkpoints of later updates, the last one first."""
+    later = (folder for folder, number in _numbered(run_dir) if number > step)
+    return [folder for folder in later if os.path.isdir(folder)]
+
+
+def put_away_later(run_dir: Path, step: int) -> None:
+    """Put away the checkpoints of later updates, from before the run went back to an earlier one.
+
+    The last of them would count as the newest, and the run go on from there.
+    """
+    for folder in later_than(run_dir, step):
+        _put_away(folder)
+
+
 def _put_away(folder: Path) -> None:
     away = folder.parent / PARTIAL / f"old-{folder.name}"
     away.parent.mkdir(exist_ok=True)
@@ -276,9 +291,14 @@ def remove_partial(run_dir: Path) -> None:
 
 
 def _newest_first(run_dir: Path) -> list[Path]:
+    return [folder for folder, _ in _numbered(run_dir)]
+
+
+def _numbered(run_dir: Path) -> list[tuple[Path, int]]:
+    """Return the checkpoints and their updates, the last one first."""
     numbered = {}
     for folder in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         step = folder.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
         if step.isascii() and step.isdigit():
             numbered[folder] = int(step)
-    return sorted(numbered, key=numbered.__getitem__, reverse=True)
+    return sorted(numbered.items(), key=lambda item: item[1], reverse=True)

@@ -32,6 +32,8 @@ from latro.run.checkpoints import (
     beside,
     check_optimizer_state,
     last_whole_checkpoint,
+    later_than,
+    put_away_later,
     remove_partial,
 )
 from latro.run.due import GoingOn, evaluation_due
@@ -206,8 +208,25 @@ class LongRunTrainer(SavingTrainer):
             delete(self._replaced)
             if self._owns_output:
                 remove_partial(Path(self.args.output_dir))
+                self._warn_of_later()
         self._replaced = []
         self._owns_output = True
+
+    def _warn_of_later(self) -> None:
+        """Tell that the run goes back, and to what end of the later checkpoints."""
+        later = later_than(Path(self.args.output_dir), self.state.global_step)
+        if later:
+            _logger.warning(
+                "resume_from_checkpoint: the run goes back to update %d; its first checkpoint from "
+                "here on takes the place of %s, which are then deleted",
+                self.state.global_step,
+                ", ".join(folder.name for folder in reversed(later)),
+            )
+
+    def _finish_checkpoint(self, folder: Path, run_dir: Path) -> None:
+        if self._owns_output:
+            put_away_later(run_dir, self.state.global_step)
+        super()._finish_checkpoint(folder, run_dir)
 
     def _find_best_checkpoint(self, resumed_from: Path) -> None:
         """Name the best checkpoint by its place now, or forget one that is gone."""

@@ -123,6 +123,28 @@ def test_resumed_from_the_last_update_it_makes_none(make_trainer):
     assert trainer.state.global_step == 3
 
 
+def test_a_run_that_goes_back_leaves_no_later_checkpoint(make_trainer, tmp_path, caplog):
+    run = tmp_path / "run"
+    make_trainer(max_steps=4).train()
+    trainer = make_trainer(max_steps=3, save_total_limit=3)
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert "goes back to update 1; its first checkpoint" in caplog.text
+    assert "place of checkpoint-2, checkpoint-3, checkpoint-4, which are then del" in caplog.text
+    assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    # The newest is the run's own.
+    trainer = make_trainer(max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
+
+
+def test_going_back_deletes_nothing_before_a_checkpoint_is_there(make_trainer, tmp_path):
+    run = tmp_path / "run"
+    make_trainer(max_steps=3).train()
+    trainer = make_trainer(max_steps=2, save_strategy="no")
+    trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
+    assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+
+
 class Signal(TrainerCallback):
     """Sends this process a signal during an update."""
 
