@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from latro.config.data import DataArguments
 from latro.config.training import AnswerConfig
@@ -136,6 +136,8 @@ class AnswerTrainer(EvaluatingTrainer):
                 join=self.join,
                 max_completion_length=args.max_completion_length,
             )
+        elif train_dataset is not None:
+            _check_evaluations(args)
         check_trainable(model)
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
@@ -388,6 +390,17 @@ def _check_overrides(kind: type[AnswerTrainer]) -> None:
                 "evaluation calls it; what rows count for in the loss is `coefficients`, and the "
                 "metrics are those of `evaluate`"
             )
+
+
+def _check_evaluations(args: AnswerConfig) -> None:
+    """Raise ValueError where evaluations are asked for, and there is nothing to evaluate on."""
+    if args.eval_on_start or args.eval_strategy != IntervalStrategy.NO:
+        asked = (
+            "eval_on_start=True"
+            if args.eval_on_start
+            else f"eval_strategy={args.eval_strategy.value!r}"
+        )
+        raise ValueError(f"eval_dataset: expected held-out rows with {asked}, got None")
 
 
 def _check_precision(args: AnswerConfig) -> None:

@@ -93,6 +93,24 @@ def test_half_precision_that_a_cpu_would_leave_out_is_refused(make_trainer):
         make_trainer(fp16=True, use_cpu=True)
 
 
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ({"eval_on_start": True}, "eval_on_start=True"),
+        ({"eval_strategy": "steps"}, "eval_strategy='steps'"),
+    ],
+)
+def test_evaluations_without_rows_are_refused_before_anything_is_deleted(
+    tiny, tokenizer, task, dataset, tmp_path, settings, asked
+):
+    """The run before is there still; its files were deleted before the first evaluation failed."""
+    (tmp_path / "checkpoint-3").mkdir()
+    args = LatroConfig(str(tmp_path), overwrite_output_dir=True, **settings)
+    with pytest.raises(ValueError, match=rf"^eval_dataset: .* with {asked}, got None"):
+        LatroTrainer(tiny(), args, dataset, tokenizer, task).train()
+    assert (tmp_path / "checkpoint-3").exists()
+
+
 def test_no_callbacks_may_be_given_as_none(tiny, tokenizer, task, tmp_path):
     def callbacks_of(**given):
         args = LatroConfig(output_dir=str(tmp_path / "run"))
