@@ -58,7 +58,8 @@ def run_training(
 
     Raises:
         ValueError: settings, model or data are bad; the output folder is then unchanged.
-        TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
+        TrainingInterrupted: a signal ended the training, SIGTERM for example; there is a
+            checkpoint.
     """
     classes = (ModelArguments, PeftArguments, DataArguments, config_class)
     model_args, peft_args, data_args, args = parse_arguments(

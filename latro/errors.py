@@ -152,8 +152,8 @@ def exit_with(prog: str, run: Callable[[], object]) -> None:
     """Run a command, and end it at an error from outside with one line instead of a traceback.
 
     The exit code is 0 for a completed run and 1 for an error. For a run that a signal stopped it is
-    128 plus the signal's number (143 for SIGTERM, 130 for SIGINT), as in a shell: 0 would tell a
-    scheduler that there is nothing left to do.
+    128 plus the signal's number (143 for SIGTERM, 130 for SIGINT, 129 for SIGHUP), as in a shell: 0
+    would tell a scheduler that there is nothing left to do.
     """
     try:
         run()

@@ -21,7 +21,8 @@ def sft(argv: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
 
     Raises:
         ValueError: settings, model or data are bad; the output folder is then unchanged.
-        TrainingInterrupted: SIGTERM or SIGINT ended the training; there is a checkpoint.
+        TrainingInterrupted: a signal ended the training, SIGTERM for example; there is a
+            checkpoint.
     """
     return run_training(SftTrainer, SftConfig, argv, prog=PROG, small_settings="sft.yaml")
 

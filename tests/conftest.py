@@ -50,10 +50,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def ordinary_signals() -> Iterator[None]:
-    """Set SIGINT and SIGTERM to their defaults, since a background job ignores SIGINT."""
-    given = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Set signals to their defaults, since a background job ignores SIGINT, and nohup SIGHUP."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    given = {number: signal.getsignal(number) for number in numbers}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, handler in given.items():
         signal.signal(number, handler)

@@ -21,7 +21,7 @@ _IN_BACKWARD = "it changes weights inside of a backward, of which an update has 
 _PRECISION = "evaluation runs in the precision of the training"
 _PREDICTIONS = "evaluation samples completions and grades them; it has no batches of predictions"
 _LIGER = "it changes the model's layers after scoring was compared with the model's own logits"
-_SIGNALS = "SIGTERM and SIGINT are answered already, by a whole checkpoint after the update"
+_SIGNALS = "SIGTERM, SIGINT and SIGHUP are answered already, by a whole checkpoint after the update"
 _CACHE = "every forward of the trainer says itself whether it keeps a cache"
 _MEAN = "an update is the mean over the prompts of all processes"
 

@@ -1,4 +1,4 @@
-"""Stop a run at SIGTERM or SIGINT after its current update, with a checkpoint."""
+"""Stop a run at SIGTERM, SIGINT or SIGHUP after its current update, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ from latro.terminal import drop_closed_pipes
 class Interruption(TrainerCallback):
     """A callback, and a context manager that installs signal handlers while a run trains.
 
-    Schedulers send SIGTERM some time before they kill; Ctrl-C sends SIGINT. At the first of either,
-    the run finishes its update, saves a checkpoint, and stops without a further evaluation, which
-    is made when the run resumes (`latro.run.due`). So the scheduler's grace period must cover one
-    update, an evaluation or a rollout under way, and the saving. After the last update the trainer
-    has to save (`after_training`). A second Ctrl-C raises KeyboardInterrupt at once; a second
-    SIGTERM changes nothing, since schedulers send several. A signal that the process was started to
-    ignore stays ignored. With several processes, a signal to any one stops all at the same update.
+    Schedulers send SIGTERM some time before they kill; Ctrl-C sends SIGINT; a terminal that is
+    closed, or a connection that is lost, SIGHUP. At the first of any, the run finishes its update,
+    saves a checkpoint, and stops without a further evaluation, which is made when the run resumes
+    (`latro.run.due`). So the scheduler's grace period must cover one update, an evaluation or a
+    rollout under way, and the saving. After the last update the trainer has to save
+    (`after_training`). A second Ctrl-C raises KeyboardInterrupt at once; a second SIGTERM changes
+    nothing, since schedulers send several. A signal that the process was started to ignore, as with
+    `nohup`, stays ignored. With several processes, a signal to any one stops all at the same
+    update.
 
     Python handles signals in the main thread only, so a run in another thread has no handlers.
     """
@@ -45,7 +47,7 @@ class Interruption(TrainerCallback):
         self._received = 0
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)
         return self

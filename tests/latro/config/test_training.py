@@ -295,7 +295,10 @@ def test_settings_of_models_data_and_evaluations_have_kinds_too():
         ({"length_column_name": "tokens"}, "length_column_name"),
         ({"use_liger_kernel": True}, "use_liger_kernel: .*changes the model's layers.*got True"),
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config: .*changes the model's"),
-        ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint: .*SIGTERM and SIGINT are answ"),
+        (
+            {"enable_jit_checkpoint": True},
+            "enable_jit_checkpoint: .*SIGTERM, SIGINT and SIGHUP are",
+        ),
         ({"use_cache": True}, "use_cache: .*says itself whether it keeps a cache"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices: .*got False"),
         (

@@ -21,7 +21,7 @@ def step(interruption):
     return control
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_stops_at_the_end_of_the_step(number, capfd):
     before = signal.getsignal(number)
     interruption = Interruption()
