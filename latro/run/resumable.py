@@ -82,7 +82,7 @@ class LongRunTrainer(SavingTrainer):
         run_files: names of the files in the output folder besides model and checkpoints.
 
     Attributes:
-        interruption: its `signal` tells whether SIGTERM or SIGINT ended `train()` early.
+        interruption: its `signal` tells which signal ended `train()` early, SIGTERM for example.
     """
 
     run_files: ClassVar[tuple[str, ...]] = ("trainer_state.json", "training_args.bin")
@@ -351,14 +351,20 @@ class LongRunTrainer(SavingTrainer):
                 ignore_keys_for_eval=ignore_keys_for_eval,
             )
         except RuntimeError as error:
-            begun = self._first_step is not None and self.state.global_step > self._first_step
-            if begun and self.args.auto_find_batch_size and should_reduce_batch_size(error):
+            if not (self.args.auto_find_batch_size and should_reduce_batch_size(error)):
+                raise
+            if self._first_step is not None and self.state.global_step > self._first_step:
                 # The Trainer would begin again at the first update, with weights trained by then.
                 raise ValueError(
                     "auto_find_batch_size: expected a batch that does not fit to show in the "
                     f"first update, got out of memory after update {self.state.global_step}; "
                     "resume from a checkpoint, or begin again, with a smaller "
                     "per_device_train_batch_size"
+                ) from error
+            if batch_size == 1:
+                raise ValueError(
+                    "auto_find_batch_size: expected a batch that fits, got out of memory with "
+                    f"per_device_train_batch_size 1 too: {one_line(str(error))}"
                 ) from error
             raise
         finally:

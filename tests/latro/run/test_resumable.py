@@ -166,10 +166,15 @@ def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_a_checkpoint(make_trainer, tmp_path):
-    # As in `… 2>&1 | tee log`, where the terminal sends it to both.
-    trainer = make_trainer([Signal(signal.SIGINT, 1)], save_strategy="no")
-    reader, writer = os.pipe()
+@pytest.mark.parametrize(
+    ("number", "make"), [(signal.SIGINT, os.pipe), (signal.SIGHUP, os.openpty)]
+)
+def test_a_signal_that_takes_the_output_away_leaves_a_checkpoint(
+    make_trainer, tmp_path, number, make
+):
+    # As in `… 2>&1 | tee log`, where the terminal sends Ctrl-C to both; or as it is closed.
+    trainer = make_trainer([Signal(number, 1)], save_strategy="no")
+    reader, writer = make()
     os.close(reader)
     standard_error = os.dup(2)
     os.dup2(writer, 2)
@@ -181,7 +186,7 @@ def test_ctrl_c_that_ends_the_reader_of_the_output_too_leaves_a_checkpoint(make_
         os.dup2(standard_error, 2)
         os.close(standard_error)
         os.close(writer)
-    assert trainer.interruption.signal == signal.SIGINT
+    assert trainer.interruption.signal == number
     assert names(tmp_path / "run") == ["checkpoint-2"]
 
 
@@ -307,6 +312,20 @@ assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry]
     warm.run_together(str(script), arguments, tmp_path / "printed", processes=2)
     assert names(run) == ["checkpoint-2"]
     assert damage(run / "checkpoint-2") is None
+
+
+def test_a_batch_of_one_that_does_not_fit_is_the_last_that_is_tried(make_trainer, monkeypatch):
+    trainer = make_trainer(auto_find_batch_size=True, save_strategy="no")
+    error, sizes = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), []
+
+    def out_of_memory(*args):
+        sizes.append(trainer._train_batch_size)
+        raise error
+
+    monkeypatch.setattr(trainer, "training_step", out_of_memory)
+    with pytest.raises(ValueError, match=r"^auto_find_batch_size: .* 1 too: CUDA out .* 2 GiB\."):
+        trainer.train()
+    assert sizes == [2, 1]
 
 
 def test_a_callback_with_a_state_may_join_a_run_that_goes_on(make_trainer, tmp_path):
