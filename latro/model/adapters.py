@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from latro.config.model import PeftArguments
 
 
+# They ask more of a forward than tokens: a task's number, scalings of a pass before, other states.
+_OF_OTHER_FORWARDS = ("POLY", "SHADOW", "XLORA")
+
+
 def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
     """Return PEFT's own settings, from the command line's; None without `use_peft`.
 
@@ -80,6 +84,16 @@ def has_adapter(model: nn.Module) -> bool:
 def without_wrapper(model: Any) -> PreTrainedModel:
     """Return the model in PEFT's wrapper, its adapters in their places; or the model itself."""
     return model.get_base_model() if has_adapter(model) else model
+
+
+def adapter_buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Yield the factors that adapters do not train, as the random ones of VeRA and TinyLoRA."""
+    if is_peft_available():
+        from peft.tuners._buffer_dict import BufferDict
+
+        for module in model.modules():
+            if isinstance(module, BufferDict):
+                yield from (b for b in module.buffers() if b.is_floating_point())
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
@@ -135,8 +149,13 @@ def check_adapter(model: PeftModel) -> None:
 def _check_kind(config: PeftConfig) -> None:
     if config.is_prompt_learning:
         raise ValueError(
-            f"peft_config: {config.peft_type} adds tokens to every prompt; expected an "
+            f"peft_config: {config.peft_type.value} adds tokens to every prompt; expected an "
             "adapter of the model's layers, like LoRA"
+        )
+    if config.peft_type.value in _OF_OTHER_FORWARDS:
+        raise ValueError(
+            f"peft_config: {config.peft_type.value} needs a forward of its own, which packed rows "
+            "and decoding do not make; expected an adapter of each layer by itself, like LoRA"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
@@ -252,7 +271,11 @@ def head_parameters(head: Any) -> tuple[Tensor, Tensor | None]:
         return weight, bias
     # FSDP makes a class of its own of each that it shards, with the forward that it had.
     if not isinstance(head, Linear) or type(head).forward is not Linear.forward:
-        raise ValueError(f"model: expected a head without adapter, or with LoRA's, got {head}")
+        raise ValueError(
+            "model: expected a head without adapter, or with LoRA's, got one with "
+            f"{type(head).__name__}; leave the head out of the adapter, and the embedding too "
+            "where they are tied, or train one of them whole (modules_to_save)"
+        )
     if head.merged:
         return weight, bias
     for name in head.active_adapters:

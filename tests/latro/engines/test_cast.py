@@ -122,6 +122,21 @@ def test_full_precision_of_a_policy_that_has_it_is_no_copy(tiny: Any, tokenizer:
         assert sampled(engine, tokenizer) == exact
 
 
+@pytest.mark.parametrize("kind", ["VeraConfig", "PveraConfig", "TinyLoraConfig"])
+def test_the_factors_that_an_adapter_has_as_buffers_are_cast_too(
+    tiny: Any, tokenizer: Any, kind: str
+) -> None:
+    peft = pytest.importorskip("peft", reason="the package peft is not installed")
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"])
+    model = peft.get_peft_model(with_larger_weights(tiny()), config)
+    engine = CastEngine(model, tokenizer, HALF)
+    assert sampled(engine, tokenizer)
+    factors = [b for module in engine.model.modules() for b in module._buffers.values()]
+    kept = {b.dtype for b in factors if b is not None and b.dim() > 1 and b.is_floating_point()}
+    assert kept == {HALF}
+    assert all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point())
+
+
 def test_what_transformers_keeps_in_fp32_stays(tokenizer: Any) -> None:
     model = other_model("jamba", tokenizer)
     names = {name for name, _ in model.named_parameters() if name.endswith("A_log")}

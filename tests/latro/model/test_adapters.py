@@ -558,6 +558,25 @@ def test_settings_that_cannot_be_trained(make_trainer, tiny, options, message):
         make_trainer(tiny(), lora(**options))
 
 
+def test_trainable_tokens_of_an_embedding_that_is_the_head_are_refused(make_trainer, tiny):
+    make_trainer(tiny(), lora(trainable_token_indices=[1, 2]))
+    message = r"LoRA's, got one with TrainableTokensWrapper; leave .* where they are tied, or train"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny(tie_word_embeddings=True), lora(trainable_token_indices=[1, 2]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={}),
+        lambda: peft.PolyConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+    ],
+)
+def test_adapters_with_a_forward_of_their_own_are_refused(make_trainer, tiny, config):
+    with pytest.raises(ValueError, match=r"^peft_config: (XLORA|POLY) needs a forward of its own"):
+        make_trainer(tiny(), config())
+
+
 def test_models_that_cannot_be_trained(make_trainer, tiny):
     with pytest.raises(ValueError, match="adds tokens to every prompt"):
         make_trainer(tiny(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
