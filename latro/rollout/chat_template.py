@@ -34,6 +34,11 @@ def tokenizer_name(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__}"
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> str:
+    """Return the template that is rendered: some tokenizers have one of their own for tools."""
+    return tokenizer.get_chat_template(tools=template_kwargs.get("tools"))
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Mapping[str, str]],
@@ -49,12 +54,13 @@ def render(
         TemplateRefusalError: the template raises an error on the messages.
         ValueError: it exceeds the limits on time, memory or characters of `template_worker`.
     """
+    given = template_kwargs or {}
     request = {
         "conversations": [[dict(message) for message in messages]],
-        "chat_template": tokenizer.get_chat_template(),
+        "chat_template": template_of(tokenizer, given),
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
-        **(template_kwargs or {}),
+        **given,
     }
     reply = _ask(request)
     if "text" in reply:

@@ -37,6 +37,7 @@ from latro.rollout.chat_template import (
     SAID,
     TemplateRefusalError,
     render,
+    template_of,
     tokenizer_name,
 )
 from latro.rollout.encoding import TextEncoder
@@ -188,7 +189,8 @@ class Frame:
                     "which it is given in any case"
                 )
             # A name that the template does not read would change nothing, and nobody would know.
-            if not re.search(rf"\b{re.escape(name)}\b", self.tokenizer.get_chat_template()):
+            template = template_of(self.tokenizer, self.chat.template_kwargs)
+            if not re.search(rf"\b{re.escape(name)}\b", template):
                 raise ValueError(
                     f"chat_template_kwargs: the chat template of {tokenizer_name(self.tokenizer)} "
                     f"does not read {name!r}"
@@ -248,7 +250,7 @@ class Frame:
 
     def _switched(self, family: Thinking) -> Thinking | None:
         """Return the family where the template writes its empty block to switch thinking off."""
-        if _SWITCH not in self.tokenizer.get_chat_template():
+        if _SWITCH not in template_of(self.tokenizer, self.chat.template_kwargs):
             return None
         question = self.messages(ASKED)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -233,6 +234,15 @@ def test_what_a_template_cannot_do_is_refused(tokenizer, template, chat, message
     with pytest.raises(ValueError, match=f"^{message}") as raised:
         Frame(made, chat)
     assert "\n" not in str(raised.value)
+
+
+def test_tools_are_for_the_template_that_reads_them(tokenizer):
+    made = copy.deepcopy(tokenizer)
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %} reply:"
+    made.chat_template = {"default": plain, "tool_use": "{{ tools[0].name }}: " + plain}
+    tools = Chat(template_kwargs={"tools": [{"name": "count"}]})
+    for chat, text in ((None, "How? reply:"), (tools, "count: How? reply:")):
+        assert made.decode(encode_prompt(made, "How?", Frame(made, chat))) == text
 
 
 def check(tiny, made, chat, *prompts):
