@@ -29,6 +29,8 @@ from latro.files import write_json
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 PARTIAL = ".latro-partial"
+SUPERSEDED = "_superseded-"
+"""Put before the name of a checkpoint that a run went back from; "_" keeps it from the hub."""
 
 # The errors that reading JSON of an unexpected shape raises; RecursionError: nested too deeply.
 _MALFORMED = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)
@@ -270,13 +272,17 @@ def later_than(run_dir: Path, step: int) -> list[Path]:
     return [folder for folder in later if os.path.isdir(folder)]
 
 
-def put_away_later(run_dir: Path, step: int) -> None:
-    """Put away the checkpoints of later updates, from before the run went back to an earlier one.
+def set_aside_later(run_dir: Path, step: int) -> None:
+    """Rename the checkpoints of later updates, from before the run went back to an earlier one.
 
-    The last of them would count as the newest, and the run go on from there.
+    The last of them would count as the newest, and the run go on from there. They are the user's to
+    delete; those of an earlier time that the run went back make room for them.
     """
     for folder in later_than(run_dir, step):
-        _put_away(folder)
+        aside = folder.with_name(f"{SUPERSEDED}{folder.name}")
+        if os.path.lexists(aside):
+            _put_away(aside)
+        folder.rename(aside)
 
 
 def _put_away(folder: Path) -> None:

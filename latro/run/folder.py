@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from latro.run.checkpoints import PARTIAL
+from latro.run.checkpoints import PARTIAL, SUPERSEDED
 
 # Files with such a prefix are not pushed to the hub: the lock holds the machine's name.
 LOCK_FILE = "_latro.lock"
@@ -32,7 +32,7 @@ LOCK_FILE = "_latro.lock"
 _WEIGHTS = re.compile(
     r"(adapter_)?model(-\d{5}-of-\d{5})?\.safetensors|(adapter_)?model\.safetensors\.index\.json"
 )
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+_CHECKPOINT = re.compile(rf"({SUPERSEDED})?{PREFIX_CHECKPOINT_DIR}-\d+")
 # The errors of file systems without locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 

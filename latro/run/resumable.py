@@ -29,12 +29,13 @@ from latro.errors import reading
 from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
     STATE,
+    SUPERSEDED,
     beside,
     check_optimizer_state,
     last_whole_checkpoint,
     later_than,
-    put_away_later,
     remove_partial,
+    set_aside_later,
 )
 from latro.run.due import GoingOn, evaluation_due
 from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
@@ -97,6 +98,7 @@ class LongRunTrainer(SavingTrainer):
         self._resumed_from: Path | None = None
         self._holds_output = False
         self._owns_output = False
+        self._has_checkpoint = False  # of this call of train
         self._model_facts: Facts | None = None
         self._replaced: list[Path] = []
         self._beginning = _Beginning(self._begin_run)
@@ -197,6 +199,7 @@ class LongRunTrainer(SavingTrainer):
         # The checkpoint's state has the intervals of its own run; those of the arguments hold now.
         self.state.compute_steps(self.args, self.state.max_steps)
         self._first_step = self.state.global_step
+        self._has_checkpoint = False
         # The Trainer saves the states of those callbacks only that the checkpoint knows.
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
@@ -217,15 +220,17 @@ class LongRunTrainer(SavingTrainer):
         later = later_than(Path(self.args.output_dir), self.state.global_step)
         if later:
             _logger.warning(
-                "resume_from_checkpoint: the run goes back to update %d; its first checkpoint from "
-                "here on takes the place of %s, which are then deleted",
+                "resume_from_checkpoint: the run goes back to update %d; with its first checkpoint "
+                "from here on, %s are set aside, as %s*",
                 self.state.global_step,
                 ", ".join(folder.name for folder in reversed(later)),
+                SUPERSEDED,
             )
 
     def _finish_checkpoint(self, folder: Path, run_dir: Path) -> None:
-        if self._owns_output:
-            put_away_later(run_dir, self.state.global_step)
+        if self._owns_output and not self._has_checkpoint:
+            set_aside_later(run_dir, self._first_step or 0)
+            self._has_checkpoint = True
         super()._finish_checkpoint(folder, run_dir)
 
     def _find_best_checkpoint(self, resumed_from: Path) -> None:

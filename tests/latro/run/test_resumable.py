@@ -123,21 +123,23 @@ def test_resumed_from_the_last_update_it_makes_none(make_trainer):
     assert trainer.state.global_step == 3
 
 
-def test_a_run_that_goes_back_leaves_no_later_checkpoint(make_trainer, tmp_path, caplog):
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(make_trainer, tmp_path, caplog):
     run = tmp_path / "run"
     make_trainer(max_steps=4).train()
     trainer = make_trainer(max_steps=3, save_total_limit=3)
     trainer.train(resume_from_checkpoint=str(run / "checkpoint-1"))
-    assert "goes back to update 1; its first checkpoint" in caplog.text
-    assert "place of checkpoint-2, checkpoint-3, checkpoint-4, which are then del" in caplog.text
-    assert names(run) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert "goes back to update 1; with its first checkpoint" in caplog.text
+    assert "checkpoint-2, checkpoint-3, checkpoint-4 are set aside, as _superseded-*" in caplog.text
+    aside = [f"_superseded-checkpoint-{step}" for step in (2, 3, 4)]
+    assert names(run) == [*aside, "checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    assert not damage(run / aside[-1])
     # The newest is the run's own.
     trainer = make_trainer(max_steps=3)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
 
 
-def test_going_back_deletes_nothing_before_a_checkpoint_is_there(make_trainer, tmp_path):
+def test_going_back_sets_nothing_aside_before_a_checkpoint_is_there(make_trainer, tmp_path):
     run = tmp_path / "run"
     make_trainer(max_steps=3).train()
     trainer = make_trainer(max_steps=2, save_strategy="no")
