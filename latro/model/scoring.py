@@ -247,9 +247,9 @@ class Scorer:
             expected = trunk_rows(self.causal, padded)[others]
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, IndexError) as error:
             # A layer that knows no such thing, or that reads the mask; or a model that takes no
-            # such keyword.
+            # such keyword, or counts along the row positions of which it has not that many.
             return str(error).partition("\n")[0]
         finally:
             self.model.train(was_training)

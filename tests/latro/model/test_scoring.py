@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BartConfig, BartForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from latro.model.packing import collate
 from latro.model.scoring import Scorer
@@ -71,6 +71,21 @@ def test_an_adapter_of_the_convolution_leaves_a_model_packed(tokenizer, architec
     config = LoraConfig(target_modules=[name], r=convolution.groups)
     scorer = Scorer(get_peft_model(model, config))
     assert scorer.packed, scorer.why_not_packed
+
+
+def test_a_row_of_more_positions_than_a_decoder_counts_is_not_packed():
+    """BART counts positions along the row, and has a table of them."""
+    config = BartConfig(
+        vocab_size=97,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        max_position_embeddings=16,
+        is_decoder=True,
+        is_encoder_decoder=False,
+    )
+    assert Scorer(BartForCausalLM(config)).why_not_packed == "index out of range in self"
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "mamba", "jamba"])
