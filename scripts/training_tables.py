@@ -163,14 +163,18 @@ def trl_step(result: dict[str, Any]) -> str:
     setting = result["rows"][0]["setting"]
     low, high = setting["rationale"]
     reps = min(time["reps"] for row in result["rows"] for time in row["times"].values())
-    error = max(row["gradient_error"] for row in result["rows"])
+    errors: dict[str, float] = {}
+    for row in result["rows"]:
+        dtype = row["setting"]["model"]["dtype"]
+        errors[dtype] = max(errors.get(dtype, 0.0), row["gradient_error"])
+    differ = " and ".join(f"{error:.0e} ({dtype})" for dtype, error in errors.items())
     header = ["", "TRL, s", "patched, s", "TRL, peak MiB", "patched, peak MiB"]
     return (
         markdown(header, rows)
         + f"\n\n{setting['G'] * setting['K']} sequences of {setting['P']} tokens and {low}–{high} "
         f"more; RLOO with its reference, completions given; Llamas of {sizes}; medians of {reps} "
         f"interleaved repetitions on {where(result['environment'])}; memory beyond the weights, "
-        f"gradients included. Gradients differ by at most {error:.0e} of their tensor's largest "
+        f"gradients included. Gradients differ by at most {differ} of their tensor's largest "
         "entry. Ranges: [the results](benchmarks/results/trl/step.json)."
     )
 
