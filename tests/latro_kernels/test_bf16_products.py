@@ -120,7 +120,9 @@ def _of_ours() -> torch.Tensor:
     return linear_logprob(*_heads(200, 256, 500), backend="cpu")
 
 
-@pytest.mark.parametrize("order", [(_of_torch, _of_ours), (_of_ours, _of_torch)], ids=str)
+@pytest.mark.parametrize(
+    "order", [(_of_torch, _of_ours), (_of_ours, _of_torch)], ids=["torch first", "ours first"]
+)
 def test_products_of_torch_beside_ours(order: tuple[Callable[[], torch.Tensor], ...]) -> None:
     """AMX's registers have a state, and torch's library sets it in the same threads."""
     first = [function() for function in order]
