@@ -117,7 +117,8 @@ class AnswerConfig(TrainingArguments):
         # Checked first, since the messages of transformers do not name the argument.
         check_numbers(self)
         for name in _MAPPINGS:
-            if isinstance(text := getattr(self, name), str):
+            # An older transformers has not all of them.
+            if isinstance(text := getattr(self, name, None), str):
                 json_object(name, text)
         try:
             super().__post_init__()

@@ -75,9 +75,13 @@ def test_what_no_descriptor_takes_is_copied(kind: str, monkeypatch: pytest.Monke
 def test_a_copied_tile_at_a_time(
     more: dict[str, Any], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Operands that no descriptor takes give the bits of those that need no copy, in any tiles."""
+    """Operands that no descriptor takes give the bits of those that are copied as they lie.
+
+    Read by address they give the same up to numpy's products, which on some processors sum in
+    another order where an operand is turned.
+    """
     given = problem((40, 17, 140), torch.bfloat16, bias=True, **more)
-    expected = given.solve("triton", **options)
+    by_address = given.solve("triton", **options)
     copied = []
     copy = fused._fitting
 
@@ -88,8 +92,14 @@ def test_a_copied_tile_at_a_time(
     monkeypatch.setattr(fused, "_fitting", recorded)
     monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
     turned = given.but(weight=given["weight"].t().contiguous().t())
-    assert_same(turned.solve("triton", **options), expected)
+    results = turned.solve("triton", **options)
+    assert_same(results, given.solve("triton", **options))
     assert max(rows for rows, _ in copied) <= fused.TILE_COLUMNS
+    for name, value in results.items():
+        few = 4 * torch.finfo(value.dtype).eps
+        expected = by_address[name]
+        limit = few * expected.abs().max().item()
+        torch.testing.assert_close(value, expected, rtol=few, atol=limit)
 
 
 @each_form
