@@ -115,7 +115,7 @@ struct AmxGemm {
     asm volatile("" : : : "memory");
   }
 
-  // c[kTile][kTile] = row . x, or += with `add`: the rows of A lie `row_step` words apart, x is a
+  // c[kTile][kTile] = row . x, or += with `add`: the rows of A lie `row_bytes` apart, x is a
   // panel of kTile columns.
   LATRO_AMX_TARGET static void multiply_tile(const void* row, int64_t row_bytes, const Word* x,
                                              int64_t words, float* c, int64_t c_step, bool add) {

@@ -24,6 +24,7 @@
 
 #include "amx.h"
 #include "gemm.h"
+#include "pack.h"
 #include "sweep.h"
 
 namespace latro {

@@ -10,6 +10,7 @@
 #include "amx.h"
 #include "gemm.h"
 #include "latro.h"
+#include "pack.h"
 #include "softmax.h"
 
 namespace latro {
