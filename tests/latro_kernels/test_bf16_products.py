@@ -22,7 +22,10 @@ from tests.latro_kernels.ops.table import (
     each_op,
 )
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="has no kernel in Triton")
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="has no kernel in Triton"),
+    pytest.mark.usefixtures("products"),
+]
 BF16 = torch.bfloat16
 OPS = [LINEAR_LOGPROB, LINEAR_KL, LINEAR_SAMPLE]
 # No whole word; no whole step of AMX; one step more; several pieces.
@@ -37,9 +40,6 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if library.latro_cpu_bf16_products() < kind:
         pytest.skip(f"this processor cannot: {request.param}")
     monkeypatch.setattr(library, "latro_cpu_bf16_products", lambda: kind)
-
-
-pytestmark = [pytestmark, pytest.mark.usefixtures("products")]
 
 
 def _heads(N: int, H: int, V: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,11 +64,11 @@ def test_strided_inputs(op: Op) -> None:
 
 @each_form(OPS, backends=[pytest.param("cpu")])
 def test_a_row_does_not_depend_on_the_others_or_on_threads(
-    op: Op, form: dict[str, Any], backend: str, monkeypatch: pytest.MonkeyPatch
+    op: Op, form: dict[str, Any], backend: str
 ) -> None:
     threads = torch.get_num_threads()
-    whole = op.problem(op.uneven[0], BF16, **form).map(torch.clone).solve(backend)
     given = op.problem(op.uneven[0], BF16, **form)
+    whole = given.map(torch.clone).solve(backend)
     try:
         torch.set_num_threads(threads + 1)
         assert_same(given.map(torch.clone).solve(backend), whole)
