@@ -68,7 +68,7 @@ def check(given: Problem, backend: str) -> list[str]:
     wrong = []
     for name, value in results.items():
         try:
-            gate(name, value, truth[name], unfused[name])
+            gate(name, value, truth[name], unfused[name], given)
             assert_same({name: value}, {name: again[name]})
         except AssertionError as error:
             wrong.append(f"{error}".splitlines()[0])

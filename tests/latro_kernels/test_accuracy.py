@@ -192,7 +192,7 @@ def test_nothing_comes_of_rows_without_upstream_gradient(
     given[op.rows[0]][::6] = torch.nan
     got = given.solve(backend)
     for name in got.keys() - op.outputs:
-        gate(name, got[name], true[name], plain[name])
+        gate(name, got[name], true[name], plain[name], given)
     assert not got[op.row_results[-1]][::3].any()
 
 
@@ -318,7 +318,7 @@ def test_logits_of_minus_infinity(
         if name in dimensions:
             assert not value.index_fill(dimensions[name], kept, 0).any(), name
             value = value.index_select(dimensions[name], kept)
-        gate(name, value, true[name], plain[name])
+        gate(name, value, true[name], plain[name], few)
 
 
 def has_rows_apart(op: Op, form: dict[str, Any], backend: str) -> bool:

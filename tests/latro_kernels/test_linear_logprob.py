@@ -81,7 +81,7 @@ def test_every_combination_matches_fp64(
     else:
         got = given.on(backend).solve(backend, memory_budget=budget)
     for name, value in got.items():
-        gate(name, value.cpu(), exact[name], plain[name])
+        gate(name, value.cpu(), exact[name], plain[name], given)
 
 
 @each_fused_backend

@@ -107,11 +107,11 @@ def test_ranks_together_match_fp64(case: str, ranks: list[Any]) -> None:
     for name in exact:
         parts: list[Tensor] = [results[case][name] for results in ranks]
         if name in ("dw", "db"):
-            gate(name, torch.cat(parts), exact[name], plain[name])
+            gate(name, torch.cat(parts), exact[name], plain[name], given)
             continue
         for part in parts:
             assert torch.equal(part, parts[0]), f"{name}: ranks differ"
-        gate(name, parts[0], exact[name], plain[name])
+        gate(name, parts[0], exact[name], plain[name], given)
 
 
 @pytest.mark.parametrize("case", MEANS)
