@@ -80,6 +80,9 @@ def train(method: str, args: Any) -> list[float]:
 
 def main() -> None:
     method = sys.argv[1] if len(sys.argv) > 1 else "none"
+    if method in ("-h", "--help"):
+        print(__doc__)
+        return
     if method not in METHODS:
         sys.exit(f"expected one of {', '.join(METHODS)} as the first argument, got {method}")
     _, config, settings = METHODS[method]

@@ -184,6 +184,17 @@ def test_trl_trains_on_likelihoods(tmp_path: Path, method: str) -> None:
     assert all(reward < 0 if method == "latro" else 0 < reward < 1 for reward in rewards)
 
 
+def test_help_says_how_to_name_a_method(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
+    from examples import trl_likelihood
+
+    monkeypatch.setattr("sys.argv", ["trl_likelihood.py", "--help"])
+    trl_likelihood.main()
+    assert "trl_likelihood.py verifree" in capsys.readouterr().out
+
+
 # trl_shared_prefix.py
 
 

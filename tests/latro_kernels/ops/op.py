@@ -174,7 +174,7 @@ class Problem:
         return self.results(self.op.unfused)
 
     def in_order(self, number: int) -> Problem:
-        """Return the problem with the entries of hidden states, and of weights, in another order."""
+        """Return the problem with hidden states and weights whose entries are in another order."""
         changed = {}
         for name, hidden in self.arguments.items():
             if name.startswith("hidden"):
