@@ -151,7 +151,9 @@ class NinjaBuild(build_ext):
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         # In place whatever the install mode: a wheel collects the files as package data.
-        (work / "build.ninja").write_text(ninja_file(cuda, ROOT / "latro_kernels"))
+        (work / "build.ninja").write_text(
+            ninja_file(cuda, ROOT / "latro_kernels"), encoding="utf-8"
+        )
         subprocess.run([find_ninja(), "-v"], cwd=work, check=True)
         built = [*(f"{e.name.rpartition('.')[2]}.so" for e in self.extensions), "latro.h"]
         for library in (ROOT / "latro_kernels").glob("_c*.so"):

@@ -38,9 +38,17 @@ class Lasting:
         self._name = name
 
     def write(self, text: str) -> int:
-        """Write as the stream does; the text is lost where the stream cannot be written to."""
+        """Write as the stream does; the text is lost where the stream cannot be written to.
+
+        Characters that its encoding lacks are escaped, as rich's own ellipsis in a narrow table.
+        """
+        stream = getattr(sys, self._name)
         try:
-            return getattr(sys, self._name).write(text)
+            try:
+                return stream.write(text)
+            except UnicodeEncodeError:
+                encoded = text.encode(stream.encoding, "backslashreplace")
+                return stream.write(encoded.decode(stream.encoding))
         except OSError:
             drop_closed_pipes()
             return len(text)

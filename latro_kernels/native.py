@@ -57,7 +57,7 @@ def header() -> str:
         raise BackendUnavailableError(
             f"the native libraries are not built: {path} is missing; run `pip install -e .`"
         )
-    return re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(), flags=re.DOTALL)
+    return re.sub(r"/\*.*?\*/|//[^\n]*", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 @functools.cache
@@ -105,7 +105,7 @@ def library_file(name: str) -> Path:
     path = _HERE / f"_{name}.so"
     if name == "cpu" and not path.exists():
         cpuinfo = Path("/proc/cpuinfo")
-        for level in levels(cpuinfo.read_text() if cpuinfo.exists() else ""):
+        for level in levels(cpuinfo.read_text(encoding="utf-8") if cpuinfo.exists() else ""):
             of_level = _HERE / f"_cpu_{level}.so"
             if of_level.exists():
                 return of_level

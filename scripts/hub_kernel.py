@@ -54,7 +54,9 @@ def sources() -> dict[str, str]:
     """Return the text of each module of the package, by its path."""
     paths = {path: path.relative_to(SOURCE) for path in sorted(SOURCE.rglob("*.py"))}
     texts = {
-        p.as_posix(): path.read_text() for path, p in paths.items() if p.parts[0] not in LEFT_OUT
+        p.as_posix(): path.read_text(encoding="utf-8")
+        for path, p in paths.items()
+        if p.parts[0] not in LEFT_OUT
     }
     texts["__init__.py"] = _without_left_out(texts["__init__.py"])
     return {path: _relative(text, depth=path.count("/")) for path, text in texts.items()}
@@ -90,7 +92,7 @@ def write(folder: Path) -> Path:
     for path, source in texts.items():
         text = re.sub(r"\blatro_kernels(?=::)|(?<=torch\.ops\.)latro_kernels\b", identifier, source)
         (build / path).parent.mkdir(parents=True, exist_ok=True)
-        (build / path).write_text(text)
+        (build / path).write_text(text, encoding="utf-8")
         checksums[path] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     metadata = {
         "name": "latro-kernels",
@@ -101,10 +103,10 @@ def write(folder: Path) -> Path:
         "backend": {"type": "cuda"},
         "digest": {"algorithm": "sha256", "files": checksums},
     }
-    (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    (build / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
     exported = re.findall(r'^    "(\w+)",$', texts["__init__.py"], flags=re.MULTILINE)
     card = CARD.format(version=VERSION, functions="\n".join(f"- `{name}`" for name in exported))
-    (folder / "README.md").write_text(card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return build
 
 

@@ -69,7 +69,9 @@ def render(text: str, page: Path) -> str:
         result, make = TABLES[name]
         # Links are written as from the repository's root.
         prefix = "](" if here == os.curdir else f"]({here}/"
-        tables[name] = make(json.loads((RESULTS / result).read_text())).replace("](", prefix)
+        tables[name] = make(json.loads((RESULTS / result).read_text(encoding="utf-8"))).replace(
+            "](", prefix
+        )
     return fill(text, tables, page.name)
 
 

@@ -84,8 +84,9 @@ def parse_arguments(
     made for it (`small_settings`, a file in `latro/assets`) replace the defaults.
 
     Raises:
-        ValueError: an argument is unknown, or the YAML file is missing, malformed, gives a name
-            twice or has a value that its argument does not take; or there are several files.
+        ValueError: an argument is unknown or not UTF-8, or the YAML file is missing, malformed,
+            gives a name twice or has a value that its argument does not take; or there are several
+            files.
     """
     # argparse's own usage message would fill four screens.
     usage = f"{prog} [--config FILE] [--NAME VALUE ...]"
@@ -93,6 +94,11 @@ def parse_arguments(
     parser.add_argument("--config", help="A YAML file of arguments; the command line wins over it.")
     _group_help(parser, classes)
     argv = list(sys.argv[1:] if argv is None else argv)
+    for word in argv:
+        # Python has bytes of other encodings in as surrogates, which safetensors and JSON refuse
+        # when the run has ended.
+        if any("\ud800" <= character <= "\udfff" for character in word):
+            raise ValueError(f"arguments: expected text in UTF-8, got {word!r}")
     named, _ = _preparse(argv)
     if len(named.config or ()) > 1:
         raise ValueError(

@@ -47,7 +47,9 @@ class MetricsFiles(TrainerCallback):
         self._drawn = -1
         if state.is_world_process_zero:
             with replacing(Path(args.output_dir) / METRICS_FILE) as temporary:
-                temporary.write_text("".join(json.dumps(e) + "\n" for e in state.log_history))
+                temporary.write_text(
+                    "".join(json.dumps(e) + "\n" for e in state.log_history), encoding="utf-8"
+                )
 
     def on_log(
         self,

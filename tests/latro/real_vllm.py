@@ -81,4 +81,6 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.2)
-    raise RuntimeError(f"vLLM did not start: {log.read_text(errors='replace')[-3000:]}")
+    raise RuntimeError(
+        f"vLLM did not start: {log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
+    )

@@ -53,7 +53,7 @@ def main(url: str, model_dir: str, result: str) -> None:
                 "paused": engine._request("/is_paused").value["is_paused"],
             }
         )
-    Path(result).write_text(json.dumps(found))
+    Path(result).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

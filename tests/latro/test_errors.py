@@ -116,7 +116,7 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     write_json(path, 1)
 
     def fill():
-        with replacing(path), open("/dev/full", "w") as file:
+        with replacing(path), open("/dev/full", "w", encoding="utf-8") as file:
             file.write("x")
 
     # /dev/full replaces the temporary file, whose errors at closing name no file.

@@ -41,7 +41,7 @@ def test_nan_is_no_json(tmp_path):
 
 def test_a_result_is_not_written_over_its_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("my.json").write_text("[]")
+    Path("my.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match=r"output: .*my.json is the data itself"):
         check_output(tmp_path / "my.json", "my.json")
     check_output("other.json", "my.json")

@@ -79,6 +79,18 @@ def test_a_terminal_that_cannot_encode_a_text_shows_its_code():
     assert r"into caf\xe9" in printed
 
 
+def test_an_ellipsis_that_a_terminal_cannot_encode_is_escaped(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    table = Table(show_edge=False)
+    table.add_column("a column", no_wrap=True)
+    table.add_row("a text that is cut to the width")
+    Terminal(width=20).print(table)
+    report.console(width=20).print(table)
+    stream.flush()
+    assert stream.buffer.getvalue().count(rb"\u2026") == 2
+
+
 def test_a_message_is_one_line_of_bounded_length():
     assert one_line("first \n\n  second\r\n\x1b[1mthird\n") == r"first second\r \x1b[1mthird"
     assert one_line("a  folder/x: bad") == "a  folder/x: bad"
@@ -92,7 +104,7 @@ def test_a_message_is_one_line_of_bounded_length():
 def test_a_reader_that_has_gone_ends_nothing(monkeypatch, show):
     reader, writer = os.pipe()
     os.close(reader)
-    stream = open(writer, "w")  # noqa: SIM115
+    stream = open(writer, "w", encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
         monkeypatch.setattr(sys, name, stream)
     with pytest.raises(BrokenPipeError):
@@ -112,7 +124,7 @@ def test_a_reader_that_has_gone_ends_nothing(monkeypatch, show):
 
 
 def test_a_full_disk_under_the_output_ends_nothing(monkeypatch):
-    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    full = open("/dev/full", "w", encoding="utf-8", buffering=1)  # noqa: SIM115
     monkeypatch.setattr(sys, "stderr", full)
     with pytest.raises(OSError, match="No space"):
         print("shown", file=sys.stderr)

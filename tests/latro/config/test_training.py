@@ -601,3 +601,9 @@ def test_processes_that_make_no_group_are_refused(monkeypatch):
     monkeypatch.setattr("latro.config.training.is_torchelastic_launched", lambda: True)
     with pytest.raises(ValueError, match=r"use_cpu: expected True with several processes on a"):
         LatroConfig()
+
+
+@pytest.mark.parametrize("name", ["output_dir", "dataset_name"])
+def test_text_in_another_encoding_is_refused_before_a_run_that_could_not_save(name):
+    with pytest.raises(ValueError, match=r"^arguments: expected text in UTF-8, got 'caf\\udce9'$"):
+        parse(f"--{name}", b"caf\xe9".decode("utf-8", "surrogateescape"))

@@ -180,7 +180,7 @@ def test_every_command_takes_a_file(file, tmp_path, monkeypatch):
     sft([*model, *TRAINING, "--output_dir", "sft"])
     for output in ("latro", "sft"):
         assert not same(load(output)[0], load(file)[0])
-        card = Path(output, "README.md").read_text()
+        card = Path(output, "README.md").read_text(encoding="utf-8")
         assert "base_model" not in card
         assert "a model that is not on the hub" in card
     evaluation = [*DATA, *SAMPLING]
