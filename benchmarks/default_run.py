@@ -36,13 +36,15 @@ METRICS = (
 def run(seed: int, folder: Path) -> dict[str, object]:
     """Train with one seed; return its metrics before and after, and wall-clock seconds."""
     started = time.perf_counter()
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "latro.train", f"--seed={seed}", f"--output_dir={folder}"],
         cwd=ROOT,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        sys.exit(f"--seeds: the run of seed {seed} ended with exit code {done.returncode}")
     seconds = time.perf_counter() - started
-    results = json.loads((folder / "results.json").read_text())
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return {
         "seed": seed,
         "seconds": round(seconds, 1),
@@ -53,7 +55,7 @@ def run(seed: int, folder: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "out")
+    parser.add_argument("--out", type=report.folder, default=str(report.OUT))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         runs = [run(seed, Path(folder) / str(seed)) for seed in args.seeds]

@@ -76,7 +76,9 @@ class Results:
         saved = out / "study_head.json"
         if saved.exists():
             try:
-                groups = [_group(item) for item in json.loads(saved.read_text())["groups"]]
+                groups = [
+                    _group(item) for item in json.loads(saved.read_text(encoding="utf-8"))["groups"]
+                ]
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"{saved}: expected the results of a head study") from error
             self._groups = {group.key: group for group in groups}

@@ -85,7 +85,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sections", type=some_of(SECTIONS), help=f"comma-separated, of {', '.join(SECTIONS)}"
     )
     parser.add_argument("--contenders", type=some_of(MAKERS), help="ours is always there")
-    parser.add_argument("--prompts", type=int, help="G, prompts of an update")
+    parser.add_argument("--prompts", type=report.count, help="G, prompts of an update")
     parser.add_argument(
         "--model_name_or_path", help="a model to take instead of random weights, in fp32"
     )

@@ -125,8 +125,16 @@ def _mathml(match: re.Match[str]) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="the folder that is written")
-    write_site_source(parser.parse_args().output)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=OUTPUT,
+        help=f"a folder that is not there; by default {OUTPUT.relative_to(ROOT)}, written anew",
+    )
+    output = parser.parse_args().output
+    if output.exists() and output.resolve() != OUTPUT:
+        parser.error(f"--output: expected a folder that is not there, got {output}")
+    write_site_source(output)
 
 
 if __name__ == "__main__":

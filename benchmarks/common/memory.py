@@ -117,7 +117,7 @@ def _measured_honestly(measure: Callable[[P], T], problem: P, *, tiny: P, thread
 
 
 def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+    for line in _STATUS.read_text(encoding="utf-8").splitlines():
         name, _, value = line.partition(":")
         if name == field:
             return int(value.split()[0]) * 1024
@@ -140,7 +140,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int:
         peak = torch.cuda.max_memory_allocated(device)
     else:
         ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR_REFS.write_text(_RESET_HIGH_WATER)
+        _CLEAR_REFS.write_text(_RESET_HIGH_WATER, encoding="utf-8")
         before = _status_bytes("VmRSS")
         result = call()
         peak = _status_bytes("VmHWM")

@@ -145,13 +145,13 @@ def run(
     for op in make(sizes, device):
         rows += measure(op, device, reps=args.reps, copy_bytes=copy_bytes)
         del op  # a GPU has no room for this one's tensors beside the next one's
-    headings = ("op", "dtype", "", "lap", "ms (range)", "GB/s", "copy GB/s", "error")
-    report.console(width=120).print(report.table(name, headings, map(cells, rows), names=4))
     result = {"sizes": asdict(sizes), "environment": environment(device)}
     path: Path = args.out / "ops.json"
     made = {row["op"] for row in rows}
     kept = [row for row in held(path, result) if row["op"] not in made]
     report.write_json(path, {**result, "rows": [*kept, *rows]})
+    headings = ("op", "dtype", "", "lap", "ms (range)", "GB/s", "copy GB/s", "error")
+    report.console(width=120).print(report.table(name, headings, map(cells, rows), names=4))
     print(f"written: {path}")
 
 
@@ -162,7 +162,7 @@ def held(path: Path, result: Mapping[str, Mapping[str, object]]) -> list[dict[st
     """
     if not path.exists():
         return []
-    old = json.loads(path.read_text())
+    old = json.loads(path.read_text(encoding="utf-8"))
     for part in result:
         if old[part] | {"date": None} != result[part] | {"date": None}:
             print(f"{path}: what it held is of another {part.removesuffix('s')}, and is not kept")

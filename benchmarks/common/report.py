@@ -7,6 +7,9 @@ import csv
 import io
 import json
 import os
+import re
+import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OUT = Path(__file__).resolve().parents[1] / "out"
+OUT = Path(__file__).resolve().parents[1] / "out"
 _PIPE_WIDTH = 170
 
 
@@ -36,12 +39,46 @@ def arguments(description: str | None, *, reps: int, quick: str) -> argparse.Arg
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--reps", type=int, default=reps, help=f"most repetitions (default {reps})")
+    parser.add_argument(
+        "--reps", type=count, default=reps, help=f"most repetitions (default {reps})"
+    )
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--out", type=Path, default=_OUT, help="folder for what is written")
+    parser.add_argument(
+        "--device", type=_device, default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--threads", type=count, help="CPU threads (default: torch's)")
+    parser.add_argument("--out", type=folder, default=str(OUT), help="folder for what is written")
     return parser
+
+
+def count(text: str) -> int:
+    """Read an argument that is an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def folder(text: str) -> Path:
+    """Read an argument that names a folder, which may have to be made, for what is written.
+
+    It is tried before anything is measured, and nothing is left of the trial.
+    """
+    path = Path(text)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder that can be written, got {text!r}: {there}: {error.strerror}"
+        ) from error
+
+
+def _device(text: str) -> str:
+    """Read an argument that names a device; `device_of` looks whether it is there."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return text
 
 
 def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -60,17 +97,28 @@ def some_of(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """Return the device of --device, and let torch use as many threads as --threads says."""
+    """Return the device of --device, and let torch use as many threads as --threads says.
+
+    Raises:
+        SystemExit: it is a GPU that is not there.
+    """
     if args.threads:
         torch.set_num_threads(args.threads)
-    return torch.device(args.device)
+    device = torch.device(args.device)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        raise SystemExit(f"--device: expected a GPU that is there, of {gpus}, got {args.device}")
+    return device
 
 
 def console(width: int | None = None) -> Console:
     """Make a console on stdout that takes no text for markup, as an error's message may look so.
 
-    Without a width it has the terminal's: a table cut to a pipe's would lose its numbers.
+    Without a width it has the terminal's: a table cut to a pipe's would lose its numbers. What
+    stdout's encoding lacks is escaped.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     made = Console(width=width, markup=False, emoji=False, highlight=False)
     if width is None and not made.is_terminal:
         return console(_PIPE_WIDTH)
@@ -180,8 +228,18 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `path` so that a reader, or a crash, never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write `path` so that a reader, or a crash, never sees half of it.
+
+    Raises:
+        SystemExit: it cannot be written, as on a full disk: one line says which file, and why.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be written: {error.strerror}") from error

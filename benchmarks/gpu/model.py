@@ -197,7 +197,7 @@ def count(capability: int) -> dict[str, Count]:
 
 def counts(chip: Chip, result: Mapping[str, Any] | None = None) -> dict[str, Count]:
     """Return what was counted for a chip: of `result`, or else of the file."""
-    found = json.loads(COUNTS.read_text()) if result is None else result
+    found = json.loads(COUNTS.read_text(encoding="utf-8")) if result is None else result
     return {name: Count(**of) for name, of in found["kernels"][str(chip.capability)].items()}
 
 

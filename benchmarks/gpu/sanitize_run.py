@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--backend", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--out", type=Path, required=True, help="folder for sanitize.json")
+    parser.add_argument("--out", type=report.folder, required=True, help="folder for sanitize.json")
     args = parser.parse_args(argv)
     if args.backend == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA GPU")

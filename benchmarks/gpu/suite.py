@@ -219,7 +219,7 @@ def library_sizes() -> str:
 
 
 def read_json(path: Path) -> Any | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def saved_blocks(work: Path) -> Any | None:
@@ -245,7 +245,7 @@ def fastest_block(saved: Sequence[Mapping[str, Any]]) -> str:
 def counted_tests(log: Path) -> dict[str, int]:
     """Count how tests ended, by what pytest's workers have printed up to the limit of the time."""
     line = re.compile(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) ", re.MULTILINE)
-    return dict(Counter(line.findall(log.read_text(errors="replace"))))
+    return dict(Counter(line.findall(log.read_text(encoding="utf-8", errors="replace"))))
 
 
 def tests_figure(counts: Mapping[str, int]) -> str:
@@ -312,7 +312,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the two files")
+    parser.add_argument("--out", type=report.folder, required=True, help="folder for the two files")
     nowhere = Path()
     known = stages(nowhere, device="cpu", wheels=None, installed=nowhere, data=None)
     names = [stage.name for stage in known]

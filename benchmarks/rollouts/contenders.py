@@ -116,7 +116,7 @@ class Vllm(Contender):
             "prompts": workload.prompts,
             "lengths": workload.lengths,
         }
-        (folder / "job.json").write_text(json.dumps(job))
+        (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
         self._log = folder / "log.txt"
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(

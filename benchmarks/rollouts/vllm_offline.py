@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     # vLLM and what it starts print on stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -163,3 +163,12 @@ def test_a_browser_shows_formulas_as_formulas(site, tmp_path):
     tall = [height for height, has_fraction in heights if has_fraction]
     assert tall
     assert min(tall) > 1.5, heights
+
+
+def test_a_folder_that_is_there_is_left_alone(tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["site_source.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        site_source.main()
+    assert "--output: expected a folder that is not there" in capsys.readouterr().err
+    assert (tmp_path / "notes").read_text() == "mine"

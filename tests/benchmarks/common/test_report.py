@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 
 import pytest
 from matplotlib.figure import Figure
@@ -70,3 +71,38 @@ def test_two_rows_of_bars_keep_the_first_on_top():
 def test_a_figure_is_written_as_png(tmp_path):
     report.write_png(tmp_path / "figure.png", Figure())
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (["--reps", "0"], "--reps: expected an integer of at least 1, got '0'"),
+        (["--threads", "-2"], "--threads: expected an integer of at least 1, got '-2'"),
+        (["--device", "meta"], "--device: expected cpu, cuda or cuda:N, got 'meta'"),
+        (["--out", "/dev/null"], "--out: expected a folder that can be written, got '/dev/null'"),
+        (["--out", "/proc/a/b"], "--out: expected a folder that can be written, got '/proc/a/b'"),
+    ],
+)
+def test_an_argument_is_refused_before_anything_is_measured(argument, message, capsys):
+    with pytest.raises(SystemExit):
+        report.arguments("", reps=3, quick="").parse_args(argument)
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    args = report.arguments("", reps=3, quick="").parse_args(["--device", "cuda:99"])
+    with pytest.raises(SystemExit, match=r"--device: expected a GPU that is there, .* got cuda:99"):
+        report.device_of(args)
+
+
+def test_looking_at_a_folder_leaves_nothing_of_it(tmp_path):
+    assert report.folder(str(tmp_path / "new" / "er")) == tmp_path / "new" / "er"
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_that_cannot_be_written_is_one_line_and_leaves_no_part(tmp_path):
+    path = tmp_path / "rows.json"
+    path.mkdir()
+    with pytest.raises(SystemExit, match=r"rows.json: cannot be written: Is a directory"):
+        report.write_json(path, {})
+    assert list(tmp_path.iterdir()) == [path]

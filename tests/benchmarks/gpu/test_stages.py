@@ -23,7 +23,7 @@ def run(chosen, logs, seconds=60.0, after=lambda outcomes, results: None):
 
 
 def reading(path: Path) -> Callable[[], str | None]:
-    return lambda: path.read_text() if path.exists() else None
+    return lambda: path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path):
@@ -133,7 +133,7 @@ run_all([Stage("long", [command], 60)], Path({str(tmp_path)!r}), seconds=60, pat
     time.sleep(0.2)
     status = Path("/proc", pid.read_text().strip(), "status")
     # A process that has ended stays a zombie until its new parent reaps it.
-    assert not status.exists() or "State:\tZ" in status.read_text()
+    assert not status.exists() or "State:\tZ" in status.read_text(encoding="utf-8")
 
 
 def test_what_a_stage_measured_before_its_limit_is_kept(tmp_path):
