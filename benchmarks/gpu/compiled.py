@@ -40,6 +40,8 @@ _BLOCK = re.compile(
 )
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,6})\*/\s+(.*?);")
 _PRODUCT = re.compile(r"\b(?:H|HG|UTC\w+)MMA\b")
+# Reads sums from tensor memory; the warps that do multiply nothing themselves.
+_LOAD_OF_SUMS = re.compile(r"\bLDTM\b")
 _BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 
 
@@ -60,13 +62,14 @@ class Resources:
         local: bytes of a thread's local memory outside of the frame.
         threads: the most that the kernel may be launched with, or None where it does not say.
         tensor_memory: columns of a block (compute capability 10).
-        spills_in_products: instructions that touch local memory in loops that multiply matrices and
-            hold no other loop; read for Triton kernels only.
+        spills_in_products: instructions that touch local memory in loops that multiply matrices, or
+            read sums from tensor memory, and hold no other loop; read for Triton kernels only.
         waits_in_products: how often such loops wait until no product is under way any more (compute
             capability 9); read for Triton kernels only.
         epilogue: instructions that a warp executes at least between the products of a block and
             those of the next, or the kernel's end, where exponentials are taken of the products; 0
-            where none are. Read for Triton kernels only.
+            where none are. Where other warps multiply, into tensor memory: from a block's first
+            sums to the next one's. Read for Triton kernels only.
     """
 
     registers: int
@@ -228,7 +231,7 @@ def compile_for(
 
 
 def _product_loops(code: list[tuple[int, str]]) -> list[str]:
-    """Return the instructions of loops that multiply matrices and hold no other loop."""
+    """Return the instructions of loops of products, or of reading them, that hold no other loop."""
     jumps = [(int(jump[1], 16), at) for at, text in code if (jump := _BRANCH.search(text))]
     loops = [(start, end) for start, end in jumps if start < end]
     found = []
@@ -236,13 +239,16 @@ def _product_loops(code: list[tuple[int, str]]) -> list[str]:
         if any((start, end) != other and start <= other[0] <= other[1] <= end for other in loops):
             continue
         body = [text for at, text in code if start <= at <= end]
-        if any(_PRODUCT.search(text) for text in body):
+        if any(_PRODUCT.search(text) or _LOAD_OF_SUMS.search(text) for text in body):
             found += body
     return found
 
 
 def _epilogue(code: list[tuple[int, str]]) -> int:
-    """Return the fewest instructions from a product over an exponential to a product or the end."""
+    """Return the fewest instructions from a product over an exponential to a product or the end.
+
+    Or from the first that reads sums from tensor memory to itself, where that is in a loop.
+    """
     number = {at: n for n, (at, _) in enumerate(code)}
     after: dict[int, list[int]] = {}
     for n, (_, text) in enumerate(code):
@@ -251,6 +257,9 @@ def _epilogue(code: list[tuple[int, str]]) -> int:
         after[n] = [] if always else [n + 1]
         if jump and int(jump[1], 16) in number:
             after[n].append(number[int(jump[1], 16)])
+    for n, (_, text) in enumerate(code):
+        if _LOAD_OF_SUMS.search(text) and (round_ := _distances(after[n], after).get(n)):
+            return round_ + 1
     before: dict[int, list[int]] = {n: [] for n in range(len(code) + 1)}
     for n, following in after.items():
         for m in following:

@@ -86,6 +86,7 @@ def launch(
         "GROUP": GROUP,
         "TILES": TILES,
         "STAGES": config.stages,
+        "TENSOR_MEMORY": capability >= 100,
     }
     constants = {
         p.name: named.get(p.name, p.name in flags) for p in parameters(kernel) if p.is_constexpr
@@ -93,5 +94,5 @@ def launch(
     constants |= {p.name: 1 for p in parameters(kernel) if p.name in ("stride_xh", "stride_wh")}
     types = signature(kernel, "bf16", described if by_descriptor else None)
     if is_gluon(kernel):
-        return types, constants, dict(warp_specialized.OPTIONS)
+        return types, constants, warp_specialized.options(tensor_memory=capability >= 100)
     return types, constants, {"num_warps": config.warps, "num_stages": config.stages}

@@ -5,12 +5,13 @@
 Triton's interpreter does not know Gluon. This knows what the warp-specialised kernels call, and no
 more. Blocks of threads run one after the other; the partitions of a block take turns. Barriers have
 the counts, phases and bytes of PTX's mbarrier. A copy lands at some time after it was issued, and
-products read their operands at some time before they are waited for. A seed draws what happens
-next, and how often that is each partition, a copy or products, so that all may lag far behind.
-Where nothing can happen any more, `DeadlockError` is raised.
+products read their operands at some time before they are waited for; into tensor memory, they are
+made in their order. A seed draws what happens next, and how often that is each partition, a copy or
+products, so that all may lag far behind. Where nothing can happen any more, `DeadlockError` is
+raised.
 
-Shared memory is NaN at first, and what is read or written in global memory has to be there. Not
-simulated: layouts, the warps and registers of a partition, and fences.
+Shared and tensor memory are NaN at first, and what is read or written in global memory has to be
+there. Not simulated: layouts, the warps and registers of a partition, and fences.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import triton
 from torch import Tensor
 
 from latro_kernels.linear_logprob.triton import (
+    tensor_memory,
     warp_specialized,
     warp_specialized_forward,
     warp_specialized_gradient,
@@ -93,6 +95,19 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
+
+
+class TensorMemory(Shared):
+    """Tensor memory, of which columns are read."""
+
+    def index(self, i: int) -> TensorMemory:
+        return TensorMemory(self.data[i])
+
+    def slice(self, start: int, length: int) -> TensorMemory:
+        return TensorMemory(self.data[:, start : start + length])
+
+    def load(self, layout: Any) -> Tensor:
+        return self.data.clone()
 
 
 @dataclass
@@ -160,6 +175,33 @@ class Products:
         self.sums = before + self.left.float() @ self.right.float()
 
 
+@dataclass
+class ProductsInMemory:
+    """Products that are written, or added, to tensor memory, and then arrive at barriers."""
+
+    left: Tensor
+    right: Tensor
+    sums: Tensor
+    add: bool
+    barriers: Sequence[Barrier]
+
+    def make(self) -> None:
+        products = self.left.float() @ self.right.float()
+        self.sums.copy_(self.sums + products if self.add else products)
+        for barrier in self.barriers:
+            barrier.arrive()
+
+
+@dataclass
+class Commit:
+    """An arrival at a barrier, after the products before it."""
+
+    barrier: Barrier
+
+    def make(self) -> None:
+        self.barrier.arrive()
+
+
 class Partition(threading.Thread):
     """Some warps of a block: a thread that runs when it is given a turn."""
 
@@ -168,7 +210,7 @@ class Partition(threading.Thread):
         self.weight, self.function, self.arguments = weight, function, arguments
         self.turn, self.paused = threading.Semaphore(0), threading.Semaphore(0)
         self.ready: Callable[[], bool] = lambda: True
-        self.under_way: list[Products] = []
+        self.under_way: list[Products | ProductsInMemory | Commit] = []
         self.ended = self.stopped = False
         self.error: BaseException | None = None
 
@@ -210,19 +252,32 @@ class Simulator:
 
     Args:
         seed: of the order.
-        edits: texts that the kernels' modules have once, each with what is put in its place.
+        edits: texts that the kernels' modules have, each with what is put in its place.
+        capability: of the GPU, 90 or 100.
         multiprocessors: of the GPU.
     """
 
-    def __init__(self, seed: int, *edits: tuple[str, str], multiprocessors: int = 3) -> None:
+    def __init__(
+        self,
+        seed: int,
+        *edits: tuple[str, str],
+        capability: int = 90,
+        multiprocessors: int = 3,
+    ) -> None:
         self.random = random.Random(seed)
+        self.has_tensor_memory = capability == 100
         self.multiprocessors = multiprocessors
         self.copies: list[Callable[[], None]] = []
         self.launched: list[tuple[str, dict[str, Any]]] = []
-        modules = (warp_specialized, warp_specialized_forward, warp_specialized_gradient)
+        modules = (
+            warp_specialized,
+            tensor_memory,
+            warp_specialized_forward,
+            warp_specialized_gradient,
+        )
         texts = [inspect.getsource(module) for module in modules]
         for old, new in edits:
-            assert sum(text.count(old) for text in texts) == 1, old
+            assert any(old in text for text in texts), old
             texts = [text.replace(old, new) for text in texts]
         self.functions: dict[str, Any] = {}
         for module, text in zip(modules, texts, strict=True):
@@ -247,6 +302,7 @@ class Simulator:
         self.programs = min(programs, self.multiprocessors)
         flags = {flag: value(arguments) for flag, value in kernel.values.items()}
         given = arguments | flags | {"STAGES": arguments["num_stages"]}
+        given["TENSOR_MEMORY"] = self.has_tensor_memory
         given = {p.name: _passed(given[p.name]) for p in kernel.fn.params}
         for operand in ("hidden", "weight"):
             given[operand] = Descriptor(given[operand].base, given[operand].block_shape)
@@ -329,13 +385,20 @@ class Simulator:
             split=lambda value: value.unbind(-1),
             load=_load,
             store=_store,
+            convert_layout=lambda value, layout: value,
             allocate_shared_memory=_allocate,
+            TensorMemoryLayout=lambda block, col_stride: None,
+            allocate_tensor_memory=lambda dtype, shape, layout: TensorMemory(
+                _allocate(dtype, shape, layout).data
+            ),
             warp_specialize=self._warp_specialize,
             mbarrier=mbarrier,
             async_load=self._async_load,
             fence_async_shared=lambda: None,
             warpgroup_mma=_warpgroup_mma,
             warpgroup_mma_wait=_warpgroup_mma_wait,
+            tcgen05_mma=_tcgen05_mma,
+            tcgen05_commit=_tcgen05_commit,
         )
 
 
@@ -430,3 +493,20 @@ def _warpgroup_mma_wait(left: int, deps: list[Products]) -> Any:
     thread.make_products(left)
     # Sums are numbers when all of their products are made, and not before.
     return deps[0] if left > 0 else deps[0].sums
+
+
+def _tcgen05_mma(
+    left: Shared, right: Shared, sums: TensorMemory, use_acc: bool, mbarriers: Sequence[Barrier]
+) -> None:
+    _put_under_way(ProductsInMemory(left.data, right.data, sums.data, use_acc, mbarriers))
+
+
+def _tcgen05_commit(barrier: Barrier) -> None:
+    _put_under_way(Commit(barrier))
+
+
+def _put_under_way(work: ProductsInMemory | Commit) -> None:
+    thread = threading.current_thread()
+    assert isinstance(thread, Partition)
+    thread.under_way.append(work)
+    thread.pause()

@@ -193,7 +193,7 @@ def test_ragged_batches_share_the_warp_specialised_kernels(
     monkeypatch.setattr(blocks, "_INTERPRETED", blocks.WARP_SPECIALIZED)
     for module in (fused, head_gradient):  # as on a GPU
         monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
-    multiprocessors = SimpleNamespace(multi_processor_count=60)
+    multiprocessors = SimpleNamespace(multi_processor_count=60, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: multiprocessors)
     monkeypatch.setattr(head_gradient, "add_product", lambda *_, first: None)  # CPUs have no such
     for N in RAGGED:

@@ -72,7 +72,8 @@ def test_without_gluon_the_usual_form_of_a_saved_shape(
         ((9, 0), torch.float16, True),
         ((9, 0), torch.float32, False),
         ((8, 0), torch.bfloat16, False),
-        ((10, 0), torch.bfloat16, False),
+        ((10, 0), torch.bfloat16, True),
+        ((12, 0), torch.bfloat16, False),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""The warp-specialised forward: compiled for sm_90, and run in the simulator; on a GPU, dz as well.
+"""The warp-specialised forward: compiled, and run in the simulator; on a GPU, dz as well.
 
 That the simulator finds an order of barriers that is wrong is tested as well, with kernels in which
 one line is another.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.compiled import SHARED_OPT_IN
+from benchmarks.gpu.compiled import SHARED_OPT_IN, Resources
 from benchmarks.gpu.launches import FEATURES, launch
 from latro_kernels import head_gradient
 from latro_kernels.head import Head
@@ -31,10 +31,19 @@ from tests.latro_kernels.gpu_resources import compile_kernel, violations
 from tests.latro_kernels.ops.linear_logprob import OP, problem
 from tests.latro_kernels.ops.op import Problem, assert_same, check, gate
 
-# Instructions of a warp for 64 x 256 logits, as in test_store_free_compile.py, and with entropy.
-MAX_EPILOGUE = {(): 700, ("WITH_ENTROPY",): 1_050}
+# Instructions of a warp, as in test_store_free_compile.py, and with entropy: on sm_90 for 64 x 256
+# logits, on sm_100 for 128 x 256.
+MAX_EPILOGUE = {
+    (90, ()): 700,
+    (90, ("WITH_ENTROPY",)): 1_050,
+    (100, ()): 1_050,
+    (100, ("WITH_ENTROPY",)): 1_700,
+}
 # Bytes of a thread, for what a block's sums meet once: bias, softcap, products that are kept.
 MAX_STACK = 128
+# Two consumers and the producer, or a consumer and two warps that do the rest, have the registers
+# of so many warps.
+WARPS = {90: 12, 100: 8}
 SMALL = Config(rows=16, columns=32, depth=16, warps=8, stages=4, warp_specialized=True)
 # Blocks of rows and of columns, steps of H: several of each, and the last not full.
 SHAPE = (37, 72, 203)
@@ -54,22 +63,36 @@ SHAPES: list[tuple[tuple[int, int, int], torch.dtype, dict[str, Any]]] = [
 MORE_THAN_ONE_BLOCK = (150, 136, 1100)
 
 
+each_capability = pytest.mark.parametrize("capability", WARPS, ids="sm_{}".format)
+
+
+def check_fit(found: Resources, capability: int, stack: int) -> None:
+    shared = SHARED_OPT_IN[capability]
+    assert violations(found, capability, shared_limit=shared, stack_limit=stack) == []
+    assert found.threads == 32 * WARPS[capability]
+    assert found.spills_in_products == 0
+    assert found.waits_in_products == 0
+
+
+@each_capability
 @pytest.mark.parametrize(
     "chosen", [(), ("WITH_ENTROPY",), FEATURES["kept"], FEATURES["all"]], ids="+".join
 )
-def test_it_fits(chosen: tuple[str, ...]) -> None:
-    types, constants, options = launch(warp_specialized_kernel, chosen, 90, by_descriptor=True)
-    found = compile_kernel(warp_specialized_kernel, types, constants, 90, **options)
-    stack = 0 if chosen in MAX_EPILOGUE else MAX_STACK
-    assert violations(found, 90, shared_limit=SHARED_OPT_IN[90], stack_limit=stack) == []
-    # Two consumers and the producer, each of four warps' registers.
-    assert found.threads == 3 * 32 * options["num_warps"]
-    assert found.spills_in_products == 0
-    assert found.waits_in_products == 0
-    if chosen in MAX_EPILOGUE:
+def test_it_fits(chosen: tuple[str, ...], capability: int) -> None:
+    types, constants, options = launch(
+        warp_specialized_kernel, chosen, capability, by_descriptor=True
+    )
+    found = compile_kernel(warp_specialized_kernel, types, constants, capability, **options)
+    check_fit(found, capability, stack=MAX_STACK if chosen else 0)
+    if limit := MAX_EPILOGUE.get((capability, chosen)):
         # A thread takes the exponential of each of its logits.
-        logits = constants["BLOCK_N"] // 2 * constants["BLOCK_V"] // (32 * options["num_warps"])
-        assert logits < found.epilogue <= MAX_EPILOGUE[chosen]
+        assert logits_of_a_thread(capability) < found.epilogue <= limit
+
+
+def logits_of_a_thread(capability: int) -> int:
+    """Return how many a consumer's thread has of a block."""
+    block = blocks.WARP_SPECIALIZED
+    return block.rows * block.columns // (128 if capability == 100 else 256)
 
 
 def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
@@ -138,14 +161,20 @@ def check_forward(given: Problem, state: State) -> None:
         gate(name, value, truth[name], unfused[name])
 
 
+@each_capability
 @pytest.mark.parametrize("seed", range(12))
-def test_any_order_of_events_gives_the_same_bits(seed: int, simulated: None) -> None:
+def test_any_order_of_events_gives_the_same_bits(
+    seed: int, capability: int, simulated: None
+) -> None:
     given = problem(SHAPE, torch.bfloat16, entropy=True)
-    state = forward(given, Simulator(seed))
+    state, again = (
+        forward(given, Simulator(s, capability=capability)) for s in (seed, seed + 1000)
+    )
     check_forward(given, state)
-    assert_same(results(state), results(forward(given, Simulator(seed + 1000))))
+    assert_same(results(state), results(again))
 
 
+@each_capability
 @pytest.mark.parametrize("multiprocessors", [1, 2, 1000])
 @pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES)
 def test_it_passes_the_gate(
@@ -153,20 +182,25 @@ def test_it_passes_the_gate(
     dtype: torch.dtype,
     options: dict[str, Any],
     multiprocessors: int,
+    capability: int,
     simulated: None,
 ) -> None:
     given = problem(shape, dtype, **options)
-    check_forward(given, forward(given, Simulator(0, multiprocessors=multiprocessors)))
+    simulator = Simulator(0, capability=capability, multiprocessors=multiprocessors)
+    check_forward(given, forward(given, simulator))
 
 
-def test_blocks_of_the_size_that_is_launched(simulated: None) -> None:
+@each_capability
+def test_blocks_of_the_size_that_is_launched(capability: int, simulated: None) -> None:
     given = problem(MORE_THAN_ONE_BLOCK, torch.bfloat16, entropy=True)
-    check_forward(given, forward(given, Simulator(0), blocks.WARP_SPECIALIZED))
+    simulator = Simulator(0, capability=capability)
+    check_forward(given, forward(given, simulator, blocks.WARP_SPECIALIZED))
 
 
-def test_what_the_backward_needs_is_kept(simulated: None) -> None:
+@each_capability
+def test_what_the_backward_needs_is_kept(capability: int, simulated: None) -> None:
     given = problem(SHAPE, torch.bfloat16, bias=True, temperature=0.7)
-    state = forward(given, Simulator(0), cached=True)
+    state = forward(given, Simulator(0, capability=capability), cached=True)
     check_forward(given, state)
     products = given["hidden"].double() @ given["weight"].double().T
     torch.testing.assert_close(state.cached.view(products.shape), products.float())
@@ -176,7 +210,8 @@ def test_what_the_backward_needs_is_kept(simulated: None) -> None:
     torch.testing.assert_close(state.block_max, largest.float())
 
 
-def test_columns_of_probability_zero(simulated: None) -> None:
+@each_capability
+def test_columns_of_probability_zero(capability: int, simulated: None) -> None:
     given = problem(SHAPE, torch.bfloat16, bias=True, entropy=True)
     bias = given["bias"].clone()
     # The whole first part, and all but one column of a block.
@@ -185,55 +220,88 @@ def test_columns_of_probability_zero(simulated: None) -> None:
     target = given["target"] % SMALL.columns + 4 * SMALL.columns
     given = given.but(bias=bias, target=target)
     truth = given.truth()
-    found = results(forward(given, Simulator(0)))
+    found = results(forward(given, Simulator(0, capability=capability)))
     for name, value in found.items():
         torch.testing.assert_close(value, truth[name].float(), rtol=1e-5, atol=1e-5)
 
 
+FIRST_ROUND = ("(step // STAGES + 1) % 2", "step // STAGES % 2")
+TOO_FEW_BYTES = (
+    "hidden.block_type.nbytes + weight.block_type.nbytes",
+    "weight.block_type.nbytes",
+)
 DEADLOCKS = {
-    "the first round is waited for": ("(step // STAGES + 1) % 2", "step // STAGES % 2"),
-    "a block's last stage is not given away": (
+    (90, "the first round is waited for"): FIRST_ROUND,
+    (90, "fewer bytes are expected than land"): TOO_FEW_BYTES,
+    (90, "a block's last stage is not given away"): (
         "mbarrier.arrive(ring.empty.index((step + steps + STAGES - 1) % STAGES))",
         "pass",
     ),
-    "fewer bytes are expected than land": (
-        "hidden.block_type.nbytes + weight.block_type.nbytes",
-        "weight.block_type.nbytes",
+    (90, "the second consumer is not started"): ("mbarrier.arrive(ring.start)", "pass"),
+    (90, "the lead is longer than the ring"): ("== min(LEAD, steps) - 1", "== STAGES"),
+    (100, "the first round is waited for"): FIRST_ROUND,
+    (100, "fewer bytes are expected than land"): TOO_FEW_BYTES,
+    (100, "stages are not given away"): ("mbarriers=[ring.empty.index(stage)]", "mbarriers=[]"),
+    (100, "the first sums are waited for"): (
+        "(block // BLOCKS + 1) % 2",
+        "block // BLOCKS % 2",
     ),
-    "the second consumer is not started": ("mbarrier.arrive(ring.start)", "pass"),
-    "the lead is longer than the ring": ("== min(LEAD, steps) - 1", "== STAGES"),
-}
-RACES = {
-    "a stage is filled before it is empty": (
-        "mbarrier.wait(ring.empty.index(stage), (step // STAGES + 1) % 2)",
+    (100, "sums are never said to be ready"): (
+        "tcgen05_commit(accumulators.ready.index(block % BLOCKS))",
         "pass",
     ),
-    "a stage is read before it is full": (
+    (100, "sums are never given away"): (
+        "mbarrier.arrive(source.free.index(block % BLOCKS))",
+        "pass",
+    ),
+}
+FILLED_TOO_EARLY = ("mbarrier.wait(ring.empty.index(stage), (step // STAGES + 1) % 2)", "pass")
+RACES = {
+    (90, "a stage is filled before it is empty"): FILLED_TOO_EARLY,
+    (90, "a stage is read before it is full"): (
         "mbarrier.wait(ring.full.index(stage), (step + k) // STAGES % 2)",
         "pass",
     ),
-    "one consumer empties a stage": ("empty.index(stage), count=2", "empty.index(stage), count=1"),
-    "a stage is given away with its products under way": (
+    (90, "one consumer empties a stage"): (
+        "empty.index(stage), count=READERS",
+        "empty.index(stage), count=1",
+    ),
+    (90, "a stage is given away with its products under way"): (
         "sums = warpgroup_mma_wait(1, deps=[sums])",
         "pass",
     ),
-    "a stage is given away a step early": (
+    (90, "a stage is given away a step early"): (
         "(step + k + STAGES - 1) % STAGES), pred=k > 0",
         "stage), pred=k + 1 < steps",
     ),
-    "the phase of the next round is waited for": (
+    (90, "the phase of the next round is waited for"): (
         "(step + k) // STAGES % 2",
         "((step + k) // STAGES + 1) % 2",
     ),
+    (100, "a stage is filled before it is empty"): FILLED_TOO_EARLY,
+    (100, "a stage is read before it is full"): (
+        "mbarrier.wait(ring.full.index(stage), step // STAGES % 2)",
+        "pass",
+    ),
+    (100, "sums are written before they are free"): (
+        "mbarrier.wait(accumulators.free.index(block % BLOCKS), (block // BLOCKS + 1) % 2)",
+        "pass",
+    ),
+    (100, "sums are read before they are ready"): (
+        "mbarrier.wait(source.ready.index(block % BLOCKS), block // BLOCKS % 2)",
+        "pass",
+    ),
+    (100, "sums are given away before all are read"): ("if part == 3:", "if part == 0:"),
+    (100, "the sums of the last block are added to"): ("use_acc=h > 0", "use_acc=True"),
 }
 
 
-@pytest.mark.parametrize("wrong", DEADLOCKS)
-def test_a_wrong_order_that_hangs_is_found(wrong: str, simulated: None) -> None:
-    given = problem(SHAPE, torch.bfloat16)
+@pytest.mark.parametrize(("capability", "wrong"), DEADLOCKS)
+def test_a_wrong_order_that_hangs_is_found(capability: int, wrong: str, simulated: None) -> None:
+    given, edit = problem(SHAPE, torch.bfloat16), DEADLOCKS[capability, wrong]
     for seed in range(3):
         with pytest.raises(DeadlockError):
-            forward(given, Simulator(seed, DEADLOCKS[wrong]))
+            forward(given, Simulator(seed, edit, capability=capability))
 
 
 def test_a_lead_of_more_steps_than_there_are_hangs(simulated: None) -> None:
@@ -243,21 +311,27 @@ def test_a_lead_of_more_steps_than_there_are_hangs(simulated: None) -> None:
         forward(given, Simulator(0, ("min(LEAD, steps) - 1", "LEAD - 1")))
 
 
-@pytest.mark.parametrize("wrong", RACES)
-def test_a_wrong_order_that_gives_wrong_results_is_found(wrong: str, simulated: None) -> None:
+@pytest.mark.parametrize(("capability", "wrong"), RACES)
+def test_a_wrong_order_that_gives_wrong_results_is_found(
+    capability: int, wrong: str, simulated: None
+) -> None:
     """By some of the seeds, as an AssertionError of the gate or of a barrier."""
-    given = problem(SHAPE, torch.bfloat16)
+    given, edit = problem(SHAPE, torch.bfloat16), RACES[capability, wrong]
     assert is_found_by_some_seed(
-        lambda seed: check_forward(given, forward(given, Simulator(seed, RACES[wrong])))
+        lambda seed: check_forward(
+            given, forward(given, Simulator(seed, edit, capability=capability))
+        )
     )
 
 
-def _no_hopper() -> bool:
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0)
+def _has_none() -> bool:
+    if not torch.cuda.is_available():
+        return True
+    return not blocks.can_warp_specialize(torch.device("cuda"), torch.bfloat16)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(_no_hopper(), reason="for sm_90 alone")
+@pytest.mark.skipif(_has_none(), reason="for sm_90 and sm_100 alone")
 @pytest.mark.timeout(60, method="thread")  # a deadlock on a GPU ends no call
 @pytest.mark.parametrize(
     ("shape", "dtype", "options"),

@@ -1,4 +1,4 @@
-"""The warp-specialised dz: compiled for sm_90, and run in the simulator.
+"""The warp-specialised dz: compiled, and run in the simulator.
 
 What the order of barriers does where it is wrong is tested with the forward's, which has the same.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.compiled import SHARED_OPT_IN, Resources
+from benchmarks.gpu.compiled import Resources
 from benchmarks.gpu.launches import FEATURES, launch
 from latro_kernels.gather_logprob import reference
 from latro_kernels.head import Head
@@ -30,7 +30,7 @@ from tests.latro_kernels.gluon_simulator import (
     Simulator,
     is_found_by_some_seed,
 )
-from tests.latro_kernels.gpu_resources import compile_kernel, violations
+from tests.latro_kernels.gpu_resources import compile_kernel
 from tests.latro_kernels.ops.linear_logprob import problem
 from tests.latro_kernels.ops.op import Problem, assert_same, gate
 from tests.latro_kernels.test_warp_specialized import (
@@ -40,33 +40,40 @@ from tests.latro_kernels.test_warp_specialized import (
     SHAPE,
     SHAPES,
     SMALL,
+    check_fit,
+    each_capability,
+    logits_of_a_thread,
 )
 
-# Instructions of a warp for 64 x 256 logits, as in test_store_free_compile.py, and with an offset,
-# as of the entropy.
-MAX_EPILOGUE = {(): 730, ("WITH_OFFSET",): 1_020}
+# Instructions of a warp, as in test_store_free_compile.py, and with an offset, as of the entropy:
+# on sm_90 for 64 x 256 logits, on sm_100 for 128 x 256.
+MAX_EPILOGUE = {
+    (90, ()): 730,
+    (90, ("WITH_OFFSET",)): 1_020,
+    (100, ()): 1_350,
+    (100, ("WITH_OFFSET",)): 1_550,
+}
+# Bytes of a thread, with bias and softcap.
+MAX_STACK = 16
 ALL = slice(0, None)
 
 
-def compiled(kernel: Any, chosen: tuple[str, ...]) -> Resources:
-    types, constants, options = launch(kernel, chosen, 90, by_descriptor=True)
-    return compile_kernel(kernel, types, constants, 90, **options)
+def compiled(kernel: Any, chosen: tuple[str, ...], capability: int) -> Resources:
+    types, constants, options = launch(kernel, chosen, capability, by_descriptor=True)
+    return compile_kernel(kernel, types, constants, capability, **options)
 
 
-@pytest.mark.parametrize("chosen", [*MAX_EPILOGUE, FEATURES["all"]], ids="+".join)
-def test_it_fits(chosen: tuple[str, ...]) -> None:
-    found = compiled(warp_specialized_grad_kernel, chosen)
-    assert violations(found, 90, shared_limit=SHARED_OPT_IN[90]) == []
-    # Two consumers and the producer, each of four warps' registers.
-    assert found.threads == 3 * 32 * warp_specialized.OPTIONS["num_warps"]
-    assert found.spills_in_products == 0
-    assert found.waits_in_products == 0
-    if chosen in MAX_EPILOGUE:
-        block = blocks.WARP_SPECIALIZED
-        # A thread takes the exponential of each of its logits, as many as in the usual form.
-        logits = block.rows * block.columns // (32 * block.warps)
-        assert logits < found.epilogue <= MAX_EPILOGUE[chosen]
-        assert found.epilogue < compiled(grad_kernel, chosen).epilogue
+@each_capability
+@pytest.mark.parametrize("chosen", [(), ("WITH_OFFSET",), FEATURES["all"]], ids="+".join)
+def test_it_fits(chosen: tuple[str, ...], capability: int) -> None:
+    found = compiled(warp_specialized_grad_kernel, chosen, capability)
+    limit = MAX_EPILOGUE.get((capability, chosen))
+    check_fit(found, capability, stack=0 if limit else MAX_STACK)
+    if limit:
+        # A thread takes the exponential of each of its logits.
+        assert logits_of_a_thread(capability) < found.epilogue <= limit
+    if limit and capability == 90:
+        assert found.epilogue < compiled(grad_kernel, chosen, 90).epilogue
 
 
 @pytest.fixture(autouse=True)
@@ -140,14 +147,16 @@ def check_dz(given: Problem, found: Tensor, columns: slice = ALL) -> None:
     gate("dz", found, truth[:, columns], unfused[:, columns])
 
 
+@each_capability
 @pytest.mark.parametrize("seed", range(12))
-def test_any_order_of_events_gives_the_same_bits(seed: int) -> None:
+def test_any_order_of_events_gives_the_same_bits(seed: int, capability: int) -> None:
     given = problem(SHAPE, torch.bfloat16, entropy=True)
-    found = dz(given, Simulator(seed))
+    found, again = (dz(given, Simulator(s, capability=capability)) for s in (seed, seed + 1000))
     check_dz(given, found)
-    assert_same({"dz": found}, {"dz": dz(given, Simulator(seed + 1000))})
+    assert_same({"dz": found}, {"dz": again})
 
 
+@each_capability
 @pytest.mark.parametrize("multiprocessors", [1, 2, 1000])
 @pytest.mark.parametrize(("shape", "dtype", "options"), SHAPES)
 def test_it_passes_the_gate(
@@ -155,47 +164,54 @@ def test_it_passes_the_gate(
     dtype: torch.dtype,
     options: dict[str, Any],
     multiprocessors: int,
+    capability: int,
 ) -> None:
     given = problem(shape, dtype, **options)
-    check_dz(given, dz(given, Simulator(0, multiprocessors=multiprocessors)))
+    simulator = Simulator(0, capability=capability, multiprocessors=multiprocessors)
+    check_dz(given, dz(given, simulator))
 
 
+@each_capability
 @pytest.mark.parametrize("entropy", [False, True])
-def test_a_slice_of_the_vocabulary(entropy: bool) -> None:
+def test_a_slice_of_the_vocabulary(entropy: bool, capability: int) -> None:
     """Whose columns do not begin at 0, and in which few rows have their target."""
     given = problem(SHAPE, torch.bfloat16, bias=True, softcap=5.0, entropy=entropy)
     for columns in (slice(0, 64), slice(64, 203)):
-        check_dz(given, dz(given, Simulator(0), columns=columns), columns)
+        found = dz(given, Simulator(0, capability=capability), columns=columns)
+        check_dz(given, found, columns)
 
 
-def test_blocks_of_the_size_that_is_launched() -> None:
+@each_capability
+def test_blocks_of_the_size_that_is_launched(capability: int) -> None:
     given = problem(MORE_THAN_ONE_BLOCK, torch.bfloat16, entropy=True)
-    check_dz(given, dz(given, Simulator(0), blocks.WARP_SPECIALIZED))
+    simulator = Simulator(0, capability=capability)
+    check_dz(given, dz(given, simulator, blocks.WARP_SPECIALIZED))
 
 
-def test_columns_of_probability_zero() -> None:
+@each_capability
+def test_columns_of_probability_zero(capability: int) -> None:
     given = problem(SHAPE, torch.bfloat16, bias=True, entropy=True)
     bias = given["bias"].clone()
     bias[: 2 * SMALL.columns] = -torch.inf
     target = given["target"] % SMALL.columns + 4 * SMALL.columns
     given = given.but(bias=bias, target=target)
-    found = dz(given, Simulator(0))
+    found = dz(given, Simulator(0, capability=capability))
     assert not found[:, : 2 * SMALL.columns].any()
     check_dz(given, found)
 
 
-@pytest.mark.parametrize("wrong", DEADLOCKS)
-def test_a_wrong_order_that_hangs_is_found(wrong: str) -> None:
-    given = problem(SHAPE, torch.bfloat16)
+@pytest.mark.parametrize(("capability", "wrong"), DEADLOCKS)
+def test_a_wrong_order_that_hangs_is_found(capability: int, wrong: str) -> None:
+    given, edit = problem(SHAPE, torch.bfloat16), DEADLOCKS[capability, wrong]
     for seed in range(3):
         with pytest.raises(DeadlockError):
-            dz(given, Simulator(seed, DEADLOCKS[wrong]))
+            dz(given, Simulator(seed, edit, capability=capability))
 
 
-@pytest.mark.parametrize("wrong", RACES)
-def test_a_wrong_order_that_gives_wrong_results_is_found(wrong: str) -> None:
+@pytest.mark.parametrize(("capability", "wrong"), RACES)
+def test_a_wrong_order_that_gives_wrong_results_is_found(capability: int, wrong: str) -> None:
     """By some of the seeds, as an AssertionError of the gate or of a barrier."""
-    given = problem(SHAPE, torch.bfloat16)
+    given, edit = problem(SHAPE, torch.bfloat16), RACES[capability, wrong]
     assert is_found_by_some_seed(
-        lambda seed: check_dz(given, dz(given, Simulator(seed, RACES[wrong])))
+        lambda seed: check_dz(given, dz(given, Simulator(seed, edit, capability=capability)))
     )

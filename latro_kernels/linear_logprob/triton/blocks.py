@@ -22,10 +22,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Config:
     """The rows, columns and depth of a block of products, and the compiler's options.
 
-    warp_specialized: whether to use the kernels for sm_90: that of `warp_specialized_forward`, but
-    with a frozen head or where log Σ p² or the mean logit is asked for; that of
-    `warp_specialized_gradient`, but for products that were kept, with a filter, or where log Σ p²
-    has an upstream gradient.
+    warp_specialized: whether to use the kernels for sm_90 and sm_100: that of
+    `warp_specialized_forward`, but with a frozen head or where log Σ p² or the mean logit is asked
+    for; that of `warp_specialized_gradient`, but for products that were kept, with a filter, or
+    where log Σ p² has an upstream gradient.
     """
 
     rows: int
@@ -120,7 +120,7 @@ def candidates(dtype: torch.dtype) -> list[Config]:
 def can_warp_specialize(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `WARP_SPECIALIZED` can be timed beside the candidates."""
     return (
-        torch.cuda.get_device_capability(device) == (9, 0)
+        torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
         and dtype != torch.float32
         and has_gluon()
     )

@@ -6,9 +6,9 @@ It is saved in Triton's cache folder, which TRITON_CACHE_DIR, Triton's own varia
 `blocks.config` looks there first, so that no call waits for a search. Shapes are timed in the
 forward.
 
-The warp-specialised form of sm_90 comes last, when the best of the others is saved: it has never
-run on a GPU, and may hang. It is timed if its log-probs, entropies and gradients are right, and
-saved if it makes forward and backward together, with no products kept, faster.
+The warp-specialised form of sm_90 and sm_100 comes last, when the best of the others is saved: it
+has never run on a GPU, and may hang. It is timed if its log-probs, entropies and gradients are
+right, and saved if it makes forward and backward together, with no products kept, faster.
 """
 
 from __future__ import annotations

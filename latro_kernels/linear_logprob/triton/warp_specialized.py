@@ -1,8 +1,8 @@
-"""What the warp-specialised kernels of `linear_logprob` for sm_90 share, in Gluon.
+"""What the warp-specialised kernels of `linear_logprob`, for sm_90 and sm_100, share, in Gluon.
 
 `fused_forward.forward_kernel` and `fused_gradient.grad_kernel` have all their warps multiply, and
 then make something of the sums: meanwhile the tensor cores wait. Here a block of threads has three
-parts, which run at once:
+parts, which run at once. On sm_90:
 
 - a producer, one warp, has blocks of hidden and weight copied (TMA) into a ring of STAGES stages;
 - two consumers, four warps each, multiply half the rows of every stage each, and fold the products
@@ -10,17 +10,18 @@ parts, which run at once:
 
 The second consumer starts LEAD steps behind the first. So the one still has products to make when
 the other has made its block's, and the ring is deep enough for the lead to pass from one to the
-other and back.
+other and back. On sm_100 a warp of its own multiplies, as `tensor_memory` says, and there is one
+consumer.
 
 Three kinds of barriers order them. full[stage]: the copies into a stage have landed. empty[stage]:
-both consumers have read it, and it may be overwritten. start: the first consumer has its lead. A
-barrier is waited for by the parity of the phase that has to be over: the ring's round, odd or even.
+all have read it, and it may be overwritten. start: the first consumer has its lead. A barrier is
+waited for by the parity of the phase that has to be over: the ring's round, odd or even.
 
 Exponents are taken from a rounded maximum, and what rounding has added is made good by its exp2. So
 results may be NaN, unlike those of the usual form, where |z| is 2^32 or more, as of a logit of 5 at
 a temperature of 1e-9.
 
-Compiled for sm_90 with Triton 3.6 and 3.9, and simulated on a CPU by the tests; it has never run on
+Compiled for both with Triton 3.6 and 3.9, and simulated on a CPU by the tests; it has never run on
 a GPU. It is taken only where `tuning` has found it right and faster on the GPU at hand.
 """
 
@@ -48,13 +49,16 @@ async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 LEAD: gl.constexpr = gl.constexpr(2)
 # Of a block in shared memory, as products of bf16 and fp16 read it.
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-# Warps of the first consumer, and the most registers that threads of three times as many warps can
-# have, by the eight. The producer gives most of its own up, and the consumers take them.
-OPTIONS = {"num_warps": 4, "maxnreg": 168}
+# Of a launch on sm_90: warps of the first consumer, and the most registers that threads of three
+# times as many warps can have, by the eight. The producer gives most of its own up, and the
+# consumers take them.
+_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 # Warps and registers of a thread, of the second consumer and of the producer; the first consumer
 # has the warps of the launch, and the registers that are left: 240 as well.
 WORKER_WARPS: gl.constexpr = gl.constexpr([4, 1])
 WORKER_REGISTERS: gl.constexpr = gl.constexpr([240, 24])
+# On sm_100: of the consumer. The two other warps, with two idle ones, are as many.
+_OPTIONS_WITH_TENSOR_MEMORY = {"num_warps": 4, "maxnreg": 144}
 
 
 class Ring(NamedTuple):
@@ -82,7 +86,7 @@ class Work(NamedTuple):
 
 
 @gluon.jit
-def make_ring(hidden, weight, STAGES: gl.constexpr):
+def make_ring(hidden, weight, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Return an empty ring for blocks of the descriptors' shapes."""
     gl.static_assert(LEAD <= STAGES, "the producer cannot fill more than the ring")
     BLOCK_N: gl.constexpr = hidden.block_shape[0]
@@ -95,7 +99,7 @@ def make_ring(hidden, weight, STAGES: gl.constexpr):
     start = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
+        mbarrier.init(empty.index(stage), count=READERS)
     mbarrier.init(start, count=1)
     fence_async_shared()  # copies have to find the barriers as they are now
     return Ring(x, w, full, empty, start)
@@ -153,6 +157,11 @@ def multiply(ring, sums, step, steps, WHICH: gl.constexpr):
     return sums
 
 
+def options(*, tensor_memory: bool) -> dict[str, int]:
+    """Return the compiler's options for a chip."""
+    return _OPTIONS_WITH_TENSOR_MEMORY if tensor_memory else _OPTIONS
+
+
 def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
     """Launch a kernel with the arguments of its usual form, whose operands have descriptors.
 
@@ -164,9 +173,11 @@ def launch(kernel: Any, programs: int, arguments: dict[str, Any]) -> None:
         if name in ("hidden", "weight")
     }
     device = torch.cuda.get_device_properties(operands["hidden"].base.device)
+    tensor_memory = device.major == 10
     taken = {p.name for p in kernel.fn.params}
     kernel[(min(programs, device.multi_processor_count),)](
         **{name: value for name, value in arguments.items() if name in taken} | operands,
         STAGES=arguments["num_stages"],
-        **OPTIONS,
+        TENSOR_MEMORY=tensor_memory,
+        **options(tensor_memory=tensor_memory),
     )

@@ -21,9 +21,9 @@ FORWARD, GRAD = "warp_specialized_kernel", "warp_specialized_grad_kernel"
 BLOCK = blocks.Config(16, 32, 16, warps=8, stages=4, warp_specialized=True)
 
 
-@pytest.fixture
-def simulator(monkeypatch: pytest.MonkeyPatch) -> Simulator:
-    simulator = Simulator(0)
+@pytest.fixture(params=[90, 100], ids="sm_{}".format)
+def simulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Simulator:
+    simulator = Simulator(0, capability=request.param)
     monkeypatch.setattr(blocks, "_INTERPRETED", BLOCK)
     monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
     monkeypatch.setattr(warp_specialized, "launch", simulator.launch)
