@@ -30,7 +30,7 @@ from latro.engines.decoding import MOST_ROWS, MOST_ROWS_ELSEWHERE, Decoding, see
 from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
 from latro.model.few_rows import few_rows
-from latro.model.sampling_form import SamplingForm, sampling_form
+from latro.model.sampling_form import SamplingForm, check_generated, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Progress, Sample, eos_token_ids
 
@@ -60,6 +60,7 @@ class TransformersEngine:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._is_tried = False
         self.boundary = long_rope_boundary(model)
         if not without_wrapper(model)._supports_default_dynamic_cache():
             raise ValueError(
@@ -94,7 +95,8 @@ class TransformersEngine:
         the length limit, before its sequence would cross the boundary.
 
         Raises:
-            ValueError: a prompt has as many tokens as the boundary.
+            ValueError: a prompt has as many tokens as the boundary; or transformers' `generate`,
+                which the model is left to, does not sample from it as it is scored.
         """
         limits = [_limit(len(prompt), max_new_tokens, self.boundary) for prompt in prompts]
         samples: dict[int, list[Sample]] = {}
@@ -150,6 +152,10 @@ class TransformersEngine:
                 )
                 with few_rows(self.model):
                     return decoding(prompts, num_samples=num_samples, seeds=seeds)
+            # Here, and not when the engine is made: weights in shards are whole in a rollout.
+            if not self._is_tried:
+                check_generated(self.model, self._by_transformers)
+                self._is_tried = True
             return self._by_transformers(
                 prompts,
                 num_samples=num_samples,
@@ -171,9 +177,9 @@ class TransformersEngine:
         max_new_tokens: int,
         temperature: float,
         seeds: Sequence[int],
-        template: str | None,
-        eos: Sequence[int],
-        progress: Progress | None,
+        template: str | None = None,
+        eos: Sequence[int] = (),
+        progress: Progress | None = None,
     ) -> list[list[Sample]]:
         """Return the samples that transformers' `generate` makes."""
         model = self.model

@@ -2,13 +2,14 @@
 
 Decoding with keys that lie in a `DecodingKeys` takes a model whose attention is replaced and knows
 packed rows, and that keeps nothing else from token to token. Rather than a list of architectures
-there is a trial: hidden states of a few tokens, decoded, are those of whole sequences.
+there is a trial: hidden states of a few tokens, decoded, are those of whole sequences. Models that
+fail it are left to transformers' `generate`, and there is a trial of that too.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from latro.model.adapters import without_wrapper
 from latro.model.attention import allow_shared_prefix, give_attention_back, shares_prefix
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, install_head_rows, read
 from latro.model.shared_prefix import SharedPrefix
+from latro.rollout.sequences import Sample
 from latro_kernels.integrations.logits import LogitForm, logit_form, trunk_of, whole_shape
 
 
@@ -167,6 +170,53 @@ def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:
         keys,
         SharedPrefix(lengths, (-1,) * len(lengths), device),
     )
+
+
+def check_generated(
+    model: PreTrainedModel, generate: Callable[..., list[list[Sample]]]
+) -> None:
+    """Raise ValueError where `generate` draws from something else than what is scored.
+
+    A model may read padding, or count positions along the row: that the log-probs of a ragged batch
+    are those of whole sequences is found by trying.
+
+    Args:
+        model: what is sampled from, with whole weights.
+        generate: samples from it, by the keywords of `RolloutEngine.generate`.
+    """
+    name = type(without_wrapper(model)).__name__
+    V, _ = whole_shape(model.get_input_embeddings().weight)
+    prompts = [[i % V for i in prompt] for prompt in ([1, 2, 3, 4, 5], [6, 7])]
+    try:
+        samples = generate(prompts, num_samples=1, max_new_tokens=3, temperature=1.0, seeds=[0, 1])
+        drawn = [sample for (sample,) in samples]
+        rows = [prompt + sample.ids for prompt, sample in zip(prompts, drawn, strict=True)]
+        wholes = [
+            model(torch.tensor([row], device=model.device), use_cache=False, return_dict=True)
+            for row in rows
+        ]
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"model: expected one that transformers' generate samples from, got {name}, where it "
+            f"fails: {str(error).partition(chr(10))[0]}"
+        ) from error
+    kind = model.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
+    eps = max(torch.finfo(each).eps for each in (dtype, torch.float32))
+    for prompt, sample, whole in zip(prompts, drawn, wholes, strict=True):
+        logits = whole.logits[0, len(prompt) - 1 : -1].float().cpu()
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
+        # As in `hidden_difference`; the median, since rounding may change a token's experts.
+        difference = (logp - torch.tensor(sample.logp)).abs().median()
+        if difference > eps**0.5 * logits.abs().max():
+            raise ValueError(
+                "model: expected one that neither reads padding nor counts positions along a "
+                f"padded row, got {name}, whose log-probs in transformers' generate differ by "
+                f"{difference:.3g} nats from those of whole sequences"
+            )
 
 
 @contextlib.contextmanager

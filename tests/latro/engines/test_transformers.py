@@ -69,6 +69,8 @@ def assert_prompts_are_read_once(model, tokenizer):
     prompts = [tokenizer.encode(p) for p in PROMPTS]
     G, K, P = len(prompts), 5, max(map(len, prompts))
     engine = TransformersEngine(model, tokenizer)
+    # The first call tries the model, where transformers samples from it.
+    engine.generate(prompts, num_samples=1, max_new_tokens=1, temperature=1, seeds=[0, 1, 2])
     with counted_tokens(model) as counts:
         engine.generate(prompts, num_samples=K, max_new_tokens=1, temperature=1, seeds=[0, 1, 2])
     if isinstance(engine.form, SamplingForm):
@@ -98,6 +100,7 @@ def test_a_prompt_goes_once_through_a_trunk_with_adapters_too(tiny, tokenizer, a
 def test_a_prompt_of_one_token_has_nothing_to_share(tiny, tokenizer):
     for model, tokens in ((tiny(), 1), (other_model("lfm2", tokenizer), 3)):
         engine = TransformersEngine(model, tokenizer)
+        engine.generate([[5]], num_samples=1, max_new_tokens=1, temperature=1, seeds=[0])
         with counted_tokens(model) as counts:
             (samples,) = engine.generate(
                 [[5]], num_samples=3, max_new_tokens=1, temperature=1, seeds=[0]
@@ -134,6 +137,34 @@ def assert_greedy_is_that_of_the_model_alone(model, tokenizer):
 def test_a_model_that_does_not_know_padding_is_refused(tokenizer):
     with pytest.raises(ValueError, match="a cache of transformers, got RwkvForCausalLM"):
         TransformersEngine(other_model("rwkv", tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("trocr", "counts positions along a padded row, got TrOCRForCausalLM, whose log-probs"),
+        ("cpmant", "reads padding .*, got CpmAntForCausalLM, whose log-probs .* differ by"),
+        ("bart", "generate samples from, got BartForCausalLM, where it fails: list index"),
+    ],
+)
+def test_a_model_that_generate_samples_from_in_another_way_is_refused(
+    tokenizer, architecture, message
+):
+    engine = TransformersEngine(other_model(architecture, tokenizer), tokenizer)
+    with pytest.raises(ValueError, match=message):
+        engine.generate([[5, 6]], num_samples=3, max_new_tokens=1, temperature=1, seeds=[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["bloom", "falcon", "mpt", "xglm", *STATEFUL])
+def test_a_model_that_generate_samples_from_as_it_is_scored_is_taken(
+    tokenizer, architecture, dtype
+):
+    model = other_model(architecture, tokenizer).to(dtype)
+    samples = TransformersEngine(model, tokenizer).generate(
+        [[5, 6, 7], [8]], num_samples=2, max_new_tokens=2, temperature=1, seeds=[0, 1]
+    )
+    assert [len(group) for group in samples] == [2, 2]
 
 
 def test_a_prompts_samples_depend_on_its_seed_alone(tiny, tokenizer):
