@@ -67,7 +67,7 @@ class EvaluateArguments(EngineArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_engine()
+        self.check_engine(self.temperature)
         if self.majority is None:
             self.majority = [self.num_samples] if self.num_samples else []
         if self.num_shots < 0:

@@ -54,7 +54,7 @@ class ProbeArguments(EngineArguments):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        self.check_engine()
+        self.check_engine(self.temperature)
 
 
 def probe(argv: Sequence[str] | None = None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from latro.config.fields import WEIGHT_DTYPES, setting
 from latro.config.ranges import above_zero, at_least
 
 _OF_A_SERVER = ("vllm_url", "vllm_weights_dir", "vllm_sync")
+_LEAST_OF_VLLM, _MOST_OF_VLLM = 0.01, 2  # temperatures above 0
 _OF_COLOCATED = ("vllm_gpu_memory_utilization", "vllm_max_model_length")
 
 
@@ -59,8 +60,11 @@ class EngineArguments:
         "model's config says.",
     )
 
-    def check_engine(self) -> None:
-        """Raise ValueError for settings that are out of range, or do not go together."""
+    def check_engine(self, temperature: float) -> None:
+        """Raise ValueError for settings that are out of range, or do not go together.
+
+        `temperature` is that of sampling.
+        """
         above_zero("vllm_gpu_memory_utilization", self.vllm_gpu_memory_utilization)
         if self.vllm_gpu_memory_utilization > 1:
             raise ValueError(
@@ -78,6 +82,12 @@ class EngineArguments:
                     f"{field.name}: expected rollout_engine='vllm' with {value}, got "
                     f"{self.rollout_engine!r}"
                 )
+        if served and not _LEAST_OF_VLLM <= temperature <= _MOST_OF_VLLM:
+            raise ValueError(
+                f"temperature: expected from {_LEAST_OF_VLLM} to {_MOST_OF_VLLM} with "
+                "rollout_engine='vllm', which takes no higher one and samples at "
+                f"{_LEAST_OF_VLLM} in place of a lower one; got {temperature}"
+            )
         self._check_mode()
         if self.vllm_sync == "nccl":
             self._check_nccl()

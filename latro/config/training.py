@@ -293,7 +293,7 @@ class LatroConfig(EngineArguments, AnswerConfig):
                 f"reward_tokens: expected all with objective={self.objective!r}, "
                 f"{_OTHER_REWARDS[self.objective]}; got {self.reward_tokens!r}"
             )
-        self.check_engine()
+        self.check_engine(self.temperature)
         if self.importance_cap is not None:
             above_zero("importance_cap", self.importance_cap)
             if self.rollout_engine != "vllm" and self.rollout_dtype is None:

@@ -9,9 +9,9 @@ precision, and `latro.update.importance` has the ratio π/μ.
 Memory: the copy has the bytes of the weights in its dtype, 2 per parameter in half precision. A
 tensor that has the dtype already is the policy's own, so the frozen bf16 model under an adapter
 costs nothing and the adapter's weights are all that is copied. Buffers, such as the frequencies of
-rotary positions, keep their dtype, but for the factors that some adapters have as buffers. An
-adapter stays an adapter: merged into frozen weights in half precision, a small one would be lost in
-their rounding.
+rotary positions, keep their dtype, but for the factors that some adapters have as buffers, and
+tables of positions that are added to hidden states. An adapter stays an adapter: merged into frozen
+weights in half precision, a small one would be lost in their rounding.
 """
 
 from __future__ import annotations
@@ -125,8 +125,9 @@ def multiplies_bf16(device: torch.device) -> bool:
 def cast_copy(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     """Return a copy of `model` whose floating-point weights are in `dtype`, in eval mode.
 
-    Tensors that need no cast are the model's own, and so are its buffers but an adapter's. What
-    transformers keeps in fp32 when it loads a model in `dtype` stays as it is.
+    Tensors that need no cast are the model's own, and so are its buffers but an adapter's factors
+    and tables of positions. What transformers keeps in fp32 when it loads a model in `dtype` stays
+    as it is.
 
     Raises:
         ValueError: the weights are quantised.
@@ -142,7 +143,10 @@ def cast_copy(model: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrai
     # What `deepcopy` finds in its memo it takes for the copy that it would make. So nothing is
     # copied only to be cast afterwards, and a head that is tied to the embedding stays tied.
     memo: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
-    for buffer in adapter_buffers(model):
+    H = base.get_input_embeddings().weight.shape[-1]
+    # XGLM's table is no weight; in fp32 it would make hidden states fp32 too.
+    tables = (b for b in model.buffers() if b.is_floating_point() and b.shape[1:] == (H,))
+    for buffer in (*adapter_buffers(model), *tables):
         memo[id(buffer)] = buffer.to(dtype)
     for name, parameter in model.named_parameters():
         casts = parameter.is_floating_point() and parameter.dtype != dtype

@@ -172,9 +172,7 @@ def prompts_reading(prompts: list[list[int]], keys: DecodingKeys) -> Reading:
     )
 
 
-def check_generated(
-    model: PreTrainedModel, generate: Callable[..., list[list[Sample]]]
-) -> None:
+def check_generated(model: PreTrainedModel, generate: Callable[..., list[list[Sample]]]) -> None:
     """Raise ValueError where `generate` draws from something else than what is scored.
 
     A model may read padding, or count positions along the row: that the log-probs of a ragged batch

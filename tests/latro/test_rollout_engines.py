@@ -213,6 +213,14 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
             {"rollout_engine": "vllm", "importance_cap": 0.0},
             "importance_cap: expected more than 0, got 0.0",
         ),
+        (
+            {"rollout_engine": "vllm", "temperature": 0.005},
+            "temperature: expected from 0.01 to 2 with .*, which .* samples at 0.01 .*; got 0.005",
+        ),
+        (
+            {"rollout_engine": "vllm", "temperature": 2.5},
+            "temperature: expected from 0.01 to 2 with rollout_engine='vllm', .*; got 2.5",
+        ),
         ({"vllm_mode": "local"}, "vllm_mode: expected one of server, colocate, got 'local'"),
         ({"vllm_sync": "tcp"}, "vllm_sync: expected one of files, nccl, got 'tcp'"),
         (

@@ -137,6 +137,15 @@ def test_the_factors_that_an_adapter_has_as_buffers_are_cast_too(
     assert all(b.dtype == torch.float32 for b in model.buffers() if b.is_floating_point())
 
 
+def test_a_table_of_positions_is_cast_as_when_loaded(tokenizer: Any, tmp_path: Path) -> None:
+    model = other_model("xglm", tokenizer)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=HALF)
+    engine = CastEngine(model, tokenizer, HALF)
+    assert {b.dtype for b in engine.model.buffers() if b.is_floating_point()} == {HALF}
+    assert sampled(engine, tokenizer) == sampled(TransformersEngine(loaded, tokenizer), tokenizer)
+
+
 def test_what_transformers_keeps_in_fp32_stays(tokenizer: Any) -> None:
     model = other_model("jamba", tokenizer)
     names = {name for name, _ in model.named_parameters() if name.endswith("A_log")}
