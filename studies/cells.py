@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from latro.errors import reading
 from latro.files import write_json
 from latro.reporting.callbacks import METRICS_FILE
 from latro.terminal import Terminal
@@ -154,7 +155,8 @@ def finished(cell: Cell, folder: Path) -> Record | None:
     path = _record_path(cell, folder)
     if not path.exists():
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
+    with reading("output_dir", path):
+        record = json.loads(path.read_text(encoding="utf-8"))
     if record["commands"] != cell.chain:
         return None
     if cell.result and not (folder / cell.result).exists():

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 
 from latro.config.fields import setting
 from latro.config.ranges import at_least
+from latro.errors import told
 from latro.files import write_json
 from latro.terminal import Terminal, one_line
 from studies.cells import Cell, Failure, finished, run_cells, select
@@ -48,7 +49,9 @@ class StudyArguments:
     def parse(cls, argv: Sequence[str] | None) -> Any:
         """Return the arguments of a command line; None: this process's own."""
         parser = HfArgumentParser([cls], prog=f"python -m {cls.module}", allow_abbrev=False)
-        (args,) = parser.parse_args_into_dataclasses(argv)
+        args, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+        if unknown:
+            raise ValueError(f"unknown argument {' '.join(unknown)}")
         return args
 
     @property
@@ -125,8 +128,8 @@ def exit_with(module: str, run: Callable[[], Sequence[object]]) -> NoReturn:
     signal.signal(signal.SIGTERM, _stop)
     try:
         failures = run()
-    except ValueError as error:
-        sys.exit(one_line(f"{module}: {error}"))
+    except (ValueError, OSError) as error:
+        sys.exit(one_line(f"{module}: {told(error)}"))
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(1 if failures else 0)

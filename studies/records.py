@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from latro.errors import reading
 from studies.estimates import Estimate
 
 CELLS_FILE = "cells.json"
@@ -49,12 +50,17 @@ class Study:
         """Return the study in `folder`.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is none, or its file is damaged.
         """
         path = folder / CELLS_FILE
         if not path.exists():
             raise ValueError(f"output_dir: expected a study's {CELLS_FILE} in it, got {folder}")
-        return cls.of(json.loads(path.read_text(encoding="utf-8")))
+        with reading("output_dir", path):
+            document = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return cls.of(document)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"output_dir: {path} holds no study: {error!r}") from error
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Self:

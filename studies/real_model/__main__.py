@@ -69,6 +69,11 @@ class RealModelArguments(StudyArguments):
     def _link(self, data: Path) -> None:
         """Let the cells' commands find the data in the study's own folder."""
         link = Path(self.output_dir) / DATA_FOLDER
+        if link.exists() and not link.is_symlink():
+            raise ValueError(
+                f"output_dir: expected no {DATA_FOLDER} of another kind in it than the link to the "
+                f"data, got {link}"
+            )
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(data)

@@ -70,6 +70,15 @@ def test_the_data_are_linked_into_the_study(tmp_path: Path, monkeypatch):
 
 
 @pytest.mark.usefixtures("with_model")
+def test_data_of_the_users_own_in_the_study_s_folder_stay(tmp_path: Path):
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    words = ["--data_dir", str(tmp_path / "data"), "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="output_dir: expected no data of another kind"):
+        command.real_model([*words, "--only", "main-gsm8k-*"])
+    assert (tmp_path / "data" / "gsm8k").is_dir()
+
+
+@pytest.mark.usefixtures("with_model")
 def test_cells_that_need_no_data_run_without_it(tmp_path: Path):
     arguments = command.RealModelArguments(only=["main-arithmetic-*"])
     arguments.output_dir = str(tmp_path / "study")

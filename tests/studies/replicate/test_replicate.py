@@ -69,6 +69,7 @@ def test_the_shown_command_has_what_decides_the_numbers():
         ("--seeds 1 1", "seeds: expected different ones"),
         ("--only nothing-like-it", "only: expected patterns of cell names"),
         ("--report_only true", "expected a study's cells.json"),
+        ("--nothing 3", "unknown argument --nothing 3"),
     ],
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(argv, message, tmp_path, monkeypatch):
@@ -78,6 +79,22 @@ def test_bad_arguments_are_one_line_and_leave_nothing(argv, message, tmp_path, m
     with pytest.raises(SystemExit, match=f"studies.replicate: .*{message}"):
         command.main()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"command": "", "jobs": 1, "cells": [{}]}'])
+def test_a_damaged_record_is_one_line(content, tmp_path, monkeypatch):
+    (tmp_path / "cells.json").write_text(content)
+    words = ["--report_only", "true", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["replicate", *words])
+    with pytest.raises(SystemExit, match=r"studies.replicate: output_dir: .*cells.json"):
+        command.main()
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "study").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["replicate", "--output_dir", str(tmp_path / "study")])
+    with pytest.raises(SystemExit, match=r"studies.replicate: .*study: File exists"):
+        command.main()
 
 
 @pytest.mark.parametrize(
