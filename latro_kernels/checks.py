@@ -21,10 +21,18 @@ _FP32 = torch.finfo(torch.float32)
 _INT64 = torch.iinfo(torch.int64)
 
 
-def check_tensor(name: str, value: object, dimensions: int) -> None:
-    """Raise unless the value is a tensor of that many dimensions."""
+def dense(name: str, value: object) -> Tensor:
+    """Return the value; raise unless it is a tensor, and one that lies in memory with strides."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got one of {value.layout}")
+    return value
+
+
+def check_tensor(name: str, value: object, dimensions: int) -> None:
+    """Raise unless the value is a tensor of that many dimensions."""
+    value = dense(name, value)
     if value.dim() != dimensions:
         raise ValueError(
             f"{name}: expected {dimensions} dimension{'s'[: dimensions - 1]}, "
@@ -34,9 +42,7 @@ def check_tensor(name: str, value: object, dimensions: int) -> None:
 
 def check_batch(name: str, value: object) -> None:
     """Raise unless the value is a tensor of rows, with any number of dimensions before the last."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.dim() == 0:
+    if dense(name, value).dim() == 0:
         raise ValueError(f"{name}: expected 1 dimension or more, got shape ()")
 
 
@@ -120,8 +126,7 @@ def check_target(target: object, rows_of: str, rows: Tensor) -> None:
 
     `rows_of` is the name of `rows`. The target's values are not read.
     """
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    target = dense("target", target)
     check_device("target", target, rows_of, rows)
     if target.shape != rows.shape[:-1]:
         raise ValueError(
@@ -168,8 +173,7 @@ def check_target_values(
 
 def check_vector(name: str, value: object, *dtypes: torch.dtype) -> None:
     """Raise unless the value is a tensor of one dimension and of one of these dtypes."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    value = dense(name, value)
     if value.dtype not in dtypes:
         expected = " or ".join(map(str, dtypes))
         raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")

@@ -18,6 +18,7 @@ from latro_kernels.checks import (
     check_same_dtype,
     check_tensor,
     check_type,
+    dense,
 )
 from latro_kernels.few_rows_linear import ops
 
@@ -57,8 +58,7 @@ def few_rows_linear(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> None:
     check_tensor("weight", weight, 2)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    dense("x", x)
     V, H = weight.shape
     if x.dim() == 0 or x.shape[-1] != H or H == 0:
         raise ValueError(

@@ -17,7 +17,13 @@ from latro_kernels.group_advantage.layout import GroupAdvantage, GroupLayout
 
 
 def segment_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
-    """Return the segment that each row lies in, int64 [N]."""
+    """Return the segment that each of `num_rows` rows lies in, int64 [N].
+
+    Args:
+        offsets: int64 [segments + 1], ascending, from 0 to `num_rows`; not checked, as reading them
+            would wait for the device.
+        num_rows: N.
+    """
     segments = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(segments, offsets.diff(), output_size=num_rows)
 
@@ -26,14 +32,22 @@ def segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
     """Return Σ rows[offsets[i]:offsets[i + 1]] for each segment i.
 
     The sums are taken in the order of the rows, so that equal segments have equal sums, which a
-    scatter's atomics on a GPU do not give. The offsets are not checked, as reading them would wait
-    for the device.
+    scatter's atomics on a GPU do not give.
+
+    Args:
+        rows: [N], any dtype of floats, which the sums have too.
+        offsets: int64 [segments + 1], as in `segment_of_rows`.
     """
     return torch.segment_reduce(rows, "sum", offsets=offsets, unsafe=True)
 
 
 def floored(reward: Tensor, finished: Tensor) -> Tensor:
-    """Return rewards [G, K] in which an unfinished sequence has the lowest reward of its group."""
+    """Return rewards in which an unfinished sequence has the lowest reward of its group.
+
+    Args:
+        reward: [G, K], any dtype of floats, which the result has too.
+        finished: bool [G, K].
+    """
     return torch.where(finished, reward, reward.amin(1, keepdim=True))
 
 
@@ -41,7 +55,7 @@ def leave_one_out(reward: Tensor, member: Tensor) -> Tensor:
     """Return each reward minus the mean of the other members' rewards, [G, K].
 
     Args:
-        reward: [G, K].
+        reward: [G, K], any dtype of floats, which the result has too.
         member: bool [G, K], the sequences that count. The others get 0, and so does a sequence that
             is the only member of its group.
     """

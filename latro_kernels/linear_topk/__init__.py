@@ -37,6 +37,7 @@ from latro_kernels.checks import (
     check_int,
     check_scales,
     check_type,
+    dense,
 )
 from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_topk import ops
@@ -364,8 +365,7 @@ def _in_products_dtype(
 
 
 def _check_token(token: object, hidden: Tensor, V: int) -> None:
-    if not isinstance(token, Tensor):
-        raise TypeError(f"token: expected a tensor, got {type(token).__name__}")
+    token = dense("token", token)
     check_device("token", token, "hidden", hidden)
     if token.dim() != hidden.dim() or token.shape[:-1] != hidden.shape[:-1]:
         raise ValueError(
@@ -382,8 +382,7 @@ def _check_token(token: object, hidden: Tensor, V: int) -> None:
 
 
 def _check_log_prob(log_prob: object, token: Tensor) -> None:
-    if not isinstance(log_prob, Tensor):
-        raise TypeError(f"log_prob: expected a tensor, got {type(log_prob).__name__}")
+    log_prob = dense("log_prob", log_prob)
     check_device("log_prob", log_prob, "token", token)
     if log_prob.shape != token.shape:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from latro_kernels import few_rows_linear, linear_logprob
 from latro_kernels.checks import check_float_dtype, check_number, check_positive, check_type
 
 
@@ -15,6 +16,20 @@ def test_only_the_reference_takes_fp64() -> None:
         TypeError, match=r"x: expected dtype torch\.float32 or .*got torch\.float64"
     ):
         check_float_dtype("x", x, "auto")
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "target", "bias"])
+def test_a_sparse_tensor_is_refused_by_name(name: str) -> None:
+    tensors = {"hidden": torch.ones(2, 3), "weight": torch.ones(4, 3), "bias": torch.ones(4)}
+    tensors["target"] = torch.ones(2, dtype=torch.int64)
+    tensors[name] = tensors[name].to_sparse()
+    with pytest.raises(TypeError, match=rf"^{name}: expected a dense tensor, got one of torch\.sp"):
+        linear_logprob(**tensors)
+
+
+def test_a_sparse_row_is_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"^x: expected a dense tensor"):
+        few_rows_linear(torch.ones(2, 3).to_sparse(), torch.ones(4, 3))
 
 
 @pytest.mark.parametrize("value", [True, "1", None])
