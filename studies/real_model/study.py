@@ -56,6 +56,8 @@ LATRO = MappingProxyType(
 )
 # As many sequences an update as LaTRO has.
 SFT = MappingProxyType({"per_device_train_batch_size": 32, "learning_rate": 1e-5})
+# Of a micro-batch: an update takes a quarter of the memory of one micro-batch, and comes out alike.
+TOKEN_BUDGET = 4096
 WARM_START = MappingProxyType({**SFT, "max_steps": 20})
 """The SFT on worked rationales before LaTRO: long enough for the form."""
 
@@ -190,7 +192,8 @@ def _training(
     given = (
         *("--model_name_or_path", start, *_data(cell.task), *flags(settings)),
         *("--lr_scheduler_type", "constant_with_warmup", "--warmup_steps", "5"),
-        *("--save_strategy", "no", "--seed", str(cell.seed), "--output_dir", output),
+        *("--token_budget", str(TOKEN_BUDGET), "--save_strategy", "no"),
+        *("--seed", str(cell.seed), "--output_dir", output),
     )
     if method in TARGETS:
         still = ("--eval_strategy", "no", "--num_eval_examples", "8")
