@@ -6,10 +6,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any
 
 from latro.errors import reading
 from studies.estimates import Estimate
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11, or of the type checker that reads this
 
 CELLS_FILE = "cells.json"
 

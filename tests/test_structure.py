@@ -37,6 +37,11 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 MOST_POSITIONAL = 8
+NEWER_THAN_3_10 = {
+    *("tomllib", "datetime.UTC", "enum.StrEnum", "itertools.batched", "contextlib.chdir"),
+    *("typing." + name for name in ("Self", "Never", "LiteralString", "Required", "NotRequired")),
+    *("typing." + name for name in ("Unpack", "TypeVarTuple", "assert_never", "override")),
+}
 OVERRIDDEN = {"create_model_card"}
 """Methods whose arguments transformers determines."""
 
@@ -154,3 +159,22 @@ def _is_kernel(node: ast.FunctionDef) -> bool:
     decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
     compiled = ("triton.jit", "gluon.jit", "torch.library")
     return any(name in text for text in decorators for name in compiled)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_what_is_imported_is_there_in_python_3_10(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for_checkers = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node not in for_checkers:
+            newer = {f"{node.module}.{alias.name}" for alias in node.names} & NEWER_THAN_3_10
+        elif isinstance(node, ast.Import):
+            newer = {alias.name for alias in node.names} & NEWER_THAN_3_10
+        else:
+            continue
+        assert not newer, f"{path.name}, line {node.lineno}: {newer}"
