@@ -90,6 +90,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.text.is_file():
         sys.exit(f"--text: no such file: {args.text}")
+    if args.output.exists():
+        sys.exit(f"--output: expected a folder that is not there, got {args.output}")
     tokenizer = make_tokenizer(args.text.read_text(encoding="utf-8").splitlines())
     model = make_model(args.architecture, tokenizer, seed=args.seed)
     model.save_pretrained(args.output)

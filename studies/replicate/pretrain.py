@@ -46,8 +46,10 @@ from transformers import (
 
 from latro.config.fields import setting
 from latro.config.training import SMALL_MODEL
+from latro.errors import exit_with
 from latro.tasks.arithmetic import Arithmetic, GeneratedTask, Problem
 from latro.tasks.arithmetic_choice import ArithmeticChoice
+from studies.command import check_model_folder
 
 TASKS: dict[str, GeneratedTask] = {task.name: task for task in (Arithmetic(), ArithmeticChoice())}
 MIXTURE = {"steps": 0.30, "slip": 0.15, "filler": 0.45, "nothing": 0.10}
@@ -90,7 +92,7 @@ class Arguments:
     `STUDY_SETTINGS`.
     """
 
-    output_dir: Path = field(metadata={"help": "Folder to write; replaced if it is there."})
+    output_dir: Path = field(metadata={"help": "Folder to write; a model in it is replaced."})
     architecture: Literal["llama", "mistral", "phi3"] = setting("llama", "Of the model.")
     task: Literal["arithmetic", "arithmetic_choice"] = setting(
         "arithmetic", "Whose problems it reads."
@@ -266,10 +268,12 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser([Arguments]).parse_args_into_dataclasses()
+    prog = "python -m studies.replicate.pretrain"
+    (args,) = HfArgumentParser([Arguments], prog=prog).parse_args_into_dataclasses()
+    check_model_folder("output_dir", args.output_dir)
     model, tokenizer = start(args)
     save(pretrain(args, model, tokenizer), tokenizer, args.output_dir)
 
 
 if __name__ == "__main__":
-    main()
+    exit_with("studies.replicate.pretrain", main)

@@ -121,6 +121,12 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "study").exists()
 
 
+def test_a_model_is_not_prepared_in_place_of_a_file(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir: expected a folder, got the file"):
+        prepare(["--model_name_or_path", "nothing", "--output_dir", str(tmp_path / "notes")])
+
+
 def test_another_file_is_prepared_too(tmp_path):
     tokenizer = make_tokenizer(["Tom has 12 pens."], vocab_size=300)
     model = make_model("llama", tokenizer)

@@ -144,11 +144,19 @@ def test_what_is_learnt_is_the_document_or_its_completion(tokenizer):
 def test_a_run_replaces_the_folder_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
     output_dir = tmp_path / "models" / "small"
     output_dir.mkdir(parents=True)
-    (output_dir / "stale.txt").touch()
+    for name in ("config.json", "stale.txt"):
+        (output_dir / name).touch()
     run(monkeypatch, output_dir)
     assert not (output_dir / "stale.txt").exists()
     assert [path.name for path in output_dir.parent.iterdir()] == ["small"]
     assert AutoTokenizer.from_pretrained(output_dir).eos_token == "<eos>"
+
+
+def test_a_folder_that_has_no_model_is_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir: expected a new folder, or a model's"):
+        run(monkeypatch, tmp_path)
+    assert (tmp_path / "notes").read_text() == "mine"
 
 
 def test_the_seed_fixes_the_weights(tmp_path, monkeypatch):
