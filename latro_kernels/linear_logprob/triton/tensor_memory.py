@@ -2,7 +2,7 @@
 
 There, one warp has the tensor cores multiply blocks of the ring, and sums stand in tensor memory,
 which has room for two blocks of them: one is multiplied while four other warps read the other, a
-PART of its columns at a time. Two more kinds of barriers order that. ready[n]: the products of
+quarter of its columns at a time. Two more kinds of barriers order that. ready[n]: the products of
 block n are made. free[n]: it has been read, and may be written again. A stage of the ring is empty
 when the products that read it are made; nobody reads it but the tensor cores.
 """
@@ -19,12 +19,16 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
     tcgen05_commit,
     tcgen05_mma,
 )
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from latro_kernels.linear_logprob.triton.products import place
 
 # Blocks of sums: as many as tensor memory holds of 128 x 256.
 BLOCKS: gl.constexpr = gl.constexpr(2)
+# Warps and registers of a thread, of the warp that has products made and of the producer: they
+# have little to keep.
+SINGLE_WARPS: gl.constexpr = gl.constexpr([1, 1])
+SINGLE_REGISTERS: gl.constexpr = gl.constexpr([24, 24])
 
 
 class Accumulators(NamedTuple):
@@ -58,6 +62,7 @@ def make_accumulators(ROWS: gl.constexpr, COLUMNS: gl.constexpr):
     for block in gl.static_range(BLOCKS):
         mbarrier.init(ready.index(block), count=1)
         mbarrier.init(free.index(block), count=1)
+    fence_async_shared()  # the tensor cores have to find the barriers as they are now
     return Accumulators(sums, ready, free)
 
 

@@ -15,6 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from latro_kernels.linear_logprob.triton.products import LN_2, LOG2_E, place
 from latro_kernels.linear_logprob.triton.tensor_memory import (
     BLOCKS,
+    SINGLE_REGISTERS,
+    SINGLE_WARPS,
     make_accumulators,
     multiply_blocks,
     rows_layout,
@@ -55,9 +57,9 @@ class Sums(NamedTuple):
 
 @gluon.constexpr_function
 def sums_layout(ROWS, COLUMNS, TENSOR_MEMORY):
-    """Return how a consumer has sums in its registers: a row stands in four threads, or one.
+    """Return how a consumer's threads have sums: a row stands in few, and is folded apart.
 
-    So that rows are folded apart.
+    On sm_90 four, as the instruction that multiplies leaves them; of tensor memory one.
     """
     if TENSOR_MEMORY:
         return rows_layout(ROWS, COLUMNS)
@@ -122,8 +124,8 @@ def warp_specialized_kernel(
                 (multiply_blocks, (ring, sums, work)),
                 (produce, (hidden, weight, ring, work)),
             ],
-            [1, 1],
-            [24, 24],
+            SINGLE_WARPS,
+            SINGLE_REGISTERS,
         )
     else:
         gl.warp_specialize(

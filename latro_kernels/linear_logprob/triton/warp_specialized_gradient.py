@@ -26,6 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from latro_kernels.linear_logprob.triton.products import LN_2, LOG2_E, place, quarters
 from latro_kernels.linear_logprob.triton.tensor_memory import (
     BLOCKS,
+    SINGLE_REGISTERS,
+    SINGLE_WARPS,
     make_accumulators,
     multiply_blocks,
     rows_layout,
@@ -138,8 +140,8 @@ def warp_specialized_grad_kernel(
                 (multiply_blocks, (ring, sums, work)),
                 (produce, (hidden, weight, ring, work)),
             ],
-            [1, 1],
-            [24, 24],
+            SINGLE_WARPS,
+            SINGLE_REGISTERS,
         )
     else:
         gl.warp_specialize(
