@@ -129,7 +129,7 @@ class AnswerTrainer(EvaluatingTrainer):
         if train_dataset is not None:
             self._check_train_dataset(train_dataset, model, args)
         if eval_dataset is not None:
-            check_dataset(
+            self._longest_held_out = check_dataset(
                 eval_dataset,
                 name="eval_dataset",
                 model=model,

@@ -29,7 +29,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from latro.base_trainer import AnswerTrainer
 from latro.config.training import AnswerConfig, LatroConfig
@@ -37,6 +37,8 @@ from latro.engines.ahead import Request, RolloutsAhead
 from latro.engines.make import make_engine
 from latro.engines.transformers import TransformersEngine, seed_of
 from latro.engines.vllm import VllmEngine
+from latro.engines.vllm_sampling import check_length
+from latro.evaluation.accuracy import most_new_tokens
 from latro.model.adapters import has_adapter
 from latro.model.distribution import (
     follow_fp32_weights,
@@ -135,6 +137,7 @@ class LatroTrainer(AnswerTrainer):
             folder=args.output_dir,
             sharded=is_sharded(self.accelerator),
         )
+        self._check_engine_length(args)
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
@@ -187,6 +190,16 @@ class LatroTrainer(AnswerTrainer):
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
 
+    def _check_engine_length(self, args: LatroConfig) -> None:
+        """Raise ValueError where a rollout, or an evaluation, is too long for the engine."""
+        if self.train_dataset is not None:
+            check_length(self.engine, self._longest.prompt + args.max_completion_length)
+        evaluates = args.eval_on_start or args.eval_strategy != IntervalStrategy.NO
+        if self.eval_dataset is not None and evaluates:
+            longest = self._longest_held_out
+            most = most_new_tokens(self.model, longest, args.max_completion_length)
+            check_length(self.engine, longest.prompt + most)
+
     @property
     def ref_scorer(self) -> Scorer | AdapterOff | InitialAdapter | None:
         """The scorer of π_0."""
@@ -226,7 +239,7 @@ class LatroTrainer(AnswerTrainer):
     def _check_train_dataset(
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
     ) -> None:
-        check_dataset(
+        self._longest = check_dataset(
             dataset,
             name="train_dataset",
             model=model,

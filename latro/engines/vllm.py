@@ -127,13 +127,7 @@ class VllmEngine:
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"seeds: expected {len(prompts)}, one per prompt, got {len(seeds)}")
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        if longest > self._max_length:
-            raise ValueError(
-                f"vllm_url: {self.url} takes {self._max_length} tokens per sequence and the "
-                f"longest prompt with its completion has {longest}; serve with "
-                f"--max-model-len {longest}"
-            )
+        self.check_length(max(map(len, prompts), default=0) + max_new_tokens)
         hangup = hangup or Hangup()
         self._check_version(hangup)
 
@@ -177,6 +171,15 @@ class VllmEngine:
                 pool.shutdown(wait=False, cancel_futures=True)
                 hangup()
         return [future.result() for future in futures]
+
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError where the server takes less than `longest` tokens per sequence."""
+        if longest > self._max_length:
+            raise ValueError(
+                f"vllm_url: {self.url} takes {self._max_length} tokens per sequence and the "
+                f"longest prompt with its completion has {longest}; serve with "
+                f"--max-model-len {longest}"
+            )
 
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None

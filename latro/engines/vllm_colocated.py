@@ -110,12 +110,7 @@ class ColocatedVllm:
         Raises:
             ValueError: a prompt is too long.
         """
-        longest = max(map(len, prompts), default=0) + max_new_tokens
-        if longest > self.max_length:
-            raise ValueError(
-                f"vllm_max_model_length: expected at least {longest}, the tokens of the longest "
-                f"prompt with its completion, got {self.max_length}"
-            )
+        self.check_length(max(map(len, prompts), default=0) + max_new_tokens)
         params = [
             SamplingParams(
                 **sampling(
@@ -140,6 +135,14 @@ class ColocatedVllm:
         if progress is not None:
             progress(sum(len(sample.ids) for of_prompt in samples for sample in of_prompt), 0)
         return samples
+
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError where vLLM takes less than `longest` tokens per sequence."""
+        if longest > self.max_length:
+            raise ValueError(
+                f"vllm_max_model_length: expected at least {longest}, the tokens of the longest "
+                f"prompt with its completion, got {self.max_length}"
+            )
 
     def update_weights(
         self, model: PreTrainedModel, step: int, weights: Mapping[str, Tensor] | None = None

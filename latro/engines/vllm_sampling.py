@@ -1,12 +1,13 @@
-"""What vLLM is asked to sample: its whole distribution, by a prompt's own seed."""
+"""What vLLM is asked to sample: its whole distribution, by a prompt's own seed; and how much."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from latro.rollout.answer_template import stop_strings
+from latro.rollout.sequences import RolloutEngine
 
 # All are given, since vLLM takes missing ones from the model's own generation config.
 _WHOLE_DISTRIBUTION = {
@@ -17,6 +18,24 @@ _WHOLE_DISTRIBUTION = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+
+@runtime_checkable
+class _Limited(Protocol):
+    """An engine that takes fewer tokens per sequence than the model may."""
+
+    def check_length(self, longest: int) -> None:
+        """Raise ValueError where it takes less than `longest` tokens."""
+
+
+def check_length(engine: RolloutEngine, longest: int) -> None:
+    """Raise ValueError where an engine takes less than `longest` tokens per sequence.
+
+    That is asked for a whole dataset before anything is sampled, since the longest prompt of all
+    may come late.
+    """
+    if isinstance(engine, _Limited):
+        engine.check_length(longest)
 
 
 def sampling(

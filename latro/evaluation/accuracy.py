@@ -11,17 +11,18 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.config.ranges import above_zero, at_least, check_number
 from latro.engines.transformers import TransformersEngine, seed_of
+from latro.engines.vllm_sampling import check_length
 from latro.evaluation.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.evaluation.metrics import metrics_of
 from latro.evaluation.progress import EvaluationBar
 from latro.evaluation.resume import Journal
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
-from latro.rollout.prompts import check_dataset, encode_prompt
+from latro.rollout.prompts import Longest, check_dataset, encode_prompt
 from latro.rollout.sequences import (
     AnswerJoin,
     Progress,
@@ -152,15 +153,12 @@ def evaluate_model(
         # The turns of a conversation have ends of their own.
         separator = None if tokenizer.chat_template else SEPARATOR
     prompts = [encode_prompt(tokenizer, prompt, join.frame) for prompt in shown["prompt"]]
-    max_new_tokens = settings.max_completion_length + max(ANSWER_TOKENS, longest.answer)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:
-        # Leave room for the known answer, which is scored after whatever was sampled. All problems
-        # have the same limit, so that batches do not matter.
-        max_new_tokens = min(max_new_tokens, positions - longest.prompt_and_answer)
+    max_new_tokens = most_new_tokens(model, longest, settings.max_completion_length)
+    engine = engine or TransformersEngine(model, tokenizer)
+    check_length(engine, longest.prompt + max_new_tokens)
     evaluator = _Evaluator(
         scorer,
-        engine=engine or TransformersEngine(model, tokenizer),
+        engine=engine,
         tokenizer=tokenizer,
         task=task,
         join=join,
@@ -190,6 +188,17 @@ def evaluate_model(
             records += batch
             bar.add(len(batch), _accuracies(records))
     return metrics_of(records, settings.majority), records
+
+
+def most_new_tokens(model: PreTrainedModel, longest: Longest, max_completion_length: int) -> int:
+    """Return the most tokens that an evaluation samples behind a prompt, whatever the problem."""
+    most = max_completion_length + max(ANSWER_TOKENS, longest.answer)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is None:
+        return most
+    # Leave room for the known answer, which is scored after whatever was sampled. All problems
+    # have the same limit, so that batches do not matter.
+    return int(min(most, positions - longest.prompt_and_answer))
 
 
 def check_temperature(temperature: float) -> None:

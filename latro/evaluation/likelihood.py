@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from latro.config.ranges import at_least
 from latro.engines.transformers import TransformersEngine, seed_of
+from latro.engines.vllm_sampling import check_length
 from latro.evaluation.accuracy import answer_logp, check_temperature
 from latro.evaluation.metrics import standard_error
 from latro.evaluation.progress import EvaluationBar
@@ -110,7 +111,7 @@ def probe_model(
     """
     model = scorer.model
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer), task.chat)
-    check_dataset(
+    longest = check_dataset(
         dataset,
         name="dataset",
         model=model,
@@ -120,6 +121,7 @@ def probe_model(
     if "rationale" in dataset.column_names:
         check_rationales(dataset, name="dataset", model=model, join=join)
     engine = engine or TransformersEngine(model, tokenizer)
+    check_length(engine, longest.prompt + settings.max_completion_length)
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
     records: list[dict[str, Any]] = []

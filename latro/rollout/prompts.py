@@ -87,6 +87,7 @@ class Longest(NamedTuple):
 
     answer: int
     prompt_and_answer: int
+    prompt: int
 
 
 def check_dataset(
@@ -127,7 +128,7 @@ def check_dataset(
     if len(dataset) == 0:
         raise ValueError(f"{name}: expected at least one row, got none")
     tokenizer = join.tokenizer
-    longest = Longest(0, 0)
+    longest = Longest(0, 0, 0)
     boundary = long_rope_boundary(model)
     rendered = _Rendered(join.frame, name)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -160,6 +161,7 @@ def check_dataset(
         longest = Longest(
             max(longest.answer, answer_tokens),
             max(longest.prompt_and_answer, len(ids) + answer_tokens),
+            max(longest.prompt, len(ids)),
         )
         needed = len(ids) + max_completion_length + answer_tokens
         if limit is not None and needed > limit:

@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from latro.config.engine import EngineArguments
 from latro.engines.make import make_engine
+from latro.engines.vllm import VllmEngine
+from latro.evaluation import EvaluationSettings, evaluate_model
+from latro.evaluation.likelihood import ProbeSettings, probe_model
+from latro.model.scoring import Scorer
 from latro.rollout.answer_template import stop_strings
 from latro.rollout.sequences import Rollout, Sample
 from tests.latro.fake_vllm import FakeVllm
@@ -203,6 +208,36 @@ def test_vllm_settings_reach_the_engine(make_trainer: Any, fake: FakeVllm, tmp_p
         rollout_engine="vllm", vllm_url=fake.url, vllm_weights_dir=str(tmp_path / "shm")
     )
     assert elsewhere.engine.weights_dir == tmp_path / "shm"
+
+
+def test_a_server_too_short_for_one_row_is_found_before_the_run(
+    make_trainer: Any, fake: FakeVllm, task: Any, tokenizer: Any
+) -> None:
+    short = task.load("train")
+    long = {"prompt": "Tom has 9 pens. " * 20, "answer": "9"}
+    rows = Dataset.from_list([*short, long])
+    tokens = len(tokenizer.encode(long["prompt"])) + 6
+    assert tokens > 64
+    served = {"rollout_engine": "vllm", "vllm_url": fake.url}
+    with pytest.raises(ValueError, match=rf"takes 64 tokens .* has {tokens}; serve with"):
+        make_trainer(train_dataset=rows, **served)
+    # An evaluation lets a completion go on behind a rationale of full length.
+    make_trainer(**served, max_completion_length=40)
+    with pytest.raises(ValueError, match=r"takes 64 tokens .*; serve with --max-model-len"):
+        make_trainer(**served, max_completion_length=40, eval_strategy="steps", eval_steps=2)
+
+
+@pytest.mark.parametrize("command", [evaluate_model, probe_model])
+def test_a_server_too_short_for_the_last_problem_is_found_before_the_first(
+    fake: FakeVllm, tiny: Any, tokenizer: Any, task: Any, tmp_path: Path, command: Any
+) -> None:
+    rows = [*task.load("train"), {"prompt": "Tom has 9 pens. " * 20, "answer": "9"}]
+    kind = EvaluationSettings if command is evaluate_model else ProbeSettings
+    engine = VllmEngine(fake.url, tokenizer, eos_token_ids=[0], weights_dir=tmp_path)
+    settings = kind(num_samples=0, max_completion_length=6, batch_size=1)
+    with pytest.raises(ValueError, match=r"takes 64 tokens .*; serve with --max-model-len"):
+        command(Scorer(tiny()), tokenizer, task, Dataset.from_list(rows), settings, engine=engine)
+    assert not fake.of("/v1/completions")
 
 
 @pytest.mark.parametrize(
