@@ -16,6 +16,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "latro_kernels"
@@ -118,7 +119,11 @@ def main() -> None:
     folder = parser.parse_args().output_dir
     if folder.exists():
         parser.error(f"--output_dir: expected a folder that is not there, got {folder}")
-    print(write(folder))
+    try:
+        print(write(folder))
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)  # which was not there before
+        parser.error(f"--output_dir: {folder} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

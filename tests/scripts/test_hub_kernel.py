@@ -144,3 +144,18 @@ def test_kernels_loads_it(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_leaves_no_part(
+    tmp_path, monkeypatch, capsys
+):
+    def half(folder):
+        folder.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(hub_kernel, "write", half)
+    monkeypatch.setattr("sys.argv", ["hub_kernel.py", "--output_dir", str(tmp_path / "hub")])
+    with pytest.raises(SystemExit):
+        hub_kernel.main()
+    assert "hub cannot be written: No space left on device" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
