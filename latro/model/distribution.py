@@ -170,6 +170,13 @@ def _unsharded(model: PreTrainedModel, accelerator: Accelerator) -> Iterator[Non
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    embedding: Any = model.get_input_embeddings()
+    if isinstance(embedding, FSDPModule):
+        # A module's backward gathers early the weights of what ran before it, and for FSDP2 (torch
+        # 2.13) a forward in here ran before the embedding of the next one. A process that has
+        # nothing to sample runs none, and the others would wait for it. With itself to gather,
+        # which it has, the embedding gathers nothing.
+        embedding.set_modules_to_backward_prefetch([embedding])
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState, accelerator
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro import LatroConfig, LatroTrainer
@@ -28,6 +29,8 @@ PROCESSES = 3
 CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     # Updates of 6 prompts and of 1, which leaves two processes without any.
     "one is left": (7, 2, {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3}),
+    # The same where the embedding is sharded apart from the head.
+    "one is left of an untied model": (7, 2, {}),
     # Updates of 6 prompts and of 5, where the last process has half of its share.
     "a part is left": (11, 2, {"objective": "rlpr"}),
     "fewer prompts than processes": (2, 1, {"num_train_epochs": 2, "kl": "exact"}),
@@ -38,7 +41,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "sft": (7, 2, {"num_train_epochs": 2}),
     "sft of answers": (10, 1, {"gradient_accumulation_steps": 2, "target": "answer"}),
 }
-SHARDED = ("one is left", "fewer steps", "sft")
+SHARDED = ("one is left", "one is left of an untied model", "fewer steps", "sft")
 
 
 def train_case(name: str, folder: Path, processes: int, **more: Any) -> Path:
@@ -50,6 +53,9 @@ def train_case(name: str, folder: Path, processes: int, **more: Any) -> Path:
     # The case before may have asked for ZeRO-3.
     with whole_on_load():
         model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL)
+    if name.endswith("untied model"):
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
     output = folder / name.replace(" ", "-")
     settings = {
