@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.blackwell import (
 )
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from latro_kernels.linear_logprob.triton.products import place
+from latro_kernels.linear_logprob.triton.warp_specialized import span
 
 # Blocks of sums: as many as tensor memory holds of 128 x 256.
 BLOCKS: gl.constexpr = gl.constexpr(2)
@@ -75,9 +75,7 @@ def multiply_blocks(ring, accumulators, work):
     step = 0
     block = 0
     for item in range(gl.program_id(0), work.row_blocks * work.splits, gl.num_programs(0)):
-        _, split = place(item, work.row_blocks, work.splits, work.GROUP)
-        first = split * work.TILES * BLOCK_V
-        last = min(first + work.TILES * BLOCK_V, work.columns)
+        _, first, last = span(work, item, BLOCK_V)
         for _ in range(first, last, BLOCK_V):
             sums = accumulators.sums.index(block % BLOCKS)
             # In the first round the phase before counts as over, and nothing is waited for.

@@ -86,6 +86,14 @@ class Work(NamedTuple):
 
 
 @gluon.jit
+def span(work, item, BLOCK_V: gl.constexpr):
+    """Return an item's block of rows, its first column, and where its columns end."""
+    row_block, split = place(item, work.row_blocks, work.splits, work.GROUP)
+    first = split * work.TILES * BLOCK_V
+    return row_block, first, min(first + work.TILES * BLOCK_V, work.columns)
+
+
+@gluon.jit
 def make_ring(hidden, weight, STAGES: gl.constexpr, READERS: gl.constexpr):
     """Return an empty ring for blocks of the descriptors' shapes."""
     gl.static_assert(LEAD <= STAGES, "the producer cannot fill more than the ring")
@@ -114,9 +122,7 @@ def produce(hidden, weight, ring, work):
     BLOCK_H: gl.constexpr = ring.w.shape[2]
     step = 0
     for item in range(gl.program_id(0), work.row_blocks * work.splits, gl.num_programs(0)):
-        row_block, split = place(item, work.row_blocks, work.splits, work.GROUP)
-        first = split * work.TILES * BLOCK_V
-        last = min(first + work.TILES * BLOCK_V, work.columns)
+        row_block, first, last = span(work, item, BLOCK_V)
         for column in range(first, last, BLOCK_V):
             for h in range(0, work.H, BLOCK_H):
                 stage = step % STAGES

@@ -206,38 +206,31 @@ def _consume(
         i = row_block * BLOCK_N + WHICH * ROWS + gl.arange(0, ROWS, layout=of_rows)
         column = column_block * BLOCK_V
         if TENSOR_MEMORY:
-            rows = _rows(
-                i, column, sizes, scales, inputs, upstream, forward, dz_ptr, WITH_OFFSET, BLOCK_V
-            )
             sums = source.sums.index(block % BLOCKS)
-            of_part: gl.constexpr = rows_layout(ROWS, WIDTH)
             mbarrier.wait(source.ready.index(block % BLOCKS), block // BLOCKS % 2)
-            for part in gl.static_range(4):
-                read = sums.slice(part * WIDTH, WIDTH).load(of_part)
-                if part == 3:
-                    mbarrier.arrive(source.free.index(block % BLOCKS))
-                _write(
-                    gl.convert_layout(gl.reshape(read, [ROWS, EIGHTS, 8]), cut),
-                    (eight, within), column, part * WIDTH, rows, sizes, scales, inputs, upstream,
-                    forward, HAS_BIAS, HAS_SOFTCAP, WITH_OFFSET, BLOCK_V,
-                )  # fmt: skip
-            block += 1
         else:
             layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
             sums = gl.zeros([ROWS, BLOCK_V], gl.float32, layout=layout)
             sums = multiply(source, sums, step, steps, WHICH)
             step += steps
-            # Loaded only now, what is known of the rows takes no register of the loop's.
-            rows = _rows(
-                i, column, sizes, scales, inputs, upstream, forward, dz_ptr, WITH_OFFSET, BLOCK_V
-            )
             parts = quarters(sums, ROWS, BLOCK_V)
-            for part in gl.static_range(4):
-                _write(
-                    gl.reshape(parts[part], [ROWS, EIGHTS, 8]),
-                    (eight, within), column, part * WIDTH, rows, sizes, scales, inputs, upstream,
-                    forward, HAS_BIAS, HAS_SOFTCAP, WITH_OFFSET, BLOCK_V,
-                )  # fmt: skip
+        # Loaded only now, what is known of the rows takes no register of the loop's.
+        rows = _rows(
+            i, column, sizes, scales, inputs, upstream, forward, dz_ptr, WITH_OFFSET, BLOCK_V
+        )
+        for part in gl.static_range(4):
+            if TENSOR_MEMORY:
+                of_part = sums.slice(part * WIDTH, WIDTH).load(rows_layout(ROWS, WIDTH))
+                if part == 3:
+                    mbarrier.arrive(source.free.index(block % BLOCKS))
+                    block += 1
+                of_part = gl.convert_layout(gl.reshape(of_part, [ROWS, EIGHTS, 8]), cut)
+            else:
+                of_part = gl.reshape(parts[part], [ROWS, EIGHTS, 8])
+            _write(
+                of_part, (eight, within), column, part * WIDTH, rows, sizes, scales, inputs,
+                upstream, forward, HAS_BIAS, HAS_SOFTCAP, WITH_OFFSET, BLOCK_V,
+            )  # fmt: skip
 
 
 @gluon.jit
