@@ -6,13 +6,10 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latro.errors import reading
 from studies.estimates import Estimate
-
-if TYPE_CHECKING:
-    from typing import Self  # of Python 3.11, or of the type checker that reads this
 
 CELLS_FILE = "cells.json"
 
@@ -49,7 +46,7 @@ class Study:
                     )
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
+    def read(cls, folder: Path) -> Study:
         """Return the study in `folder`.
 
         Raises:
@@ -66,7 +63,7 @@ class Study:
             raise ValueError(f"output_dir: {path} holds no study: {error!r}") from error
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Self:
+    def of(cls, document: Mapping[str, Any]) -> Study:
         """Return the study from the output of `as_json`."""
         return cls(document["command"], document["jobs"], tuple(document["cells"]))
 

@@ -163,15 +163,8 @@ def _is_kernel(node: ast.FunctionDef) -> bool:
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_what_is_imported_is_there_in_python_3_10(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_checkers = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node not in for_checkers:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
             newer = {f"{node.module}.{alias.name}" for alias in node.names} & NEWER_THAN_3_10
         elif isinstance(node, ast.Import):
             newer = {alias.name for alias in node.names} & NEWER_THAN_3_10

@@ -63,7 +63,7 @@ from latro_kernels.row_statistics import (
 )
 
 if TYPE_CHECKING:
-    from typing import Unpack  # of Python 3.11, or of the type checker that reads this
+    from typing_extensions import Unpack  # in `typing` from Python 3.11 on
 
 
 def reference(
