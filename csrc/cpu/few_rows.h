@@ -1,11 +1,11 @@
 // Products of few rows with a large weight, at the speed at which the weight can be read.
 //
 // The weight is read once and as it lies. A vector holds one depth k of 8 or 16 rows of `hidden`,
-// which are packed so, and each word of the weight multiplies it: nothing of the weight is packed
-// or transposed. A thread takes a group of columns, which are neighbouring rows of the weight, and
-// goes through eight parts of the group at once: eight long streams, which a processor fetches by
-// itself, where eight neighbouring columns would be eight short ones. With AMX they are sixteen,
-// and sixteen rows of the weight are a tile as they lie.
+// which are packed so, and each word of the weight multiplies one vector or two: nothing of the
+// weight is packed or transposed. A thread takes a group of columns, which are neighbouring rows of
+// the weight, and goes through eight parts of the group at once: eight long streams, which a
+// processor fetches by itself, where eight neighbouring columns would be eight short ones. With AMX
+// they are sixteen, and sixteen rows of the weight are a tile as they lie.
 //
 // Each entry is summed in the order in which `multiply` of gemm.h sums it, so that a row has the
 // same bits here as among many rows there.
@@ -163,19 +163,34 @@ struct FewRows {
         panels(room<Word>(padded(N) * depth)) {
     for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(padded(N));
     if (!ok()) return;
-    for (int64_t first = 0; first < N; first += kWidePanel) {
-      Word* to = panels.get() + first * depth;
-      if (is_narrow(first)) {
-        pack_rows<Gemm, Side::kB, kNarrowPanel>(hidden, first, N - first, H, to);
-      } else {
-        pack_rows<Gemm, Side::kB, kWidePanel>(hidden, first, std::min(kWidePanel, N - first), H,
-                                              to);
-      }
-    }
+    for_each_panel([&](auto width, int64_t first) {
+      pack_rows<Gemm, Side::kB, width>(hidden, first, std::min<int64_t>(width, N - first), H,
+                                       panels.get() + first * depth);
+    });
   }
 
-  static int64_t padded(int64_t N) { return ceil_div(N, kNarrowPanel) * kNarrowPanel; }
-  bool is_narrow(int64_t first) const { return N - first <= kNarrowPanel; }
+  // Rows in the panels of N rows. All panels are wide but for the last, which is the narrowest that
+  // holds what is left.
+  static int64_t padded(int64_t N) {
+    const int64_t left = N % kWidePanel;
+    int64_t last = left > 0 ? kNarrowPanel : 0;
+    while (last < left) last *= 2;
+    return N - left + last;
+  }
+
+  // Calls use(width, first row) for every panel.
+  template <typename Use>
+  void for_each_panel(Use use) const {
+    for (int64_t first = 0; first < N; first += kWidePanel) in_panel<kNarrowPanel>(first, use);
+  }
+  template <int64_t width, typename Use>
+  void in_panel(int64_t first, Use use) const {
+    if constexpr (width < kWidePanel) {
+      if (N - first > width) return in_panel<2 * width>(first, use);
+    }
+    use(std::integral_constant<int64_t, width>{}, first);
+  }
+
   bool ok() const {
     return panels &&
            std::all_of(threads.begin(), threads.end(), [](const auto& own) { return own.ok(); });
@@ -194,8 +209,7 @@ struct FewRows {
       for (int64_t j = 0; j < part; ++j) block<kFewColumns>(begin, j, part, own);
       for (int64_t j = left; j < cols; ++j) block<1>(begin, j, 0, own);
     }
-    for (int64_t first = 0; first < N; first += kWidePanel) {
-      const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
+    for_each_panel([&](auto width, int64_t first) {
       const float* from = own.by_column.get() + first * kGroupCols;
       for (int64_t j = 0; j < cols; j += 4) {
         const float* column = from + j * width;
@@ -204,10 +218,10 @@ struct FewRows {
           transpose4<float>(four, i, own.by_row.get() + i * kGroupCols + j, kGroupCols);
         }
       }
-      for (int64_t i = 0; i < std::min(width, N - first); ++i) {
+      for (int64_t i = 0; i < std::min<int64_t>(width, N - first); ++i) {
         use(first + i, own.by_row.get() + i * kGroupCols);
       }
-    }
+    });
   }
 
   // The products of all rows with the columns `place`, place + part, ... of the group at `begin`.
@@ -220,16 +234,11 @@ struct FewRows {
         row[j] = words_at(weight.row(begin + place + j * part), k * Gemm::kPerWord,
                           words * Gemm::kPerWord, own.words.get() + j * kFewDepth * Gemm::kPerWord);
       }
-      for (int64_t first = 0; first < N; first += kWidePanel) {
-        const int64_t width = is_narrow(first) ? kNarrowPanel : kWidePanel;
-        const Word* x = panels.get() + first * depth + k * width;
-        float* c = own.by_column.get() + first * kGroupCols + place * width;
-        if (width == kNarrowPanel) {
-          multiply_few<columns, kNarrowPanel>(Gemm{}, row, x, words, c, part * width, k > 0);
-        } else {
-          multiply_few<columns, kWidePanel>(Gemm{}, row, x, words, c, part * width, k > 0);
-        }
-      }
+      for_each_panel([&](auto width, int64_t first) {
+        multiply_few<columns, width>(Gemm{}, row, panels.get() + first * depth + k * width, words,
+                                     own.by_column.get() + first * kGroupCols + place * width,
+                                     part * width, k > 0);
+      });
     }
   }
 

@@ -71,9 +71,10 @@ struct VectorGemm {
   // Of few_rows.h. Columns that are multiplied at once: so many lines of the cache where the
   // weight's rows lie a power of two apart share one set of the first-level cache.
   static constexpr int64_t kFewColumns = 8;
-  // Rows in a panel of hidden; the last panel of few rows is a narrow one. A wide one is a vector
-  // of 512 bits. Where vectors are shorter all are narrow: eight columns of sixteen rows would take
-  // more registers than there are, and fewer columns read the panel more often.
+  // Rows in the narrowest and the widest panel of hidden; one is a power of two times the other. A
+  // wide one is a vector of 512 bits. Where vectors are shorter all are narrow: eight columns of
+  // sixteen rows would take more registers than there are, and fewer columns read the panel more
+  // often.
   static constexpr int64_t kNarrowPanel = 8;
 #if defined(__AVX512F__)
   static constexpr int64_t kWidePanel = 16;
@@ -104,6 +105,10 @@ struct Fp32Gemm : VectorGemm {
 #endif
   static constexpr int64_t kCols = 2 * kLanes;
   static constexpr int64_t kPerWord = 1;
+#if defined(__AVX512F__)
+  // Two vectors, for which there are registers: a word of the weight is read once for both.
+  static constexpr int64_t kWidePanel = 2 * kLanes;
+#endif
 
   static Word word(float low, float) { return low; }
   static int64_t a_word(int64_t k, int64_t i) { return k * kRows + i; }
