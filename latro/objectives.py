@@ -75,6 +75,7 @@ class Rows:
             refused by the others, whose rewards are defined otherwise.
 
     Raises:
+        TypeError: a mask that is not bool.
         ValueError: a tensor of the wrong shape.
     """
 
@@ -100,6 +101,9 @@ class Rows:
         ):
             if value is not None and value.shape != shape:
                 raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(value.shape)}")
+        for name, mask in (("own_answer", self.own_answer), ("unrewarded", self.unrewarded)):
+            if mask is not None and mask.dtype != torch.bool:
+                raise TypeError(f"{name}: expected dtype torch.bool, got {mask.dtype}")
         if (self.plain_logp is None) != (self.plain_offsets is None):
             raise ValueError("plain_logp, plain_offsets: expected both or neither, got one")
 

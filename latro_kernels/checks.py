@@ -62,12 +62,17 @@ def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -
         )
 
 
+def check_dtype(name: str, value: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise unless the tensor is of one of these dtypes."""
+    if value.dtype not in dtypes:
+        expected = " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+
+
 def check_float_dtype(name: str, value: Tensor, backend: str) -> None:
     """Raise unless `backend` computes with the dtype of the value."""
-    allowed = (*KERNEL_DTYPES, torch.float64) if backend == "reference" else KERNEL_DTYPES
-    if value.dtype not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    further = (torch.float64,) if backend == "reference" else ()
+    check_dtype(name, value, *KERNEL_DTYPES, *further)
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -133,8 +138,7 @@ def check_target(target: object, rows_of: str, rows: Tensor) -> None:
             f"target: expected shape {tuple(rows.shape[:-1])}, as {rows_of} has rows, "
             f"got {tuple(target.shape)}"
         )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target: expected dtype torch.int64, got {target.dtype}")
+    check_dtype("target", target, torch.int64)
 
 
 def check_ignore_index(ignore_index: object) -> None:
@@ -174,9 +178,7 @@ def check_target_values(
 def check_vector(name: str, value: object, *dtypes: torch.dtype) -> None:
     """Raise unless the value is a tensor of one dimension and of one of these dtypes."""
     value = dense(name, value)
-    if value.dtype not in dtypes:
-        expected = " or ".join(map(str, dtypes))
-        raise TypeError(f"{name}: expected dtype {expected}, got {value.dtype}")
+    check_dtype(name, value, *dtypes)
     if value.dim() != 1:
         raise ValueError(f"{name}: expected one dimension, got shape {tuple(value.shape)}")
 

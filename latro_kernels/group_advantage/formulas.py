@@ -12,18 +12,35 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from latro_kernels.group_advantage.layout import GroupAdvantage, GroupLayout
+from latro_kernels.checks import (
+    check_count,
+    check_device,
+    check_dtype,
+    check_float_dtype,
+    check_same,
+    check_tensor,
+    check_vector,
+    dense,
+)
+from latro_kernels.group_advantage.layout import GroupAdvantage, GroupLayout, check_offsets
 
 
 def segment_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
     """Return the segment that each of `num_rows` rows lies in, int64 [N].
 
     Args:
-        offsets: int64 [segments + 1], ascending, from 0 to `num_rows`; not checked, as reading them
-            would wait for the device.
+        offsets: int64 [segments + 1], ascending, from 0 to `num_rows`.
         num_rows: N.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: offsets of the wrong shape, and on the CPU those that do not ascend from 0 to N;
+            elsewhere reading them would wait for the device.
     """
+    check_count("num_rows", num_rows, 0)
+    _check_offsets(offsets, num_rows)
     segments = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(segments, offsets.diff(), output_size=num_rows)
 
@@ -37,7 +54,15 @@ def segment_sums(rows: Tensor, offsets: Tensor) -> Tensor:
     Args:
         rows: [N], any dtype of floats, which the sums have too.
         offsets: int64 [segments + 1], as in `segment_of_rows`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape or device, or offsets as in `segment_of_rows`.
     """
+    check_tensor("rows", rows, 1)
+    check_float_dtype("rows", rows, "reference")
+    _check_offsets(offsets, rows.numel())
+    check_device("offsets", offsets, "rows", rows)
     return torch.segment_reduce(rows, "sum", offsets=offsets, unsafe=True)
 
 
@@ -47,7 +72,12 @@ def floored(reward: Tensor, finished: Tensor) -> Tensor:
     Args:
         reward: [G, K], any dtype of floats, which the result has too.
         finished: bool [G, K].
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape or device.
     """
+    _check_groups(reward, "finished", finished)
     return torch.where(finished, reward, reward.amin(1, keepdim=True))
 
 
@@ -58,7 +88,12 @@ def leave_one_out(reward: Tensor, member: Tensor) -> Tensor:
         reward: [G, K], any dtype of floats, which the result has too.
         member: bool [G, K], the sequences that count. The others get 0, and so does a sequence that
             is the only member of its group.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape or device.
     """
+    _check_groups(reward, "member", member)
     # Centred on the lowest, so that equal rewards give exactly 0 and large ones lose nothing.
     lowest = torch.where(member, reward, math.inf).amin(1, keepdim=True)
     excess = torch.where(member, reward - lowest, 0)
@@ -78,7 +113,7 @@ def reference(
     unfinished: str = "floor",
     row_kl: Tensor | None = None,
 ) -> GroupAdvantage:
-    """Return the results in the dtype of logp, fp32 or fp64; no argument is checked."""
+    """Return the results in the dtype of logp, fp32 or fp64; settings are not checked."""
     S, K = layout.num_sequences, layout.num_generations
     segment = segment_of_rows(layout.offsets, logp.numel())
     sequence, is_answer = segment // 2, segment % 2 == 1
@@ -123,3 +158,22 @@ def reference(
         coefficient=coefficient,
         kl_coefficient=kl_coefficient,
     )
+
+
+def _check_groups(reward: Tensor, name: str, mask: Tensor) -> None:
+    """Raise unless the rewards are floats [G, K], and the mask of that name bools beside them."""
+    check_tensor("reward", reward, 2)
+    check_float_dtype("reward", reward, "reference")
+    check_dtype(name, dense(name, mask), torch.bool)
+    check_same(name, mask, reward.shape, reward.device)
+
+
+def _check_offsets(offsets: Tensor, num_rows: int) -> None:
+    """Raise unless the offsets are int64 [segments + 1]; on the CPU also for their values."""
+    check_vector("offsets", offsets, torch.int64)
+    if offsets.numel() == 0:
+        raise ValueError("offsets: expected segments + 1 entries, got 0")
+    no_values = isinstance(offsets, FakeTensor) or torch.compiler.is_compiling()
+    if offsets.is_cpu and not no_values:
+        # Free on this device, and a wrong offset would have memory outside of the rows read.
+        check_offsets(offsets, num_rows)

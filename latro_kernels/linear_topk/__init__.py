@@ -33,6 +33,7 @@ from torch import Tensor
 from latro_kernels.checks import (
     check_choice,
     check_device,
+    check_dtype,
     check_head,
     check_int,
     check_scales,
@@ -372,8 +373,7 @@ def _check_token(token: object, hidden: Tensor, V: int) -> None:
             f"token: expected shape {(*hidden.shape[:-1], 'k')}, as hidden has rows, "
             f"got {tuple(token.shape)}"
         )
-    if token.dtype != torch.int64:
-        raise TypeError(f"token: expected dtype torch.int64, got {token.dtype}")
+    check_dtype("token", token, torch.int64)
     if token.shape[-1] >= V:
         raise ValueError(
             f"token: expected fewer tokens a row than V = {V}, which leave a rest, "
@@ -388,7 +388,4 @@ def _check_log_prob(log_prob: object, token: Tensor) -> None:
         raise ValueError(
             f"log_prob: expected shape {tuple(token.shape)}, as token, got {tuple(log_prob.shape)}"
         )
-    if log_prob.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"log_prob: expected dtype torch.float32 or torch.float64, got {log_prob.dtype}"
-        )
+    check_dtype("log_prob", log_prob, torch.float32, torch.float64)

@@ -418,6 +418,11 @@ def test_bad_input():
         OBJECTIVES["rlpr"](replace(rows, own_answer=None), ObjectiveSettings())
     with pytest.raises(ValueError, match="own_answer: expected shape"):
         replace(rows, own_answer=rows.own_answer[1:])
+    for mask in ("own_answer", "unrewarded"):
+        with pytest.raises(
+            TypeError, match=rf"{mask}: expected dtype torch\.bool, got torch\.int64"
+        ):
+            replace(rows, **{mask: rows.own_answer.long()})
     with pytest.raises(ValueError, match="plain_logp: expected a tensor for rlpr, got None"):
         OBJECTIVES["rlpr"](replace(rows, plain_logp=None, plain_offsets=None), ObjectiveSettings())
     with pytest.raises(ValueError, match="plain_logp, plain_offsets: expected both or neither"):

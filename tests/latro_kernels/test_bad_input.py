@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from latro_kernels import GroupLayout, group_advantage
+from latro_kernels import (
+    GroupLayout,
+    floored,
+    group_advantage,
+    leave_one_out,
+    segment_of_rows,
+    segment_sums,
+)
 from tests.latro_kernels.ops.op import BadInputs, Op
 from tests.latro_kernels.ops.table import (
     DIFFERENTIABLE,
@@ -130,6 +137,66 @@ def test_offsets_are_checked(offsets: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layout.check(6)
     if "answer" not in message:
+        for backend in ("cpu", "reference"):
+            with pytest.raises(ValueError, match=message):
+                group_advantage(torch.zeros(6), torch.zeros(6), layout, backend=backend)
         with pytest.raises(ValueError, match=message):
-            group_advantage(torch.zeros(6), torch.zeros(6), layout, backend="cpu")
+            segment_sums(torch.zeros(6), layout.offsets)
+        with pytest.raises(ValueError, match=message):
+            segment_of_rows(layout.offsets, 6)
     GroupLayout(torch.tensor([0, 0, 2, 4, 6]), 2).check(6)
+
+
+@pytest.mark.parametrize(("function", "name"), [(floored, "finished"), (leave_one_out, "member")])
+def test_rewards_and_the_mask_beside_them(function: Any, name: str) -> None:
+    reward, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
+    function(reward, mask)
+    for wrong, message in (
+        (mask.long(), r"expected dtype torch\.bool, got torch\.int64"),
+        (mask.float(), r"expected dtype torch\.bool, got torch\.float32"),
+        (mask.tolist(), "expected a tensor, got list"),
+    ):
+        with pytest.raises(TypeError, match=f"^{name}: {message}"):
+            function(reward, wrong)
+    for wrong in (mask[0], mask[:1]):
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \(2, 3\), got \("):
+            function(reward, wrong)
+    with pytest.raises(TypeError, match=r"^reward: expected dtype .*, got torch\.int64"):
+        function(reward.long(), mask)
+    with pytest.raises(ValueError, match=r"^reward: expected 2 dimensions, got shape \(3,\)"):
+        function(reward[0], mask[0])
+
+
+def test_rows_and_their_segments() -> None:
+    rows, offsets = torch.zeros(3), torch.tensor([0, 1, 3])
+    for wrong, error, message in (
+        (offsets.int(), TypeError, r"expected dtype torch\.int64, got torch\.int32"),
+        (offsets.tolist(), TypeError, "expected a tensor, got list"),
+        (offsets[None], ValueError, r"expected one dimension, got shape \(1, 3\)"),
+        (offsets[:0], ValueError, r"expected segments \+ 1 entries, got 0"),
+    ):
+        with pytest.raises(error, match=f"^offsets: {message}"):
+            segment_sums(rows, wrong)
+        with pytest.raises(error, match=f"^offsets: {message}"):
+            segment_of_rows(wrong, 3)
+    with pytest.raises(TypeError, match=r"^num_rows: expected an int, got float"):
+        segment_of_rows(offsets, 3.0)
+    with pytest.raises(TypeError, match=r"^rows: expected dtype .*, got torch\.int64"):
+        segment_sums(rows.long(), offsets)
+    with pytest.raises(ValueError, match=r"^rows: expected 1 dimension, got shape \(3, 1\)"):
+        segment_sums(rows[:, None], offsets)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_building_blocks_are_compiled_whole(device: str) -> None:
+    """Their checks read values on the CPU, and none of a tensor that is traced or has none."""
+    reward, mask = torch.zeros(1, 2, device=device), torch.ones(1, 2, device=device) > 0
+    offsets = torch.tensor([0, 1, 3], device=device)
+
+    def all_of_them() -> Any:
+        sums = segment_sums(torch.zeros(3, device=device), offsets)
+        return sums, segment_of_rows(offsets, 3), floored(reward, mask), leave_one_out(reward, mask)
+
+    torch.compiler.reset()
+    compiled = torch.compile(all_of_them, fullgraph=True, backend="aot_eager")
+    assert [t.shape for t in compiled()] == [t.shape for t in all_of_them()]
