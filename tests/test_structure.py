@@ -1,8 +1,9 @@
-"""Read from the source which layers import which, and how functions are called."""
+"""Read from the source which layers import which, how functions are called, and what stands where."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +43,11 @@ NEWER_THAN_3_10 = {
     *("typing." + name for name in ("Self", "Never", "LiteralString", "Required", "NotRequired")),
     *("typing." + name for name in ("Unpack", "TypeVarTuple", "assert_never", "override")),
 }
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAP = CONTRIBUTING.partition("\n## Where things are\n")[2].partition("\n## ")[0]
+NAMED_EACH = ("csrc/cpu/*.h", "latro/*.py", "latro_kernels/*.py", "benchmarks/*.py")
+NAMED_EACH += ("scripts/*.py", "studies/*.py")
+"""Files that the map names one by one; of other folders it names those to begin with."""
 OVERRIDDEN = {"create_model_card"}
 """Methods whose arguments transformers determines."""
 
@@ -171,3 +177,23 @@ def test_what_is_imported_is_there_in_python_3_10(path):
         else:
             continue
         assert not newer, f"{path.name}, line {node.lineno}: {newer}"
+
+
+def test_the_map_names_every_folder_and_the_files_that_stand_outside_of_them():
+    files = {path for pattern in NAMED_EACH for path in ROOT.glob(pattern)}
+    folders = {path.parent for path in SOURCES} - {path.parent for path in files}
+    names = {path.name for path in files if not path.name.startswith("__")}
+    names |= {f"{folder.name}/" for folder in folders}
+    assert not {name for name in names if not re.search(rf"(?<!\w){re.escape(name)}", MAP)}
+
+
+def test_what_the_map_names_is_there():
+    names = re.findall(r"[\w*][\w*/-]*\.(?:py|h|cuh|md|yml)\b|\w[\w/]*/(?=\s)", MAP)
+    rooms = [path for path in ROOT.iterdir() if path.is_dir() and path.name != ".git"]
+    missing = {
+        name
+        for name in names
+        if not (ROOT / name).exists() and not any(any(room.rglob(name)) for room in rooms)
+    }
+    assert len(names) > 100
+    assert not missing
