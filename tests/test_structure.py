@@ -1,4 +1,4 @@
-"""Read from the source which layers import which, how functions are called, and what stands where."""
+"""Read from the source which layers import which, how functions are called, where things are."""
 
 from __future__ import annotations
 
