@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from latro.model.adapters import without_wrapper
+from latro.model.adapters import has_adapter, without_wrapper
 from latro_kernels.integrations.logits import trunk_of
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _SIGNS = ("drop", "jitter")
 _NO_RATE = "router_jitter_noise"
 # Enough for a layer that draws at some tokens alone.
 _NUM_TOKENS = 64
+# How far an adapter's weights are moved: to where its share shows in half precision too.
+_MOVED = 0.05
 
 
 @torch.no_grad()
@@ -46,7 +48,7 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
         trunk = trunk_of(without_wrapper(model))
         return trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    with _mode_and_random_state_kept(model):
+    with _mode_and_random_state_kept(model), _adapters_moved(model):
         model.eval()
         evaluated = hidden()
         for module in model.modules():
@@ -86,6 +88,21 @@ def _set_rates_to_zero(module: nn.Module) -> None:
 
 def _is_rate(value: object) -> bool:
     return isinstance(value, float) and 0 < value <= 1
+
+
+@contextmanager
+def _adapters_moved(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Give what is trained of adapters other values: a new one adds nothing, whatever it draws."""
+    trained = [p for p in model.parameters() if p.requires_grad] if has_adapter(model) else []
+    # All are read before one is written to: PEFT's tied adapters share their memory.
+    given = [parameter.clone() for parameter in trained]
+    try:
+        for parameter in trained:
+            parameter.add_(torch.randn_like(parameter), alpha=_MOVED)
+        yield
+    finally:
+        for parameter, values in zip(trained, given, strict=True):
+            parameter.copy_(values)
 
 
 @contextmanager

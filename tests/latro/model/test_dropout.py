@@ -142,6 +142,26 @@ def test_rates_of_an_adapter(tiny):
     assert not draws(model)
 
 
+def test_what_a_new_adapter_draws_shows(tiny):
+    """It adds nothing yet, and so shows no draw of its own."""
+    peft = pytest.importorskip("peft")
+    config = peft.PveraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="model: LlamaForCausalLM draws random numbers in train"):
+        disable_dropout(peft.get_peft_model(tiny(), config))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_stays_as_it_was(tiny, dtype):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"]
+    )
+    model = peft.get_peft_model(tiny().to(dtype), config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    disable_dropout(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("architecture", ["opt", "mixtral"])
 def test_the_policy_starts_as_its_reference(make_trainer, with_dropout, architecture):
     trainer = make_trainer(with_dropout(architecture, **MODELS[architecture]), max_steps=1)
