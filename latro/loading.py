@@ -35,7 +35,7 @@ from transformers.utils import (
 
 from latro.config.model import ModelArguments
 from latro.config.training import SMALL_MODEL
-from latro.model.adapters import require_peft, weight_under
+from latro.model.adapters import check_kind, require_peft, weight_under
 from latro.model.distribution import whole_on_load
 from latro.model.gguf import Place, is_gguf, place_of
 from latro.model.quantized import prepare_layers, quantization_config
@@ -283,6 +283,7 @@ def _load_adapter(
         config = PeftConfig.from_pretrained(name, revision=args.model_revision)
         # Without this file PEFT itself would read a pickled one.
         file = cached_file(name, ADAPTER_SAFE_WEIGHTS_NAME, revision=args.model_revision)
+    check_kind(config, f"model_name_or_path: the adapter {name!r}")
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(f"model_name_or_path: the adapter {name!r} does not name its base model")

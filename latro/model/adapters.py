@@ -9,6 +9,7 @@ has the reference of an adapter that came trained.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,14 @@ if TYPE_CHECKING:
     from latro.config.model import PeftArguments
 
 
-# They ask more of a forward than tokens: a task's number, scalings of a pass before, other states.
-_OF_OTHER_FORWARDS = ("POLY", "SHADOW", "XLORA")
+# They ask more of a forward than tokens: a task's number, scalings of a pass before, other states,
+# an attention of their own.
+_OF_OTHER_FORWARDS = ("ADAPTION_PROMPT", "POLY", "SHADOW", "XLORA")
+# Lily mixes its experts by the mean of its router over all tokens of a batch.
+_OF_WHOLE_BATCHES = ("LILY",)
+# They change the model's own weights too, by random numbers, or by data that loading does not have.
+_NOT_REPEATED = ("pissa_niter", "corda", "lora_ga")
+_SHOWN_NAMES = 3
 
 
 def lora_config(args: PeftArguments, revision: str) -> PeftConfig | None:
@@ -102,7 +109,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     Raises:
         TypeError: `peft_config` is none of PEFT's.
         ValueError: PEFT is not installed, the model has an adapter already, it lacks a weight that
-            is named, or dropout is asked for: a rationale is scored by the policy that sampled it.
+            is named, or dropout is asked for: a rationale is scored by the policy that sampled it;
+            or see `check_kind`.
     """
     require_peft("peft_config")
     from peft import PeftConfig, get_peft_model
@@ -122,7 +130,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
             f"lora_dropout: expected 0 (a rationale is scored by the policy that sampled it), got "
             f"{dropout}"
         )
-    _check_kind(peft_config)
+    check_kind(peft_config)
     # PEFT would only warn.
     for target in getattr(peft_config, "target_parameters", None) or ():
         if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_parameters()):
@@ -140,26 +148,85 @@ def check_adapter(model: PeftModel) -> None:
         ValueError: it cannot; the message says why.
     """
     for config in model.peft_config.values():
-        _check_kind(config)
+        check_kind(config)
     merged = model.get_model_status().merged_adapters
     if merged:
         raise ValueError(f"model: its adapters {merged} are merged; call unmerge_adapter() first")
+    _check_saved(model)
 
 
-def _check_kind(config: PeftConfig) -> None:
+def _check_saved(model: PeftModel) -> None:
+    """Raise ValueError for an adapter that cannot be saved, or a trained weight that is in none."""
+    from peft import get_peft_model_state_dict
+
+    given = model.state_dict(keep_vars=True)
+    saved: set[int] = set()
+    with warnings.catch_warnings():
+        # They are of the saving itself.
+        warnings.simplefilter("ignore")
+        for adapter in model.peft_config:
+            try:
+                of_adapter = get_peft_model_state_dict(model, given, adapter_name=adapter)
+            except (LookupError, ValueError, RuntimeError) as error:
+                # PEFT takes tokens that one adapter trains for those of all.
+                raise ValueError(
+                    f"model: its adapter {adapter!r} cannot be saved, and so the trained model "
+                    f"could not be either: {error!r}"
+                ) from error
+            saved.update(id(tensor) for tensor in of_adapter.values())
+    lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if lost:
+        more = ", …" if len(lost) > _SHOWN_NAMES else ""
+        raise ValueError(
+            "model: expected to train what PEFT saves with its adapters, got "
+            f"{len(lost)} trained weights that it does not save "
+            f"({', '.join(lost[:_SHOWN_NAMES])}{more}); freeze them, or have the settings of the "
+            "adapter save them (modules_to_save)"
+        )
+
+
+def check_kind(config: PeftConfig, name: str = "peft_config") -> None:
+    """Check that an adapter can be scored in packed rows, sampled from, saved and loaded.
+
+    Args:
+        config: of the adapter.
+        name: what the message begins with.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
     if config.is_prompt_learning:
         raise ValueError(
-            f"peft_config: {config.peft_type.value} adds tokens to every prompt; expected an "
+            f"{name}: {config.peft_type.value} adds tokens to every prompt; expected an "
             "adapter of the model's layers, like LoRA"
         )
     if config.peft_type.value in _OF_OTHER_FORWARDS:
         raise ValueError(
-            f"peft_config: {config.peft_type.value} needs a forward of its own, which packed rows "
+            f"{name}: {config.peft_type.value} needs a forward of its own, which packed rows "
             "and decoding do not make; expected an adapter of each layer by itself, like LoRA"
+        )
+    if config.peft_type.value in _OF_WHOLE_BATCHES:
+        raise ValueError(
+            f"{name}: {config.peft_type.value} computes a token by all tokens of its batch, "
+            "later ones and other sequences too; expected an adapter of each token by itself, like "
+            "LoRA"
+        )
+    initialised = getattr(config, "init_lora_weights", None)
+    if str(initialised).lower().startswith(_NOT_REPEATED):
+        raise ValueError(
+            f"{name}: init_lora_weights={initialised!r} changes the weights under the adapter "
+            "in a way that loading the saved one does not repeat, and it would stand on others; "
+            "expected True, or 'pissa' or 'olora', which are repeated"
+        )
+    if getattr(config, "monteclora_config", None):
+        # It draws them ahead, so that a forward that is tried draws nothing.
+        raise ValueError(
+            f"{name}: monteclora_config draws other weights in each forward of training; a "
+            "rationale has to be scored by the policy that sampled it"
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
-            "peft_config: alora_invocation_tokens switch the adapter on inside of a sequence, "
+            f"{name}: alora_invocation_tokens switch the adapter on inside of a sequence, "
             "which packed rows cannot follow"
         )
 

@@ -240,6 +240,19 @@ ADAPTERS = {
         with_json("adapter_config.json", target_modules=["x"]),
         "No modules were targeted",
     ),
+    "tokens that switch it on": (
+        with_json("adapter_config.json", alora_invocation_tokens=[5]),
+        "alora_invocation_tokens switch the adapter on inside of a sequence",
+    ),
+    "weights under it that are drawn": (
+        with_json("adapter_config.json", init_lora_weights="pissa_niter_4"),
+        "init_lora_weights='pissa_niter_4' changes the weights under the adapter",
+    ),
+    "tokens before the prompt": (
+        with_json("adapter_config.json", peft_type="PROMPT_TUNING"),
+        "PROMPT_TUNING adds tokens to every prompt",
+    ),
+    "a task's number": (with_json("adapter_config.json", peft_type="POLY"), "POLY needs a forw"),
     "no rank": (with_json("adapter_config.json", r="a"), "cannot load .*TypeError"),
     "no base model": (
         with_json("adapter_config.json", base_model_name_or_path="/nowhere/x"),

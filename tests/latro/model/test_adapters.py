@@ -570,11 +570,85 @@ def test_trainable_tokens_of_an_embedding_that_is_the_head_are_refused(make_trai
     [
         lambda: peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={}),
         lambda: peft.PolyConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]),
+        lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1),
     ],
 )
 def test_adapters_with_a_forward_of_their_own_are_refused(make_trainer, tiny, config):
-    with pytest.raises(ValueError, match=r"^peft_config: (XLORA|POLY) needs a forward of its own"):
+    message = r"^peft_config: (XLORA|POLY|ADAPTION_PROMPT) needs a forward of its own"
+    with pytest.raises(ValueError, match=message):
         make_trainer(tiny(), config())
+
+
+def test_an_adapter_that_mixes_the_tokens_of_a_batch_is_refused(make_trainer, tiny):
+    config = peft.LilyConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"])
+    model = moved(peft.get_peft_model(copy.deepcopy(tiny()), config)).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        # What is refused: a later token changes what an earlier one is given.
+        assert not torch.allclose(model(ids).logits[:, :10], model(ids[:, :10]).logits)
+    with pytest.raises(ValueError, match="LILY computes a token by all tokens of its batch"):
+        make_trainer(tiny(), config)
+
+
+def test_an_adapter_that_draws_its_weights_is_refused(make_trainer, tiny):
+    with pytest.raises(ValueError, match="peft_config: monteclora_config draws other weights"):
+        make_trainer(tiny(), lora(monteclora_config=peft.MontecloraConfig()))
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_2", "corda", "lora_ga"])
+def test_what_loading_would_put_on_other_weights_is_refused(make_trainer, tiny, init):
+    options = {"lora_ga_config": peft.LoraGAConfig()} if init == "lora_ga" else {}
+    config = lora(init_lora_weights=init, **options)
+    with pytest.raises(ValueError, match=rf"init_lora_weights='{init}' changes the weights under"):
+        make_trainer(tiny(), config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_loading_repeats_is_loaded_as_it_was_trained(
+    make_trainer, tiny, tokenizer, tmp_path, init
+):
+    tiny().save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = make_trainer(base, lora(init_lora_weights=init), max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    loaded, _ = load_model(ModelArguments(str(tmp_path / "run")))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_trained_weights_that_no_adapter_saves_are_refused(make_trainer, tiny):
+    model = peft.get_peft_model(tiny(), lora())
+    model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"1 trained weights .* \(base_model\.model\.model\.norm\.wei"
+    ):
+        make_trainer(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"trainable_token_indices": [3]},
+    ],
+)
+def test_trained_weights_of_the_model_itself_are_saved(make_trainer, tiny, options):
+    model = peft.get_peft_model(tiny(attention_bias=True), lora(**options))
+    make_trainer(model)
+
+
+def test_an_adapter_that_peft_cannot_save_is_refused(make_trainer, tiny, tmp_path):
+    model = peft.get_peft_model(tiny(), lora(trainable_token_indices=[3]))
+    model.add_adapter("second", lora())
+    with pytest.raises(KeyError):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model: its adapter 'second' cannot be saved"):
+        make_trainer(model)
 
 
 def test_models_that_cannot_be_trained(make_trainer, tiny):
