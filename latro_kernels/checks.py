@@ -7,7 +7,7 @@ or dtype, `ValueError` for the rest.
 from __future__ import annotations
 
 import math
-from typing import Any
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 def check_positive(name: str, value: object) -> None:
     """Raise unless the value is above 0 and a normal number of fp32; others have fewer digits."""
-    number = _as_float(name, value)
+    number = as_float(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {number}")
     if not _FP32.tiny <= number <= _FP32.max:
@@ -113,8 +113,8 @@ def check_scales(temperature: object, softcap: object) -> None:
         return
     check_positive("softcap", softcap)
     # The backward multiplies a logit by temperature / softcap to find its tanh.
-    least = _as_float("temperature", temperature) * _FP32.tiny
-    if _as_float("softcap", softcap) < least:
+    least = as_float("temperature", temperature) * _FP32.tiny
+    if as_float("softcap", softcap) < least:
         raise ValueError(
             f"softcap: expected {least:.3g} or more with temperature={temperature}, got {softcap}"
         )
@@ -139,12 +139,6 @@ def check_target(target: object, rows_of: str, rows: Tensor) -> None:
             f"got {tuple(target.shape)}"
         )
     check_dtype("target", target, torch.int64)
-
-
-def check_ignore_index(ignore_index: object) -> None:
-    """Raise unless it is an int or None."""
-    if ignore_index is not None:
-        check_int("ignore_index", ignore_index)
 
 
 def check_target_values(
@@ -191,24 +185,30 @@ def check_same(name: str, value: Tensor, shape: tuple[int, ...], device: torch.d
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def check_int(name: str, value: object) -> None:
-    """Raise unless the value is an int, and one that int64 holds, as ops and tensors take it."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def as_int(name: str, value: object) -> int:
+    """Return an int, which may be numpy's, as Python's, which alone every library takes.
+
+    Raise unless it is one, and int64 holds it, as ops and tensors take it.
+    """
+    if not isinstance(value, (int, Integral)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
-    if not _INT64.min <= value <= _INT64.max:
-        raise ValueError(f"{name}: expected an int that int64 holds, got {value}")
+    number = int(value)
+    if not _INT64.min <= number <= _INT64.max:
+        raise ValueError(f"{name}: expected an int that int64 holds, got {number}")
+    return number
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless the value is an int of at least `least`."""
-    check_int(name, value)
-    if value < least:
-        raise ValueError(f"{name}: expected {least} or more, got {value}")
+def as_count(name: str, value: object, least: int) -> int:
+    """Return an int as `as_int` does; raise unless it is at least `least`."""
+    number = as_int(name, value)
+    if number < least:
+        raise ValueError(f"{name}: expected {least} or more, got {number}")
+    return number
 
 
 def check_number(name: str, value: object) -> None:
     """Raise unless the value is a finite number, in fp32 too; fp32 may make 0 of a small one."""
-    number = _as_float(name, value)
+    number = as_float(name, value)
     if not -math.inf < number < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {number}")
     if abs(number) > _FP32.max:
@@ -217,14 +217,14 @@ def check_number(name: str, value: object) -> None:
         )
 
 
-def _as_float(name: str, value: object) -> float:
+def as_float(name: str, value: object) -> float:
     """Return a number as a float, an int that is too large for one as infinity."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, (int, float, Real)) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return -math.inf if value < 0 else math.inf
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

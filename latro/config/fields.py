@@ -9,6 +9,8 @@ from enum import Enum
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import numpy as np
+
 from latro.config.ranges import check_number
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
@@ -30,6 +32,8 @@ def kinds_of(hint: Any) -> tuple[Any, ...]:
 def check_settings(settings: Any) -> None:
     """Check that numbers are numbers, flags are flags, and words are among a field's choices.
 
+    Those of numpy become Python's.
+
     A command line sees to it; a dataclass takes anything, and transformers then reads "false" as
     true, and a sampling strategy that it does not know as random.
 
@@ -40,6 +44,10 @@ def check_settings(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for f in fields(settings):
         value, kinds = getattr(settings, f.name), set(kinds_of(hints[f.name]))
+        if isinstance(value, np.generic):
+            # Settings are written as JSON, which has none of numpy's numbers.
+            value = value.item()
+            setattr(settings, f.name, value)
         if value is None and NoneType in kinds:
             continue
         kinds.discard(NoneType)

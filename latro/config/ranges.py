@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -108,5 +109,5 @@ def above_zero(name: str, value: float) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Raise TypeError for a setting that is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")

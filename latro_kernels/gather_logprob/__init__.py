@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
+    as_int,
     check_batch,
     check_float_dtype,
-    check_ignore_index,
     check_scales,
     check_target,
     check_target_values,
@@ -261,7 +261,7 @@ def gather_logprob(
         RuntimeError: in a second backward, where the first has overwritten the logits.
     """
     _check(logits, target, temperature, softcap, backend)
-    check_ignore_index(ignore_index)
+    ignore_index = None if ignore_index is None else as_int("ignore_index", ignore_index)
     asked = check_statistics(statistics, return_entropy)
     rows = logits.reshape(-1, logits.shape[-1])
     _check_in_place(inplace_backward, rows, backend)

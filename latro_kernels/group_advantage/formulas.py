@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from latro_kernels.checks import (
-    check_count,
+    as_count,
     check_device,
     check_dtype,
     check_float_dtype,
@@ -39,7 +39,7 @@ def segment_of_rows(offsets: Tensor, num_rows: int) -> Tensor:
         ValueError: offsets of the wrong shape, and on the CPU those that do not ascend from 0 to N;
             elsewhere reading them would wait for the device.
     """
-    check_count("num_rows", num_rows, 0)
+    num_rows = as_count("num_rows", num_rows, 0)
     _check_offsets(offsets, num_rows)
     segments = torch.arange(offsets.numel() - 1, device=offsets.device)
     return torch.repeat_interleave(segments, offsets.diff(), output_size=num_rows)

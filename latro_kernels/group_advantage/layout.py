@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from latro_kernels.checks import check_count, check_same, check_vector
+from latro_kernels.checks import as_count, check_same, check_vector
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +44,19 @@ class GroupLayout:
                 f"offsets: expected two segments a sequence, 2·S + 1 entries, "
                 f"got {self.offsets.numel()}"
             )
-        check_count("num_generations", self.num_generations, 2)
-        if self.num_sequences % self.num_generations:
+        K = as_count("num_generations", self.num_generations, 2)
+        object.__setattr__(self, "num_generations", K)
+        if self.num_sequences % K:
             raise ValueError(
-                f"offsets: expected whole groups of num_generations={self.num_generations} "
+                f"offsets: expected whole groups of num_generations={K} "
                 f"sequences, got {self.num_sequences} sequences"
             )
         if self.finished is not None:
             check_vector("finished", self.finished, torch.bool)
             check_same("finished", self.finished, (self.num_sequences,), self.offsets.device)
         if self.num_groups is not None:
-            check_count("num_groups", self.num_groups, self.num_sequences // self.num_generations)
+            num_groups = as_count("num_groups", self.num_groups, self.num_sequences // K)
+            object.__setattr__(self, "num_groups", num_groups)
 
     @property
     def num_sequences(self) -> int:

@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from latro_kernels.checks import check_target_values
+from latro_kernels.checks import as_count, as_int, check_target_values
 from latro_kernels.head import cast, reference_logits
 from latro_kernels.linear_logprob import ops, vocab_parallel
 from latro_kernels.linear_logprob.options import Options, check, check_options, options_for
@@ -383,7 +383,9 @@ def linear_logprob(
         BackendUnavailableError: the backend cannot run here.
     """
     check(hidden, weight, target, bias, temperature, softcap, backend)
-    check_options(hidden.device, backend, ignore_index, memory_budget, grad_filter, group)
+    ignore_index = None if ignore_index is None else as_int("ignore_index", ignore_index)
+    memory_budget = None if memory_budget is None else as_count("memory_budget", memory_budget, 0)
+    check_options(hidden.device, backend, grad_filter, group)
     asked = check_statistics(statistics, return_entropy)
     hidden, weight, bias = cast(hidden, weight, bias, backend)
     if backend == "reference":

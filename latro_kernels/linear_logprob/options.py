@@ -9,9 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
-    check_count,
     check_head,
-    check_ignore_index,
     check_number,
     check_scales,
     check_target,
@@ -104,15 +102,10 @@ def check(
 def check_options(
     device: torch.device,
     backend: str,
-    ignore_index: object,
-    memory_budget: object,
     grad_filter: float,
     group: object,
 ) -> None:
     """Raise for an option that is wrong, or that the backend does not have."""
-    check_ignore_index(ignore_index)
-    if memory_budget is not None:
-        check_count("memory_budget", memory_budget, 0)
     check_number("grad_filter", grad_filter)
     if grad_filter < 0:
         raise ValueError(f"grad_filter: expected a finite number, 0 or more, got {grad_filter}")

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
+    as_float,
     check_device,
     check_head,
     check_scales,
@@ -151,7 +152,8 @@ def linear_sample(
         BackendUnavailableError: the backend cannot run here.
     """
     _check(hidden, weight, seed, position, bias, backend, group)
-    greedy = type(temperature) in (int, float) and temperature == 0
+    temperature = as_float("temperature", temperature)
+    greedy = temperature == 0
     check_scales(1.0 if greedy else temperature, softcap)
     hidden, weight, bias = cast(hidden, weight, bias, backend)
     if backend == "reference":
@@ -163,7 +165,7 @@ def linear_sample(
         seed=seed,
         position=position,
         bias=bias,
-        temperature=1.0 if greedy else float(temperature),
+        temperature=1.0 if greedy else temperature,
         softcap=float(softcap or 0.0),
         backend=backend,
         greedy=greedy,

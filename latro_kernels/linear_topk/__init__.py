@@ -31,11 +31,11 @@ import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
+    as_int,
     check_choice,
     check_device,
     check_dtype,
     check_head,
-    check_int,
     check_scales,
     check_type,
     dense,
@@ -115,7 +115,7 @@ def linear_topk(
         ValueError: an argument of the wrong shape, device or value.
     """
     check_head(hidden, weight, bias)
-    check_int("k", k)
+    k = as_int("k", k)
     if not 1 <= k <= len(weight):
         raise ValueError(f"k: expected an int in 1..{len(weight)}, got {k}")
     hidden, weight, bias = _in_products_dtype(hidden, weight, bias, temperature, softcap, backend)

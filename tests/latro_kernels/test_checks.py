@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from latro_kernels import few_rows_linear, linear_logprob
+from latro_kernels import (
+    GroupLayout,
+    few_rows_linear,
+    gather_logprob,
+    group_advantage,
+    linear_jsd,
+    linear_logprob,
+    linear_sample,
+    linear_topk,
+    segment_of_rows,
+)
 from latro_kernels.checks import check_float_dtype, check_number, check_positive, check_type
 
 
@@ -42,6 +55,50 @@ def test_numbers_may_be_ints() -> None:
     check_positive("x", 2)
     with pytest.raises(ValueError, match=r"x: expected a finite number above 0, got 0"):
         check_positive("x", 0)
+
+
+def test_numpys_ints_are_ints() -> None:
+    offsets, x, w = torch.arange(5), torch.randn(4, 3), torch.randn(5, 3)
+    layout = GroupLayout(offsets, np.int64(2), num_groups=np.int32(3))
+    assert type(layout.num_generations) is type(layout.num_groups) is int
+    assert torch.equal(segment_of_rows(offsets, np.int64(4)), torch.arange(4))
+    assert torch.equal(linear_topk(x, w, np.uint8(2)).token, linear_topk(x, w, 2).token)
+    target = torch.tensor([0, -100, 2, 1])
+    options: dict[str, Any] = {"ignore_index": np.int64(-100), "memory_budget": np.int64(64)}
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    linear_logprob(ours, w, target, **options).sum().backward()
+    linear_logprob(theirs, w, target, ignore_index=-100).sum().backward()
+    assert torch.equal(ours.grad, theirs.grad)
+    assert gather_logprob(x, target, ignore_index=np.int64(-100))[1] == 0
+    for wrong in (np.True_, np.float64(2), np.array([2]), torch.tensor(2)):
+        with pytest.raises(TypeError, match=r"^k: expected an int, got "):
+            linear_topk(x, w, wrong)
+    with pytest.raises(ValueError, match=r"^num_generations: expected 2 or more, got 1$"):
+        GroupLayout(offsets, np.int64(1))
+    with pytest.raises(ValueError, match=r"^ignore_index: expected an int that int64 holds, got 1"):
+        gather_logprob(x, target, ignore_index=np.uint64(2**64 - 1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_numpys_floats_are_floats(backend: str) -> None:
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    target, rows = torch.tensor([0, 1, 2, 2]), torch.arange(4)
+
+    def results(kind: Any) -> tuple[torch.Tensor, ...]:
+        scales: Any = {"temperature": kind(2), "softcap": kind(3), "backend": backend}
+        layout = GroupLayout(torch.arange(9), 2)
+        weights = {"beta": kind(0.25), "answer_weight": kind(2), "backend": backend}
+        return (
+            linear_logprob(x, w, target, **scales),
+            gather_logprob(x, target, **scales),
+            linear_jsd(x, w, 2 * x, w, beta=kind(0.25), **scales),
+            linear_sample(x, w, rows, rows, temperature=kind(0), backend=backend).token,
+            group_advantage(torch.arange(8.0), torch.zeros(8), layout, **weights).coefficient,
+        )
+
+    for ours, theirs in zip(results(np.float32), results(float), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.requires_grad == theirs.requires_grad
 
 
 def test_type_is_named() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import numpy as np
 import pytest
 from accelerate import ParallelismConfig
 from transformers import TrainingArguments
@@ -14,6 +16,7 @@ from latro.config.model import ModelArguments, PeftArguments
 from latro.config.training import SftConfig
 from latro.config.unsupported import _REFUSED
 from latro.evaluate import EvaluateArguments
+from latro.evaluation import EvaluationSettings
 from latro.probe import ProbeArguments
 
 CLASSES = (ModelArguments, DataArguments, LatroConfig)
@@ -194,6 +197,25 @@ def test_a_number_is_no_text(name, value, tmp_path):
 def test_a_setting_of_another_kind_is_refused_by_name(tmp_path, name, value, message):
     with pytest.raises((TypeError, ValueError), match=f"^{name}: {message}"):
         LatroConfig(output_dir=str(tmp_path / "run"), **{name: value})
+
+
+def test_settings_of_numpys_kinds_become_pythons(tmp_path):
+    given = {"num_generations": np.int64(4), "seed": np.uint32(3), "save_steps": np.int64(5)}
+    given |= {
+        "beta": np.float32(0.5),
+        "learning_rate": np.float64(1e-5),
+        "eval_on_start": np.False_,
+    }
+    args = LatroConfig(output_dir=str(tmp_path), **given)
+    written = json.loads(args.to_json_string())
+    for name, value in given.items():
+        assert written[name] == value
+        assert type(getattr(args, name)) is type(value.item())
+    for wrong in (np.float64(4), np.array([4])):
+        with pytest.raises(TypeError, match=r"^num_generations: expected a whole number, got "):
+            LatroConfig(output_dir=str(tmp_path), num_generations=wrong)
+    settings = EvaluationSettings(num_samples=np.int64(2), temperature=np.float32(0.5))
+    assert settings.num_samples == 2
 
 
 def test_settings_of_models_data_and_evaluations_have_kinds_too():
