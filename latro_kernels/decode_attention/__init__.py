@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from latro_kernels.checks import (
+    as_count,
     check_device,
     check_float_dtype,
+    check_number,
+    check_positive,
     check_same_dtype,
     check_tensor,
     check_vector,
@@ -138,7 +141,7 @@ def decode_attention(
         rows: what each row attends to.
         scaling: the scores are multiplied by it.
         window: the last tokens that a row sees, the one that it reads included; None for all.
-        softcap: c of c·tanh(scores / c), above 0; None for none.
+        softcap: c of c·tanh(scores / c), above 0, and in fp32's normal range; None for none.
 
     Returns:
         [R, heads, size of values], dtype of query.
@@ -149,10 +152,9 @@ def decode_attention(
             there is room for.
     """
     _check(query, key, value, kept, rows)
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected at least 1, or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected above 0, or None, got {softcap}")
+    check_number("scaling", scaling)
+    if softcap is not None:
+        check_positive("softcap", softcap)
     return ops.attend(
         query,
         key,
@@ -164,9 +166,9 @@ def decode_attention(
         rows.prompt,
         rows.prompt_length,
         rows.length,
-        window or 0,
-        scaling,
-        softcap or 0.0,
+        0 if window is None else as_count("window", window, 1),
+        float(scaling),
+        float(softcap or 0.0),
     )
 
 
