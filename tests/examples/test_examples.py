@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
+    GenerationMixin,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -74,6 +77,83 @@ def test_plain_loop_scores_rationales_and_answers(model: PreTrainedModel) -> Non
             )
 
         assert_as_exact(ours, expected(model), expected(copy.deepcopy(model).double()))
+
+
+def published_gradient(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    dtype: torch.dtype,
+    sequences: plain_loop.Sequences,
+    finished: list[bool],
+    K: int,
+    beta: float,
+) -> Tensor:
+    """Return the gradient of LaTRO's loss from the logits of one sequence at a time."""
+    policy, reference = (copy.deepcopy(model).to(dtype) for model in (policy, reference))
+    loss = torch.zeros((), dtype=dtype)
+    parts = zip(*vars(sequences).values(), strict=True)
+    z, y, reward = [], [], []
+    for prompt, rationale, between, answer in parts:
+        ids = torch.tensor([prompt + rationale + between + answer])
+        tokens = ids[0, 1:, None]
+        logp = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, tokens).flatten()
+        with torch.no_grad():
+            ref_logp = reference(ids).logits[0, :-1].log_softmax(-1).gather(1, tokens).flatten()
+        rows = slice(len(prompt) - 1, len(prompt) - 1 + len(rationale))
+        z.append(logp[rows].sum())
+        y.append(logp[len(logp) - len(answer) :].sum())
+        reward.append((y[-1] - beta * (z[-1] - ref_logp[rows].sum())).item())
+    for first in range(0, len(reward), K):
+        group = range(first, first + K)
+        lowest = min(reward[k] for k in group)
+        given = {k: reward[k] if finished[k] else lowest for k in group}
+        for k in group:
+            advantage = given[k] - sum(given[j] for j in group if j != k) / (K - 1)
+            loss = loss - (advantage * z[k] + y[k]) / len(reward)
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def test_plain_loop_follows_the_gradient_of_the_published_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the second update too, where the policy is no longer the reference."""
+    policies, samples, gradients = [], [], []
+
+    def sample(policy: PreTrainedModel, *given: Any) -> Any:
+        policies.append(copy.deepcopy(policy))
+        samples.append(sample_of_example(policy, *given))
+        return samples[-1]
+
+    def generate(policy: PreTrainedModel, **options: Any) -> Tensor:
+        # So few tokens that some rationales are unfinished.
+        return generate_of_model(policy, **(options | {"max_new_tokens": 20}))
+
+    def clip(parameters: Iterable[nn.Parameter], largest: float) -> None:
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    sample_of_example, generate_of_model = plain_loop.sample, GenerationMixin.generate
+    monkeypatch.setattr(plain_loop, "sample", sample)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    monkeypatch.setattr(plain_loop, "accuracy", lambda *_: 0.0)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    K, beta = 4, 2.0
+    plain_loop.train(steps=2, prompts=6, K=K, beta=beta, seed=0)
+    reference = policies[0]
+    tokenizer = AutoTokenizer.from_pretrained(plain_loop.MODEL)
+    assert len(gradients) == 2
+    for policy, (sequences, finished), ours in zip(policies, samples, gradients, strict=True):
+        assert 0 < finished.sum() < len(finished)
+        for s, is_finished in enumerate(finished.tolist()):
+            assert sequences.prompts[s] == sequences.prompts[s - s % K]
+            assert (sequences.between[s] == []) == is_finished
+            read = sequences.rationales[s] + sequences.between[s]
+            assert tokenizer.decode(read).endswith(plain_loop.TEMPLATE)
+        plain, truth = (
+            published_gradient(policy, reference, dtype, sequences, finished.tolist(), K, beta)
+            for dtype in (torch.float32, torch.float64)
+        )
+        assert_as_exact(ours, plain, truth)
 
 
 def test_plain_loop_learns_to_reason(capsys: pytest.CaptureFixture[str]) -> None:
