@@ -38,7 +38,7 @@ from latro.model.distribution import (
 )
 from latro.model.dropout import disable_dropout
 from latro.model.packing import Group
-from latro.model.quantized import check_shardable, check_trainable
+from latro.model.quantized import check_shardable, check_trainable, prepare_layers
 from latro.model.scoring import Scorer
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE, MetricsFiles, Panels, ProgressBar
 from latro.reporting.held_out_samples import HeldOutSamples
@@ -139,6 +139,8 @@ class AnswerTrainer(EvaluatingTrainer):
         elif train_dataset is not None:
             _check_evaluations(args)
         check_trainable(model)
+        # A command has done so as it loaded the model.
+        prepare_layers(without_wrapper(model))
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "model: none of its weights requires a gradient; load an adapter with "

@@ -199,7 +199,7 @@ def _load_weights(
             for key, found, expected in told["mismatched_keys"]
         ],
     )
-    prepare_layers(model)
+    prepare_layers(model, model.dtype)
     return model
 
 

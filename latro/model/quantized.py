@@ -17,6 +17,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from latro.model.adapters import has_adapter, without_wrapper
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
 
     from latro.config.model import ModelArguments
@@ -49,8 +50,13 @@ def is_quantized(model: Any) -> bool:
     return getattr(without_wrapper(model), "hf_quantizer", None) is not None
 
 
-def prepare_layers(model: PreTrainedModel) -> None:
+def prepare_layers(model: PreTrainedModel, compute_dtype: torch.dtype | None = None) -> None:
     """Set the layers of bitsandbytes, once the weights are loaded, to compute as others do.
+
+    Args:
+        model: without PEFT's wrapper; adapters may be on it.
+        compute_dtype: of layers of 4 bits, whose default is fp32 whatever the model's dtype; None
+            leaves it as it is.
 
     Raises:
         ValueError: a layer is too narrow for 4 bits on a CPU.
@@ -81,8 +87,8 @@ def prepare_layers(model: PreTrainedModel) -> None:
                 f"load_in_4bit: expected layers of a width that {block} divides on a CPU, where "
                 f"bitsandbytes reads others wrongly; {name} has {module.in_features}"
             )
-        # Its default is fp32, whatever the model's dtype.
-        module.compute_dtype = model.dtype
+        if compute_dtype is not None:
+            module.compute_dtype = compute_dtype
         # In eval mode it would pack the weights anew for such a CPU, which rounds their scales and
         # leaves them without a gradient, in training too.
         module.support_avx512bf16_for_cpu = False

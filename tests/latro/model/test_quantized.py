@@ -8,10 +8,11 @@ import json
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from latro import LatroConfig, LatroTrainer
 from latro.config.engine import EngineArguments
@@ -21,7 +22,12 @@ from latro.engines.transformers import TransformersEngine
 from latro.evaluate import evaluate
 from latro.loading import load_model
 from latro.model.adapters import lora_config, without_wrapper
-from latro.model.quantized import check_shardable, is_quantized, loading_options
+from latro.model.quantized import (
+    check_shardable,
+    is_quantized,
+    loading_options,
+    quantization_config,
+)
 from latro.model.scoring import Scorer
 from latro.model.weights_in_8_bits import WeightsIn8Bits, dequantized
 from latro.probe import probe
@@ -273,6 +279,22 @@ def test_what_cannot_be_done_with_it_is_refused(folder, kind, tokenizer, trainer
             check_shardable(each)
     with pytest.raises(ValueError, match=r"rollout_dtype: .* quantised"):
         trainer_of(model, rollout_dtype="bfloat16")
+
+
+def test_what_transformers_loaded_is_trained_as_what_a_command_loads(folder, kind, trainer_of):
+    config = quantization_config(ModelArguments(str(folder), **KINDS[kind]))
+    plain = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    ends = []
+    for model in (plain, loaded(folder, kind)):
+        trainer = trainer_of(adapted(model), overwrite_output_dir=True, learning_rate=1e-2)
+        layers = [m for m in model.modules() if isinstance(m, (Linear4bit, Linear8bitLt))]
+        # As bitsandbytes has them, activations are rounded too, or a gradient is lost.
+        assert all(isinstance(m, WeightsIn8Bits) for m in layers if isinstance(m, Linear8bitLt))
+        assert not any(m.support_avx512bf16_for_cpu for m in layers if isinstance(m, Linear4bit))
+        trainer.train()
+        ends.append([p for p in trainer.model.parameters() if p.requires_grad])
+    assert ends[0]
+    assert all(map(torch.equal, *ends))
 
 
 def test_the_card_tells_how_it_was_loaded(folder, trainer_of, tmp_path):
