@@ -49,9 +49,9 @@ from latro.rollout.sequences import AnswerJoin, eos_token_ids, let_generation_en
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts
 from latro.tasks import Task
-from latro.update import metrics as statistics
 from latro.update.coefficients import Coefficients
 from latro.update.gradient import Update
+from latro.update.metrics import over_processes, peak_memory_gib
 from latro.update.nonfinite import Finding, FiniteUpdates
 
 if TYPE_CHECKING:
@@ -322,9 +322,9 @@ class AnswerTrainer(EvaluatingTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with the update's own statistics since the last log."""
         if "loss" in logs and self._sums["updates"]:
-            sums = {**self._sums, "peak_memory_gib": statistics.peak_memory_gib(self.args.device)}
+            sums = {**self._sums, "peak_memory_gib": peak_memory_gib(self.args.device)}
             if self.accelerator.num_processes > 1:
-                sums = statistics.over_processes(gather_object([sums]))
+                sums = over_processes(gather_object([sums]))
             averages = self.update.coefficients.averages(sums)
             logs = {**logs, **averages, "peak_memory_gib": sums["peak_memory_gib"]}
             self._sums.clear()

@@ -66,8 +66,11 @@ _SHOWN_KEYS = 5
 
 # What callbacks ask of the Trainer after an update.
 _ASKED = (
-    *("should_log", "should_evaluate", "should_save"),
-    *("should_epoch_stop", "should_training_stop"),
+    "should_log",
+    "should_evaluate",
+    "should_save",
+    "should_epoch_stop",
+    "should_training_stop",
 )
 
 _logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latro.rollout.sequences import Rollout
-from latro_kernels import GroupAdvantage
+from latro_kernels import GroupAdvantage, segment_of_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +55,7 @@ def micro_batch_sums(
     """
     flat = (advantage.advantage.view(-1, num_generations) == 0).all(dim=1)
     # A row is a rationale's where it stands in an even segment.
-    row = torch.arange(entropy.shape[0], device=entropy.device)
-    rationale = torch.searchsorted(offsets, row, right=True) % 2 == 1
+    rationale = segment_of_rows(offsets, len(entropy)) % 2 == 0
     return torch.stack(
         [
             advantage.answer_logp.double().sum(),

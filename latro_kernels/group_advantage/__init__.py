@@ -46,6 +46,7 @@ from torch import Tensor
 
 from latro_kernels.checks import check_choice, check_number, check_same, check_vector
 from latro_kernels.group_advantage import ops
+from latro_kernels.group_advantage.formulas import segment_of_rows
 from latro_kernels.group_advantage.layout import GroupAdvantage, GroupLayout
 
 KL_FORMS = ("reward", "k3", "exact")
@@ -150,8 +151,7 @@ def group_advantage(
 
 def _kl_coefficient(row_kl: Tensor, layout: GroupLayout, weight: float, unfinished: str) -> Tensor:
     """Return `weight` on the rationale rows of the sequences that count, 0 elsewhere."""
-    row = torch.arange(row_kl.numel(), device=row_kl.device)
-    segment = torch.searchsorted(layout.offsets, row, right=True) - 1
+    segment = segment_of_rows(layout.offsets, row_kl.numel())
     counts = segment % 2 == 0
     if unfinished == "exclude" and layout.finished is not None:
         counts &= layout.finished[segment // 2]
