@@ -35,6 +35,7 @@ from latro.run.checkpoints import (
     last_whole_checkpoint,
     later_than,
     remove_partial,
+    saved_names_known,
     set_aside_later,
 )
 from latro.run.due import GoingOn, evaluation_due
@@ -410,13 +411,17 @@ class LongRunTrainer(SavingTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with reading("resume_from_checkpoint", resume_from_checkpoint), activity_kept(self.model):
+        with (
+            reading("resume_from_checkpoint", resume_from_checkpoint),
+            activity_kept(self.model),
+            saved_names_known(self.model),
+        ):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_best_model(self) -> None:
         self._best_is_loaded = True
         best = Path(self.state.best_model_checkpoint or "")
-        with activity_kept(self.model):
+        with activity_kept(self.model), saved_names_known(self.model):
             if any(best.glob(f"*/{ADAPTER_SAFE_WEIGHTS_NAME}")):
                 # Adapters of other names than "default", for which the Trainer would do nothing.
                 super()._load_from_checkpoint(str(best), self.model)
