@@ -156,12 +156,8 @@ struct FewRows {
 
   FewRows(const Matrix<T>& hidden, const Matrix<T>& weight, int64_t N, int64_t H,
           int64_t num_threads)
-      : weight(weight),
-        N(N),
-        H(H),
-        depth(words_of<Gemm>(H)),
-        panels(room<Word>(padded(N) * depth)) {
-    for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(padded(N));
+      : weight(weight), N(N), H(H), depth(words_of<Gemm>(H)), panels(room<Word>(padded() * depth)) {
+    for (int64_t i = 0; i < num_threads; ++i) threads.emplace_back(padded());
     if (!ok()) return;
     for_each_panel([&](auto width, int64_t first) {
       pack_rows<Gemm, Side::kB, width>(hidden, first, std::min<int64_t>(width, N - first), H,
@@ -169,16 +165,8 @@ struct FewRows {
     });
   }
 
-  // Rows in the panels of N rows. All panels are wide but for the last, which is the narrowest that
-  // holds what is left.
-  static int64_t padded(int64_t N) {
-    const int64_t left = N % kWidePanel;
-    int64_t last = left > 0 ? kNarrowPanel : 0;
-    while (last < left) last *= 2;
-    return N - left + last;
-  }
-
-  // Calls use(width, first row) for every panel.
+  // Calls use(width, first row) for every panel. All are wide but for the last, which is the
+  // narrowest that holds what is left.
   template <typename Use>
   void for_each_panel(Use use) const {
     for (int64_t first = 0; first < N; first += kWidePanel) in_panel<kNarrowPanel>(first, use);
@@ -191,6 +179,12 @@ struct FewRows {
     use(std::integral_constant<int64_t, width>{}, first);
   }
 
+  // Rows in all panels together.
+  int64_t padded() const {
+    int64_t rows = 0;
+    for_each_panel([&](auto width, int64_t first) { rows = first + width; });
+    return rows;
+  }
   bool ok() const {
     return panels &&
            std::all_of(threads.begin(), threads.end(), [](const auto& own) { return own.ok(); });
