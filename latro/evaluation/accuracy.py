@@ -20,6 +20,7 @@ from latro.evaluation.few_shot import SEPARATOR, cut_at_separator, with_examples
 from latro.evaluation.metrics import metrics_of
 from latro.evaluation.progress import EvaluationBar
 from latro.evaluation.resume import Journal
+from latro.model.forwards import evaluation_mode
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
 from latro.rollout.prompts import Longest, check_dataset, encode_prompt
@@ -215,16 +216,14 @@ def check_temperature(temperature: float) -> None:
 @torch.no_grad()
 def answer_logp(scorer: Scorer, rollouts: Sequence[Rollout], token_budget: int) -> list[float]:
     """Return log π(y|x⊕z) of each rollout in nats, scored in micro-batches under a token budget."""
-    was_training = scorer.model.training
-    scorer.model.eval()
     values: dict[int, float] = {}
     alone = [[rollout] for rollout in rollouts]
-    for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
-        (piece,) = micro
-        batch = scorer.collate(piece)
-        of_each = answer_sums(scorer(batch).logp, batch)
-        values.update(zip(map(id, batch.sequences), of_each.tolist(), strict=True))
-    scorer.model.train(was_training)
+    with evaluation_mode(scorer.model):
+        for micro in plan(alone, token_budget, packed=scorer.packed, boundary=scorer.boundary):
+            (piece,) = micro
+            batch = scorer.collate(piece)
+            of_each = answer_sums(scorer(batch).logp, batch)
+            values.update(zip(map(id, batch.sequences), of_each.tolist(), strict=True))
     # Micro-batches are sorted by length; return to the caller's order.
     return [values[id(r)] for r in rollouts]
 

@@ -7,7 +7,7 @@ some read in every forward. What no name reveals is found by trying.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from latro.model.adapters import has_adapter, without_wrapper
+from latro.model.forwards import allowed_difference, evaluation_mode
 from latro_kernels.integrations.logits import trunk_of
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
         trunk = trunk_of(without_wrapper(model))
         return trunk(input_ids=ids, use_cache=False).last_hidden_state.float()
 
-    with _mode_and_random_state_kept(model), _adapters_moved(model):
-        model.eval()
+    with evaluation_mode(model), _random_state_kept(model.device), _adapters_moved(model):
         evaluated = hidden()
         for module in model.modules():
             _set_rates_to_zero(module)
@@ -57,10 +57,9 @@ def disable_dropout(model: PreTrainedModel | PeftModel) -> None:
         before = _random_state(model.device)
         trained = hidden()
         draws = not torch.equal(_random_state(model.device), before)
-    # Training may take another path through the same layers, and round differently: half the digits
-    # are enough then. What is drawn has to change nothing.
-    eps = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))
-    allowed = 0.0 if draws else eps**0.5 * evaluated.abs().max()
+    # Training may take another path through the same layers, and round differently. What is drawn
+    # has to change nothing.
+    allowed = 0.0 if draws else allowed_difference(evaluated, model.dtype)
     if (trained - evaluated).abs().max() > allowed:
         does = "draws random numbers" if draws else "computes something else"
         raise ValueError(
@@ -105,15 +104,8 @@ def _adapters_moved(model: PreTrainedModel | PeftModel) -> Iterator[None]:
             parameter.copy_(values)
 
 
-@contextmanager
-def _mode_and_random_state_kept(model: nn.Module) -> Iterator[None]:
-    device = next(model.parameters()).device
-    was_training = model.training
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        model.train(was_training)
+def _random_state_kept(device: torch.device) -> AbstractContextManager[None]:
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _random_state(device: torch.device) -> Tensor:

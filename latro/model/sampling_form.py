@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from latro.model.adapters import without_wrapper
 from latro.model.attention import allow_shared_prefix, give_attention_back, shares_prefix
 from latro.model.decoding import DecodingKeys
+from latro.model.forwards import allowed_difference, evaluation_mode
 from latro.model.head_rows import Reading, install_head_rows, read
 from latro.model.shared_prefix import SharedPrefix
 from latro.rollout.sequences import Sample
@@ -43,13 +44,9 @@ def sampling_form(causal: PreTrainedModel) -> SamplingForm | str:
     not let parts of it be called alone. So ask before.
     """
     if "_sampling_form" not in causal.__dict__:
-        was_training, shared_before = causal.training, shares_prefix(causal)
-        causal.eval()
-        try:
-            with without_tf32():
-                causal._sampling_form = _try(causal)
-        finally:
-            causal.train(was_training)
+        shared_before = shares_prefix(causal)
+        with without_tf32(), evaluation_mode(causal):
+            causal._sampling_form = _try(causal)
         if isinstance(causal._sampling_form, str) and not shared_before:
             give_attention_back(causal)
     return causal._sampling_form
@@ -129,12 +126,11 @@ def hidden_difference(found: Tensor, padded: Tensor, dtype: torch.dtype) -> str 
     found, padded = found.float(), padded.float()
     if found.isnan().any():
         return "a layer reads tokens of other sequences"
-    # Half the digits: rounding takes fewer, a token seen too many or too few takes more. Norms and
-    # softmaxes are fp32 even in an fp64 model.
-    eps = max(torch.finfo(kind).eps for kind in (dtype, torch.float32))
-    allowed = eps**0.5 * padded.abs().max()
     difference = (found - padded).abs().max()
-    return None if difference <= allowed else f"its hidden states differ by {difference:.3g}"
+    # A token seen too many or too few makes more of a difference.
+    if difference <= allowed_difference(padded, dtype):
+        return None
+    return f"its hidden states differ by {difference:.3g}"
 
 
 def _decoded(
@@ -203,13 +199,12 @@ def check_generated(model: PreTrainedModel, generate: Callable[..., list[list[Sa
     kind = model.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
-    eps = max(torch.finfo(each).eps for each in (dtype, torch.float32))
     for prompt, sample, whole in zip(prompts, drawn, wholes, strict=True):
         logits = whole.logits[0, len(prompt) - 1 : -1].float().cpu()
         logp = logits.log_softmax(-1).gather(1, torch.tensor(sample.ids)[:, None])[:, 0]
-        # As in `hidden_difference`; the median, since rounding may change a token's experts.
+        # The median, since rounding may change a token's experts.
         difference = (logp - torch.tensor(sample.logp)).abs().median()
-        if difference > eps**0.5 * logits.abs().max():
+        if difference > allowed_difference(logits, dtype):
             raise ValueError(
                 "model: expected one that neither reads padding nor counts positions along a "
                 f"padded row, got {name}, whose log-probs in transformers' generate differ by "

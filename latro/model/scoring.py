@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from latro.model.adapters import without_wrapper
 from latro.model.attention import allow_shared_prefix, give_attention_back, shares_prefix
+from latro.model.forwards import evaluation_mode
 from latro.model.head_rows import (
     HeadRows,
     Reference,
@@ -31,7 +32,7 @@ from latro.model.sampling_form import (
 )
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Rollout
-from latro_kernels.integrations.logits import LogitForm, logit_form, whole_shape
+from latro_kernels.integrations.logits import logit_form, whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,8 @@ class Scorer:
             )
         install_head_rows(self.causal)
         self.boundary = long_rope_boundary(model)
-        with without_tf32():
-            self.logit_form = self._logit_form()
+        with without_tf32(), evaluation_mode(model):
+            self.logit_form = logit_form(self.causal)
             self._verify_logits()
             shared_before = shares_prefix(self.causal)
             self.why_not_packed = self._why_not_packed()
@@ -168,21 +169,11 @@ class Scorer:
         """V, the number of rows of the head's weight."""
         return whole_shape(self.causal.get_output_embeddings().weight)[0]
 
-    # Checks of the model, once.
-
-    def _logit_form(self) -> LogitForm:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            return logit_form(self.causal)
-        finally:
-            self.model.train(was_training)
+    # Checks of the model, once, in evaluation mode.
 
     @torch.no_grad()
     def _verify_logits(self) -> None:
         """Compare with the model's own logits once: a wrong scale would train in silence."""
-        was_training = self.model.training
-        self.model.eval()
         ids = torch.arange(1, 9, device=self.model.device)[None] % self.vocab_size
         own = self.model(input_ids=ids, use_cache=False).logits[0].float() / self.temperature
         if not torch.isfinite(own).all():
@@ -203,7 +194,6 @@ class Scorer:
         # Not through hooks, as somebody's own may change what the model returns.
         logp, _ = self.causal.forward(head_rows=self._rows(batch))
         ours = logp.view(len(tokens), -1)
-        self.model.train(was_training)
         # Low precision rounds the model's logits, not ours; a wrong formula is off by far more.
         allowed = 1e-3 if self.model.dtype == torch.float32 else 0.25
         # A temperature below 1 multiplies logits with their rounding.
@@ -232,8 +222,6 @@ class Scorer:
             ]
             for prompt in (x, x[::-1])
         ]
-        was_training = self.model.training
-        self.model.eval()
         packed, padded = (collate(groups, self.model.device, packed=p) for p in (True, False))
         # The first prompt's last branch is NaN, and left out of the comparison. It is not the first
         # branch, in whose row a layer with a state computes the prompt: by sums in which the later
@@ -251,6 +239,4 @@ class Scorer:
             # A layer that knows no such thing, or that reads the mask; or a model that takes no
             # such keyword, or counts along the row positions of which it has not that many.
             return str(error).partition("\n")[0]
-        finally:
-            self.model.train(was_training)
         return hidden_difference(found, expected, self.model.dtype)

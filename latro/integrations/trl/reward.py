@@ -30,6 +30,7 @@ from latro.integrations.trl.images import image_inputs, image_rows
 from latro.integrations.trl.seam import SCORES, check_seam, trainer_of
 from latro.model.adapters import without_wrapper
 from latro.model.distribution import forget_forwards
+from latro.model.forwards import evaluation_mode
 from latro.model.packing import plan
 from latro.model.scoring import Scorer
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample, eos_token_ids
@@ -146,20 +147,16 @@ class AnswerLikelihood:
             self._join(list(ids), completion, known)
             for ids, completion, known in zip(prompt_ids, completion_ids, answer, strict=True)
         ]
-        training = trainer.model.training
         # Without dropout, and without recomputing what no backward will ask for.
-        trainer.model.eval()
-        try:
+        with evaluation_mode(trainer.model):
             if inputs is None:
                 reward = self._rewards(answer, trainer)
             else:
                 reward = self._rewards_after_images(answer, trainer, inputs)
-        finally:
-            trainer.model.train(training)
         finished = [rollout.finished for rollout in self.rollouts]
         if self.unfinished == "exclude":
             return [r if f else None for r, f in zip(reward.tolist(), finished, strict=True)]
-        K = trainer.num_generations if training else trainer.num_generations_eval
+        K = trainer.num_generations if trainer.model.training else trainer.num_generations_eval
         # TRL deals out the groups of all processes in a line, so that several may share one.
         every = gather(reward).view(-1, K)
         has_own = gather(torch.tensor(finished, device=reward.device)).view(-1, K)

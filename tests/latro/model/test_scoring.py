@@ -231,8 +231,9 @@ def test_the_checks_of_a_model_are_not_of_tf32(tiny):
 
 
 def test_nan_weights_are_named(tiny):
-    model = tiny()
+    model = tiny().train()
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match="logits are not finite"):
         Scorer(model)
+    assert model.training
