@@ -37,7 +37,6 @@ from benchmarks.common.problem import GPU_SHAPES, Shape
 from benchmarks.common.providers import BUDGETS
 from benchmarks.gpu.compiled import compile_kernel, resident_threads
 from benchmarks.gpu.launches import EXPONENTIALS, FEATURES, launch
-from latro_kernels.head_gradient import row_blocks
 from latro_kernels.linear_logprob.state import DEFAULT_MEMORY_BUDGET, cached_columns
 from latro_kernels.linear_logprob.triton import blocks, fused
 from latro_kernels.linear_logprob.triton.fused_forward import forward_kernel
@@ -46,6 +45,7 @@ from latro_kernels.linear_logprob.triton.warp_specialized_forward import warp_sp
 from latro_kernels.linear_logprob.triton.warp_specialized_gradient import (
     warp_specialized_grad_kernel,
 )
+from latro_kernels.logit_tiles import blocks_of_rows
 
 COUNTS = Path(__file__).resolve().parents[1] / "results" / "gpu" / "compiled.json"
 BF16, FP32 = 2, 4
@@ -280,7 +280,7 @@ def forward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
 def dz(chip: Chip, shape: Shape, kernels: Counts) -> Time:
     """Return the time of dz of products that are made again."""
     time = Time()
-    for rows in row_blocks(shape.n, fused.TILE_ROWS):
+    for rows in blocks_of_rows(shape.n, fused.TILE_ROWS):
         for C, _ in _slices(shape.v):
             time += _dz_of_tile(chip, kernels, (rows.stop - rows.start, C, shape.h))
     return time
@@ -295,7 +295,7 @@ def backward(chip: Chip, shape: Shape, kernels: Counts, *, budget: int) -> Time:
     """Return the time of dz, and of dx and dw, which the library makes of it."""
     H, time = shape.h, Time()
     kept = cached_columns(shape.n, shape.v, budget, fused.TILE_COLUMNS)
-    parts = [rows.stop - rows.start for rows in row_blocks(shape.n, fused.TILE_ROWS)]
+    parts = [rows.stop - rows.start for rows in blocks_of_rows(shape.n, fused.TILE_ROWS)]
     # Beside a single block of rows, a slice of dw is summed in fp32: read and written.
     dw_bytes = BF16 if len(parts) == 1 else 2 * FP32
     for M in parts:
@@ -318,7 +318,7 @@ def frozen(chip: Chip, shape: Shape, kernels: Counts) -> Time:
     # The shift reads hidden states and the weight of their targets, the sum is brought to the
     # maximum, and the backward turns it into dx.
     time = memory_bound(chip, (2 * BF16 + 2 * FP32 + FP32 + BF16) * shape.n * H)
-    for rows in row_blocks(shape.n, fused.TILE_ROWS):
+    for rows in blocks_of_rows(shape.n, fused.TILE_ROWS):
         M = rows.stop - rows.start
         for C, _ in _slices(shape.v):
             time += fused_kernel(

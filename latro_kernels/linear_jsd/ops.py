@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from latro_kernels.head import Head, absent
-from latro_kernels.head_gradient import Gradient, Tile, operand_dtype, sweep
+from latro_kernels.head_gradient import Gradient, sweep
 from latro_kernels.linear_kl.two_heads import empty_gradients
-from latro_kernels.logit_tiles import fold, logits, shape, tiles
+from latro_kernels.logit_tiles import (
+    Tile,
+    fold,
+    logits,
+    operand_dtype,
+    shape_without_kernels,
+    tiles,
+)
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
@@ -94,7 +101,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
         return Gradient(dz.to(operand_dtype(own)))
 
     with torch.autocast(own.hidden.device.type, enabled=False):
-        dx, dw, db = sweep(own, tuple(needs), shape(own), make, chosen)
+        dx, dw, db = sweep(own, tuple(needs), shape_without_kernels(own), make, chosen)
     gradients = (None if dx is None else dx.to(own.hidden.dtype), dw, db)
     return tuple(absent(own.hidden) if g is None else g for g in gradients)
 
@@ -117,9 +124,8 @@ def _empty(hidden: Tensor) -> tuple[Tensor, ...]:
 
 def _tiles(p: Head, q: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Yield blocks of rows with the logits of p and of q over a slice of the vocabulary."""
-    for tile in tiles(p):
-        assert isinstance(tile.rows, slice)  # all rows are swept, in their order
-        yield tile.rows, logits(p, tile)[0], logits(q, _beside(q, tile))[0]
+    for rows, tile in tiles(p, shape_without_kernels(p)):
+        yield rows, logits(p, tile)[0], logits(q, _beside(q, tile))[0]
 
 
 def _beside(head: Head, tile: Tile) -> Tile:

@@ -15,27 +15,26 @@ import torch
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import (
-    Gradient,
-    Tile,
-    add_product,
-    operand_dtype,
-    row_blocks,
-    slices,
-    sweep,
-    tile_shape,
-)
+from latro_kernels.head_gradient import Gradient, sweep
 from latro_kernels.linear_kl import cuda
 from latro_kernels.linear_kl.state import KlGrad, KlState, share_weight
+from latro_kernels.logit_tiles import (
+    Tile,
+    add_product,
+    blocks_of_rows,
+    operand_dtype,
+    slices,
+    tile_shape,
+)
 
 
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     """Return kl, and the numbers of each row that `KlGrad` describes."""
     N, state, kernels = len(p.hidden), KlState.start(p.hidden), _kernels(p.backend)
-    height, width = tile_shape(p, tiles=2)
+    height, width = tile_shape(p, count=2)
     for columns, weight, bias in slices(p, width):
         weight_q, bias_q = _slice_of_other(p, q, columns, weight)
-        for rows in row_blocks(N, height):
+        for rows in blocks_of_rows(N, height):
             tiles = _products(p, rows, weight), _products(q, rows, weight_q)
             kernels.fold((p, q), tiles, (bias, bias_q), state=state.rows(rows))
     return state.finish()
@@ -62,7 +61,7 @@ def backward(
         kernels.grad((p, q), tiles, biases, rows=grad.rows(tile.rows), of_q=of_q, dz=dz)
         return Gradient(dz)
 
-    dx, dw, db = sweep(own, needs, tile_shape(own, tiles=2), make)
+    dx, dw, db = sweep(own, needs, tile_shape(own, count=2), make)
     return None if dx is None else dx.to(own.hidden.dtype), dw, db
 
 

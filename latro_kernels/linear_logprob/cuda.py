@@ -7,8 +7,8 @@ from torch import Tensor
 
 from latro_kernels import native
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import RowGrad, State
+from latro_kernels.logit_tiles import Tile
 
 
 def fold(head: Head, tile: Tile, products: Tensor, state: State) -> None:

@@ -53,14 +53,8 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tupl
     if is_whole:
         check_target_values(target, len(weight))
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    head = Head(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        backend=resolve(backend, hidden.device),
-    )
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     asked = Wanted(*wanted)
     driver, rows = _driver(head, filtered=asked.block_max), _numbers(kept)
     state = driver.empty_state(head, target.contiguous(), asked)
@@ -81,14 +75,7 @@ def _(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tuple[Tenso
     _, bias, temperature, softcap, backend, _, *wanted = rest
     backend = default_backend(hidden.device) if backend == "auto" else backend
     asked = Wanted(*wanted)
-    head = Head(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        backend=backend,
-    )
+    head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     return _outputs(_driver(head, filtered=asked.block_max).empty_state(head, target, asked))
 
 
@@ -97,14 +84,8 @@ def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tup
     kept, bias, temperature, softcap, backend, *of_rows, cached, block_max, grad_filter, needs = (
         rest
     )
-    head = Head(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        backend=resolve(backend, hidden.device),
-    )
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *of_rows)]
     grad, rows = RowGrad(*contiguous), _numbers(kept)
     if rows is not None:

@@ -16,18 +16,10 @@ import torch
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import (
-    Gradient,
-    Tile,
-    add_product,
-    operand_dtype,
-    row_blocks,
-    slices,
-    sweep,
-    tile_shape,
-)
+from latro_kernels.head_gradient import Gradient, sweep
 from latro_kernels.linear_logprob import cuda
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
+from latro_kernels.logit_tiles import Tile, add_product, operand_dtype, tile_shape, tiles
 
 
 def forward(head: Head, state: State) -> None:
@@ -50,14 +42,10 @@ def forward(head: Head, state: State) -> None:
 def product_tiles(head: Head, cached: Tensor) -> Iterator[tuple[slice, Tile, Tensor]]:
     """Yield of each tile its rows, itself and its products, which the next may overwrite."""
     buffer = _buffer(head)
-    height, width = tile_shape(head)
-    for columns, weight, bias in slices(head, width):
-        for block in row_blocks(len(head.hidden), height):
-            x = head.hidden[block].to(operand_dtype(head))
-            tile = Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias)
-            products = _room(head, tile, cached, buffer)
-            add_product(products, x, weight.t(), first=True)
-            yield block, tile, products
+    for rows, tile in tiles(head, tile_shape(head)):
+        products = _room(head, tile, cached, buffer)
+        add_product(products, tile.hidden, tile.weight.t(), first=True)
+        yield rows, tile, products
 
 
 def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:
@@ -120,6 +108,6 @@ def fold_kernels(backend: str) -> ModuleType:
     """Return the module whose `fold` and `grad` work on a tile."""
     if backend == "cuda":
         return cuda
-    from latro_kernels.linear_logprob.triton import tiles
+    from latro_kernels.linear_logprob.triton import tiles as triton_tiles
 
-    return tiles
+    return triton_tiles

@@ -38,14 +38,8 @@ def _sample(
     first_column: Tensor | None,
 ) -> tuple[Tensor, ...]:
     # Resolved inside of the op, for torch.compile cannot trace the search for a library.
-    head = Head(
-        hidden=hidden,
-        weight=weight,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        backend=resolve(backend, hidden.device),
-    )
+    backend = resolve(backend, hidden.device)
+    head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     draw = Draw(
         seed=seed.contiguous(),
         position=position.contiguous(),

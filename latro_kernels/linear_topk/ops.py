@@ -16,13 +16,15 @@ from torch import Tensor
 
 from latro_kernels.checks import check_target_values
 from latro_kernels.head import Head, absent
-from latro_kernels.head_gradient import (
-    Gradient,
+from latro_kernels.head_gradient import Gradient, sweep
+from latro_kernels.logit_tiles import (
     Tile,
+    fold,
+    logits,
     operand_dtype,
-    sweep,
+    shape_without_kernels,
+    tiles,
 )
-from latro_kernels.logit_tiles import fold, logits, shape, tiles
 
 NO_TOKEN = -1
 
@@ -56,8 +58,8 @@ def _search(
     best.fill_(-torch.inf)
     row_max, sum_exp = best.new_full((len(hidden),), -torch.inf), best.new_zeros(len(hidden))
     with torch.autocast(hidden.device.type, enabled=False):
-        for tile in tiles(head):
-            rows, (z, _) = tile.rows, logits(head, tile)
+        for rows, tile in tiles(head, shape_without_kernels(head)):
+            z, _ = logits(head, tile)
             of_tile, column = z.topk(min(k, z.shape[1]), dim=1)
             # The best so far, and the tile's: the best of both are the best up to here.
             value = torch.cat([best[rows], of_tile], 1)
@@ -99,8 +101,8 @@ def _forward(
     row_max.fill_(-torch.inf)
     sum_exp.zero_()
     with torch.autocast(hidden.device.type, enabled=False):
-        for tile in tiles(head):
-            rows, (z, _) = tile.rows, logits(head, tile)
+        for rows, tile in tiles(head, shape_without_kernels(head)):
+            z, _ = logits(head, tile)
             place, is_here = _places(token[rows], tile.columns)
             of_tokens[rows] = torch.where(is_here, z.gather(1, place), of_tokens[rows])
             _mask(z, place, is_here)
@@ -152,7 +154,7 @@ def _backward(
         return Gradient(dz.to(operand_dtype(head)))
 
     with torch.autocast(hidden.device.type, enabled=False):
-        dx, dw, db = sweep(head, tuple(needs), shape(head), make, rows)
+        dx, dw, db = sweep(head, tuple(needs), shape_without_kernels(head), make, rows)
     gradients = (None if dx is None else dx.to(hidden.dtype), dw, db)
     return tuple(absent(hidden) if g is None else g for g in gradients)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from latro_kernels import GroupLayout, head_gradient
+from latro_kernels import GroupLayout, head_gradient, logit_tiles
 
 pytest.importorskip("triton")
 
@@ -191,7 +191,7 @@ def test_ragged_batches_share_the_warp_specialised_kernels(
         specialized.append(Recorder(getattr(module, name)))
         monkeypatch.setattr(module, name, specialized[-1])
     monkeypatch.setattr(blocks, "_INTERPRETED", blocks.WARP_SPECIALIZED)
-    for module in (fused, head_gradient):  # as on a GPU
+    for module in (fused, logit_tiles):  # as on a GPU
         monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
     multiprocessors = SimpleNamespace(multi_processor_count=60, major=9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: multiprocessors)

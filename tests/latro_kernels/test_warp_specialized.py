@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from benchmarks.gpu.compiled import SHARED_OPT_IN, Resources
 from benchmarks.gpu.launches import FEATURES, launch
-from latro_kernels import head_gradient
+from latro_kernels import logit_tiles
 from latro_kernels.head import Head
 from latro_kernels.linear_logprob.state import State, Wanted
 from latro_kernels.linear_logprob.triton import blocks, fused, warp_specialized
@@ -112,7 +112,7 @@ def merge(parts: Tensor, columns: slice, state: State, config: Config) -> None:
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(blocks, "has_descriptors", lambda device: True)
-    for module in (fused, head_gradient):  # as on a GPU
+    for module in (fused, logit_tiles):  # as on a GPU
         monkeypatch.setattr(module, "operand_dtype", lambda head: head.hidden.dtype)
     monkeypatch.setattr(fused, "merge", merge)
     monkeypatch.setattr(fused, "TILES", 2)

@@ -17,7 +17,6 @@ from benchmarks.gpu.compiled import Resources
 from benchmarks.gpu.launches import FEATURES, launch
 from latro_kernels.gather_logprob import reference
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import RowGrad
 from latro_kernels.linear_logprob.triton import blocks, fused, warp_specialized
 from latro_kernels.linear_logprob.triton.blocks import Config
@@ -25,6 +24,7 @@ from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
 from latro_kernels.linear_logprob.triton.warp_specialized_gradient import (
     warp_specialized_grad_kernel,
 )
+from latro_kernels.logit_tiles import Tile
 from tests.latro_kernels.gluon_simulator import (
     DeadlockError,
     Simulator,

@@ -18,15 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import (
-    Gradient,
-    Tile,
-    add_product,
-    operand_dtype,
-    row_blocks,
-    slices,
-    sweep,
-)
+from latro_kernels.head_gradient import Gradient, sweep
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted
 from latro_kernels.linear_logprob.triton import blocks
 from latro_kernels.linear_logprob.triton.blocks import Config
@@ -38,6 +30,14 @@ from latro_kernels.linear_logprob.triton.fused_frozen import (
 )
 from latro_kernels.linear_logprob.triton.fused_gradient import grad_kernel
 from latro_kernels.linear_logprob.triton.sparse_product import SparseGradient
+from latro_kernels.logit_tiles import (
+    Tile,
+    add_product,
+    blocks_of_rows,
+    operand_dtype,
+    slices,
+    tiles,
+)
 
 # Of dz. The columns are the same for any N: a sum over them has the same parts. Many of both make
 # few sums of dx and dw; dz then passes through memory, at a tenth of its products' time.
@@ -61,11 +61,11 @@ def forward(head: Head, state: State, config: Config | None = None) -> None:
     if N == 0:
         return
     if state.dx_sum is not None:
-        for rows in row_blocks(N, TILE_ROWS):
+        for rows in blocks_of_rows(N, TILE_ROWS):
             _forward_with_dx(replace(head, hidden=head.hidden[rows]), state.rows(rows), config)
         return
     cached = state.cached.view(N, -1) if state.cached.numel() else None
-    for rows, tile in tiles(head):
+    for rows, tile in fitting_tiles(head):
         of_tile = None if cached is None else cached[rows, tile.columns]
         _fold(head, tile, state.rows(rows), of_tile, config)
 
@@ -156,19 +156,15 @@ def _redo(
         )
 
 
-def tiles(head: Head) -> Iterator[tuple[slice, Tile]]:
-    """Yield all rows, and a tile of them and all columns; several where operands are copied.
+def fitting_tiles(head: Head) -> Iterator[tuple[slice, Tile]]:
+    """Return all rows, and a tile of them and all columns; several where operands are copied.
 
     A copy is then of a tile's size. Rows' results have the same bits: slices end where a program's
     columns do.
     """
-    dtype, (N, V) = operand_dtype(head), (len(head.hidden), len(head.weight))
-    x = head.hidden.to(dtype)
-    height = N if _fits(x) else TILE_ROWS
-    width = V if _fits(head.weight.to(dtype)) else TILE_COLUMNS
-    for columns, weight, bias in slices(head, width):
-        for rows in row_blocks(N, height):
-            yield rows, Tile(rows=rows, columns=columns, hidden=x[rows], weight=weight, bias=bias)
+    height = len(head.hidden) if _fits(head.hidden) else TILE_ROWS
+    width = len(head.weight) if _fits(head.weight) else TILE_COLUMNS
+    return tiles(head, (height, width))
 
 
 def empty_state(head: Head, target: Tensor, wanted: Wanted) -> State:

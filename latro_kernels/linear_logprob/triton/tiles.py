@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import RowGrad, State
+from latro_kernels.logit_tiles import Tile
 from latro_kernels.triton.softmax import flags, fold_logits, product_grad, row_logits
 
 BLOCK_V = 1024

@@ -13,13 +13,13 @@ import triton
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_logprob.state import State as FoldState
 from latro_kernels.linear_logprob.triton import fused
 from latro_kernels.linear_logprob.triton.blocks import Config
 from latro_kernels.linear_sample.state import Draw, State, first_fold
 from latro_kernels.linear_sample.triton.draw import choose
 from latro_kernels.linear_sample.triton.fused_kernel import sample_kernel
+from latro_kernels.logit_tiles import Tile
 
 # The fewest rows of a block that noise is made for, though there be fewer.
 MIN_DRAWN_ROWS = 16
@@ -29,7 +29,7 @@ def sample(head: Head, draw: Draw) -> State:
     """Return what one sweep over the vocabulary finds out of each row."""
     state, score = first_fold(head, fused.empty_state)
     if len(head.hidden) > 0:
-        for rows, tile in fused.tiles(head):
+        for rows, tile in fused.fitting_tiles(head):
             of_rows = replace(draw, seed=draw.seed[rows], position=draw.position[rows])
             _draw(head, tile, of_rows, state.rows(rows), score[rows])
     return State.of_fold(state, score, draw)

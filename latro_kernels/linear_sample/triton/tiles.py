@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Tile
 from latro_kernels.linear_sample.state import Draw
 from latro_kernels.linear_sample.triton.draw import choose, draw_of_fours, winner
+from latro_kernels.logit_tiles import Tile
 from latro_kernels.triton.softmax import flags, row_logits
 
 # Columns at a time, and of a program.

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from latro_kernels import head_gradient
+from latro_kernels import logit_tiles
 from latro_kernels.head import Head
-from latro_kernels.head_gradient import Gradient, Tile, add_product, row_blocks, sweep
+from latro_kernels.head_gradient import Gradient, sweep
+from latro_kernels.logit_tiles import Tile, add_product, blocks_of_rows
 
 
 @pytest.mark.parametrize("most", [1, 6, 24, 128, 2048, 4096, 8192])
 @pytest.mark.parametrize("N", [0, 1, 127, 129, 2049, 8191, 8192, 8200, 16_385, 30_721])
 def test_blocks_of_rows_are_few_and_even(N: int, most: int) -> None:
-    blocks = list(row_blocks(N, most))
+    blocks = list(blocks_of_rows(N, most))
     edges = [0, *(block.stop for block in blocks)]
     assert [block.start for block in blocks] == edges[:-1]
     assert edges[-1] == N
@@ -32,7 +33,7 @@ def test_blocks_of_rows_are_few_and_even(N: int, most: int) -> None:
 
 
 def test_a_few_rows_more_are_no_block_of_their_own() -> None:
-    assert list(row_blocks(8200, 8192)) == [slice(0, 4096), slice(4096, 8200)]
+    assert list(blocks_of_rows(8200, 8192)) == [slice(0, 4096), slice(4096, 8200)]
 
 
 MATMUL = torch.backends.cuda.matmul
@@ -96,7 +97,7 @@ def test_the_gradient_of_a_weight_is_rounded_once(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one block of rows, whose product is the gradient itself, as on a GPU."""
-    monkeypatch.setattr(head_gradient, "operand_dtype", lambda head: head.hidden.dtype)
+    monkeypatch.setattr(logit_tiles, "operand_dtype", lambda head: head.hidden.dtype)
     N, H, V = 12, 8, 20
     hidden, weight = torch.randn(N, H).to(dtype), torch.randn(V, H).to(dtype)
     head = Head(hidden, weight, bias=None, temperature=1.0, softcap=0.0, backend="triton")
