@@ -242,12 +242,21 @@ def activity_kept(model: Any) -> Iterator[None]:
         yield
         return
     current, active = model.active_adapter, list(model.active_adapters)
+    with requires_grad_kept(model):
+        try:
+            yield
+        finally:
+            model.set_adapter(current)
+            model.base_model.set_adapter(active)
+
+
+@contextmanager
+def requires_grad_kept(model: nn.Module) -> Iterator[None]:
+    """Keep which weights require a gradient, while PEFT loads adapters or switches them."""
     given = [(p, p.requires_grad) for p in model.parameters()]
     try:
         yield
     finally:
-        model.set_adapter(current)
-        model.base_model.set_adapter(active)
         for parameter, requires_grad in given:
             parameter.requires_grad_(requires_grad)
 

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latro.model.adapters import requires_grad_kept
 from latro.model.distribution import like, writable
 from latro.model.head_rows import Reference
 from latro.model.packing import Batch
@@ -51,13 +52,8 @@ class AdapterOff:
 def _adapter_off(model: Any) -> Iterator[None]:
     # PEFT lets every weight of the adapter require a gradient when it is on again, also those that
     # the user had frozen.
-    given = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, requires_grad in given:
-            parameter.requires_grad_(requires_grad)
+    with requires_grad_kept(model), model.disable_adapter():
+        yield
 
 
 class InitialAdapter:

@@ -19,14 +19,9 @@ import os
 import shutil
 import stat
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from latro.files import write_json
@@ -313,31 +308,3 @@ def _numbered(run_dir: Path) -> list[tuple[Path, int]]:
         if step.isascii() and step.isdigit():
             numbered[folder] = int(step)
     return sorted(numbered.items(), key=lambda item: item[1], reverse=True)
-
-
-@contextmanager
-def saved_names_known(model: Any) -> Iterator[None]:
-    """Let `model.load_state_dict` take weights by the names by which the model is saved.
-
-    transformers saves a mixture's experts one by one, and holds them as one tensor; the Trainer
-    loads a checkpoint by the names in the file.
-    """
-    given = model.load_state_dict
-
-    def load(state_dict: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(model, PreTrainedModel) or state_dict.keys() <= model.state_dict().keys():
-            return given(state_dict, *args, **kwargs)
-        # Wide enough for each of the weights; they are copied into those of the model.
-        dtype = torch.promote_types(model.dtype, torch.float32)
-        whole, told = type(model).from_pretrained(
-            None, config=model.config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-        )
-        found = {n: t for n, t in whole.state_dict().items() if n not in told["missing_keys"]}
-        rest = {n: state_dict[n] for n in told["unexpected_keys"]}
-        return given(found | rest, *args, **kwargs)
-
-    model.load_state_dict = load
-    try:
-        yield
-    finally:
-        del model.load_state_dict

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -23,26 +21,20 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
-from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
-from latro.errors import reading
-from latro.model.adapters import activity_kept
 from latro.run.checkpoints import (
-    STATE,
     SUPERSEDED,
-    beside,
     check_optimizer_state,
     last_whole_checkpoint,
     later_than,
     remove_partial,
-    saved_names_known,
     set_aside_later,
 )
 from latro.run.due import GoingOn, evaluation_due
 from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
 from latro.run.identity import Facts, check_identity, settings_of
 from latro.run.rehearsal import check_optimizer_settings, try_saving, try_schedule
-from latro.run.saving import SavingTrainer
+from latro.run.restoring import RestoringTrainer
 from latro.run.signals import Interruption
 from latro.terminal import one_line
 
@@ -63,8 +55,6 @@ class _Beginning(TrainerCallback):
         self.begin()
 
 
-_SHOWN_KEYS = 5
-
 # What callbacks ask of the Trainer after an update.
 _ASKED = (
     "should_log",
@@ -77,7 +67,7 @@ _ASKED = (
 _logger = logging.getLogger(__name__)
 
 
-class LongRunTrainer(SavingTrainer):
+class LongRunTrainer(RestoringTrainer):
     """A Trainer whose checkpoints are never half written, and which stops cleanly at signals.
 
     It trains alone in its output folder and overwrites only files of its own run
@@ -98,7 +88,6 @@ class LongRunTrainer(SavingTrainer):
     ) -> None:
         self.interruption = Interruption()
         self._first_step: int | None = None
-        self._best_is_loaded = False
         self._resumed_from: Path | None = None
         self._holds_output = False
         self._owns_output = False
@@ -147,20 +136,6 @@ class LongRunTrainer(SavingTrainer):
             if self.interruption.signal is not None and not self._is_saved():
                 self._save_checkpoint(self.model_wrapped, trial)
         return output
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        # The Trainer would only warn, and go on with weights that are not the checkpoint's.
-        state = self.model.state_dict()
-        found = {t.data_ptr() for name, t in state.items() if name not in load_result.missing_keys}
-        # A checkpoint has only one of several tied weights.
-        missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in found]
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"resume_from_checkpoint: expected a checkpoint with the weights of "
-                f"{type(self.model).__name__}, got {len(missing)} missing "
-                f"({', '.join(missing[:_SHOWN_KEYS])}) and {len(load_result.unexpected_keys)} "
-                f"unexpected ({', '.join(load_result.unexpected_keys[:_SHOWN_KEYS])})"
-            )
 
     def _run_identity(self) -> Facts:
         """Return the facts that identify this run; see `latro.run.identity`."""
@@ -236,27 +211,6 @@ class LongRunTrainer(SavingTrainer):
             set_aside_later(run_dir, self._first_step or 0)
             self._has_checkpoint = True
         super()._finish_checkpoint(folder, run_dir)
-
-    def _find_best_checkpoint(self, resumed_from: Path) -> None:
-        """Name the best checkpoint by its place now, or forget one that is gone."""
-        noted = json.loads((resumed_from / STATE).read_bytes()).get("best_model_checkpoint")
-        if noted is None:
-            return
-        best = beside(resumed_from, Path(noted), Path(self.args.output_dir))
-        if best is not None:
-            self.state.best_model_checkpoint = str(best)
-            return
-        if self.is_world_process_zero():
-            _logger.warning(
-                "resume_from_checkpoint: the best checkpoint so far, %s, is neither there nor "
-                "beside %s; the best of the evaluations from here on is taken",
-                noted,
-                resumed_from,
-            )
-        # Against the old best metric no later model might count, and none be kept.
-        self.state.best_model_checkpoint = None
-        self.state.best_metric = None
-        self.state.best_global_step = None
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Make the optimiser as the Trainer does.
@@ -409,37 +363,3 @@ class LongRunTrainer(SavingTrainer):
         if is_best if self.args.save_strategy == SaveStrategy.BEST else due.should_save:
             self._save_checkpoint(self.model_wrapped, trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
-        with (
-            reading("resume_from_checkpoint", resume_from_checkpoint),
-            activity_kept(self.model),
-            saved_names_known(self.model),
-        ):
-            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-
-    def _load_best_model(self) -> None:
-        self._best_is_loaded = True
-        best = Path(self.state.best_model_checkpoint or "")
-        with activity_kept(self.model), saved_names_known(self.model):
-            if any(best.glob(f"*/{ADAPTER_SAFE_WEIGHTS_NAME}")):
-                # Adapters of other names than "default", for which the Trainer would do nothing.
-                super()._load_from_checkpoint(str(best), self.model)
-            else:
-                super()._load_best_model()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading("resume_from_checkpoint", checkpoint or ""):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        scheduler = self.lr_scheduler
-        if isinstance(scheduler, LambdaLR):
-            # The optimiser's state holds the learning rate of a run of the old length.
-            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            rates = [base * f for base, f in zip(scheduler.base_lrs, factors, strict=True)]
-            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
-            scheduler._last_lr = rates
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading("resume_from_checkpoint", checkpoint or ""):
-            super()._load_rng_state(checkpoint)

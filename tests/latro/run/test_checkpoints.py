@@ -19,9 +19,9 @@ from latro.run.checkpoints import (
     last_whole_checkpoint,
     publish,
     rotate,
-    saved_names_known,
     write_manifest,
 )
+from latro.run.restoring import saved_names_known
 from scripts.make_tiny_model import two_layers
 
 
