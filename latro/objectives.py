@@ -208,8 +208,7 @@ class _Groups:
             advantage = advantage + self.leave_one_out(penalty)
 
         segment = segment_of_rows(self.layout.offsets, self.logp.numel())
-        num_groups = self.layout.num_groups or len(self.kl)
-        scale = 1 / max(1, num_groups * self.layout.num_generations)
+        scale = 1 / self.layout.num_averaged
         row_weight = torch.stack([advantage, answer_weight], -1).view(-1)[segment]
         is_rationale = segment % 2 == 0
         if kl == "k3" and beta != 0:

@@ -137,7 +137,7 @@ class LatroTrainer(AnswerTrainer):
             folder=args.output_dir,
             sharded=is_sharded(self.accelerator),
         )
-        self._check_engine_length(args)
+        self._check_engine_length()
         self._engine_is_stale = True
         self._micro_step = 0
         self._groups: list[list[Rollout]] = []
@@ -190,8 +190,9 @@ class LatroTrainer(AnswerTrainer):
         prepare_reference(ref_scorer, self.accelerator)
         return ref_scorer
 
-    def _check_engine_length(self, args: LatroConfig) -> None:
+    def _check_engine_length(self) -> None:
         """Raise ValueError where a rollout, or an evaluation, is too long for the engine."""
+        args = self.args
         if self.train_dataset is not None:
             check_length(self.engine, self._longest.prompt + args.max_completion_length)
         evaluates = args.eval_on_start or args.eval_strategy != IntervalStrategy.NO

@@ -12,6 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import ProcessGroup
 
 # What the kernels read; the references take fp64 as well.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,6 +125,17 @@ def check_type(name: str, value: object, expected: type) -> None:
     """Raise unless the value is an instance of `expected`."""
     if not isinstance(value, expected):
         raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}")
+
+
+def check_group(group: object, backend: object) -> None:
+    """Raise unless the group is None, or one of processes that `backend` can split a head over."""
+    if group is None:
+        return
+    check_type("group", group, ProcessGroup)
+    if backend == "reference":
+        raise ValueError(
+            "group: expected None with backend 'reference', which takes the whole weight"
+        )
 
 
 def check_target(target: object, rows_of: str, rows: Tensor) -> None:

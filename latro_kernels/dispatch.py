@@ -17,19 +17,12 @@ from latro_kernels.native import BackendUnavailableError
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
-def resolve(
-    backend: str,
-    device: torch.device,
-    supported: tuple[str, ...] = BACKENDS,
-    *,
-    cuda_first: bool = False,
-) -> str:
+def resolve(backend: str, device: torch.device, *, cuda_first: bool = False) -> str:
     """Return the backend that will run for tensors on `device`.
 
     Args:
-        backend: "auto", or one of `supported`.
+        backend: "auto", or one of `BACKENDS`.
         device: where the op's tensors live.
-        supported: the backends that the op has.
         cuda_first: whether "auto" is "cuda" where `_cuda.so` has code for the GPU.
 
     Raises:
@@ -39,9 +32,9 @@ def resolve(
     if backend == "auto":
         cuda = cuda_first and device.type == "cuda" and native.runs_on(device)
         backend = "cuda" if cuda else default_backend(device)
-    if backend not in supported:
+    if backend not in BACKENDS:
         raise ValueError(
-            f"backend: expected 'auto' or one of {', '.join(map(repr, supported))}, got {backend!r}"
+            f"backend: expected 'auto' or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
         )
     if backend == "cpu":
         _require_device(backend, device, "cpu")

@@ -12,13 +12,13 @@ carried in fp32 from slice to slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from latro_kernels.head import Head
+from latro_kernels.head import Head, absent
 from latro_kernels.logit_tiles import Tile, add_product, blocks_of_rows, slices
 
 
@@ -35,6 +35,22 @@ class Gradient:
     def add_product(self, out: Tensor, other: Tensor, *, first: bool) -> None:
         """Add dz · other to `out`, or write it there for the first product of a sum."""
         add_product(out, self.dz, other, first=first)
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor, needs: Sequence[bool], dx_dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """Return room for the gradients of hidden, weight and bias, as a raw op returns them.
+
+    Each is of its tensor's dtype, dx of `dx_dtype` if there is one.
+    """
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    dx_dtype = hidden.dtype if dx_dtype is None else dx_dtype
+    dtypes = (dx_dtype, weight.dtype, weight.dtype)
+    return tuple(
+        hidden.new_empty(shape, dtype=dtype) if needed else absent(hidden)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    )
 
 
 def sweep(

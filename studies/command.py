@@ -118,17 +118,17 @@ def run_study(
     return failures
 
 
-def check_model_folder(name: str, folder: Path) -> None:
+def check_model_folder(folder: Path) -> None:
     """Check that a model may be written into a folder: a new one, or one that has a model already.
 
     Raises:
         ValueError: it is a file, or has something else in it.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{name}: expected a folder, got the file {folder}")
+        raise ValueError(f"output_dir: expected a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").exists():
         raise ValueError(
-            f"{name}: expected a new folder, or a model's, which is replaced, got {folder}"
+            f"output_dir: expected a new folder, or a model's, which is replaced, got {folder}"
         )
 
 

@@ -46,9 +46,9 @@ class UnavailableError(RuntimeError):
     """A provider cannot be had here; the message is the reason."""
 
 
-def _require(module: str, install: str = "pip install -e '.[bench]'") -> None:
+def _require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UnavailableError(f"not installed ({install})")
+        raise UnavailableError("not installed (pip install -e '.[bench]')")
 
 
 def _require_gpu(device: torch.device, what: str = "its Triton kernel") -> None:

@@ -136,7 +136,7 @@ class HeadGradient {
   }
   Product* db_part(int64_t first) { return db_parts_.get() + first / chunk_rows_ * width_; }
 
-  // The stretches of 0 .. length, in steps of `grain`, that `is` holds for.
+  // The stretches of begin .. end, in steps of `grain`, that `is` holds for.
   template <typename Is>
   static std::vector<Run> runs(int64_t begin, int64_t end, int64_t grain, Is is) {
     std::vector<Run> found;

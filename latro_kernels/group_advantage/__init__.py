@@ -44,7 +44,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from latro_kernels.checks import check_choice, check_number, check_same, check_vector
+from latro_kernels.checks import (
+    check_choice,
+    check_device,
+    check_number,
+    check_same,
+    check_vector,
+)
 from latro_kernels.group_advantage import ops
 from latro_kernels.group_advantage.formulas import segment_of_rows
 from latro_kernels.group_advantage.layout import GroupAdvantage, GroupLayout
@@ -108,7 +114,7 @@ def group_advantage(
         check_vector("logp", logp, torch.float32, torch.float64)
     else:
         check_vector("logp", logp, torch.float32)
-    check_same("layout.offsets", layout.offsets, layout.offsets.shape, logp.device)
+    check_device("layout.offsets", layout.offsets, "logp", logp)
     check_number("beta", beta)
     check_number("answer_weight", answer_weight)
     if beta < 0:

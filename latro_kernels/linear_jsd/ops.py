@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latro_kernels.head import Head, absent
 from latro_kernels.head_gradient import Gradient, sweep
-from latro_kernels.linear_kl.two_heads import empty_gradients
+from latro_kernels.linear_kl.two_heads import empty_backward
 from latro_kernels.logit_tiles import (
     Tile,
     fold,
@@ -106,7 +106,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(absent(own.hidden) if g is None else g for g in gradients)
 
 
-torch.library.register_fake("latro_kernels::linear_jsd_backward")(empty_gradients)
+torch.library.register_fake("latro_kernels::linear_jsd_backward")(empty_backward)
 
 
 def _heads(*arguments: Any) -> tuple[Head, Head]:

@@ -15,7 +15,7 @@ from latro_kernels.dispatch import resolve
 from latro_kernels.head import Head, absent
 from latro_kernels.linear_kl import cpu, tiles
 from latro_kernels.linear_kl.state import KlGrad, empty_results
-from latro_kernels.linear_kl.two_heads import empty_gradients
+from latro_kernels.linear_kl.two_heads import empty_backward
 
 _HEADS = (
     "Tensor hidden_p, Tensor weight_p, Tensor? bias_p, Tensor hidden_q, Tensor weight_q, "
@@ -53,7 +53,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(absent(p.hidden) if g is None else g for g in gradients)
 
 
-torch.library.register_fake("latro_kernels::linear_kl_backward")(empty_gradients)
+torch.library.register_fake("latro_kernels::linear_kl_backward")(empty_backward)
 
 
 def _heads(*arguments: Any) -> tuple[Head, Head]:

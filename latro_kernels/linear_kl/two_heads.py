@@ -17,7 +17,8 @@ from latro_kernels.checks import (
     check_tensor,
     check_type,
 )
-from latro_kernels.head import absent, autocast, reference_logits
+from latro_kernels.head import autocast, reference_logits
+from latro_kernels.head_gradient import empty_gradients
 
 
 def checked(
@@ -122,15 +123,11 @@ def backward(
     return None, *wanted
 
 
-def empty_gradients(*arguments: Any) -> tuple[Tensor, ...]:
+def empty_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Return room for the gradients of one head, given the arguments of a raw backward op."""
     *_, of_q, needs = arguments
     hidden, weight = arguments[3:5] if of_q else arguments[:2]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        hidden.new_empty(shape) if needed else absent(hidden)
-        for shape, needed in zip(shapes, needs, strict=True)
-    )
+    return empty_gradients(hidden, weight, needs)
 
 
 def _check_tensors(given: dict[str, Tensor]) -> None:

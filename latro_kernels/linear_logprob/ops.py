@@ -17,6 +17,7 @@ from torch import Tensor
 from latro_kernels.checks import check_target_values
 from latro_kernels.dispatch import default_backend, resolve
 from latro_kernels.head import Head, absent
+from latro_kernels.head_gradient import empty_gradients
 from latro_kernels.linear_logprob import cpu, tiles
 from latro_kernels.linear_logprob.state import RowGrad, State, Wanted, cached_of
 
@@ -102,12 +103,7 @@ def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tup
 
 @torch.library.register_fake("latro_kernels::linear_logprob_backward")
 def _(hidden: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    dtypes = (torch.float32, weight.dtype, weight.dtype)
-    return tuple(
-        hidden.new_empty(shape, dtype=dtype) if needed else absent(hidden)
-        for shape, dtype, needed in zip(shapes, dtypes, arguments[-1], strict=True)
-    )
+    return empty_gradients(hidden, weight, arguments[-1], dx_dtype=torch.float32)
 
 
 @torch.library.impl("latro_kernels::linear_logprob_frozen_backward", ("cpu", "cuda"))

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from latro_kernels.checks import (
+    check_group,
     check_head,
     check_number,
     check_scales,
@@ -57,11 +58,11 @@ def options_for(
     temperature: float,
     softcap: float | None,
     asked: frozenset[str],
-    backend: str = "auto",
-    memory_budget: int | None = None,
-    grad_filter: float = 0.0,
-    group: ProcessGroup | None = None,
-    ignore_index: int | None = None,
+    backend: str,
+    memory_budget: int | None,
+    grad_filter: float,
+    group: ProcessGroup | None,
+    ignore_index: int | None,
 ) -> Options:
     """Return the options for hidden, weight and bias, some of which have gradients."""
     has_grad = [t is not None and t.requires_grad for t in inputs]
@@ -115,9 +116,4 @@ def check_options(
             f"grad_filter: expected 0 with backend {runs_on!r}, which has no filter, "
             f"got {grad_filter}"
         )
-    if group is not None:
-        check_type("group", group, ProcessGroup)
-        if backend == "reference":
-            raise ValueError(
-                "group: expected None with backend 'reference', which takes the whole weight"
-            )
+    check_group(group, backend)

@@ -38,6 +38,7 @@ from torch.distributed import ProcessGroup
 from latro_kernels.checks import (
     as_float,
     check_device,
+    check_group,
     check_head,
     check_scales,
     check_tensor,
@@ -216,9 +217,4 @@ def _check(
                 f"got {value.shape[0]}"
             )
     check_type("backend", backend, str)
-    if group is not None:
-        check_type("group", group, ProcessGroup)
-        if backend == "reference":
-            raise ValueError(
-                "group: expected None with backend 'reference', which takes the whole weight"
-            )
+    check_group(group, backend)

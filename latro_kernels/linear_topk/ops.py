@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latro_kernels.checks import check_target_values
 from latro_kernels.head import Head, absent
-from latro_kernels.head_gradient import Gradient, sweep
+from latro_kernels.head_gradient import Gradient, empty_gradients, sweep
 from latro_kernels.logit_tiles import (
     Tile,
     fold,
@@ -161,11 +161,7 @@ def _backward(
 
 @torch.library.register_fake("latro_kernels::linear_topk_backward")
 def _(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(
-        hidden.new_empty(shape) if needed else absent(hidden)
-        for shape, needed in zip(shapes, others[-1], strict=True)
-    )
+    return empty_gradients(hidden, weight, others[-1])
 
 
 def _found(hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:

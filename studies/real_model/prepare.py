@@ -67,7 +67,7 @@ def prepare(argv: Sequence[str] | None = None) -> None:
         [PrepareArguments], prog="python -m studies.real_model.prepare", allow_abbrev=False
     )
     (args,) = parser.parse_args_into_dataclasses(argv)
-    check_model_folder("output_dir", Path(args.output_dir))
+    check_model_folder(Path(args.output_dir))
     model, tokenizer = load_model(
         ModelArguments(model_name_or_path=args.model_name_or_path or str(gguf_file()))
     )

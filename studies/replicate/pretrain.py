@@ -270,7 +270,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, output_dir:
 def main() -> None:
     prog = "python -m studies.replicate.pretrain"
     (args,) = HfArgumentParser([Arguments], prog=prog).parse_args_into_dataclasses()
-    check_model_folder("output_dir", args.output_dir)
+    check_model_folder(args.output_dir)
     model, tokenizer = start(args)
     save(pretrain(args, model, tokenizer), tokenizer, args.output_dir)
 

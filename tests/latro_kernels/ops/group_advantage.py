@@ -167,7 +167,7 @@ BAD = [
     ({"ref_logp": SMALL.ref_logp.double()}, TypeError, "ref_logp: expected dtype torch.float32"),
     ({"ref_logp": SMALL.ref_logp.to("meta")}, ValueError, "ref_logp: expected device cpu"),
     ({"ref_logp": None}, ValueError, "ref_logp: expected a tensor where beta is not 0, got None"),
-    ({"offsets": OFFSETS.to("meta")}, ValueError, "offsets: expected device cpu, got meta"),
+    ({"offsets": OFFSETS.to("meta")}, ValueError, "layout.offsets: expected the device of logp"),
     ({"offsets": OFFSETS.int()}, TypeError, "offsets: expected dtype torch.int64, got torch.int32"),
     ({"offsets": OFFSETS[:-1]}, ValueError, "offsets: expected two segments a sequence"),
     ({"offsets": OFFSETS[:0]}, ValueError, "offsets: expected two segments a sequence"),
