@@ -67,7 +67,7 @@ def sweep(
         needs: whether hidden, weight and bias need a gradient.
         shape: the most rows and columns of a tile.
         make: returns a tile's gradient.
-        rows: int64, the numbers of those that have a gradient, in any order; None: all.
+        rows: int64, the indices of those that have a gradient, in any order; None: all.
     """
     device, dtype = head.hidden.device, head.hidden.dtype
     M = len(head.hidden) if rows is None else len(rows)
@@ -86,18 +86,18 @@ def sweep(
             if not in_place:
                 slice_dw = torch.empty(weight.shape, dtype=torch.float32, device=device)
         slice_db = torch.zeros(len(weight), dtype=torch.float32, device=device)
-        for number in blocks_of_rows(M, shape[0]):
-            block: slice | Tensor = number if rows is None else rows[number]
-            x = head.hidden[block].to(weight.dtype)
-            gradient = make(Tile(rows=block, columns=columns, hidden=x, weight=weight, bias=bias))
+        for block in blocks_of_rows(M, shape[0]):
+            index: slice | Tensor = block if rows is None else rows[block]
+            x = head.hidden[index].to(weight.dtype)
+            gradient = make(Tile(rows=index, columns=columns, hidden=x, weight=weight, bias=bias))
             if dx is not None:
-                part = dx[block]
+                part = dx[index]
                 gradient.add_product(part, weight, first=columns.start == 0)
-                # Rows by number are a copy, a slice of rows is dx itself.
+                # Rows by index are a copy, a slice of rows is dx itself.
                 if rows is not None:
-                    dx[block] = part
+                    dx[index] = part
             if slice_dw is not None:
-                gradient.t().add_product(slice_dw, x, first=number.start == 0)
+                gradient.t().add_product(slice_dw, x, first=block.start == 0)
             if db is not None:
                 slice_db += gradient.dz.sum(0, dtype=torch.float32)
         if M and dw is not None and slice_dw is not None and not in_place:

@@ -41,7 +41,7 @@ class Tile:
     """A block of M rows and a slice of C columns, in the dtype in which products are made.
 
     Args:
-        rows: numbers of the rows, a slice or int64 [M].
+        rows: a slice of the rows, or their indices, int64 [M].
         columns: of the vocabulary.
         hidden: [M, H].
         weight: [C, H].

@@ -203,7 +203,7 @@ def _tail(model: PreTrainedModel) -> list[nn.Module]:
     ]
 
 
-def like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Tensor:
+def sharded_like(parameter: nn.Parameter, whole: Tensor, accelerator: Accelerator) -> Tensor:
     """Return process 0's `whole` as the engine keeps `parameter`: its device, dtype and shard.
 
     All processes must call this together.

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latro.model.adapters import requires_grad_kept
-from latro.model.distribution import like, writable
+from latro.model.distribution import sharded_like, writable
 from latro.model.head_rows import Reference
 from latro.model.packing import Batch
 from latro.model.scoring import Scorer, Scores
@@ -103,7 +103,7 @@ class InitialAdapter:
         trained = [p for p in self.scorer.model.parameters() if p.requires_grad]
         if self._held is None:
             self._held = [
-                like(parameter, initial, self.accelerator)
+                sharded_like(parameter, initial, self.accelerator)
                 for parameter, initial in zip(trained, self.initial.values(), strict=True)
             ]
         self._exchange(trained)

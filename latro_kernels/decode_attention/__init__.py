@@ -63,19 +63,19 @@ class DecodedRows:
     length: Tensor
 
     def range_of(self, name: str) -> tuple[int, int]:
-        """Return the lowest and the highest number in a field, which has some.
+        """Return the lowest and the highest value in a field, which has some.
 
-        They are found once for all layers, and again where the numbers have changed in place.
+        They are found once for all layers, and again where the values have changed in place.
         """
-        numbers, seen = getattr(self, name), self._seen.get(name)
-        if seen is None or not torch.equal(seen[0], numbers):
-            low, high = numbers.aminmax()
-            self._seen[name] = seen = numbers.clone(), (int(low), int(high))
+        values, seen = getattr(self, name), self._seen.get(name)
+        if seen is None or not torch.equal(seen[0], values):
+            low, high = values.aminmax()
+            self._seen[name] = seen = values.clone(), (int(low), int(high))
         return seen[1]
 
     @functools.cached_property
     def _seen(self) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-        """Of each field that was read, the numbers of then and their range."""
+        """Of each field that was read, the values of then and their range."""
         return {}
 
 

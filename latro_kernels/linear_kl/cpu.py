@@ -13,8 +13,8 @@ from latro_kernels.linear_kl.state import KlGrad, empty_results, share_weight
 def forward(p: Head, q: Head) -> tuple[Tensor, ...]:
     """Return kl, and the numbers of each row that `KlGrad` describes."""
     operands, results = _operands(p, q), empty_results(p.hidden)
-    numbers = len(p.hidden), len(p.weight), torch.get_num_threads()
-    native.call("latro_cpu_linear_kl_forward", *operands, *results, *numbers)
+    sizes = len(p.hidden), len(p.weight), torch.get_num_threads()
+    native.call("latro_cpu_linear_kl_forward", *operands, *results, *sizes)
     return results
 
 

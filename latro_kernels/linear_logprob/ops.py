@@ -57,17 +57,17 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tupl
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     asked = Wanted(*wanted)
-    driver, rows = _driver(head, filtered=asked.block_max), _numbers(kept)
+    driver, rows = _driver(head, filtered=asked.block_max), _kept_rows(kept)
     state = driver.empty_state(head, target.contiguous(), asked)
     with torch.autocast(hidden.device.type, enabled=False):
         if rows is None:
             driver.forward(head, state)
         else:
-            few = replace(head, hidden=hidden[rows])
-            some = driver.empty_state(few, target[rows], replace(asked, memory_budget=0))
-            some = replace(some, cached=state.cached_of(len(rows)))
-            driver.forward(few, some)
-            state.put(rows, some)
+            head = replace(head, hidden=hidden[rows])
+            of_kept = driver.empty_state(head, target[rows], replace(asked, memory_budget=0))
+            of_kept = replace(of_kept, cached=state.cached_of(len(rows)))
+            driver.forward(head, of_kept)
+            state.put(rows, of_kept)
     return _outputs(state)
 
 
@@ -88,7 +88,7 @@ def _backward(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> tup
     backend = resolve(backend, hidden.device)
     head = Head(hidden, weight, bias, temperature, softcap, backend=backend)
     contiguous: list[Any] = [None if t is None else t.contiguous() for t in (target, *of_rows)]
-    grad, rows = RowGrad(*contiguous), _numbers(kept)
+    grad, rows = RowGrad(*contiguous), _kept_rows(kept)
     if rows is not None:
         head, grad = replace(head, hidden=hidden[rows]), grad.rows(rows)
         cached = cached_of(cached, len(hidden), len(rows))
@@ -128,8 +128,8 @@ def _(weight: Tensor, target: Tensor, dx_sum: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(dx_sum)
 
 
-def _numbers(kept: Tensor | None) -> Tensor | None:
-    """Return the numbers of the rows that are kept, or None for all.
+def _kept_rows(kept: Tensor | None) -> Tensor | None:
+    """Return the indices of the rows that are kept, or None for all.
 
     Their number has to be waited for, which a CUDA graph cannot: it takes all, and what the ignored
     ones give is overwritten with 0.

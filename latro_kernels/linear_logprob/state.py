@@ -121,10 +121,10 @@ class State:
         """Return room for the products of M rows, for the columns that are cached of all rows."""
         return cached_of(self.cached, len(self.row_max), M)
 
-    def put(self, rows: Tensor, some: State) -> None:
+    def put(self, rows: Tensor, state: State) -> None:
         """Write the state of these rows, and zeros elsewhere; theirs is cached in place already."""
-        self.cached[some.cached.numel() :].zero_()
-        for name, values in vars(some).items():
+        self.cached[state.cached.numel() :].zero_()
+        for name, values in vars(state).items():
             if name not in ("target", "cached") and values is not None:
                 getattr(self, name).zero_().index_copy_(0, rows, values)
 
@@ -183,7 +183,7 @@ class RowGrad:
         return {f"{name}_ptr": rows for name, rows in vars(self).items()}
 
     def active_rows(self) -> Tensor | None:
-        """Return the numbers of the rows that have an upstream gradient, or None for all.
+        """Return the indices of the rows that have an upstream gradient, or None for all.
 
         Their number has to be waited for, which a CUDA graph cannot: it takes all.
         """
@@ -198,7 +198,7 @@ class RowGrad:
     def filter_order(
         self, block_max: Tensor, grad_filter: float, rows: Tensor | None = None
     ) -> Tensor:
-        """Return the numbers of `rows` (None: of all), those with fewest blocks to keep first.
+        """Return `rows` (indices; None: all), those with fewest blocks to keep first.
 
         A block is left out where all of its rows allow it, so rows that are alike should share
         blocks.

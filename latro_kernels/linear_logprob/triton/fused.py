@@ -230,8 +230,8 @@ def _fold(
     splits = triton.cdiv(end - begin, TILES * config.columns)
     e, shift = exponentials
     sums = (state.weighted_sum, state.square_sum, state.logit_sum)
-    numbers = 3 + sum(made is not None for made in sums)
-    parts = torch.empty(numbers, splits, M, dtype=torch.float32, device=tile.hidden.device)
+    statistics = 3 + sum(made is not None for made in sums)
+    parts = torch.empty(statistics, splits, M, dtype=torch.float32, device=tile.hidden.device)
     arguments = product_arguments(head, tile, config) | {
         "target_ptr": state.target,
         "parts_ptr": parts,
@@ -303,14 +303,14 @@ def _dz(
     active = None
     if block_max is not None:
         active = torch.empty(row_blocks, column_blocks, dtype=torch.int8, device=dz.device)
-    numbers: Tensor | None = None
+    indices: Tensor | None = None
     if isinstance(tile.rows, slice):
         cached, block_max = (None if t is None else t[tile.rows] for t in (cached, block_max))
     else:
-        numbers = tile.rows
+        indices = tile.rows
     arguments = product_arguments(head, tile, config) | {
         "cached_ptr": cached,
-        "rows_ptr": numbers,
+        "rows_ptr": indices,
         **grad.pointers(),
         "block_max_ptr": block_max,
         "active_ptr": active,

@@ -77,16 +77,16 @@ def grad_kernel(
 ):
     """Write dz[M, end - begin] of columns begin .. end, a slice of which weight and bias_ptr hold.
 
-    hidden holds the M rows; rows_ptr their numbers, by which cached_ptr (from column `begin` on)
+    hidden holds the M rows; rows_ptr their indices, by which cached_ptr (from column `begin` on)
     and block_max_ptr are read.
     """
     row_block, column_block = place(tl.program_id(0), row_blocks, column_blocks, GROUP)
     first_row = row_block * BLOCK_N
     i = first_row + tl.arange(0, BLOCK_N)
     in_rows = i < M
-    number = i.to(tl.int64)
+    index = i.to(tl.int64)
     if HAS_ROWS:
-        number = tl.load(rows_ptr + i, mask=in_rows, other=0)
+        index = tl.load(rows_ptr + i, mask=in_rows, other=0)
     column = begin + column_block * BLOCK_V
     PART: tl.constexpr = BLOCK_V // 4
     # What is known of the rows.
@@ -109,7 +109,7 @@ def grad_kernel(
     if WITH_FILTER:
         # Whether |dz| may reach the threshold in any row, by the block's largest logit.
         blocks = tl.cdiv(V, BLOCK_V)
-        from_ptr = block_max_ptr + number * blocks + column // BLOCK_V
+        from_ptr = block_max_ptr + index * blocks + column // BLOCK_V
         log_p = (tl.load(from_ptr, mask=in_rows, other=0.0) - row_max) - log_sum
         size = tl.abs(grad_logp + offset)
         if WITH_OFFSET:
@@ -141,7 +141,7 @@ def grad_kernel(
             j = left + tl.arange(0, PART)
             in_block = in_rows[:, None] & (j < end)[None, :]
             if IS_CACHED:
-                cached = cached_ptr + (number * stride_cn)[:, None] + (j - begin)[None, :]
+                cached = cached_ptr + (index * stride_cn)[:, None] + (j - begin)[None, :]
                 products = tl.load(cached, mask=in_block, other=0.0)
             else:
                 products = parts[quarter]

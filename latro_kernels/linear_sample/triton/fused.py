@@ -41,7 +41,7 @@ def _draw(head: Head, tile: Tile, draw: Draw, state: FoldState, score: Tensor) -
     row_blocks = triton.cdiv(N, config.rows)
     splits = triton.cdiv(columns, fused.TILES * config.columns)
     parts = torch.empty(4, splits, N, dtype=torch.float32, device=score.device)
-    scores, numbers = torch.empty_like(parts[0]), torch.empty_like(parts[0], dtype=torch.int32)
+    scores, best_columns = torch.empty_like(parts[0]), torch.empty_like(parts[0], dtype=torch.int32)
     with torch.cuda.device_of(score):
         sample_kernel[(row_blocks * splits,)](
             seed_ptr=draw.seed,
@@ -49,7 +49,7 @@ def _draw(head: Head, tile: Tile, draw: Draw, state: FoldState, score: Tensor) -
             first_ptr=draw.first_column,
             parts_ptr=parts,
             scores_ptr=scores,
-            columns_ptr=numbers,
+            columns_ptr=best_columns,
             N=N,
             stride_part=parts.stride(0),
             row_blocks=row_blocks,
@@ -59,7 +59,7 @@ def _draw(head: Head, tile: Tile, draw: Draw, state: FoldState, score: Tensor) -
             TILES=fused.TILES,
             **fused.product_arguments(head, tile, config),
         )
-    choose(scores, numbers, score, state.target)
+    choose(scores, best_columns, score, state.target)
     fused.merge(parts, tile.columns, state, config)
 
 

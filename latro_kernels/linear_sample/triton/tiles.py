@@ -97,7 +97,7 @@ def draw(
     rows, columns = products.shape
     parts = triton.cdiv(columns, PART)
     scores = torch.empty(parts, rows, dtype=torch.float32, device=products.device)
-    numbers = torch.empty_like(scores, dtype=torch.int32)
+    best_columns = torch.empty_like(scores, dtype=torch.int32)
     with torch.cuda.device_of(products):
         draw_kernel[(rows, parts)](
             tile_ptr=products,
@@ -106,7 +106,7 @@ def draw(
             position_ptr=drawn.position,
             first_ptr=drawn.first_column,
             scores_ptr=scores,
-            columns_ptr=numbers,
+            columns_ptr=best_columns,
             rows=rows,
             columns=columns,
             first_column=tile.columns.start,
@@ -116,4 +116,4 @@ def draw(
             PART=PART,
             BLOCK_V=BLOCK_V,
         )
-    choose(scores, numbers, score, token)
+    choose(scores, best_columns, score, token)
