@@ -1,6 +1,7 @@
 """Tokens a second of rollouts: our engine, transformers' `generate`, and vLLM offline.
 
     python benchmarks/rollout.py --out benchmarks/results/rollout
+    python benchmarks/rollout.py --compiled             # ours with --rollout_compile too
     python benchmarks/rollout.py --vllm_python ../vllm/bin/python    # with vLLM, by a Python of its
     python benchmarks/rollout.py --quick                             # seconds, which say nothing
 
@@ -14,7 +15,8 @@ distribution, and take turns, repetition by repetition. Workloads:
 
 A second is of the whole call, prefill included; tokens are those that are sampled up to a row's
 end. Ours computes the log-prob of each token too, which the others do not. vLLM computes in bf16
-what the processor has instructions for, and compiles its model before it is timed.
+what the processor has instructions for. It and ours with `--rollout_compile` compile before they
+are timed.
 
 Written to --out: rollout_WORKLOAD.json and rollout_WORKLOAD.png of each.
 """
@@ -44,7 +46,7 @@ from latro_kernels import environment
 
 PACKAGES = ("transformers",)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OURS, THEIRS, VLLM = "latro", "transformers", "vllm"
+OURS, COMPILED, THEIRS, VLLM = "latro", "latro, compiled", "transformers", "vllm"
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = report.arguments(__doc__, reps=5, quick="tiny sizes, which say nothing")
     parser.add_argument("--workloads", type=some_of(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--dtypes", type=some_of(DTYPES), default=list(DTYPES))
+    parser.add_argument("--compiled", action="store_true", help="ours with --rollout_compile too")
     parser.add_argument("--vllm_python", help="a Python that has vLLM; without it, no vLLM")
     return parser.parse_args(argv)
 
 
 @contextmanager
 def contenders(
-    workload: Workload, dtypes: Sequence[str], vllm_python: str | None
+    workload: Workload, dtypes: Sequence[str], *, compiled: bool, vllm_python: str | None
 ) -> Iterator[dict[tuple[str, str], Contender]]:
     """Make all contenders, by name and dtype; vLLM's processes end afterwards."""
     made: dict[tuple[str, str], Contender] = {}
@@ -114,6 +117,8 @@ def contenders(
             for name in dtypes:
                 dtype = DTYPES[name]
                 made[OURS, name] = Ours(workload, dtype)
+                if compiled:
+                    made[COMPILED, name] = Ours(workload, dtype, compiles=True)
                 made[THEIRS, name] = Transformers(workload, dtype)
                 if vllm_python is not None:
                     place = Path(folder) / name
@@ -128,7 +133,9 @@ def contenders(
 def measure(workload: Workload, args: argparse.Namespace, device: torch.device) -> Result:
     """Time all contenders on a workload."""
     where = environment(device, PACKAGES)
-    with contenders(workload, args.dtypes, args.vllm_python) as made:
+    with contenders(
+        workload, args.dtypes, compiled=args.compiled, vllm_python=args.vllm_python
+    ) as made:
         for contender in made.values():
             if isinstance(contender, Vllm):
                 where[VLLM] = contender.version

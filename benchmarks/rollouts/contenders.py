@@ -34,12 +34,12 @@ class Contender(ABC):
 
 
 class Ours(Contender):
-    """`TransformersEngine` on the model, or on its copy in another dtype."""
+    """`TransformersEngine` on the model, or on its copy in another dtype, compiled or not."""
 
-    def __init__(self, workload: Workload, dtype: torch.dtype) -> None:
+    def __init__(self, workload: Workload, dtype: torch.dtype, *, compiles: bool = False) -> None:
         self.workload = workload
         self.model = _in_dtype(workload.model, dtype)
-        self.engine = TransformersEngine(self.model, workload.tokenizer)
+        self.engine = TransformersEngine(self.model, workload.tokenizer, compiles=compiles)
 
     def __call__(self) -> None:
         prompts, setting = self.workload.prompts, self.workload.setting

@@ -32,6 +32,12 @@ class EngineArguments:
         "transformers no copy.",
         choices=["auto", *WEIGHT_DTYPES],
     )
+    rollout_compile: bool = setting(
+        False,
+        "For transformers: compile the decoding step by torch.compile. That takes a minute in the "
+        "first rollout, and a C++ compiler on a CPU; each step is faster by what Python and small "
+        "operations take.",
+    )
     vllm_mode: str = setting(
         "server",
         "vLLM as a server at --vllm_url, or colocated: in this process and on its device, asleep "
@@ -87,6 +93,11 @@ class EngineArguments:
                 f"temperature: expected from {_LEAST_OF_VLLM} to {_MOST_OF_VLLM} with "
                 "rollout_engine='vllm', which takes no higher one and samples at "
                 f"{_LEAST_OF_VLLM} in place of a lower one; got {temperature}"
+            )
+        if self.rollout_compile and served:
+            raise ValueError(
+                "rollout_compile: expected rollout_engine='transformers' with true, since vLLM "
+                f"compiles by itself; got {self.rollout_engine!r}"
             )
         self._check_mode()
         if self.vllm_sync == "nccl":

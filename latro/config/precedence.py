@@ -38,7 +38,7 @@ _BELONGS_TO: Mapping[str, tuple[str, ...]] = {
     "load_in_4bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "load_in_8bit": ("bnb_4bit_quant_type", "use_bnb_nested_quant"),
     "rollout_engine": (
-        *("importance_cap", "async_rollouts", "rollout_dtype"),
+        *("importance_cap", "async_rollouts", "rollout_dtype", "rollout_compile"),
         *("vllm_mode", "vllm_sync", "vllm_url", "vllm_weights_dir", *_OF_VLLM_MODE),
     ),
     "vllm_mode": (

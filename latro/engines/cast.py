@@ -46,6 +46,7 @@ class CastEngine(TransformersEngine):
         model: the policy, all of whose weights are in this process.
         tokenizer: decodes the text that is searched for the template.
         dtype: of the copy's weights.
+        compiles: whether torch compiles the decoding step.
 
     Attributes:
         model: the copy.
@@ -59,8 +60,10 @@ class CastEngine(TransformersEngine):
         model: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         dtype: torch.dtype,
+        *,
+        compiles: bool = False,
     ) -> None:
-        super().__init__(cast_copy(model, dtype), tokenizer)
+        super().__init__(cast_copy(model, dtype), tokenizer, compiles=compiles)
 
     def generate(self, *args: Any, **options: Any) -> list[list[Sample]]:
         """Return samples as `TransformersEngine.generate` does."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from latro.engines.ends import EndRule
 from latro.model import few_rows
+from latro.model.compiled import CompiledTrunk
 from latro.model.decoding import DecodingKeys
 from latro.model.head_rows import Reading, SampledRows
 from latro.model.sampling_form import SamplingForm, prompts_reading
@@ -85,6 +86,7 @@ class Decoding:
         max_new_tokens: the length limit of a completion.
         temperature: the logits are divided by it; 0: the likeliest token.
         progress: told how it goes.
+        trunk: makes the hidden states of a step; None: the model's own trunk.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Decoding:
         max_new_tokens: int,
         temperature: float,
         progress: Progress | None,
+        trunk: CompiledTrunk | None = None,
     ) -> None:
         self.model = model
         self.form = form
@@ -103,6 +106,7 @@ class Decoding:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.progress = progress
+        self.trunk = trunk
         self.device = model.device
         self._keys = DecodingKeys(model.device)
         self._head: list[tuple[Tensor, Tensor | None]] = []
@@ -209,7 +213,7 @@ class Decoding:
             )
         else:
             self._keys.advance()
-        reading = Reading(self._tokens[None], self._keys)
+        reading = Reading(self._tokens[None], self._keys, trunk=self.trunk)
         sampled = self._sample(reading, self._seeds, self._keys.own_lengths + 1)
         going_on = self._take(rows, sampled, others=len(self._ready))
         self._tokens = sampled.token

@@ -42,9 +42,14 @@ def make_engine(
     """
     if args.rollout_engine == "transformers":
         dtype = rollout_dtype(args.rollout_dtype, model, sharded)
+        if args.rollout_compile and sharded:
+            raise ValueError(
+                "rollout_compile: expected it left out where the weights are in shards, which are "
+                "gathered by what torch would compile; got true"
+            )
         if dtype is None:
-            return TransformersEngine(model, tokenizer)
-        return CastEngine(model, tokenizer, dtype)
+            return TransformersEngine(model, tokenizer, compiles=args.rollout_compile)
+        return CastEngine(model, tokenizer, dtype, compiles=args.rollout_compile)
     if sharded and has_adapter(model):
         raise ValueError(
             "rollout_engine: expected transformers where a model with an adapter is in shards, "

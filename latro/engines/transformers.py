@@ -29,10 +29,12 @@ from transformers.utils import ModelOutput
 from latro.engines.decoding import MOST_ROWS, MOST_ROWS_ELSEWHERE, Decoding, seed_of
 from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
+from latro.model.compiled import CompiledTrunk
 from latro.model.few_rows import few_rows
 from latro.model.sampling_form import SamplingForm, check_generated, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Progress, Sample, eos_token_ids
+from latro_kernels.integrations.logits import trunk_of
 
 __all__ = ["TransformersEngine", "seed_of"]
 
@@ -51,13 +53,17 @@ class TransformersEngine:
     Args:
         model: a causal language model; it is in eval mode while it generates.
         tokenizer: decodes the text that is searched for the template.
+        compiles: whether torch compiles the decoding step.
 
     Raises:
         ValueError: the model keeps a cache of its own instead of one of transformers', so it may
-            read padding as tokens, and its samples cannot share their prompt's prefill.
+            read padding as tokens, and its samples cannot share their prompt's prefill; or it is
+            left to transformers' `generate`, whose steps are not compiled.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, compiles: bool = False
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self._is_tried = False
@@ -72,6 +78,12 @@ class TransformersEngine:
             logger.info(
                 "%s is sampled from by transformers' generate: %s", type(model).__name__, self.form
             )
+            if compiles:
+                raise ValueError(
+                    "rollout_compile: expected a model that is decoded by latro's own steps, got "
+                    f"{type(without_wrapper(model)).__name__}: {self.form}"
+                )
+        self._trunk = CompiledTrunk(trunk_of(without_wrapper(model))) if compiles else None
 
     @torch.no_grad()
     def generate(
@@ -149,6 +161,7 @@ class TransformersEngine:
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     progress=progress,
+                    trunk=self._trunk,
                 )
                 with few_rows(self.model):
                     return decoding(prompts, num_samples=num_samples, seeds=seeds)

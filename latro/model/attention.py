@@ -34,7 +34,7 @@ from latro.model.attention_form import (
     attention_form,
     counts_along_row,
 )
-from latro.model.decoding import DecodingKeys
+from latro.model.decoding import DecodingKeys, as_products_take, attend_in_graph
 from latro.model.shared_prefix import SharedPrefix, gather
 from latro.model.stateful import allow_packed_rows
 
@@ -135,17 +135,19 @@ def attention(
         shared_prefix, decoding = told.get("shared_prefix"), told.get("decoding")
     if shared_prefix is None and decoding is None:
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
+    layer = getattr(module, "layer_idx", None)
+    if shared_prefix is None and torch.compiler.is_compiling():
+        return attend_in_graph(*as_products_take(query, key, value), layer), None
     form = attention_form(module, query, kwargs)
     if counts_along_row(module):
         row: Any = decoding if shared_prefix is None else shared_prefix
         query = at_positions(module, query, row.position_ids)
     if decoding is not None:
-        layer = getattr(module, "layer_idx", None)
         if layer is None:
             raise NotImplementedError("decoding in a layer that does not tell its index")
         if shared_prefix is None:
             return decoding.attend(layer, query, key, value, form), None
-        decoding.keep_prompts(layer, key, value)
+        decoding.keep_prompts(layer, key, value, module, form)
     assert shared_prefix is not None
     # Every segment has its own copy of its keys: its prefix's and its own, one after the other.
     key, value = (gather(t, 2, shared_prefix.key_index) for t in (key, value))

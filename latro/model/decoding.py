@@ -15,15 +15,17 @@ there are, and else for all of its rows by one product.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
-from latro.model.attention_form import AttentionForm
+from latro.model.attention_form import AttentionForm, at_positions, counts_along_row
 from latro_kernels import DecodedRows, KeptKeys, decode_attention
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +46,7 @@ class DecodingKeys:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._layers: dict[int, _Layer] = {}
+        self._attention: dict[int, tuple[nn.Module, AttentionForm]] = {}
         self._prompts: list[tuple[int, int]] = []
         self._rows: _Rows | None = None
 
@@ -63,9 +66,12 @@ class DecodingKeys:
         """Say where the next prefill's prompts go, and how many tokens each has."""
         self._prompts = list(zip(places, lengths, strict=True))
 
-    def keep_prompts(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep a layer's keys and values [1, heads of keys, T, size] of a prefill."""
-        key, value = _as_products_take(key, value)
+    def keep_prompts(
+        self, layer: int, key: Tensor, value: Tensor, module: nn.Module, form: AttentionForm
+    ) -> None:
+        """Keep a layer's keys and values [1, heads of keys, T, size] of a prefill, and its form."""
+        self._attention[layer] = module, form
+        key, value = as_products_take(key, value)
         if layer not in self._layers:
             self._layers[layer] = _Layer.like(key, value)
         room = self._layers[layer]
@@ -132,7 +138,7 @@ class DecodingKeys:
         """
         rows = self._rows
         assert rows is not None
-        query, key, value = _as_products_take(query, key, value)
+        query, key, value = as_products_take(query, key, value)
         room = self._layers[layer]
         room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1, dim=3)
         room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
@@ -155,6 +161,51 @@ class DecodingKeys:
         room.own_values[rows.index, :, rows.length] = value
         return _attend(query, room, rows, form)[None]
 
+    @contextlib.contextmanager
+    def in_graph(self) -> Iterator[None]:
+        """Let what `attend_in_graph` calls in a compiled step be of these keys."""
+        _IN_GRAPH.append(self)
+        try:
+            yield
+        finally:
+            _IN_GRAPH.pop()
+
+    def attend_known(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what `attend` does, in the layer's form in the prefill.
+
+        Tokens behind those of the rows are left out, and have zeros in the result.
+        """
+        assert self._rows is not None
+        count = self._rows.count
+        module, form = self._attention[layer]
+        missing = query.shape[2] - count
+        query, key, value = (t[:, :, :count] for t in (query, key, value))
+        if counts_along_row(module):
+            query = at_positions(module, query, self.position_ids)
+        out = self.attend(layer, query, key, value, form)
+        return pad(out, (0, 0, 0, 0, 0, missing)) if missing else out
+
+
+# The keys of the compiled steps that run, the innermost last.
+_IN_GRAPH: list[DecodingKeys] = []
+
+torch.library.define(
+    "latro::attend_in_graph", "(Tensor query, Tensor key, Tensor value, int layer) -> Tensor"
+)
+
+
+@torch.library.impl("latro::attend_in_graph", "CompositeExplicitAutograd")
+def _attend_in_graph(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+    return _IN_GRAPH[-1].attend_known(layer, query, key, value)
+
+
+@torch.library.register_fake("latro::attend_in_graph")
+def _(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+attend_in_graph = torch.ops.latro.attend_in_graph.default
+
 
 @dataclass
 class _Layer:
@@ -172,7 +223,7 @@ class _Layer:
         return cls(k, v, k, v)
 
 
-def _as_products_take(*states: Tensor) -> list[Tensor]:
+def as_products_take(*states: Tensor) -> list[Tensor]:
     """Return queries, keys and values in one dtype: under autocast rotary positions make fp32."""
     kind = states[0].device.type
     if not torch.is_autocast_enabled(kind):

@@ -1,0 +1,87 @@
+"""A decoding step that torch compiles as a whole.
+
+Beside its products a step is small operations, dozens in a layer, and on a CPU these and the Python
+between them take as long as the products. `torch.compile` makes a few loops of them. What changes
+from step to step, which rows there are and where their keys lie, would be compiled anew each time.
+So attention is one operation of the graph, which finds all that in the step's `DecodingKeys`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
+
+from latro.model.attention import row_arguments
+from latro.model.decoding import DecodingKeys
+from latro.model.sampling_form import hidden_difference
+
+logger = logging.getLogger(__name__)
+
+
+class CompiledTrunk:
+    """A model's trunk, for decoding steps. It is compiled in the first one, which takes a minute.
+
+    Args:
+        trunk: in eval mode in each step; its weights may change between them.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self._trunk: Any = trunk
+
+        def step(**inputs: Any) -> Tensor:
+            return trunk(**inputs).last_hidden_state[0]
+
+        # torch gives up after so many graphs of a function's code, which each trunk has to itself.
+        step.__code__ = step.__code__.replace()
+        # Dynamic: rows end, and others begin. What does not become one graph would run in pieces,
+        # with little gain.
+        self._compiled: Any = torch.compile(step, dynamic=True, fullgraph=True)
+        self._is_tried = False
+
+    def __call__(self, input_ids: Tensor, keys: DecodingKeys) -> Tensor:
+        """Return the hidden states [R, H] of tokens [1, R], after the trunk's final norm.
+
+        Raises:
+            ValueError: torch cannot compile the trunk as one graph, or what it makes of the first
+                step differs from what the trunk makes.
+        """
+        inputs = {"use_cache": False, **row_arguments(None, keys)}
+        if self._is_tried:
+            return self._step(input_ids, keys, inputs)
+        name = type(self._trunk).__name__
+        logger.info("compiling the decoding step of %s", name)
+        # Keys and values are written twice, to the same place.
+        expected = self._trunk(input_ids=input_ids, **inputs).last_hidden_state[0]
+        hidden = self._step(input_ids, keys, inputs)
+        # What is not a number is infinitely far from one.
+        found = hidden.nan_to_num(nan=math.inf)
+        if difference := hidden_difference(found, expected, expected.dtype):
+            raise ValueError(
+                "rollout_compile: expected a model that torch.compile computes as it is, got "
+                f"{name}: {difference}"
+            )
+        self._is_tried = True
+        return hidden
+
+    def _step(self, input_ids: Tensor, keys: DecodingKeys, inputs: dict[str, Any]) -> Tensor:
+        count = input_ids.shape[1]
+        # Of a single row there are two: torch would compile once more for a size of 1. Copies,
+        # since it would do so too for a view where it has seen none.
+        times = 2 if count == 1 else 1
+        inputs |= {
+            "input_ids": input_ids.repeat(1, times),
+            "position_ids": inputs["position_ids"].repeat(1, times),
+        }
+        try:
+            with keys.in_graph():
+                return self._compiled(**inputs)[:count]
+        except TorchDynamoException as error:
+            raise ValueError(
+                "rollout_compile: expected a model of which torch.compile makes one graph, got "
+                f"{type(self._trunk).__name__}: {str(error).partition(chr(10))[0]}"
+            ) from error
