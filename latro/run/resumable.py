@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import (
     TrainerCallback,
     TrainerControl,
@@ -35,7 +36,7 @@ from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, 
 from latro.run.identity import Facts, check_identity, settings_of
 from latro.run.rehearsal import check_optimizer_settings, try_saving, try_schedule
 from latro.run.restoring import RestoringTrainer
-from latro.run.signals import Interruption
+from latro.run.signals import Interruption, keep_workers
 from latro.terminal import one_line
 
 
@@ -248,6 +249,11 @@ class LongRunTrainer(RestoringTrainer):
             ) from error
         try_schedule(scheduler, num_training_steps, name)
         return scheduler
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        loader = super()._get_dataloader(*args, **kwargs)
+        keep_workers(loader)
+        return loader
 
     def _is_saved(self) -> bool:
         # Where the best checkpoint was loaded at the end, it exists already, and the optimiser's

@@ -6,15 +6,39 @@ import contextlib
 import os
 import signal
 import threading
+from collections.abc import Callable
+from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 from torch import distributed
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from latro.terminal import drop_closed_pipes
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def keep_workers(loader: DataLoader[Any]) -> None:
+    """Let a loader's processes pass over the signals that stop a run, which ends them by itself.
+
+    Schedulers and terminals send them to all processes of a run. A worker that one ends is an error
+    in the run, which then could not even finish its update.
+    """
+    # accelerate puts its own around the loader that starts the processes.
+    loader = getattr(loader, "base_dataloader", loader)
+    loader.worker_init_fn = partial(_begin_worker, loader.worker_init_fn)
+
+
+def _begin_worker(given: Callable[[int], None] | None, index: int) -> None:
+    # By now torch has put its own handler of SIGTERM over an inherited one.
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    if given is not None:
+        given(index)
 
 
 class Interruption(TrainerCallback):
@@ -47,7 +71,7 @@ class Interruption(TrainerCallback):
         self._received = 0
         self._process = os.getpid()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            for number in _STOPPING:
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._receive)
         return self

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import subprocess
+import time
 
 import pytest
 import torch
@@ -166,6 +169,26 @@ def test_a_signal_leaves_a_checkpoint(make_trainer, tmp_path):
     assert names(tmp_path / "run") == ["checkpoint-2"]
     assert not [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_run_leaves_a_checkpoint(make_trainer, tmp_path, number):
+    class ToAll(TrainerCallback):
+        """Sends it as schedulers and terminals do; a loader's process tells its own parent."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                workers = [str(child.pid) for child in multiprocessing.active_children()]
+                assert workers
+                subprocess.run(["kill", f"-{number}", str(os.getpid()), *workers], check=True)
+                # Time for a worker to end, and for torch to raise.
+                time.sleep(0.5)
+
+    trainer = make_trainer([ToAll()], save_strategy="no", dataloader_num_workers=1)
+    trainer.train()
+    assert trainer.interruption.signal == number
+    assert names(tmp_path / "run") == ["checkpoint-2"]
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize(
