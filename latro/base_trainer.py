@@ -334,12 +334,15 @@ class AnswerTrainer(EvaluatingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as the Trainer does, with a model card where it is no checkpoint."""
-        if not _internal_call:
-            self._set_optimizer_mode("eval")
         super().save_model(output_dir, _internal_call)
         if not _internal_call:
             # Over the one that PEFT puts beside an adapter.
             self._write_card(Path(output_dir or self.args.output_dir))
+
+    def write_model(self, output_dir: str | None = None) -> None:
+        """Save the model as `save_model` does, and neither a card nor to the hub."""
+        self._set_optimizer_mode("eval")
+        super().write_model(output_dir)
 
     def create_model_card(
         self,

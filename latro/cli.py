@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
@@ -119,22 +120,18 @@ def _train(
 ) -> dict[str, dict[str, float]]:
     """Train, evaluate and save, and return the metrics before and after."""
     args = trainer.args
+    # Before the trackers' callbacks, which end their runs at the end of a training.
+    trainer.callback_handler.callbacks.insert(0, _AtTheEnd(trainer))
     trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signal is not None:
         raise TrainingInterrupted(
             trainer.interruption.signal, trainer.state.global_step, args.output_dir
         )
-    trainer.write_model()
     best = _best_step(args, trainer.state)
-    evaluations = [e for e in trainer.state.log_history if "eval_accuracy_greedy" in e]
-    final = [e for e in evaluations if e["step"] == (best or trainer.state.global_step)]
-    if not final:
-        trainer.evaluate()
-        final = [trainer.state.log_history[-1]]
     trainer.save_state()
-    base = [e for e in evaluations if e["step"] == 0]
+    base = _evaluations(trainer.state, 0)
     results = {"base": base[0]} if base else {}
-    results["final"] = final[-1]
+    results["final"] = _evaluations(trainer.state, best or trainer.state.global_step)[-1]
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / RESULTS_FILE, _without_infinite(results))
     # Write the card again, now that the last evaluation is known.
@@ -149,6 +146,32 @@ def _train(
         f"model, {CARD_FILE}, {METRICS_FILE}, {PLOT_FILE} and {RESULTS_FILE}: {args.output_dir}"
     )
     return results
+
+
+class _AtTheEnd(TrainerCallback):
+    """Saves the trained model and evaluates it, if it is not evaluated yet."""
+
+    def __init__(self, trainer: AnswerTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.trainer.interruption.signal is not None:
+            return  # The run goes on another time.
+        self.trainer.write_model()
+        step = _best_step(self.trainer.args, state) or state.global_step
+        if not _evaluations(state, step):
+            self.trainer.evaluate()
+
+
+def _evaluations(state: TrainerState, step: int) -> list[dict[str, float]]:
+    """Return the evaluations of the model after an update."""
+    return [e for e in state.log_history if "eval_accuracy_greedy" in e and e["step"] == step]
 
 
 def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -73,6 +73,7 @@ def test_an_optimizer_shows_the_weights_of_each_mode(make_trainer, monkeypatch):
     trainer.rollout = lambda examples: seen.append(optimizer.face) or rollout(examples)
     trainer.train()
     assert seen == ["train", "eval"] * 2
-    optimizer.train()
-    trainer.save_model()
-    assert optimizer.face == "eval"
+    for save in (trainer.save_model, trainer.write_model):
+        optimizer.train()
+        save()
+        assert optimizer.face == "eval"

@@ -16,8 +16,10 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, Trainer
 
+from latro.errors import TrainingInterrupted
 from latro.evaluate import evaluate
 from latro.evaluation import accuracy as evaluation
 from latro.reporting.held_out_samples import SAMPLES_FILE
@@ -98,6 +100,48 @@ def test_a_run_that_does_not_evaluate_at_the_start_has_no_base(model_dir, tmp_pa
     settings.write_text("resume_from_checkpoint: true\n")
     with pytest.raises(ValueError, match="resume_from_checkpoint: no whole checkpoint in"):
         train([*SMALL, "--config", str(settings), "--output_dir", str(output)])
+
+
+def test_a_tracker_s_run_has_the_last_evaluation_too(tmp_path):
+    output = tmp_path / "run"
+    results = train(
+        [
+            *(*SMALL, "--max_steps", "1", "--save_strategy", "no", "--eval_strategy", "no"),
+            *("--report_to", "tensorboard", "--output_dir", str(output)),
+        ]
+    )
+    # TensorBoard's callback begins another file where one logs after the end of the training;
+    # others begin another run.
+    (events,) = (output / "runs").glob("*/*")
+    logged = EventAccumulator(str(events)).Reload().Scalars("eval/answer_logp")
+    assert [event.step for event in logged] == [0, 1]
+    assert logged[-1].value == pytest.approx(results["final"]["eval_answer_logp"])
+
+
+def test_a_signal_in_the_last_evaluation_leaves_a_run_that_goes_on(
+    tmp_path, monkeypatch, ordinary_signals
+):
+    # Where the run does not handle it, it is lost, and does not end the tests.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+
+    def evaluate_model(*args, **options):
+        if (output / "model.safetensors").exists():
+            signal.raise_signal(signal.SIGTERM)
+        return evaluation.evaluate_model(*args, **options)
+
+    output = tmp_path / "run"
+    settings = [
+        *(*SMALL, "--max_steps", "2", "--save_strategy", "no", "--eval_strategy", "no"),
+        *("--output_dir", str(output)),
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("latro.evaluating_trainer.evaluate_model", evaluate_model)
+        with pytest.raises(TrainingInterrupted, match="stopped after update 2, with a checkpoint"):
+            train(settings)
+    assert not (output / "results.json").exists()
+    results = train([*settings, "--resume_from_checkpoint", "true"])
+    assert [results[name]["step"] for name in ("base", "final")] == [0, 2]
+    assert [e["step"] for e in logged(output) if "eval_answer_logp" in e] == [0, 2]
 
 
 @pytest.mark.parametrize("adapter", ["false", "true"])

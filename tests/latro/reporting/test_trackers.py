@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from transformers import TrainerControl, TrainerState
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from latro import LatroConfig
 from latro.config.trackers import check_trackers
@@ -265,10 +266,15 @@ def test_trackio_on_this_machine(make_trainer, tmp_path, monkeypatch):
     assert any("train/reward" in e for e in logs)
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
-def test_a_tracker_that_is_not_installed_is_named_with_its_package(monkeypatch, name):
+@pytest.mark.parametrize("name", sorted(INTEGRATION_TO_CALLBACK))
+def test_a_tracker_that_is_not_there_is_named_with_what_it_needs(monkeypatch, name):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=f"report_to: {name} is not installed; pip install {name}"):
+    monkeypatch.delenv("KUBEFLOW_TRAINER_SERVER_URL", raising=False)
+    package = {"azure_ml": "azureml-sdk", "flyte": "flytekit"}.get(name, name)
+    told = f"report_to: {name} is not installed; pip install {package}$"
+    if name == "kubeflow":
+        told = "report_to: expected kubeflow in one of its jobs only, which sets KUBEFLOW_TRAINER_S"
+    with pytest.raises(ValueError, match=told):
         check_trackers([name])
 
 
