@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from latro.config.data import DataArguments
 from latro.config.model import ModelArguments, PeftArguments
 from latro.config.training import AnswerConfig
 from latro.errors import TrainingInterrupted
-from latro.files import write_json
+from latro.files import finite, write_json
 from latro.loading import load_model
 from latro.model.adapters import lora_config
 from latro.problems import load_splits, load_task
@@ -133,7 +132,7 @@ def _train(
     results = {"base": base[0]} if base else {}
     results["final"] = _evaluations(trainer.state, best or trainer.state.global_step)[-1]
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / RESULTS_FILE, _without_infinite(results))
+        write_json(Path(args.output_dir) / RESULTS_FILE, finite(results))
     # Write the card again, now that the last evaluation is known.
     trainer.create_model_card()
     console.print(_table(results, len(trainer.eval_dataset)))
@@ -172,14 +171,6 @@ class _AtTheEnd(TrainerCallback):
 def _evaluations(state: TrainerState, step: int) -> list[dict[str, float]]:
     """Return the evaluations of the model after an update."""
     return [e for e in state.log_history if "eval_accuracy_greedy" in e and e["step"] == step]
-
-
-def _without_infinite(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Return the results for JSON, with null for the −∞ of an impossible answer's log-prob."""
-    return {
-        name: {k: v if math.isfinite(v) else None for k, v in metrics.items()}
-        for name, metrics in results.items()
-    }
 
 
 def _best_step(args: AnswerConfig, state: TrainerState) -> int | None:

@@ -28,11 +28,14 @@ from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples
 from latro.evaluation.metrics import intervals_of
 from latro.evaluation.resume import Journal, crc32, weights_crc32
-from latro.files import check_output, write_json
+from latro.files import check_output, finite, write_json
 from latro.loading import load_model
+from latro.model.adapters import without_wrapper
 from latro.model.scoring import Scorer
 from latro.problems import load_held_out, load_task, load_train
+from latro.rollout.sequences import eos_token_ids
 from latro.run.folder import lock_of, locked_by_all
+from latro.run.identity import config_facts
 from latro.terminal import Terminal
 
 
@@ -125,10 +128,16 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
     # Settings that do not change the lines, so that an evaluation may resume with other ones.
     apart = {"output", "overwrite", "batch_size", "majority", "vllm_url", "vllm_weights_dir"}
     apart |= {"vllm_sync", "vllm_gpu_memory_utilization", "vllm_max_model_length"}
-    # The weights tell which file they came from.
+    # The weights tell which file they came from. A path tells nothing of what lies there now.
     named = {k: v for k, v in result["model"].items() if k != "gguf_file"}
     identity = {
-        "model": {**named, "weights": weights_crc32(model), "device": model.device.type},
+        "model": {
+            **named,
+            **config_facts(without_wrapper(model)),
+            "weights": weights_crc32(model),
+            "ends": eos_token_ids(model, tokenizer),
+            "device": model.device.type,
+        },
         "data": {**result["data"], "rows": crc32(list(dataset))},
         "settings": {k: v for k, v in result["settings"].items() if k not in apart},
         "versions": result["versions"],
@@ -156,7 +165,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "seconds": time.perf_counter() - started,
         }
         if processes.is_main_process:
-            write_json(args.output, result)
+            write_json(args.output, finite(result))
     if processes.is_main_process:
         title = f"{task.description}, {len(dataset)} problems"
         if examples:

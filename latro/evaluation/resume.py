@@ -1,15 +1,16 @@
 """Write the lines of an evaluation as it runs, and resume a killed evaluation from them.
 
 `evaluation.jsonl` has one line per problem, in the order of the dataset, and nothing else.
-`evaluation.settings.json` beside it identifies the evaluation: the model with a checksum of its
-weights, the data with checksums of rows and prompts, the settings. Where all of it is the same, an
-evaluation continues after the existing lines at the start of a batch, and ends with the same bits
-as one that was never stopped; where it differs, the evaluation is refused.
+`evaluation.settings.json` beside it identifies the evaluation: the model with its config and a
+checksum of its weights, the data with checksums of rows and prompts, the settings. Where all of it
+is the same, an evaluation continues after the existing lines at the start of a batch, and ends with
+the same bits as one that was never stopped; where it differs, the evaluation is refused.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from latro.files import append, write_json
+from latro.files import append, finite, write_json
+from latro.run.identity import as_json
 
 
 class Journal:
@@ -53,8 +55,7 @@ class Journal:
             ValueError: the lines belong to another evaluation, or a line before the last is
                 damaged; or no evaluation wrote the file, which `overwrite` does not touch either.
         """
-        # In the form that is read back from JSON: lists for tuples, and strings as keys.
-        identity = json.loads(json.dumps({**self.identity, "prompts": {"crc32": crc32(prompts)}}))
+        identity = as_json({**self.identity, "prompts": {"crc32": crc32(prompts)}})
         if self.path.exists() and not self.settings_path.exists():
             raise ValueError(
                 f"output: {self.path} is there without {self.settings_path.name}, which would say "
@@ -62,8 +63,10 @@ class Journal:
             )
         if self.overwrite or not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Delete the lines first: they must never stand beside settings of another evaluation.
+            # Deleted first: neither may ever stand beside settings of another evaluation.
             self.path.unlink(missing_ok=True)
+            if self.settings_path.exists():
+                self.path.with_suffix(".json").unlink(missing_ok=True)
             write_json(self.settings_path, identity)
             self.path.touch()
             return []
@@ -79,7 +82,7 @@ class Journal:
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Write the lines of a batch, so that they survive the process and a power failure."""
-        lines = (json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        lines = (json.dumps(finite(dict(r)), ensure_ascii=False) + "\n" for r in records)
         append(self.path, "".join(lines), durable=True)
 
     def _check(self, identity: Mapping[str, Mapping[str, Any]]) -> None:
@@ -112,12 +115,17 @@ class Journal:
 
     def _record(self, line: bytes, index: int) -> dict[str, Any]:
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_hook=_with_infinite)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"output: {self.path}:{index + 1}: not JSON: {error}") from error
         if not isinstance(record, dict) or record.get("index") != index:
             raise ValueError(f"output: {self.path}:{index + 1}: expected problem {index}")
         return record
+
+
+def _with_infinite(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return an object of a line with the −∞ of impossible answers, which JSON lacks."""
+    return {n: -math.inf if v is None and n.endswith("logp") else v for n, v in entry.items()}
 
 
 def crc32(value: Any) -> str:

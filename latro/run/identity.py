@@ -100,8 +100,7 @@ def settings_of(args: TrainingArguments, num_processes: int) -> Facts:
 def model_facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
     """Return the facts of an untrained model, its adapter and its tokenizer."""
     base = without_wrapper(model)
-    config = {k: v for k, v in base.config.to_dict().items() if k not in _CONFIG_APART}
-    decides = {f"model config: {name}": value for name, value in config.items()}
+    decides = config_facts(base)
     decides["initial weights"] = weights_fingerprint(model)
     if has_adapter(model):
         adapter = model.active_peft_config.to_dict()
@@ -111,6 +110,12 @@ def model_facts(model: Any, tokenizer: PreTrainedTokenizerBase) -> Facts:
     decides["special tokens"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
     decides["chat template"] = _crc32(tokenizer.chat_template)
     return {"decides": decides, "told": {"model": base.config.name_or_path}}
+
+
+def config_facts(model: Any) -> dict[str, Any]:
+    """Return what a model's config says of how it computes, by names to be shown."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in _CONFIG_APART}
+    return {f"model config: {name}": value for name, value in config.items()}
 
 
 def data_facts(
@@ -172,7 +177,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 def write_identity(folder: Path, identity: Facts) -> None:
     """Write into a checkpoint which run it belongs to."""
-    write_json(folder / RUN_FILE, _as_json(identity))
+    write_json(folder / RUN_FILE, as_json(identity))
 
 
 def check_identity(folder: str, identity: Facts) -> None:
@@ -195,7 +200,7 @@ def check_identity(folder: str, identity: Facts) -> None:
         return
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"resume_from_checkpoint: {path} cannot be read: {error!r}") from error
-    here = _as_json(identity)
+    here = as_json(identity)
     refused = _differences(sections["decides"], here["decides"])
     told = _differences(sections["told"], here["told"])
     if refused:
@@ -220,9 +225,12 @@ def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]
     ]
 
 
-def _as_json(identity: Facts) -> Facts:
-    """Return facts as they are read back from JSON: lists for tuples, and strings as keys."""
-    return json.loads(json.dumps(identity, default=str))
+def as_json(identity: Mapping[str, Mapping[str, Any]]) -> Facts:
+    """Return facts as they are read back from JSON: lists for tuples, and strings as keys.
+
+    Numbers that JSON lacks are strings too, as the infinite `time_step_limit` of hybrid models.
+    """
+    return json.loads(json.dumps(identity, default=str), parse_constant=str)
 
 
 def _ordered(value: Any) -> Any:

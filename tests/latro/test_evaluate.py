@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas
@@ -141,6 +142,67 @@ def test_lines_of_another_evaluation_are_kept(output, more, message):
         evaluate([*argv, *more])
     assert output.with_suffix(".jsonl").read_bytes() == before
     assert evaluate([*argv, *more, "--overwrite"])["problems"] == 2
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("config.json", "model config: rms_norm_eps", 0.01),
+        ("config.json", "model config: max_position_embeddings", 300),
+        ("generation_config.json", "ends", 7),
+    ],
+)
+def test_lines_of_another_model_at_the_same_path_are_kept(
+    output, tiny, tokenizer, tmp_path, file, name, value
+):
+    folder = tmp_path / "model"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    argv = ["--model_name_or_path", str(folder), *FEW, "--output", str(output)]
+    evaluate(argv)
+    lines = output.with_suffix(".jsonl")
+    before = lines.read_bytes()
+    config = json.loads((folder / file).read_text())
+    key = {"ends": "eos_token_id"}.get(name, name.rpartition(" ")[2])
+    (folder / file).write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ValueError, match=rf"is of another evaluation: model\.{name} "):
+        evaluate(argv)
+    assert lines.read_bytes() == before
+
+
+def test_an_impossible_answer_is_null_and_no_error(output, monkeypatch):
+    argv = [*FEW, "--num_eval_examples", "4", "--batch_size", "2", "--output", str(output)]
+    batches = []
+
+    def impossible(scorer, rollouts, token_budget):
+        batches.append(len(rollouts))
+        return [-math.inf] * len(rollouts)
+
+    monkeypatch.setattr("latro.evaluation.accuracy.answer_logp", impossible)
+    metrics = evaluate(argv)["metrics"]
+    assert metrics["answer_logp"] == -math.inf
+    assert json.loads(output.read_text())["metrics"]["answer_logp"] is None
+    lines = output.with_suffix(".jsonl")
+    whole = lines.read_bytes()
+    assert json.loads(whole.splitlines()[0])["greedy"][0]["answer_logp"] is None
+    lines.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))
+    before = len(batches)
+    assert evaluate(argv)["metrics"] == metrics
+    assert lines.read_bytes() == whole
+    assert len(batches) - before == before / 2
+
+
+def test_a_killed_evaluation_leaves_no_result_of_the_one_before(output, monkeypatch):
+    argv = [*FEW, "--num_eval_examples", "2", "--output", str(output)]
+    evaluate(argv)
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("latro.evaluation.accuracy.TransformersEngine.generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate([*argv, "--seed", "7", "--overwrite"])
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("shots", [0, 1])

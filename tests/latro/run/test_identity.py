@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from latro.run.identity import RUN_FILE, rows_fingerprint, weights_fingerprint
 from latro.sft import sft
 from latro.sft_trainer import SftTrainer
 from latro.train import train
+from tests.latro.other_models import other_model
 
 DEFAULTS = {"num_generations": 2, "max_completion_length": 4, "save_strategy": "steps"}
 
@@ -149,6 +151,18 @@ def test_other_weights_are_refused(saved, tiny):
         model.model.layers[0].mlp.up_proj.weight[0] += 1
     with pytest.raises(ValueError, match=r"initial weights was '\w{8}', now '\w{8}'"):
         saved(model).train(resume_from_checkpoint=True)
+
+
+def test_a_config_with_a_number_that_json_lacks_is_compared(make_trainer, tokenizer):
+    def trainer(limit, steps):
+        model = other_model("bamba", tokenizer, time_step_limit=[0.0, limit])
+        return make_trainer(model, **{**DEFAULTS, "max_steps": steps, "save_steps": 1})
+
+    trainer(math.inf, 1).train()
+    trainer(math.inf, 2).train(resume_from_checkpoint=True)
+    message = r"time_step_limit was \[0.0, 'Infinity'\], now \[0.0, 5.0\]"
+    with pytest.raises(ValueError, match=message):
+        trainer(5.0, 2).train(resume_from_checkpoint=True)
 
 
 def test_another_model_config_is_refused(saved, tiny):
