@@ -23,6 +23,7 @@ from latro.model.adapters import lora_config
 from latro.problems import load_splits, load_task
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE
 from latro.reporting.model_card import CARD_FILE
+from latro.reporting.trackers import telling_trackers
 from latro.run.checkpoints import check_checkpoint, last_whole_checkpoint
 from latro.run.folder import check_apart
 from latro.terminal import Terminal
@@ -121,7 +122,8 @@ def _train(
     args = trainer.args
     # Before the trackers' callbacks, which end their runs at the end of a training.
     trainer.callback_handler.callbacks.insert(0, _AtTheEnd(trainer))
-    trainer.train(resume_from_checkpoint=resume)
+    with telling_trackers():
+        trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signal is not None:
         raise TrainingInterrupted(
             trainer.interruption.signal, trainer.state.global_step, args.output_dir

@@ -20,6 +20,12 @@ from latro.config.precedence import by_precedence
 from latro.config.training import ASSETS, AnswerConfig
 from latro.terminal import one_line
 
+# In a YAML file, or after "=", no shell has made a folder of "~".
+_PATHS = {
+    *("model_name_or_path", "dataset_name", "dataset_path", "output", "resume_from_checkpoint"),
+    "vllm_weights_dir",
+}
+
 
 class _FileParser(HfArgumentParser):
     """Raises ValueError for bad input; the command line's own parser ends the process instead."""
@@ -105,7 +111,7 @@ def parse_arguments(
             f"--config: expected one file, got {', '.join(named.config)}, of which only the last "
             "would be read"
         )
-    path = named.config[0] if named.config else None
+    path = os.path.expanduser(named.config[0]) if named.config else None
     file = _parse_yaml(classes, _read_yaml(path), path) if path else {}
     small = {}
     if named.model_name_or_path is None and file.get("model_name_or_path") is None:
@@ -116,6 +122,9 @@ def parse_arguments(
     # These defaults are for --help; given settings win over them below.
     parser.set_defaults(**small | file)
     settings = by_precedence(small, file, _given(parser, argv))
+    for name in _PATHS & settings.keys():
+        if isinstance(settings[name], str):
+            settings[name] = os.path.expanduser(settings[name])
     parsed = tuple(
         cls(**{f.name: settings[f.name] for f in dataclasses.fields(cls) if f.name in settings})
         for cls in classes

@@ -13,7 +13,9 @@ anyway, so steps need not wait for them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields
 from types import ModuleType
 from typing import Any, Protocol
@@ -31,9 +33,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_callback import CallbackHandler
 
+from latro.errors import told
 from latro.rollout.sequences import Rollout, decode
-from latro.terminal import shown
+from latro.terminal import one_line, shown
 from latro.update.metrics import Outcome
 
 
@@ -187,6 +192,27 @@ def sinks_of(callbacks: Sequence[TrainerCallback]) -> list[Sink]:
         elif isinstance(callback, TrackioCallback):
             sinks.append(Trackio())
     return sinks
+
+
+@contextmanager
+def telling_trackers() -> Iterator[None]:
+    """Raise a tracker's error as one that names it, for example where nobody has logged in.
+
+    Raises:
+        OSError: one of transformers' callbacks for trackers raised an error of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code is not CallbackHandler.call_event.__code__:
+                continue
+            callback = frame.f_locals.get("callback")
+            for name, kind in INTEGRATION_TO_CALLBACK.items():
+                if type(callback) is kind:
+                    reason = one_line(told(error))
+                    raise OSError(f"report_to: {name} cannot be written to: {reason}") from error
+        raise
 
 
 class TensorBoard:

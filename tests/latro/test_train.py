@@ -18,10 +18,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, Trainer
+from transformers.integrations import TensorBoardCallback
 
 from latro.errors import TrainingInterrupted
 from latro.evaluate import evaluate
 from latro.evaluation import accuracy as evaluation
+from latro.reporting.callbacks import MetricsFiles
 from latro.reporting.held_out_samples import SAMPLES_FILE
 from latro.run.checkpoints import damage
 from latro.train import train
@@ -116,6 +118,30 @@ def test_a_tracker_s_run_has_the_last_evaluation_too(tmp_path):
     logged = EventAccumulator(str(events)).Reload().Scalars("eval/answer_logp")
     assert [event.step for event in logged] == [0, 1]
     assert logged[-1].value == pytest.approx(results["final"]["eval_answer_logp"])
+
+
+@pytest.mark.parametrize("event", ["on_train_begin", "on_log"])
+def test_a_tracker_s_error_names_it(tmp_path, monkeypatch, event):
+    class UsageError(Exception):
+        pass
+
+    def fail(*args, **options):
+        raise UsageError("No API key configured.\nLog in.")
+
+    monkeypatch.setattr(TensorBoardCallback, event, fail)
+    settings = (*SMALL, "--max_steps", "1", "--output_dir", str(tmp_path / "run"))
+    message = r"^report_to: tensorboard cannot be written to: No API key configured. Log in.$"
+    with pytest.raises(OSError, match=message):
+        train([*settings, "--report_to", "tensorboard"])
+
+
+def test_an_error_of_another_callback_is_passed_on(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise LookupError("a fault of ours")
+
+    monkeypatch.setattr(MetricsFiles, "on_log", fail)
+    with pytest.raises(LookupError, match="a fault of ours"):
+        train([*SMALL, "--max_steps", "1", "--output_dir", str(tmp_path / "run")])
 
 
 def test_a_signal_in_the_last_evaluation_leaves_a_run_that_goes_on(

@@ -54,6 +54,25 @@ def test_without_a_model_the_small_ones_settings_stand_in():
     assert parse("--learning_rate", "0.5")[2].learning_rate == 0.5
 
 
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "output_dir: ~/run\nresume_from_checkpoint: ~/run/checkpoint-2\n"
+        "model_name_or_path: ~/model\nsystem_prompt: ~/\n"
+    )
+    model, data, args = parse("--config=~/run.yaml", "--dataset_path=~/data")
+    assert args.output_dir == f"{tmp_path}/run"
+    assert args.resume_from_checkpoint == f"{tmp_path}/run/checkpoint-2"
+    assert (model.model_name_or_path, data.dataset_path) == (
+        f"{tmp_path}/model",
+        f"{tmp_path}/data",
+    )
+    assert data.system_prompt == "~/"
+    for kind in (EvaluateArguments, ProbeArguments):
+        (args,) = parse_arguments((kind,), ["--output=~/a.json"], prog="latro")
+        assert args.output == f"{tmp_path}/a.json"
+
+
 def test_several_trackers_are_named_one_after_another(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert parse("--report_to", "tensorboard", "wandb")[2].report_to == ["tensorboard", "wandb"]
