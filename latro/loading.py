@@ -244,7 +244,11 @@ def _load_tokenizer(name: str, revision: str, args: ModelArguments) -> PreTraine
         _reading(repr(name), args.trust_remote_code, place),
     ):
         tokenizer = AutoTokenizer.from_pretrained(
-            place.name, **place.gguf, revision=revision, trust_remote_code=args.trust_remote_code
+            place.name,
+            **place.gguf,
+            revision=revision,
+            trust_remote_code=args.trust_remote_code,
+            mistral_format=False,
         )
     if place.gguf:
         tokenizer.name_or_path = place.source

@@ -8,7 +8,7 @@ frame of a chat template, from the tokenizer itself, and from callers that ask f
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import partial
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -22,9 +22,19 @@ class TextEncoder:
 
     Args:
         tokenizer: any tokenizer, to which all its special tokens have been added.
+
+    Raises:
+        ValueError: it cannot tell text from special tokens, as mistral-common's cannot.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        # mistral-common's has a method of this name, which is not implemented.
+        if not isinstance(tokenizer.added_tokens_decoder, Mapping):
+            raise ValueError(
+                "tokenizer: expected one of transformers' own, which reads a chat template and can "
+                f"encode a special token as text, got {type(tokenizer).__name__}; load it by "
+                "AutoTokenizer.from_pretrained(..., mistral_format=False)"
+            )
         self.tokenizer = tokenizer
         # The unknown token is left out: it also stands for characters that the vocabulary lacks.
         self._special_ids = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}

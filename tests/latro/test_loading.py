@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latro.config.model import ModelArguments
 from latro.evaluate import evaluate
@@ -26,6 +26,20 @@ def test_pickled_weights_are_refused(tiny, tokenizer, tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"cannot load .* Expected .* safetensors weights"):
         load_model(ModelArguments(model_name_or_path=str(tmp_path)))
+
+
+def test_no_other_library_reads_the_tokenizer(tiny, tokenizer, tmp_path, monkeypatch):
+    """With vLLM comes mistral-common, by which transformers reads a folder with a tekken.json."""
+    asked = []
+    read = AutoTokenizer.from_pretrained
+
+    def noting(*names, **options):
+        asked.append(options["mistral_format"])
+        return read(*names, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", noting)
+    load_model(ModelArguments(model_name_or_path=str(saved(tiny(), tokenizer, tmp_path))))
+    assert asked == [False]
 
 
 def saved(model, tokenizer, folder):

@@ -5,7 +5,7 @@ import copy
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from latro.rollout.encoding import TextEncoder
 from latro.rollout.prompts import encode_prompt
@@ -130,3 +130,18 @@ def test_one_special_token_without_a_role_is_one(special):
     assert not encoder.is_token("<yes>", but=[special.convert_tokens_to_ids("<yes>")])
     for text in ("<s>", special.eos_token, "<yes><no>", "<yes> ", "yes", ""):
         assert not encoder.is_token(text, but=[])
+
+
+class OfMistralCommon(PreTrainedTokenizerBase):
+    """A tokenizer with what `transformers.MistralCommonBackend` lacks."""
+
+    def added_tokens_decoder(self):
+        raise NotImplementedError
+
+
+def test_a_tokenizer_that_reads_no_chat_template_is_refused():
+    message = (
+        "tokenizer: expected one of transformers' own, .* got OfMistralCommon; .*_format=False"
+    )
+    with pytest.raises(ValueError, match=message):
+        TextEncoder(OfMistralCommon())
