@@ -62,13 +62,19 @@ def render(
         **tokenizer.special_tokens_map,
         **given,
     }
-    reply = _ask(request)
-    if "text" in reply:
-        return reply["text"]
-    template = f"the chat template of {tokenizer_name(tokenizer)}"
-    if "refusal" in reply:
-        raise TemplateRefusalError(f"{template} refuses the messages: {_line(reply['refusal'])}")
-    raise ValueError(f"{template} {_line(reply['excess'])}")
+    return _reply(tokenizer, request)["text"]
+
+
+def arguments_of(
+    tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Return the names that the template reads before it sets them: what it may be given.
+
+    Raises:
+        ValueError: the template cannot be read, or not within the limits of `template_worker`.
+    """
+    template = template_of(tokenizer, template_kwargs)
+    return _reply(tokenizer, {"arguments_of": template})["arguments"]
 
 
 def leaves_out_the_user(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -143,8 +149,19 @@ def _line(message: str) -> str:
     return " ".join(message.split())
 
 
-def _ask(request: Mapping[str, Any]) -> dict[str, str]:
-    """Return the reply of the process that renders: `text`, `refusal` or `excess`."""
+def _reply(tokenizer: PreTrainedTokenizerBase, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reply of the process that renders; raise where it is `refusal` or `excess`."""
+    reply = _ask(request)
+    template = f"the chat template of {tokenizer_name(tokenizer)}"
+    if "refusal" in reply:
+        raise TemplateRefusalError(f"{template} refuses the messages: {_line(reply['refusal'])}")
+    if "excess" in reply:
+        raise ValueError(f"{template} {_line(reply['excess'])}")
+    return reply
+
+
+def _ask(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the reply of the process that renders, which may be gone."""
     try:
         reply = _worker(os.getpid()).ask(request)
     except WorkerEndedError as ended:

@@ -25,7 +25,6 @@ A model whose template shows none of this is taken as one that does not think.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +35,7 @@ from latro.rollout.chat_template import (
     ASKED,
     SAID,
     TemplateRefusalError,
+    arguments_of,
     render,
     template_of,
     tokenizer_name,
@@ -129,7 +129,9 @@ class Frame:
             ValueError: it has a system message of its own beside the run's.
         """
         own = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [dict(message) for message in own]
+        # Arrow gives every message the keys of all messages, with None where a message lacks one,
+        # which a template may take for content.
+        messages = [{k: v for k, v in message.items() if v is not None} for message in own]
         if self.chat.system_prompt is None:
             return messages
         if any(message["role"] == "system" for message in messages):
@@ -182,15 +184,17 @@ class Frame:
                     f"{tokenizer_name(self.tokenizer)}, which has none"
                 )
             return
-        for name in self.chat.template_kwargs:
+        names = self.chat.template_kwargs
+        # A name that the template sets by itself, or does not read, would change nothing, and
+        # nobody would know.
+        read = arguments_of(self.tokenizer, names) if names else []
+        for name in names:
             if name in _GIVEN or name in self.tokenizer.special_tokens_map:
                 raise ValueError(
                     f"chat_template_kwargs: expected the template's own arguments, got {name!r}, "
                     "which it is given in any case"
                 )
-            # A name that the template does not read would change nothing, and nobody would know.
-            template = template_of(self.tokenizer, self.chat.template_kwargs)
-            if not re.search(rf"\b{re.escape(name)}\b", template):
+            if name not in read:
                 raise ValueError(
                     f"chat_template_kwargs: the chat template of {tokenizer_name(self.tokenizer)} "
                     f"does not read {name!r}"

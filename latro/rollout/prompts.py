@@ -54,13 +54,16 @@ def encode_prompt(
 
     Raises:
         ValueError: the template refuses the messages or exceeds its limits, or does not fit the
-            frame (`latro.rollout.frame`); or there is no template and the messages are other than
-            a single user message.
+            frame (`latro.rollout.frame`); the messages end with one of the assistant; or there is
+            no template and the messages are other than a single user message.
     """
     frame = frame or Frame(tokenizer)
     encoder = frame.encoder
     if tokenizer.chat_template:
         messages = frame.messages(prompt)
+        if messages[-1]["role"] == "assistant":
+            # The template would end that turn, and begin another of the assistant behind it.
+            raise ValueError("expected the last message to be the user's, got the assistant's")
         if any(encoder.spells_special(message["content"]) for message in messages):
             quoted = [{**m, "content": encoder.quoted(m["content"])} for m in messages]
             return encoder.unquoted(frame.rendered(quoted))

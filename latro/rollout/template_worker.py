@@ -6,9 +6,10 @@ operating system does, by a limit on memory and one on processor time per render
 the machine does not count towards it.
 
 The argument is sys.path as JSON. Each line of the standard input holds the arguments of one
-rendering as JSON. The reply is a line of JSON: {"text": ...}, {"refusal": ...} where the template
-raises an error, or {"excess": ...} where it exceeds a limit, after which this process may be gone.
-Whatever modules print on import goes to the standard error.
+rendering as JSON, or {"arguments_of": ...} with a template. The reply is a line of JSON:
+{"text": ...}, {"arguments": [...]} with the names of what the template reads from outside,
+{"refusal": ...} where the template raises an error, or {"excess": ...} where it exceeds a limit,
+after which this process may be gone. Whatever modules print on import goes to the standard error.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ def main() -> None:
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 
-    def answer(**reply: str) -> None:
+    def answer(**reply: str | list[str]) -> None:
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
 
     sys.path[:] = json.loads(sys.argv[1])
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import (
+        _compile_jinja_template,
+        render_jinja_template,
+    )
 
     def tell(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
         memory = f"takes more than {MEMORY_BYTES >> 30} GiB of memory"
@@ -51,6 +55,12 @@ def main() -> None:
         request = json.loads(line)
         limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + SECONDS)
         try:
+            if request.keys() == {"arguments_of"}:
+                template = request["arguments_of"]
+                # With the tags that transformers adds to Jinja's.
+                tree = _compile_jinja_template(template).environment.parse(template)
+                answer(arguments=sorted(meta.find_undeclared_variables(tree)))
+                continue
             (text,), _ = render_jinja_template(**request)
         except (TemplateError, *FAULTS) as error:
             # A template raises Jinja's own class to tell something; other errors need their name.

@@ -221,6 +221,12 @@ NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endf
         (NO_SYSTEM, Chat("Be brief."), "system_prompt: .* leaves system messages out; put it in"),
         (LOWER, Chat("Be brief."), None),
         (frames.CHATML, Chat(None, OFF), "chat_template_kwargs: .* does not read 'enable_think"),
+        # As NVIDIA's templates do, which take /no_think in the system prompt.
+        (
+            "{% set enable_thinking = true %}" + QWEN3,
+            Chat(None, OFF),
+            "chat_template_kwargs: .* does not read 'enable_think",
+        ),
         (QWEN3, Chat(None, {"messages": []}), "chat_template_kwargs: .* own arguments, got 'mess"),
         (frames.GEMMA, Chat(None, {"bos_token": ""}), "chat_template_kwargs: .* got 'bos_token'"),
     ],

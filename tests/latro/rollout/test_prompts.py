@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
 from latro.rollout.sequences import AnswerJoin, Sample
+from tests.latro import frames
 from tests.latro.frames import framed
 
 USER = {"role": "user", "content": "How many?"}
@@ -98,6 +99,27 @@ def test_without_a_template_a_conversation_is_refused(tokenizer, prompt):
     made.name_or_path = "org/base"
     with pytest.raises(ValueError, match=r"tokenizer org/base has no chat template: .* messages"):
         encode_prompt(made, prompt)
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_refused(tiny, with_bos):
+    with_bos.chat_template = frames.CHATML
+    rows = Dataset.from_dict({"prompt": [[USER], [USER, REPLY]], "answer": ["3", "3"]})
+    join = AnswerJoin(with_bos, "The answer is", [with_bos.eos_token_id])
+    message = "data: row 1: expected the last message to be the user's, got the assistant's; its"
+    with pytest.raises(ValueError, match=message):
+        check_dataset(rows, "data", tiny(vocab_size=len(with_bos)), join, 8)
+
+
+def test_what_a_table_fills_in_is_not_in_a_message(with_bos):
+    """As `thinking` is, which templates look for in every message."""
+    with_bos.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if 'thinking' in m %}{{ m.thinking }}{% endif %}"
+        "{% endfor %}"
+    )
+    messages = [USER, {**REPLY, "thinking": "Hm."}, USER]
+    (row,) = Dataset.from_list([{"prompt": messages}])
+    assert row["prompt"][0]["thinking"] is None
+    assert encode_prompt(with_bos, row["prompt"]) == encode_prompt(with_bos, messages)
 
 
 def test_messages_that_the_template_refuses_are_named_with_their_row(tiny, with_bos):
