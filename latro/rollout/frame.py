@@ -19,8 +19,13 @@ Whether a model thinks is read off what its template renders, with the run's own
 2. The generation prompt ends behind an empty block: its thinking is switched off.
 3. With `enable_thinking` false the template would write an empty block: it thinks.
 4. The template puts an end of thoughts before an assistant's words: it thinks.
+5. The run gives `enable_thinking` as true, and the template writes an assistant's thoughts: it
+   thinks.
 
-A model whose template shows none of this is taken as one that does not think.
+A model whose template shows none of this is taken as one that does not think. How its block is
+written, with what white space, is read off an assistant's turn whose message brings thoughts; else
+off the end of thoughts that rule 3 or 4 has found. A template that shows neither, as those that
+drop all thoughts do, is taken to write the block as its family does.
 """
 
 from __future__ import annotations
@@ -43,6 +48,9 @@ from latro.rollout.chat_template import (
 from latro.rollout.encoding import TextEncoder
 
 _SWITCH = "enable_thinking"
+_THOUGHT = "Jbmuvrekk"
+# Where templates look for the thoughts of a message; transformers takes both for one.
+_OF_THOUGHTS = ("reasoning_content", "thinking")
 # What this package itself gives to the function that renders a template.
 _GIVEN = {
     *("messages", "conversations", "chat_template", "add_generation_prompt"),
@@ -75,8 +83,12 @@ class Thinking:
 
 
 FAMILIES = (
-    # Qwen3, SmolLM3, QwQ, DeepSeek-R1 and what was distilled from it.
+    # Qwen3, SmolLM3, GLM, Nemotron, Kimi, QwQ, DeepSeek-R1 and what was distilled from it.
     Thinking(opening="<think>\n", closing="</think>", before="\n", behind="\n\n"),
+    # EXAONE Deep.
+    Thinking(opening="<thought>\n", closing="</thought>", before="\n", behind="\n\n"),
+    # Gemma 4.
+    Thinking(opening="<|channel>thought\n", closing="<channel|>", before="\n", behind=""),
     # gpt-oss: a message on the channel of analysis, and then one on the channel of answers.
     Thinking(
         opening="<|channel|>analysis<|message|>",
@@ -230,10 +242,14 @@ class Frame:
             return
         for family in FAMILIES:
             opened, closed = _marks(family, ending)
+            written = self._written(family, ending)
             if opened > closed:
-                self.thinking = replace(family, opening="")
+                shown = written or self._before_words(family) or family
+                self.thinking = replace(shown, opening="")
             elif closed < 0:
-                self.thinking = self._switched(family) or self._before_words(family)
+                asked = written if self.chat.template_kwargs.get(_SWITCH) is True else None
+                shows = self._switched(family) or self._before_words(family) or asked
+                self.thinking = shows and (written or shows)
             if self.thinking or closed >= 0:
                 self._ending = ending
                 return
@@ -251,6 +267,9 @@ class Frame:
         before, said, _ = text.partition(SAID)
         if said and before.startswith(prompt) and not before[len(prompt) :].strip():
             self.joint = before[len(prompt) :]
+        elif self._ending is not None:
+            # Words begin at once behind an empty block that only prompts have.
+            self.joint = ""
 
     def _switched(self, family: Thinking) -> Thinking | None:
         """Return the family where the template writes its empty block to switch thinking off."""
@@ -269,13 +288,37 @@ class Frame:
 
     def _before_words(self, family: Thinking) -> Thinking | None:
         """Return the family where the template puts an end of thoughts before words."""
-        turn = {"role": "assistant", "content": SAID}
+        before = self._turn().partition(SAID)[0]
+        behind = before[len(before.rstrip()) :]
+        ended = before.rstrip().endswith(family.closing + family.behind.rstrip())
+        return replace(family, behind=family.behind.rstrip() + behind) if ended else None
+
+    def _written(self, family: Thinking, ending: str) -> Thinking | None:
+        """Return the family as the template writes thoughts that a message brings.
+
+        `ending` is what a prompt ends with.
+        """
+        turn = self._turn(**dict.fromkeys(_OF_THOUGHTS, _THOUGHT))
+        before, thought, rest = turn.partition(_THOUGHT)
+        closing, said, _ = rest.partition(SAID)
+        space, closed, behind = closing.partition(family.closing)
+        if not (thought and said and closed) or space.strip():
+            return None
+        if behind.strip() != family.behind.strip():
+            return None
+        opening = before.removeprefix(ending)
+        if opening.strip() != family.opening.strip():
+            opening = family.opening
+        return replace(family, opening=opening, before=space, behind=behind)
+
+    def _turn(self, **thoughts: str) -> str:
+        """Return the text behind a user's words that has an assistant's turn; "": it is refused."""
+        turn = {"role": "assistant", "content": SAID, **thoughts}
         try:
             text = self._render([*self.messages(ASKED), turn], add_generation_prompt=False)
         except TemplateRefusalError:
-            return None
-        before = text.rpartition(SAID)[0]
-        return family if before.endswith(family.closing + family.behind) else None
+            return ""
+        return text.rpartition(ASKED)[2]
 
 
 def _marks(family: Thinking, text: str) -> tuple[int, int]:

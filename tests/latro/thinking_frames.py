@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -65,6 +65,56 @@ GPT_OSS = (
     "{{ '<|return|>' if loop.last and not add_generation_prompt else '<|end|>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"
 )
+# A block on a line of its own, without lines in it; what opens the next turn ends one.
+GLM = (
+    "{% set ns = namespace(last=0) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% set off = enable_thinking is defined and not enable_thinking %}"
+    "{{ '[gMASK]<sop>' }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}"
+    "{% if m.role == 'assistant' %}"
+    "{{ '<think>' + (m.reasoning_content or '' if loop.index0 > ns.last else '') + '</think>\n' }}"
+    "{{ m.content | trim }}"
+    "{% else %}{{ m.content + ('/nothink' if off and m.role == 'user' else '') }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
+    "{% if off %}{{ '\n<think></think>' }}{% endif %}{% endif %}"
+)
+# Every turn has a block, and the model opens its own.
+KIMI = (
+    "{% for m in messages %}{{ '<|im_' + m.role + '|>' + m.role + '<|im_middle|>' }}"
+    "{% if m.role == 'assistant' %}{{ '<think>' }}"
+    "{% if loop.last %}{{ m.reasoning_content }}{% endif %}{{ '</think>' }}{% endif %}"
+    "{{ m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_assistant|>assistant<|im_middle|>' }}{% endif %}"
+)
+# The block is open from the beginning, and a line less is behind it than with Qwen's.
+NEMOTRON = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' %}{{ '<think>' }}{% if m.reasoning_content and loop.last %}"
+    "{{ '\n' + m.reasoning_content + '\n</think>\n' }}{% else %}{{ '</think>' }}{% endif %}"
+    "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}"
+    "{{ '\n' if enable_thinking | default(true) else '</think>' }}{% endif %}"
+)
+EXAONE_DEEP = (
+    "{% for m in messages %}{{ '[|' + m.role + '|]' + m.content.split('</thought>')[-1] }}"
+    "{% if m.role != 'user' %}{{ '[|endofturn|]' }}{% endif %}"
+    "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n[|assistant|]<thought>\n' }}{% endif %}"
+)
+GEMMA_4 = (
+    "{{ bos_token }}{% if enable_thinking %}{{ '<|turn>system\n<|think|><turn|>\n' }}{% endif %}"
+    "{% for m in messages %}"
+    "{{ '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
+    "{% if m.thinking and loop.last %}"
+    "{{ '<|channel>thought\n' + m.thinking + '\n<channel|>' }}{% endif %}"
+    "{{ m.content | trim + '<turn|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|turn>model\n' }}"
+    "{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}{% endif %}"
+)
+# As the smaller models have it, whose prompts end alike whether they are to think or not.
+GEMMA_4_SMALL = GEMMA_4.replace(
+    "{% if not enable_thinking %}{{ '<|channel>thought\n<channel|>' }}{% endif %}", ""
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +148,16 @@ class Family:
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 OPENED = "<|im_start|>assistant\n<think>\n"
+GEMMA_FAMILY = Family(
+    GEMMA_4,
+    ("<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>"),
+    "<turn|>",
+    "<|turn>model\n<|channel>thought\n",
+    closing="<channel|>",
+    behind="",
+    marks=(),
+    kwargs={"enable_thinking": True},
+)
 THINKING = {
     "Qwen3": Family(QWEN3, CHATML, "<|im_end|>", OPENED),
     "Qwen3, asked to think": Family(
@@ -111,6 +171,33 @@ THINKING = {
         "<｜end▁of▁sentence｜>",
         "<｜Assistant｜><think>\n",
     ),
+    "GLM": Family(
+        GLM,
+        ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>"),
+        "<|user|>",
+        "<|assistant|>\n<think>",
+        behind="\n",
+        before="",
+    ),
+    "Kimi": Family(
+        KIMI,
+        ("<|im_user|>", "<|im_assistant|>", "<|im_middle|>", "<|im_end|>"),
+        "<|im_end|>",
+        "<|im_middle|><think>",
+        behind="",
+        before="",
+    ),
+    "Nemotron": Family(NEMOTRON, CHATML, "<|im_end|>", OPENED, behind="\n"),
+    "EXAONE Deep": Family(
+        EXAONE_DEEP,
+        ("[|user|]", "[|assistant|]", "[|endofturn|]"),
+        "[|endofturn|]",
+        "\n[|assistant|]<thought>\n",
+        closing="</thought>",
+        marks=("<thought>", "</thought>"),
+    ),
+    "Gemma 4": GEMMA_FAMILY,
+    "Gemma 4, small": replace(GEMMA_FAMILY, template=GEMMA_4_SMALL),
     "gpt-oss": Family(
         GPT_OSS,
         ("<|start|>", "<|message|>", "<|channel|>", "<|end|>", "<|return|>"),

@@ -14,7 +14,15 @@ from latro.rollout.prompts import check_dataset, encode_prompt
 from latro.rollout.sequences import AnswerJoin, Sample, decode, eos_token_ids
 from tests.latro import frames
 from tests.latro.frames import framed
-from tests.latro.thinking_frames import CHATML, QWEN3, SMOLLM3, THINKING
+from tests.latro.thinking_frames import (
+    CHATML,
+    GEMMA_4,
+    GEMMA_4_SMALL,
+    GLM,
+    QWEN3,
+    SMOLLM3,
+    THINKING,
+)
 
 TEMPLATE = "The answer is"
 OFF = {"enable_thinking": False}
@@ -32,7 +40,9 @@ def thinker(request, family, tokenizer):
 
 
 def joined(made, family):
-    return AnswerJoin(made, TEMPLATE, [made.eos_token_id], Chat(template_kwargs=family.kwargs))
+    # GLM's turns end with what opens the next, as its generation config says.
+    ends = [made.eos_token_id, made.convert_tokens_to_ids(family.end)]
+    return AnswerJoin(made, TEMPLATE, ends, Chat(template_kwargs=family.kwargs))
 
 
 def test_a_prompt_ends_where_thoughts_begin(thinker, family):
@@ -69,6 +79,9 @@ def test_earlier_turns_change_nothing_at_the_end_of_a_prompt(thinker, family):
         (QWEN3, Chat(template_kwargs=OFF), "assistant\n<think>\n\n</think>\n\n"),
         (SMOLLM3, Chat(template_kwargs=OFF), "assistant\n<think>\n\n</think>\n"),
         (SMOLLM3, Chat("Be brief. /no_think"), "assistant\n<think>\n\n</think>\n"),
+        (GLM, Chat(template_kwargs=OFF), "/nothink<|assistant|>\n<think></think>"),
+        (GEMMA_4, None, "<|turn>model\n<|channel>thought\n<channel|>"),
+        (GEMMA_4_SMALL, None, "<|turn>model\n"),
         (frames.CHATML, Chat("Be brief."), "assistant\n"),
         (frames.PHI, None, "<|end|>\n<|assistant|>\n"),
         (frames.LLAMA_3, None, "assistant<|end_header_id|>\n\n"),
@@ -165,6 +178,16 @@ def test_what_is_said_stands_behind_the_thoughts(thinker, family):
     assert join.said(f"{thoughts}{family.behind}The answer is 5").endswith("The answer is 5")
     assert "6" not in join.said(f"{thoughts}{family.behind}The answer is 5")
     assert join.said("The answer is 6? No.") == ""
+
+
+def test_words_begin_at_once_behind_a_block_that_only_prompts_have(tokenizer):
+    family = THINKING["Gemma 4"]
+    made = family.tokenizer(tokenizer)
+    join = AnswerJoin(made, TEMPLATE, [made.eos_token_id])
+    prompt = encode_prompt(made, "How many?", join.frame)
+    rollout = join(prompt, Sample([]), "5")
+    text = decode(made, rollout.input_ids + rollout.answer_ids[-1:])
+    assert text.endswith("<|channel>thought\n<channel|>The answer is 5<turn|>")
 
 
 # A random model of many tokens hardly ever samples a given one.
