@@ -105,6 +105,8 @@ class Frame:
     Args:
         tokenizer: any tokenizer.
         chat: what else the template is given; None: nothing.
+        framed: whether prompts are put into the template; False: callers leave it out, and so its
+            thoughts.
 
     Attributes:
         encoder: encodes text for this tokenizer.
@@ -118,7 +120,9 @@ class Frame:
             template exceeds the limits of `latro.rollout.chat_template.render`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat: Chat | None = None, *, framed: bool = True
+    ) -> None:
         self.tokenizer = tokenizer
         self.chat = chat or Chat()
         self.encoder = TextEncoder(tokenizer)
@@ -128,7 +132,7 @@ class Frame:
         # How every prompt ends; None where the template knows no thoughts.
         self._ending: str | None = None
         self._check_arguments()
-        if tokenizer.chat_template:
+        if tokenizer.chat_template and framed:
             self._check_system_prompt()
             self._find_thinking()
             if self.thinking is None:

@@ -197,6 +197,7 @@ class AnswerJoin:
         template: the words that an answer begins with, "The answer is".
         eos_token_ids: the tokens that end a completion.
         chat: what the chat template is given beside a prompt; None: nothing.
+        framed: whether prompts are in the chat template's frame.
 
     Attributes:
         frame: what the chat template puts around a prompt.
@@ -214,9 +215,11 @@ class AnswerJoin:
         template: str,
         eos_token_ids: Sequence[int],
         chat: Chat | None = None,
+        *,
+        framed: bool = True,
     ) -> None:
         self.tokenizer = tokenizer
-        self.frame = Frame(tokenizer, chat)
+        self.frame = Frame(tokenizer, chat, framed=framed)
         self.encoder = self.frame.encoder
         self.template = template.strip()
         self.ending, self._behind_ending = self.template, ""

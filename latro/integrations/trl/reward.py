@@ -33,6 +33,7 @@ from latro.model.distribution import forget_forwards
 from latro.model.forwards import evaluation_mode
 from latro.model.packing import plan
 from latro.model.scoring import Scorer
+from latro.rollout.frame import Chat
 from latro.rollout.sequences import AnswerJoin, Rollout, Sample, eos_token_ids
 from latro.update.processes import agreed_pieces
 from latro_kernels import floored
@@ -92,7 +93,11 @@ class AnswerLikelihood:
         self.token_budget = token_budget
         with layers_gathered(model):
             self.scorer = Scorer(model)
-        self.join = AnswerJoin(tokenizer, answer_template, eos_token_ids(model, tokenizer))
+        self.tokenizer = tokenizer
+        self.answer_template = answer_template
+        self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self._reading: tuple[Chat, bool] | None = None
+        self._read_as(Chat(), framed=True)
         self.rollouts: list[Rollout] = []
 
     def __call__(
@@ -142,6 +147,10 @@ class AnswerLikelihood:
                 "the prompts; got one, which may do it in another way"
             )
         prompt_ids, images, _ = trainer._tokenize_prompts(list(prompts))
+        # TRL puts conversations into the chat template, and no text.
+        framed = not isinstance(prompts[0], str)
+        arguments = trainer.chat_template_kwargs if framed else {}
+        self._read_as(Chat(template_kwargs=arguments), framed=framed)
         inputs = None if images is None else image_inputs(trainer, prompts, images, prompt_ids)
         self.rollouts = [
             self._join(list(ids), completion, known)
@@ -206,6 +215,18 @@ class AnswerLikelihood:
                 f"model: expected the {type(causal).__name__} that the trainer trains, got another "
                 "model; hand the same one to both"
             )
+
+    def _read_as(self, chat: Chat, *, framed: bool) -> None:
+        """Have answers joined to prompts that a template with these arguments has rendered.
+
+        They decide whether the model thinks. Text that is not in the template is followed by no
+        thoughts.
+        """
+        if (chat, framed) != self._reading:
+            self.join = AnswerJoin(
+                self.tokenizer, self.answer_template, self.eos_token_ids, chat, framed=framed
+            )
+            self._reading = (chat, framed)
 
     def _join(self, prompt_ids: list[int], completion: list[int], answer: str) -> Rollout:
         """Return the rollout of a completion; padding at its end tells of a stop string."""

@@ -20,6 +20,7 @@ from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import AnswerJoin, Sample, eos_token_ids
 from tests.latro.conftest import Sums
 from tests.latro.integrations.conftest import EXAMPLES
+from tests.latro.thinking_frames import QWEN3
 
 trl = pytest.importorskip("trl", reason="needs trl, of pip install '.[test]'")
 
@@ -177,6 +178,39 @@ def test_chats_are_read_as_the_trainer_reads_them(
         text = tokenizer.decode(rollout.prompt_ids)
         assert text.startswith("user: Tom has") or text.startswith("user: Ann has")
         assert text.endswith("assistant: gladly,")
+
+
+@pytest.mark.parametrize(
+    ("framed", "arguments", "thinks"),
+    [
+        (True, {}, True),
+        (True, {"enable_thinking": False}, False),
+        (False, {}, False),
+        (False, {"enable_thinking": False}, False),
+    ],
+)
+def test_answers_follow_thoughts_where_the_trainers_prompts_ask_for_some(
+    small_model: Any,
+    padding_tokenizer: Any,
+    make_trl: Callable[..., Any],
+    framed: bool,
+    arguments: dict[str, Any],
+    thinks: bool,
+) -> None:
+    tokenizer = copy.deepcopy(padding_tokenizer)
+    tokenizer.chat_template = QWEN3
+    rows = EXAMPLES
+    if framed:
+        rows = [{**e, "prompt": [{"role": "user", "content": e["prompt"]}]} for e in EXAMPLES]
+    reward = AnswerLikelihood(small_model, tokenizer)
+    settings = {"chat_template_kwargs": arguments, "max_completion_length": 4}
+    make_trl(
+        LikelihoodRLOO, small_model, reward, rows=rows, tokenizer=tokenizer, **settings
+    ).train()
+    for rollout in reward.rollouts:
+        answer = tokenizer.decode(rollout.answer_ids)
+        assert ("</think>" in answer) is thinks
+        assert "The answer is" in answer
 
 
 def add(a: int, b: int) -> int:
