@@ -30,6 +30,7 @@ drop all thoughts do, is taken to write the block as its family does.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -72,6 +73,8 @@ class Chat:
 class Thinking:
     """How a family of models marks its thoughts."""
 
+    mark: str
+    """What begins a block of thoughts."""
     opening: str
     """What is put behind a prompt so that the model thinks; "" where the template puts it there."""
     closing: str
@@ -84,13 +87,22 @@ class Thinking:
 
 FAMILIES = (
     # Qwen3, SmolLM3, GLM, Nemotron, Kimi, QwQ, DeepSeek-R1 and what was distilled from it.
-    Thinking(opening="<think>\n", closing="</think>", before="\n", behind="\n\n"),
+    Thinking(mark="<think>", opening="<think>\n", closing="</think>", before="\n", behind="\n\n"),
     # EXAONE Deep.
-    Thinking(opening="<thought>\n", closing="</thought>", before="\n", behind="\n\n"),
+    Thinking(
+        mark="<thought>", opening="<thought>\n", closing="</thought>", before="\n", behind="\n\n"
+    ),
     # Gemma 4.
-    Thinking(opening="<|channel>thought\n", closing="<channel|>", before="\n", behind=""),
+    Thinking(
+        mark="<|channel>thought",
+        opening="<|channel>thought\n",
+        closing="<channel|>",
+        before="\n",
+        behind="",
+    ),
     # gpt-oss: a message on the channel of analysis, and then one on the channel of answers.
     Thinking(
+        mark="<|channel|>analysis<|message|>",
         opening="<|channel|>analysis<|message|>",
         closing="<|end|>",
         before="",
@@ -204,7 +216,7 @@ class Frame:
         # A name that the template sets by itself, or does not read, would change nothing, and
         # nobody would know.
         read = arguments_of(self.tokenizer, names) if names else []
-        for name in names:
+        for name, value in names.items():
             if name in _GIVEN or name in self.tokenizer.special_tokens_map:
                 raise ValueError(
                     f"chat_template_kwargs: expected the template's own arguments, got {name!r}, "
@@ -215,6 +227,13 @@ class Frame:
                     f"chat_template_kwargs: the chat template of {tokenizer_name(self.tokenizer)} "
                     f"does not read {name!r}"
                 )
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"chat_template_kwargs: expected a JSON value at {name!r}, such as the schema "
+                    f"of a tool (transformers.utils.get_json_schema), got {value!r}"
+                ) from error
 
     def _check_system_prompt(self) -> None:
         if self.chat.system_prompt is None:
@@ -311,7 +330,7 @@ class Frame:
         if behind.strip() != family.behind.strip():
             return None
         opening = before.removeprefix(ending)
-        if opening.strip() != family.opening.strip():
+        if opening.strip() != family.mark:
             opening = family.opening
         return replace(family, opening=opening, before=space, behind=behind)
 
@@ -329,4 +348,4 @@ def _marks(family: Thinking, text: str) -> tuple[int, int]:
     """Return where a text opens a block of thoughts last, and where it closes one; −1: nowhere."""
     # gpt-oss ends other messages as it ends thoughts.
     closing = family.closing + family.behind.strip()
-    return text.rfind(family.opening.strip()), text.rfind(closing)
+    return text.rfind(family.mark), text.rfind(closing)

@@ -273,11 +273,16 @@ class AnswerJoin:
 
         Words in the rationale that would end a sampled one, and all that follows, are dropped.
         """
-        if self.frame.thinking is None:
+        thinking = self.frame.thinking
+        if thinking is None:
             before, text = self._anchor(prompt_ids, [], rationale)
         else:
-            # Thoughts begin right behind what opens their block.
-            before, text = "\n", rationale
+            # Thoughts begin right behind what opens their block. They may bring the block's own
+            # marks, which would be text where these are special tokens.
+            thoughts = rationale.lstrip()
+            if thoughts.startswith(thinking.mark):
+                thoughts = thoughts.removeprefix(thinking.mark).lstrip()
+            before, text = "\n", self.pattern.split(thoughts, maxsplit=1)[0].rstrip()
         rollout = self(prompt_ids, Sample(self._ids_after(before, text)), answer)
         return replace(rollout, sampled_ids=rollout.rationale_ids, finished=True)
 

@@ -157,6 +157,9 @@ def test_a_written_rationale_is_thought(thinker, family):
         f"The answer is 5{family.end}"
     )
     assert decode(thinker, rollout.sampled_ids) == "2+3=5."
+    # As it is where it brings the block itself.
+    block = f"{join.frame.thinking.mark}\n2+3=5.{family.before}{family.closing}"
+    assert join.written(prompt, block, "5").input_ids == rollout.input_ids
     # Without a rationale the block is empty.
     rollout = join(prompt, Sample([]), "5")
     text = decode(thinker, rollout.input_ids + rollout.answer_ids[-1:])
@@ -251,6 +254,11 @@ NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endf
             "chat_template_kwargs: .* does not read 'enable_think",
         ),
         (QWEN3, Chat(None, {"messages": []}), "chat_template_kwargs: .* own arguments, got 'mess"),
+        (
+            frames.CHATML + "{{ tools }}",
+            Chat(None, {"tools": [print]}),
+            "chat_template_kwargs: expected a JSON value at 'tools', .* got \\[<built-in function",
+        ),
         (frames.GEMMA, Chat(None, {"bos_token": ""}), "chat_template_kwargs: .* got 'bos_token'"),
     ],
 )
