@@ -100,6 +100,16 @@ FAMILIES = (
         before="\n",
         behind="",
     ),
+    # Magistral.
+    Thinking(mark="[THINK]", opening="[THINK]", closing="[/THINK]", before="", behind=""),
+    # Seed-OSS.
+    Thinking(
+        mark="<seed:think>",
+        opening="<seed:think>",
+        closing="</seed:think>",
+        before="",
+        behind="\n",
+    ),
     # gpt-oss: a message on the channel of analysis, and then one on the channel of answers.
     Thinking(
         mark="<|channel|>analysis<|message|>",

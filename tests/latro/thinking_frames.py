@@ -101,6 +101,21 @@ EXAONE_DEEP = (
     "{% if not loop.last %}{{ '\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n[|assistant|]<thought>\n' }}{% endif %}"
 )
+# Those of Magistral and Seed-OSS show no thoughts; here the generation prompt opens them.
+MAGISTRAL = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
+    "{% elif m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[THINK]' }}{% endif %}"
+)
+SEED = (
+    "{% for m in messages %}{{ '<seed:bos>' + m.role + '\n' }}"
+    "{% if m.reasoning_content %}"
+    "{{ '<seed:think>' + m.reasoning_content + '</seed:think>\n' }}{% endif %}"
+    "{{ m.content + '<seed:eos>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<seed:bos>assistant\n<seed:think>' }}{% endif %}"
+)
 GEMMA_4 = (
     "{{ bos_token }}{% if enable_thinking %}{{ '<|turn>system\n<|think|><turn|>\n' }}{% endif %}"
     "{% for m in messages %}"
@@ -195,6 +210,26 @@ THINKING = {
         "\n[|assistant|]<thought>\n",
         closing="</thought>",
         marks=("<thought>", "</thought>"),
+    ),
+    "Magistral": Family(
+        MAGISTRAL,
+        ("[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]", "</s>"),
+        "</s>",
+        "[/INST][THINK]",
+        closing="[/THINK]",
+        behind="",
+        before="",
+        marks=(),
+    ),
+    "Seed-OSS": Family(
+        SEED,
+        ("<seed:bos>", "<seed:eos>", "<seed:think>", "</seed:think>"),
+        "<seed:eos>",
+        "assistant\n<seed:think>",
+        closing="</seed:think>",
+        behind="\n",
+        before="",
+        marks=(),
     ),
     "Gemma 4": GEMMA_FAMILY,
     "Gemma 4, small": replace(GEMMA_FAMILY, template=GEMMA_4_SMALL),
