@@ -12,7 +12,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from latro.files import append, replacing
+from latro.files import append, finite, replacing
 from latro.reporting.trackers import Report
 from latro.terminal import Lasting, Terminal, progress_bar
 
@@ -47,9 +47,7 @@ class MetricsFiles(TrainerCallback):
         self._drawn = -1
         if state.is_world_process_zero:
             with replacing(Path(args.output_dir) / METRICS_FILE) as temporary:
-                temporary.write_text(
-                    "".join(json.dumps(e) + "\n" for e in state.log_history), encoding="utf-8"
-                )
+                temporary.write_text("".join(_line(e) for e in state.log_history), encoding="utf-8")
 
     def on_log(
         self,
@@ -59,8 +57,7 @@ class MetricsFiles(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._begun and state.is_world_process_zero:
-            line = json.dumps(state.log_history[-1]) + "\n"
-            append(Path(args.output_dir) / METRICS_FILE, line)
+            append(Path(args.output_dir) / METRICS_FILE, _line(state.log_history[-1]))
 
     def on_save(
         self,
@@ -77,6 +74,10 @@ class MetricsFiles(TrainerCallback):
 
     on_evaluate = on_save
     on_train_end = on_save
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(finite(entry)) + "\n"
 
 
 def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 from PIL import Image
@@ -22,6 +23,19 @@ def test_metrics_are_appended_and_rewritten_at_the_start(tmp_path):
     state.log_history.append({"step": 2, "reward": -1.0})
     files.on_log(args, state, TrainerControl())
     assert [json.loads(line) for line in path.read_text().splitlines()] == state.log_history
+
+
+def test_a_number_that_json_lacks_is_null(tmp_path):
+    args = SimpleNamespace(output_dir=str(tmp_path))
+    state = TrainerState()
+    files = MetricsFiles(LatroTrainer.panels)
+    state.log_history = [{"step": 0, "eval_answer_logp": -math.inf}]
+    files.on_train_begin(args, state, TrainerControl())
+    state.log_history.append({"step": 1, "grad_norm": math.nan})
+    files.on_log(args, state, TrainerControl())
+    first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert first == '{"step": 0, "eval_answer_logp": null}'
+    assert second == '{"step": 1, "grad_norm": null}'
 
 
 def test_progress_is_drawn(tmp_path):
