@@ -15,6 +15,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 # Unicode reserves these characters for use inside a program, so no text has them.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_MOST_STAND_INS = 64
 
 
 class TextEncoder:
@@ -38,6 +39,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         # The unknown token is left out: it also stands for characters that the vocabulary lacks.
         self._special_ids = frozenset(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._special_names = frozenset(tokenizer.convert_ids_to_tokens([*self._special_ids]))
         tokens = {token: AddedToken(token) for token in tokenizer.all_special_tokens}
         added = tokenizer.added_tokens_decoder.values()
         tokens |= {token.content: token for token in added if token.special}
@@ -46,6 +48,7 @@ class TextEncoder:
         names = sorted((t for t in tokens if len(t.strip()) > 1), key=len, reverse=True)
         self._tokens = {name: tokens[name] for name in names}
         self._spelling = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._stand_ins: dict[tuple[str, bool], list[int]] = {}
 
     def __call__(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Return the ids of `text`.
@@ -76,7 +79,13 @@ class TextEncoder:
         """
         special = special or (self.spells_special(before) and not self.spells_special(text))
         encode = partial(self._encode, special=True) if special else self
-        prefix, whole = encode(before), encode(before + text)
+        # Callers have a few stand-ins for what went before, and thousands of texts.
+        prefix = self._stand_ins.get((before, special))
+        if prefix is None:
+            prefix = encode(before)
+            if len(self._stand_ins) < _MOST_STAND_INS:
+                self._stand_ins[before, special] = prefix
+        whole = encode(before + text)
         if whole[: len(prefix)] == prefix and len(whole) > len(prefix):
             return whole[len(prefix) :]
         # Tokens merge across the border. Encoding the text alone is the nearest to its ids there.
@@ -87,6 +96,9 @@ class TextEncoder:
 
         Tokens with a role (beginning, end, padding) do not count, nor do those in `but`.
         """
+        # Most texts are the name of no special token, and need not be encoded to see that.
+        if text not in self._special_names:
+            return False
         ids = self._encode(text, special=True)
         return (
             len(ids) == 1
