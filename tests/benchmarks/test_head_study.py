@@ -16,6 +16,7 @@ from benchmarks.head_study import Comparison
 from benchmarks.head_study_report import Group, Results, checks, slopes
 from benchmarks.linear_logprob import BARE_GEMMS, Limits, Row
 
+pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 SHAPE = Shape("test", n=8, h=16, v=32)
 TINY_RUN = ["--study", "head", "--quick", "--device", "cpu", "--dtype", "fp32"]

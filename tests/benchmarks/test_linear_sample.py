@@ -9,6 +9,7 @@ from benchmarks import linear_sample
 from benchmarks.linear_sample import Case, Inputs, providers
 from scripts.kernel_tables import sample
 
+pytestmark = pytest.mark.long
 CPU = torch.device("cpu")
 CASE = Case(N=4, H=32, V=200, dtype="bf16")
 

@@ -14,6 +14,7 @@ from benchmarks.updates.measure import MAKERS, Held, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, StepProblem, stops_by_chance
 from benchmarks.updates.published import Published, PublishedRecipe
 
+pytestmark = pytest.mark.long
 DEVICE = torch.device("cpu")
 
 

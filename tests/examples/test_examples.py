@@ -25,7 +25,10 @@ from examples import hf_trainer, plain_loop
 from latro_kernels import linear_logprob
 
 # TRL uses the old name of a setting that transformers has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning"),
+]
 
 QUIET = {"report_to": "none", "save_strategy": "no", "use_cpu": True, "disable_tqdm": True}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,11 @@ def smollm2() -> Path:
 
 
 def smollm2_tokenizer() -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer, with its chat template."""
-    file = smollm2()
+    """Return the model's tokenizer, with its chat template: a copy, for the caller to change."""
+    return copy.deepcopy(_read_tokenizer(smollm2()))
+
+
+# Five seconds, which a worker would spend for each of its files.
+@functools.cache
+def _read_tokenizer(file: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=str(file))

@@ -10,6 +10,8 @@ from benchmarks.gpu import sanitize_run
 from latro_kernels import native
 from tests.latro_kernels.ops.table import GATHER_LOGPROB, LINEAR_KL, OPS
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def small(monkeypatch):
