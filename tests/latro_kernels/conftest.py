@@ -48,7 +48,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     rows, columns = (6, 64) if INTERPRETED else (24, 192)
 
-    def shape(head: Any, *, tiles: int = 1) -> tuple[int, int]:
+    def shape(head: Any, *, count: int = 1) -> tuple[int, int]:
         return max(1, min(rows, len(head.hidden))), min(columns, len(head.weight))
 
     monkeypatch.setattr(tiles, "tile_shape", shape)

@@ -162,8 +162,10 @@ def fitting_tiles(head: Head) -> Iterator[tuple[slice, Tile]]:
     A copy is then of a tile's size. Rows' results have the same bits: slices end where a program's
     columns do.
     """
-    height = len(head.hidden) if _fits(head.hidden) else TILE_ROWS
-    width = len(head.weight) if _fits(head.weight) else TILE_COLUMNS
+    # In the dtype that the kernels are given, which in the interpreter is another.
+    hidden, weight = (operand.to(operand_dtype(head)) for operand in (head.hidden, head.weight))
+    height = len(hidden) if _fits(hidden) else TILE_ROWS
+    width = len(weight) if _fits(weight) else TILE_COLUMNS
     return tiles(head, (height, width))
 
 
