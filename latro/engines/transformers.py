@@ -31,6 +31,7 @@ from latro.engines.ends import EndRule
 from latro.model.adapters import without_wrapper
 from latro.model.compiled import CompiledTrunk
 from latro.model.few_rows import few_rows
+from latro.model.forwards import evaluation_mode
 from latro.model.sampling_form import SamplingForm, check_generated, sampling_form
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Progress, Sample, eos_token_ids
@@ -150,9 +151,7 @@ class TransformersEngine:
     ) -> list[list[Sample]]:
         """Return the samples of prompts that may share a batch."""
         eos = eos_token_ids(self.model, self.tokenizer)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             if isinstance(self.form, SamplingForm):
                 decoding = Decoding(
                     self.model,
@@ -179,8 +178,6 @@ class TransformersEngine:
                 eos=eos,
                 progress=progress,
             )
-        finally:
-            self.model.train(was_training)
 
     def _by_transformers(
         self,
