@@ -5,7 +5,7 @@ For rows of a prompt x, a written rationale z and an answer y, with T target tok
     loss = −1/T Σ [log π(z|x) + log π(y|x⊕z)]        or, with target "answer",  −1/T Σ log π(y|x)
 
 Prompts and answers are the tokens that evaluation and LaTRO take for the same row, and the answer
-ends as an assistant's turn does (`latro.rollout.sequences`). T counts the tokens of all
+ends as an assistant's turn does (`latro.rollout.answer_join`). T counts the tokens of all
 accumulation steps and processes, so that each weighs the same however an update is cut up.
 """
 

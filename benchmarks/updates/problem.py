@@ -31,7 +31,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from latro.engines.transformers import caches_in
-from latro.rollout.sequences import AnswerJoin, Rollout, Sample
+from latro.rollout.answer_join import AnswerJoin
+from latro.rollout.sequences import Rollout, Sample
 from latro_kernels import LinearSample
 
 TEMPLATE = "The answer is"

@@ -23,9 +23,9 @@ from latro.evaluation.resume import Journal
 from latro.model.forwards import evaluation_mode
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import Longest, check_dataset, encode_prompt
 from latro.rollout.sequences import (
-    AnswerJoin,
     Progress,
     Rollout,
     RolloutEngine,

@@ -32,15 +32,9 @@ from latro.evaluation.accuracy import answer_logp, check_temperature
 from latro.evaluation.metrics import standard_error
 from latro.evaluation.progress import EvaluationBar
 from latro.model.scoring import Scorer
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
-from latro.rollout.sequences import (
-    AnswerJoin,
-    Rollout,
-    RolloutEngine,
-    Sample,
-    decode,
-    eos_token_ids,
-)
+from latro.rollout.sequences import Rollout, RolloutEngine, Sample, decode, eos_token_ids
 from latro.tasks import Task
 
 # Each kind of rationale before the answer, and its name in pictures and tables.

@@ -8,11 +8,12 @@ from typing import NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.answer_template import template_pattern
 from latro.rollout.chat_template import leaves_out_the_user, tokenizer_name
 from latro.rollout.frame import Frame
 from latro.rollout.long_rope import long_rope_boundary
-from latro.rollout.sequences import AnswerJoin, Sample
+from latro.rollout.sequences import Sample
 
 # A text, or a conversation: {"role", "content"} messages.
 Prompt = str | Sequence[Mapping[str, str]]

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from latro import LatroConfig, LatroTrainer
 from latro.config.training import SMALL_MODEL
 from latro.reporting import callbacks
-from latro.rollout.sequences import AnswerJoin, Rollout, Sample
+from latro.rollout.answer_join import AnswerJoin
+from latro.rollout.sequences import Rollout, Sample
 from latro.tasks import Task
 from scripts.make_tiny_model import make_model, make_tokenizer
 from tests.latro.fake_vllm import FakeVllm

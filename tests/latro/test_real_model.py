@@ -18,8 +18,9 @@ from latro.loading import load_model
 from latro.model.packing import collate
 from latro.model.scoring import Scorer
 from latro.probe import probe
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, decode, eos_token_ids
+from latro.rollout.sequences import decode, eos_token_ids
 from latro.tasks import get_task
 from studies.real_model import prepare
 from tests.latro.smollm2 import smollm2

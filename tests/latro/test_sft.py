@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from latro import SftConfig, SftTrainer
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, decode
+from latro.rollout.sequences import decode
 from latro.sft import sft
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ character of the answer itself:
     verifree    π(y|x⊕z)                                                            2505.21493
     rlpr        clip(mean_{t∈own(y)} p(y_t|x⊕z) − mean_{t∈own(y)} p(y_t|x), 0, 1)   2506.18254
 
-A completion ends, and the answer is joined to it, by the rules of `latro.rollout.sequences`: the
+A completion ends, and the answer is joined to it, by the rules of `latro.rollout.answer_join`: the
 answer stands in the place of what the completion says after its first answer template.
 """
 
@@ -33,8 +33,9 @@ from latro.model.distribution import forget_forwards
 from latro.model.forwards import evaluation_mode
 from latro.model.packing import plan
 from latro.model.scoring import Scorer
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.frame import Chat
-from latro.rollout.sequences import AnswerJoin, Rollout, Sample, eos_token_ids
+from latro.rollout.sequences import Rollout, Sample, eos_token_ids
 from latro.update.processes import agreed_pieces
 from latro_kernels import floored
 from latro_kernels.integrations.logits import layers_gathered

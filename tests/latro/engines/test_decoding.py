@@ -13,7 +13,7 @@ from latro.engines import decoding
 from latro.engines.transformers import TransformersEngine
 from latro.model.sampling_form import SamplingForm
 from latro.model.scoring import Scorer
-from latro.rollout.sequences import AnswerJoin
+from latro.rollout.answer_join import AnswerJoin
 from latro_kernels import decode_attention
 from scripts.make_tiny_model import ARCHITECTURES
 from tests.latro.other_models import other_model

@@ -13,8 +13,9 @@ from latro.evaluation.accuracy import EvaluationSettings, answer_logp, evaluate_
 from latro.evaluation.likelihood import ProbeSettings, probe_model
 from latro.evaluation.resume import Journal
 from latro.model.scoring import Scorer
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, Sample, decode
+from latro.rollout.sequences import Sample, decode
 from latro.tasks import read_own_data
 from tests.latro import frames
 from tests.latro.frames import framed

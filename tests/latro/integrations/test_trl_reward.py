@@ -16,8 +16,9 @@ from latro import LatroConfig, LatroTrainer
 from latro.model.packing import group_layout, plain_offsets
 from latro.model.scoring import Scorer
 from latro.objectives import OBJECTIVES, ObjectiveSettings, Rows
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, Sample, eos_token_ids
+from latro.rollout.sequences import Sample, eos_token_ids
 from tests.latro.conftest import Sums
 from tests.latro.integrations.conftest import EXAMPLES
 from tests.latro.thinking_frames import QWEN3

@@ -9,9 +9,10 @@ import pytest
 from datasets import Dataset
 
 from latro.engines.transformers import TransformersEngine
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.frame import FAMILIES, Chat, Frame
 from latro.rollout.prompts import check_dataset, encode_prompt
-from latro.rollout.sequences import AnswerJoin, Sample, decode, eos_token_ids
+from latro.rollout.sequences import Sample, decode, eos_token_ids
 from tests.latro import frames
 from tests.latro.frames import framed
 from tests.latro.thinking_frames import (

@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
-from latro.rollout.sequences import AnswerJoin, Sample
+from latro.rollout.sequences import Sample
 from tests.latro import frames
 from tests.latro.frames import framed
 

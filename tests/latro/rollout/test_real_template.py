@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.chat_template import end_of_turn, leaves_out_the_user, render
 from latro.rollout.frame import Chat, Frame
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, Sample, decode
+from latro.rollout.sequences import Sample, decode
 from tests.latro.smollm2 import smollm2_tokenizer
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

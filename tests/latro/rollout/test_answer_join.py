@@ -7,8 +7,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from latro.engines.transformers import TransformersEngine
+from latro.rollout.answer_join import AnswerJoin
 from latro.rollout.prompts import encode_prompt
-from latro.rollout.sequences import AnswerJoin, Sample, decode, eos_token_ids
+from latro.rollout.sequences import Sample, decode, eos_token_ids
 from tests.latro import frames
 
 TEMPLATE = "The answer is"
