@@ -13,9 +13,9 @@ this measures it for a model before anything is trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
 from accelerate import Accelerator, PartialState
@@ -29,7 +29,7 @@ from latro.config.ranges import at_least
 from latro.engines.transformers import TransformersEngine, seed_of
 from latro.engines.vllm_sampling import check_length
 from latro.evaluation.accuracy import answer_logp, check_temperature
-from latro.evaluation.metrics import standard_error
+from latro.evaluation.metrics import mean, standard_error
 from latro.evaluation.progress import EvaluationBar
 from latro.model.scoring import Scorer
 from latro.rollout.answer_join import AnswerJoin
@@ -215,7 +215,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 )
         if kind != "none":
             helped = [[gain > 0 for gain in gains(r, kind, "sequence")] for r in there]
-            result[kind]["helps"] = fmean(map(fmean, helped))
+            result[kind]["helps"] = mean(map(mean, helped))
     return result
 
 
@@ -233,8 +233,8 @@ def _values(record: Mapping[str, Any], kind: str, unit: str) -> list[float]:
 
 
 def _mean_and_error(values: Sequence[Sequence[float]]) -> dict[str, float]:
-    means = [fmean(v) for v in values]
-    return {"mean": fmean(means), "stderr": standard_error(means)}
+    means = [mean(v) for v in values]
+    return {"mean": mean(means), "stderr": standard_error(means)}
 
 
 def draw(records: Sequence[Mapping[str, Any]]) -> Figure:
@@ -257,14 +257,23 @@ def draw(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _histograms(axis: Any, kinds: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Draw one line per kind over common bins, from the values of all problems' rationales."""
+    """Draw one line per kind over common bins, from the values of all problems' rationales.
+
+    What is infinite has no bin, as with an answer that is impossible.
+    """
+    # Every problem has the same weight, however many rationales it has.
+    weighted = [
+        [
+            (value, 1 / len(values) / len(problems))
+            for values in problems
+            for value in values
+            if math.isfinite(value)
+        ]
+        for problems in kinds.values()
+    ]
     axis.hist(
-        [[value for values in problems for value in values] for problems in kinds.values()],
-        # Every problem has the same weight, however many rationales it has.
-        weights=[
-            [1 / len(values) / len(problems) for values in problems for _ in values]
-            for problems in kinds.values()
-        ],
+        [[value for value, _ in kind] for kind in weighted],
+        weights=[[weight for _, weight in kind] for kind in weighted],
         bins=40,
         histtype="step",
         linewidth=1.5,

@@ -35,9 +35,9 @@ def accuracies(
         maj@k are over the ⌊n/k⌋ disjoint blocks of k successive samples among n: few samples are
         wasted, and each vote is one that k samples would have given. maj@1 is `accuracy_sampled`.
     """
-    shares = {"accuracy_greedy": [_mean(_right(record["greedy"])) for record in records]}
+    shares = {"accuracy_greedy": [mean(_right(record["greedy"])) for record in records]}
     if "sampled" in records[0]:
-        shares["accuracy_sampled"] = [_mean(_right(record["sampled"])) for record in records]
+        shares["accuracy_sampled"] = [mean(_right(record["sampled"])) for record in records]
         for k in majority:
             shares[f"maj@{k}"] = [_majority_share(record["sampled"], k) for record in records]
     return shares
@@ -47,16 +47,16 @@ def metrics_of(records: Sequence[Mapping[str, Any]], majority: Sequence[int]) ->
     """Return the metrics that `evaluate_model` lists; the arguments are those of `accuracies`."""
     metrics = {}
     for name, shares in accuracies(records, majority).items():
-        metrics[name] = _mean(shares)
+        metrics[name] = mean(shares)
         if name == "accuracy_sampled":
             metrics["accuracy_sampled_stderr"] = standard_error(shares)
     last = "sampled" if "sampled" in records[0] else "greedy"
     completions = [completion for record in records for completion in record[last]]
-    metrics["rationale_length"] = _mean(c["rationale_tokens"] for c in completions)
-    metrics["unfinished"] = _mean(not c["finished"] for c in completions)
-    metrics["answer_logp"] = _mean(c["answer_logp"] for c in completions)
+    metrics["rationale_length"] = mean(c["rationale_tokens"] for c in completions)
+    metrics["unfinished"] = mean(not c["finished"] for c in completions)
+    metrics["answer_logp"] = mean(c["answer_logp"] for c in completions)
     if "plain_answer_logp" in records[0]:
-        metrics["rationale_gain"] = _mean(
+        metrics["rationale_gain"] = mean(
             c["answer_logp"] - record["plain_answer_logp"]
             for record in records
             for c in record[last]
@@ -72,7 +72,7 @@ def intervals_of(
     each = {"accuracy_greedy": 1, "accuracy_sampled": num_samples}
     each |= {f"maj@{k}": num_samples // k for k in majority}
     return {
-        name: list(wilson_interval(_mean(shares), effective_size(shares, each[name])))
+        name: list(wilson_interval(mean(shares), effective_size(shares, each[name])))
         for name, shares in accuracies(records, majority).items()
     }
 
@@ -94,7 +94,7 @@ def wilson_interval(p: float, n: float) -> tuple[float, float]:
 
 def effective_size(shares: Sequence[float], each: int) -> float:
     """Return how many independent outcomes the shares are worth; each is over `each` outcomes."""
-    p, error = _mean(shares), standard_error(shares)
+    p, error = mean(shares), standard_error(shares)
     if error == 0:
         return len(shares) * (1 if p in (0, 1) else each)
     return min(max(p * (1 - p) / error**2, len(shares)), len(shares) * each)
@@ -104,19 +104,26 @@ def standard_error(values: Sequence[float]) -> float:
     """Return the standard error of the mean; 0 for a single value."""
     if len(values) < 2:
         return 0.0
-    mean = _mean(values)
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    center = mean(values)
+    return math.sqrt(math.fsum((v - center) ** 2 for v in values) / (len(values) - 1) / len(values))
 
 
 def _majority_share(completions: Sequence[Mapping[str, Any]], k: int) -> float:
     starts = range(0, len(completions) - k + 1, k)
-    return _mean(majority_correct(completions[i : i + k]) for i in starts)
+    return mean(majority_correct(completions[i : i + k]) for i in starts)
 
 
 def _right(completions: Sequence[Mapping[str, Any]]) -> list[bool]:
     return [completion["correct"] for completion in completions]
 
 
-def _mean(values: Iterable[float]) -> float:
+def mean(values: Iterable[float]) -> float:
+    """Return the mean; NaN where there are infinities of both signs, which `fsum` refuses.
+
+    What a rationale adds to the log-prob of an answer is such, where the answer is impossible
+    behind one rationale, and without any in another problem.
+    """
     values = list(values)
+    if {math.inf, -math.inf} <= set(values):
+        return math.nan
     return math.fsum(values) / len(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from statistics import fmean, stdev
 
 import pytest
@@ -152,6 +153,21 @@ def test_it_leaves_a_json_file_and_a_picture(small, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "own, sampled" in shown
     assert "left out" not in shown
+
+
+def test_impossible_answers_are_null_and_no_error(small, tmp_path, monkeypatch):
+    """In one problem without a rationale, in another behind one: gains of both signs."""
+
+    def impossible(scorer, rollouts, token_budget):
+        return [-math.inf if i in (0, len(rollouts) - 1) else -1.0 for i in range(len(rollouts))]
+
+    monkeypatch.setattr("latro.evaluation.likelihood.answer_logp", impossible)
+    found = small()["summary"]
+    assert found["none"]["sequence"]["mean"] == -math.inf
+    assert math.isnan(found["sampled"]["sequence_gain"]["mean"])
+    written = json.loads((tmp_path / "out" / "p.json").read_text())
+    assert written["summary"]["none"]["sequence"] == {"mean": None, "stderr": None}
+    Image.open(tmp_path / "out" / "p.png").verify()
 
 
 def test_a_vllm_server_gives_the_same_rationales(small, tmp_path, fake, small_tokenizer):
