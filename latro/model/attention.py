@@ -137,6 +137,7 @@ def attention(
         return _own(own, module)(module, query, key, value, attention_mask, **kwargs)
     layer = getattr(module, "layer_idx", None)
     if shared_prefix is None and torch.compiler.is_compiling():
+        # The graph would hold this step's rows; what runs in its place looks up those of each.
         return attend_in_graph(*as_products_take(query, key, value), layer), None
     form = attention_form(module, query, kwargs)
     if counts_along_row(module):
