@@ -17,7 +17,7 @@ from latro.config.data import DataArguments
 from latro.config.model import ModelArguments, PeftArguments
 from latro.config.training import AnswerConfig
 from latro.errors import TrainingInterrupted
-from latro.files import write_json
+from latro.files import finite, write_json
 from latro.loading import load_model
 from latro.model.adapters import lora_config
 from latro.problems import load_splits, load_task
@@ -134,7 +134,7 @@ def _train(
     results = {"base": base[0]} if base else {}
     results["final"] = _evaluations(trainer.state, best or trainer.state.global_step)[-1]
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / RESULTS_FILE, results)
+        write_json(Path(args.output_dir) / RESULTS_FILE, finite(results))
     # Write the card again, now that the last evaluation is known.
     trainer.create_model_card()
     console.print(_table(results, len(trainer.eval_dataset)))

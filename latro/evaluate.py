@@ -28,7 +28,7 @@ from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples
 from latro.evaluation.metrics import intervals_of
 from latro.evaluation.resume import Journal, crc32, weights_crc32
-from latro.files import check_output, write_json
+from latro.files import check_output, finite, write_json
 from latro.loading import load_model
 from latro.model.adapters import without_wrapper
 from latro.model.scoring import Scorer
@@ -165,7 +165,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "seconds": time.perf_counter() - started,
         }
         if processes.is_main_process:
-            write_json(args.output, result)
+            write_json(args.output, finite(result))
     if processes.is_main_process:
         title = f"{task.description}, {len(dataset)} problems"
         if examples:

@@ -67,8 +67,8 @@ def append(path: str | os.PathLike[str], text: str, *, durable: bool = False) ->
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write `value` as indented JSON, completely or not at all; `finite` says what JSON lacks."""
-    text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    """Write `value` as indented JSON, completely or not at all."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

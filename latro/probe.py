@@ -24,7 +24,7 @@ from latro.config.model import ModelArguments
 from latro.engines.make import load_engine
 from latro.errors import exit_with
 from latro.evaluation.likelihood import KINDS, ProbeSettings, draw, probe_model, summary
-from latro.files import check_output, replacing, write_json
+from latro.files import check_output, finite, replacing, write_json
 from latro.loading import load_model
 from latro.model.scoring import Scorer
 from latro.problems import load_held_out, load_task
@@ -123,7 +123,7 @@ def _probe(
         return result
     with replacing(picture) as temporary:
         draw(records).savefig(temporary, format="png", dpi=120)
-        write_json(args.output, result)
+        write_json(args.output, finite(result))
     console = Terminal()
     console.print(_table(f"{task.description}, {len(dataset)} problems", result["summary"]))
     if "gold" not in result["summary"]:
