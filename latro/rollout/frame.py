@@ -33,6 +33,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -306,14 +307,7 @@ class Frame:
 
     def _switched(self, family: Thinking) -> Thinking | None:
         """Return the family where the template writes its empty block to switch thinking off."""
-        if _SWITCH not in template_of(self.tokenizer, self.chat.template_kwargs):
-            return None
-        question = self.messages(ASKED)
-        try:
-            text = self._render(question, add_generation_prompt=True, **{_SWITCH: False})
-        except TemplateRefusalError:
-            return None
-        ending = text.rpartition(ASKED)[2]
+        ending = self._ending_without_thoughts
         opened, closed = _marks(family, ending)
         if not 0 <= opened < closed:
             return None
@@ -321,7 +315,7 @@ class Frame:
 
     def _before_words(self, family: Thinking) -> Thinking | None:
         """Return the family where the template puts an end of thoughts before words."""
-        before = self._turn().partition(SAID)[0]
+        before = self._turn_of_words.partition(SAID)[0]
         behind = before[len(before.rstrip()) :]
         ended = before.rstrip().endswith(family.closing + family.behind.rstrip())
         return replace(family, behind=family.behind.rstrip() + behind) if ended else None
@@ -331,8 +325,7 @@ class Frame:
 
         `ending` is what a prompt ends with.
         """
-        turn = self._turn(**dict.fromkeys(_OF_THOUGHTS, _THOUGHT))
-        before, thought, rest = turn.partition(_THOUGHT)
+        before, thought, rest = self._turn_with_thoughts.partition(_THOUGHT)
         closing, said, _ = rest.partition(SAID)
         space, closed, behind = closing.partition(family.closing)
         if not (thought and said and closed) or space.strip():
@@ -343,6 +336,28 @@ class Frame:
         if opening.strip() != family.mark:
             opening = family.opening
         return replace(family, opening=opening, before=space, behind=behind)
+
+    # What does not depend on the family is rendered once for all of them.
+
+    @cached_property
+    def _ending_without_thoughts(self) -> str:
+        """What a prompt ends with where thinking is switched off; "": there is no such switch."""
+        if _SWITCH not in template_of(self.tokenizer, self.chat.template_kwargs):
+            return ""
+        question = self.messages(ASKED)
+        try:
+            text = self._render(question, add_generation_prompt=True, **{_SWITCH: False})
+        except TemplateRefusalError:
+            return ""
+        return text.rpartition(ASKED)[2]
+
+    @cached_property
+    def _turn_of_words(self) -> str:
+        return self._turn()
+
+    @cached_property
+    def _turn_with_thoughts(self) -> str:
+        return self._turn(**dict.fromkeys(_OF_THOUGHTS, _THOUGHT))
 
     def _turn(self, **thoughts: str) -> str:
         """Return the text behind a user's words that has an assistant's turn; "": it is refused."""
