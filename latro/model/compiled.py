@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from latro.model.attention import row_arguments
 from latro.model.decoding import DecodingKeys
 from latro.model.sampling_form import hidden_difference
 
@@ -32,6 +31,7 @@ class CompiledTrunk:
 
     def __init__(self, trunk: nn.Module) -> None:
         self._trunk: Any = trunk
+        self._name = type(trunk).__name__
 
         def step(**inputs: Any) -> Tensor:
             return trunk(**inputs).last_hidden_state[0]
@@ -43,45 +43,46 @@ class CompiledTrunk:
         self._compiled: Any = torch.compile(step, dynamic=True, fullgraph=True)
         self._is_tried = False
 
-    def __call__(self, input_ids: Tensor, keys: DecodingKeys) -> Tensor:
-        """Return the hidden states [R, H] of tokens [1, R], after the trunk's final norm.
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Return the hidden states [R, H] of a step's tokens, after the trunk's final norm.
+
+        Args:
+            inputs: what the trunk is given: `input_ids` and `position_ids` [1, R], `decoding`, the
+                `DecodingKeys` of the step, and more.
 
         Raises:
             ValueError: torch cannot compile the trunk as one graph, or what it makes of the first
                 step differs from what the trunk makes.
         """
-        inputs = {"use_cache": False, **row_arguments(None, keys)}
         if self._is_tried:
-            return self._step(input_ids, keys, inputs)
-        name = type(self._trunk).__name__
-        logger.info("compiling the decoding step of %s", name)
+            return self._step(inputs)
+        logger.info("compiling the decoding step of %s", self._name)
         # Keys and values are written twice, to the same place.
-        expected = self._trunk(input_ids=input_ids, **inputs).last_hidden_state[0]
-        hidden = self._step(input_ids, keys, inputs)
+        expected = self._trunk(**inputs).last_hidden_state[0]
+        hidden = self._step(inputs)
         # What is not a number is infinitely far from one.
         found = hidden.nan_to_num(nan=math.inf)
         if difference := hidden_difference(found, expected, expected.dtype):
             raise ValueError(
                 "rollout_compile: expected a model that torch.compile computes as it is, got "
-                f"{name}: {difference}"
+                f"{self._name}: {difference}"
             )
         self._is_tried = True
         return hidden
 
-    def _step(self, input_ids: Tensor, keys: DecodingKeys, inputs: dict[str, Any]) -> Tensor:
-        count = input_ids.shape[1]
+    def _step(self, inputs: dict[str, Any]) -> Tensor:
+        count = inputs["input_ids"].shape[1]
         # Of a single row there are two: torch would compile once more for a size of 1. Copies,
         # since it would do so too for a view where it has seen none.
         times = 2 if count == 1 else 1
-        inputs |= {
-            "input_ids": input_ids.repeat(1, times),
-            "position_ids": inputs["position_ids"].repeat(1, times),
-        }
+        copies = {name: inputs[name].repeat(1, times) for name in ("input_ids", "position_ids")}
+        keys: DecodingKeys = inputs["decoding"]
         try:
             with keys.in_graph():
-                return self._compiled(**inputs)[:count]
+                hidden: Tensor = self._compiled(**inputs | copies)[:count]
         except TorchDynamoException as error:
             raise ValueError(
                 "rollout_compile: expected a model of which torch.compile makes one graph, got "
-                f"{type(self._trunk).__name__}: {str(error).partition(chr(10))[0]}"
+                f"{self._name}: {str(error).partition(chr(10))[0]}"
             ) from error
+        return hidden

@@ -98,8 +98,8 @@ class Reading:
     """Of the prompts and rows."""
     prompts: SharedPrefix | None = None
     """The segments, where the tokens are prompts; else each is the next token of a row."""
-    trunk: Callable[[Tensor, DecodingKeys], Tensor] | None = None
-    """Makes their hidden states [T, H]; None: the model's own trunk."""
+    trunk: Callable[..., Tensor] | None = None
+    """Makes their hidden states [T, H] of what a trunk is given; None: the model's own trunk."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,11 +254,12 @@ def trunk_rows(causal: PreTrainedModel, batch: Batch) -> Tensor:
 
 def read(causal: PreTrainedModel, reading: Reading) -> Tensor:
     """Return the hidden states [T, H] of tokens in decoding, after the trunk's final norm."""
-    if reading.trunk is not None:
-        return reading.trunk(reading.input_ids, reading.keys)
-    trunk = trunk_of(causal)
-    return trunk(
-        input_ids=reading.input_ids,
-        use_cache=False,
+    inputs = {
+        "input_ids": reading.input_ids,
+        "use_cache": False,
         **row_arguments(reading.prompts, reading.keys),
-    ).last_hidden_state[0]
+    }
+    if reading.trunk is not None:
+        return reading.trunk(**inputs)
+    hidden: Tensor = trunk_of(causal)(**inputs).last_hidden_state[0]
+    return hidden
