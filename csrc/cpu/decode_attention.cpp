@@ -110,11 +110,12 @@ int32_t latro_cpu_decode_attention(const void* query, const void* key, const voi
       longest = std::max(longest, prompt_length[row] + length[row] + 1);
     }
     const int64_t tasks = R * key_heads;
-    const int64_t used = std::max<int64_t>(1, std::min(threads, tasks));
+    // One thread or all: OpenMP ends the threads that a smaller team leaves out.
+    const int64_t used = tasks == 1 ? 1 : threads;
     const int64_t scratch = groups * (size + longest + value_size);
     const std::unique_ptr<float[]> room(new (std::nothrow) float[used * scratch]);
     if (room == nullptr) return LATRO_OUT_OF_MEMORY;
-#pragma omp parallel for num_threads(used) schedule(static)
+#pragma omp parallel for num_threads(static_cast<int>(used)) schedule(static)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t row = task / key_heads, head = task % key_heads;
       float* q = room.get() + omp_get_thread_num() * scratch;

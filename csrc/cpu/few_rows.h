@@ -288,16 +288,17 @@ template <typename Gemm, typename T, typename Use>
 void for_each_group(FewRows<Gemm, T>& few, int64_t V, int64_t cols, Use use) {
   std::atomic<int64_t> free_group{0};
   const int64_t groups = ceil_div(V, cols);
-#pragma omp parallel num_threads(static_cast<int>(few.threads.size()))
-  {
+  const auto work = [&](FewScratch<Gemm>& own) {
     const typename Gemm::Session session;
-    FewScratch<Gemm>& own = few.threads[omp_get_thread_num()];
     for (int64_t group = free_group++; group < groups; group = free_group++) {
       const int64_t begin = group * cols, n = std::min(cols, V - begin);
       few.group(begin, n, own,
                 [&](int64_t row, const float* products) { use(row, products, begin, n); });
     }
-  }
+  };
+  if (few.threads.size() == 1) return work(few.threads[0]);
+#pragma omp parallel num_threads(static_cast<int>(few.threads.size()))
+  work(few.threads[omp_get_thread_num()]);
 }
 
 // Calls fold(row, products, column, n) for every row and each group of n <= kGroupCols columns from

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -17,8 +19,8 @@ from tests.latro_kernels.ops.op import DTYPES, INTERPRETED, gate
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="has no kernel in Triton")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 # V and H: one of everything; odd, with pieces of the depth and groups of columns that are not full;
-# an H for which CPUs multiply bf16 as such.
-SHAPES = [(1, 1), (5, 3), (193, 129), (391, 257), (40, 400)]
+# an H for which CPUs multiply bf16 as such; more than threads take by rows.
+SHAPES = [(1, 1), (5, 3), (193, 129), (391, 257), (40, 400), (1100, 300)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -71,6 +73,25 @@ def test_a_row_has_the_same_bits_whatever_others_there_are(
             assert torch.equal(few_rows_linear(x[-N:], weight, bias), expected[-N:]), N
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads as Linux shows them")
+def test_threads_stay_from_call_to_call() -> None:
+    """Of layers of many sizes; making threads anew takes longer than such a layer."""
+    code = """
+import os, torch
+from latro_kernels import few_rows_linear
+torch.set_num_threads(4)
+weights = [torch.ones(V, 64) for V in (5000, 8, 600)]
+seen = [set(), set()]
+for threads in seen:
+    for x in (torch.ones(N, 64) for N in (100, 1, 8)):
+        for weight in weights:
+            few_rows_linear(x, weight)
+            threads |= {*os.listdir("/proc/self/task")}
+assert seen[1] <= seen[0], seen
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @each_dtype
