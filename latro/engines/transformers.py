@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from latro.engines.decoding import MOST_ROWS, MOST_ROWS_ELSEWHERE, Decoding, seed_of
-from latro.engines.ends import EndRule
+from latro.engines.ends import EndRule, TokenLetters
 from latro.model.adapters import without_wrapper
 from latro.model.compiled import CompiledTrunk
 from latro.model.few_rows import few_rows
@@ -67,6 +67,7 @@ class TransformersEngine:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._letters = TokenLetters(tokenizer)
         self._is_tried = False
         self.boundary = long_rope_boundary(model)
         if not without_wrapper(model)._supports_default_dynamic_cache():
@@ -156,7 +157,7 @@ class TransformersEngine:
                 decoding = Decoding(
                     self.model,
                     self.form,
-                    EndRule(self.tokenizer, eos, template),
+                    EndRule(self.tokenizer, eos, template, self._letters),
                     max_new_tokens=max_new_tokens,
                     temperature=temperature,
                     progress=progress,
@@ -231,6 +232,7 @@ class TransformersEngine:
                 eos_token_ids=eos,
                 template=template,
                 progress=progress,
+                letters=self._letters,
             )
             output = model.generate(
                 input_ids=ids.repeat_interleave(num_samples, dim=0),
@@ -338,8 +340,9 @@ class TemplateStop(StoppingCriteria):
         eos_token_ids: Sequence[int],
         template: str | None,
         progress: Progress | None = None,
+        letters: TokenLetters | None = None,
     ) -> None:
-        self.rule = EndRule(tokenizer, eos_token_ids, template)
+        self.rule = EndRule(tokenizer, eos_token_ids, template, letters)
         self.prompt_length = prompt_length
         self.progress = progress
         self.lengths = [0] * num_rows
