@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -39,6 +40,8 @@ from latro.rollout.answer_template import template_pattern
 from latro.rollout.chat_template import end_of_turn
 from latro.rollout.frame import Chat, Frame
 from latro.rollout.sequences import Rollout, Sample, decode
+
+_MOST_ANSWERS = 256  # whose tokens are kept for the next rationale
 
 
 class AnswerJoin:
@@ -92,6 +95,9 @@ class AnswerJoin:
         self.end_ids = [end for end in ends if end is not None][:1]
         self.eos_token_ids = frozenset([*eos_token_ids, *self.end_ids])
         self._opening_is_special = self.encoder.spells_special(self.opening)
+        # The K rationales of a prompt have the same answer, and mostly the same words before it.
+        self._answer_ids = lru_cache(_MOST_ANSWERS)(self._encode_answer)
+        self._own_start = lru_cache(_MOST_ANSWERS)(self._find_own_start)
 
     def __call__(
         self, prompt_ids: list[int], sample: Sample, answer: str, *, statement: int = 0
@@ -112,7 +118,7 @@ class AnswerJoin:
                 prompt_ids,
                 sample,
                 answer=answer,
-                answer_ids=self._answer_ids(before, opening, answer),
+                answer_ids=[*self._answer_ids(before, opening, answer)],
                 answer_start=len(read),
                 finished=finished,
             )
@@ -122,7 +128,10 @@ class AnswerJoin:
             prompt_ids,
             replace(sample, ids=read[: stated.end]),
             answer=answer,
-            answer_ids=kept + self._answer_ids(before, stated.rest + self._behind_ending, answer),
+            answer_ids=[
+                *kept,
+                *self._answer_ids(before, stated.rest + self._behind_ending, answer),
+            ],
             answer_start=stated.start,
             finished=True,
         )
@@ -181,23 +190,23 @@ class AnswerJoin:
             answer_start=answer_start,
             finished=finished,
             sampled_logp=None if sample.logp is None else sample.logp[: len(sample.ids)],
-            own_start=self._own_start(answer_ids, answer),
+            own_start=self._own_start(tuple(answer_ids), answer),
             own_end=len(answer_ids),
         )
 
-    def _own_start(self, ids: list[int], answer: str) -> int:
+    def _find_own_start(self, ids: tuple[int, ...], answer: str) -> int:
         """Return the index of the first of `ids` with a character of `answer`, which ends them.
 
         A token that spells the end of the template together with the beginning of the answer is the
         answer's; a token that is nothing but the space between them is not.
         """
         # The answer as the tokenizer spells it, since it may normalise characters.
-        spelled = decode(self.tokenizer, self._answer_ids(self.template, "", answer)).lstrip()
+        spelled = decode(self.tokenizer, [*self._answer_ids(self.template, "", answer)]).lstrip()
         # Bisection works: ids that end with the answer's spelling still do with more ids in front.
         first, last = 0, len(ids)
         while first < last:
             middle = (first + last + 1) // 2
-            if decode(self.tokenizer, ids[middle:]).endswith(spelled):
+            if decode(self.tokenizer, [*ids[middle:]]).endswith(spelled):
                 first = middle
             else:
                 last = middle - 1
@@ -225,14 +234,14 @@ class AnswerJoin:
         spelled = len(decode(self.tokenizer, ids[: high - 1]))
         return _Stated(start, high - 1, high, text[spelled : match.end()])
 
-    def _answer_ids(self, before: str, template: str, answer: str) -> list[int]:
+    def _encode_answer(self, before: str, template: str, answer: str) -> tuple[int, ...]:
         """Return the tokens of a template, or its rest, and the answer as after `before`."""
         if self.encoder.is_token(answer, but=self.eos_token_ids):
-            return self.encoder.after(before, f"{template} {answer}", special=True)
+            return tuple(self.encoder.after(before, f"{template} {answer}", special=True))
         if template and self._opening_is_special:
             opened = self.encoder.after(before, template, special=True)
-            return opened + self._ids_after(template, f" {answer}")
-        return self._ids_after(before, f"{template} {answer}")
+            return (*opened, *self._ids_after(template, f" {answer}"))
+        return tuple(self._ids_after(before, f"{template} {answer}"))
 
     def _ids_after(self, before: str, text: str) -> list[int]:
         return self.encoder.after(before, text)

@@ -51,6 +51,27 @@ def test_join_at_the_length_limit(tokenizer, join):
     assert decode(tokenizer, rollout.input_ids) == "How many? 2+3 The answer is 5"
 
 
+def test_an_answer_is_encoded_once_behind_the_same_words(tokenizer, join, monkeypatch):
+    """An update joins each answer to K rationales, and a check before a run to every prompt."""
+    encoded, encode = [], tokenizer.encode
+
+    def recorded(text, **options):
+        encoded.append(text)
+        return encode(text, **options)
+
+    prompt, ids = tokenizer.encode("How many?"), tokenizer.encode(" 2+3=5.")
+    stated = [*ids, *tokenizer.encode(" The answer is")]
+    monkeypatch.setattr(tokenizer, "encode", recorded)
+    for sampled in (ids, stated):
+        first = join(prompt, Sample(sampled), "5")
+        before = len(encoded)
+        again = join(prompt, Sample(sampled), "5")
+        assert len(encoded) == before
+        assert again == first
+        again.answer_ids.append(0)
+        assert join(prompt, Sample(sampled), "5") == first
+
+
 @pytest.mark.parametrize("answer", [" 5", "5\n", "\t 5 "])
 def test_white_space_around_an_answer_is_no_part_of_it(tokenizer, join, answer):
     prompt, sample = tokenizer.encode("How many?"), Sample(tokenizer.encode(" 2+3=5."))
