@@ -167,25 +167,51 @@ def _by_segment(
     # Split, and not sliced: the backward of a slice writes zeros for the whole row.
     queries = query.split(list(shared_prefix.lengths), dim=2)
     keys, values = (t.split(shared_prefix.key_lengths, dim=2) for t in (key, value))
-    outputs = [_one_segment(q, k, v, form) for q, k, v in zip(queries, keys, values, strict=True)]
+    spans = [
+        (e - n, e) for n, e in zip(shared_prefix.lengths, shared_prefix.key_lengths, strict=True)
+    ]
+    masked = [span for span in spans if not _is_causal(form, *span)]
+    # What the queries of many small segments see is cut from one table.
+    first = min((start for start, _ in masked), default=0)
+    bias = _bias(form, first, max((end for _, end in masked), default=0), like=query)
+    outputs = []
+    for q, k, v, (start, end) in zip(queries, keys, values, spans, strict=True):
+        causal = _is_causal(form, start, end)
+        own = None if causal else bias[start - first : end - first, :end]
+        outputs.append(_one_segment(q, k, v, form, own))
     # Contiguous, as the functions of transformers return it: some layers take a view of it.
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _one_segment(query: Tensor, key: Tensor, value: Tensor, form: AttentionForm) -> Tensor:
+def _is_causal(form: AttentionForm, start: int, end: int) -> bool:
+    """Return whether torch's causal attention is that of queries at these positions."""
+    of_torch = form.softcap is None and form.sink is None
+    return of_torch and start == 0 and end <= min(form.window, form.chunk)
+
+
+def _bias(form: AttentionForm, first: int, end: int, like: Tensor) -> Tensor:
+    """Return what is added to scores: 0 where a key is seen, and −∞ elsewhere.
+
+    Of shape [end − first, end]: a row for each position from `first` on, a column for each key.
+    """
+    position = torch.arange(end, device=like.device)
+    seen = form.sees(position[first:, None], position)
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
+
+
+def _one_segment(
+    query: Tensor, key: Tensor, value: Tensor, form: AttentionForm, bias: Tensor | None
+) -> Tensor:
     """Attend from a sequence's last queries, [1, heads, Q, size], to its keys, [1, heads, T, size].
 
-    Query i stands at position T − Q + i, key j at position j.
+    Query i stands at position T − Q + i, key j at position j. `bias` is [Q, T]; None: all is seen
+    that stands at or before a query, and Q is T.
     """
-    Q, T = query.shape[2], key.shape[2]
-    of_torch = form.softcap is None and form.sink is None
-    if of_torch and Q == T <= min(form.window, form.chunk):
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=form.scaling)
-    position = torch.arange(T, device=query.device)
-    seen = form.sees(position[T - Q :, None], position)
-    bias = torch.zeros(Q, T, dtype=query.dtype, device=query.device).masked_fill_(~seen, -math.inf)
-    if of_torch:
-        return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=form.scaling)
+    if form.softcap is None and form.sink is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=bias, is_causal=bias is None, scale=form.scaling
+        )
+    assert bias is not None
     return form.weights(query @ key.transpose(2, 3), bias).to(query.dtype) @ value
 
 

@@ -232,9 +232,31 @@ def test_a_prefix_sums_the_gradients_of_its_branches_in_fp32():
     assert x.grad[0, 0, 2:, 0].eq(1).all()
 
 
+def attend_last(q, k, v, form):
+    """Attend from the last three of nine positions."""
+    return module._one_segment(q, k, v, form, module._bias(form, 6, 9, like=q))
+
+
+def test_what_segments_see_is_one_table_that_fully_causal_ones_do_not_need(monkeypatch):
+    """A prompt of thousands of tokens would have a table of its square; a branch its own."""
+    tables, bias = [], module._bias
+
+    def recorded(form, first, end, like):
+        tables.append((first, end))
+        return bias(form, first, end, like)
+
+    monkeypatch.setattr(module, "_bias", recorded)
+    layout = SharedPrefix((900, 3, 5, 800, 2), (-1, 0, 0, -1, 3), CPU)
+    k = torch.randn(1, 1, sum(layout.key_lengths), 4)
+    q = torch.randn(1, 1, sum(layout.lengths), 4)
+    module._by_segment(q, k, k, layout, AttentionForm(0.5))
+    module._by_segment(q, q, q, SharedPrefix((1710,), (-1,), CPU), AttentionForm(0.5))
+    assert tables == [(800, 905), (0, 0)]
+
+
 def test_the_last_queries_see_the_window_that_ends_with_them():
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9, 9))
-    out = module._one_segment(q, k, v, AttentionForm(0.5, window=4))
+    out = attend_last(q, k, v, AttentionForm(0.5, window=4))
     for i in range(3):
         seen = slice(6 + i - 3, 6 + i + 1)
         alone = scaled_dot_product_attention(
@@ -263,7 +285,7 @@ def test_a_sink_takes_its_part_of_every_softmax(softcap):
     q, k, v = (torch.randn(1, 2, n, 4, dtype=torch.float64) for n in (3, 9, 9))
     sink = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
     form = AttentionForm(0.5, window=6, softcap=softcap, sink=sink)
-    out = module._one_segment(q, k, v, form)
+    out = attend_last(q, k, v, form)
     expected = torch.empty_like(out)
     for i in range(3):
         seen = slice(6 + i - 5, 6 + i + 1)
@@ -279,9 +301,9 @@ def test_a_sink_takes_its_part_of_every_softmax(softcap):
     torch.testing.assert_close(ours, theirs)
 
     none, whole = (replace(form, sink=torch.full((2,), s)) for s in (-float("inf"), 1e4))
-    without = module._one_segment(q, k, v, replace(form, sink=None))
-    torch.testing.assert_close(module._one_segment(q, k, v, none), without)
-    assert (module._one_segment(q, k, v, whole) == 0).all()
+    without = attend_last(q, k, v, replace(form, sink=None))
+    torch.testing.assert_close(attend_last(q, k, v, none), without)
+    assert (attend_last(q, k, v, whole) == 0).all()
 
 
 def test_a_model_that_cannot_is_run_padded_and_says_so(tiny, rollouts, caplog, monkeypatch):
