@@ -26,7 +26,8 @@ LAYERS = (
     {"loading", "problems"},
     {"evaluating_trainer"},
     {"base_trainer"},
-    {"sft_trainer", "trainer"},
+    {"sampling_trainer", "sft_trainer"},
+    {"trainer"},
     {"cli"},
     {"evaluate", "probe", "sft", "train"},
 )
