@@ -136,6 +136,7 @@ class AnswerTrainer(EvaluatingTrainer):
                 model=model,
                 join=self.join,
                 max_completion_length=args.max_completion_length,
+                progress=not args.disable_tqdm,
             )
         elif train_dataset is not None:
             _check_evaluations(args)

@@ -27,7 +27,7 @@ from latro.errors import exit_with
 from latro.evaluation.accuracy import EvaluationSettings, evaluate_model
 from latro.evaluation.few_shot import draw_examples
 from latro.evaluation.metrics import intervals_of
-from latro.evaluation.resume import Journal, crc32, weights_crc32
+from latro.evaluation.resume import Journal, crc32_of_each, weights_crc32
 from latro.files import check_output, finite, write_json
 from latro.loading import load_model
 from latro.model.adapters import without_wrapper
@@ -138,7 +138,7 @@ def evaluate(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "ends": eos_token_ids(model, tokenizer),
             "device": model.device.type,
         },
-        "data": {**result["data"], "rows": crc32(list(dataset))},
+        "data": {**result["data"], "rows": crc32_of_each(dataset)[0]},
         "settings": {k: v for k, v in result["settings"].items() if k not in apart},
         "versions": result["versions"],
     }

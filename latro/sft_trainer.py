@@ -88,12 +88,14 @@ class SftTrainer(AnswerTrainer):
     def _check_train_dataset(
         self, dataset: Dataset, model: PreTrainedModel | PeftModel, args: AnswerConfig
     ) -> None:
+        progress = not args.disable_tqdm
         check_dataset(
             dataset,
             name="train_dataset",
             model=model,
             join=self.join,
             max_completion_length=0,
+            progress=progress,
         )
         if args.target == "answer":
             return
@@ -108,7 +110,9 @@ class SftTrainer(AnswerTrainer):
                     f"train_dataset: row {index}: expected a rationale, got {rationale!r}; drop "
                     "the row, or take --target answer"
                 )
-        check_rationales(dataset, name="train_dataset", model=model, join=self.join)
+        check_rationales(
+            dataset, name="train_dataset", model=model, join=self.join, progress=progress
+        )
 
     def _collate(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         # Every rollout is alone in its group.

@@ -90,7 +90,11 @@ def drop_closed_pipes() -> None:
 
 
 def progress_bar(**options: Any) -> tqdm:
-    """Return a bar of tqdm that lasts as long as the run, with or without a terminal."""
+    """Return a bar of tqdm that lasts as long as the run, with or without a terminal.
+
+    In a file it is a line every ten seconds.
+    """
+    options.setdefault("mininterval", 0.1 if sys.stderr.isatty() else 10)
     return tqdm(file=Lasting("stderr"), dynamic_ncols=True, **options)
 
 

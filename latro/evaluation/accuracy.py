@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from latro.model.forwards import evaluation_mode
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
 from latro.rollout.answer_join import AnswerJoin
-from latro.rollout.prompts import Longest, check_dataset, encode_prompt
+from latro.rollout.prompts import Longest, check_dataset, encode_each
 from latro.rollout.sequences import (
     Progress,
     Rollout,
@@ -130,6 +131,8 @@ def evaluate_model(
         for, `rationale_gain` (mean of log π(y|x⊕z) − log π(y|x), nats).
     """
     model = scorer.model
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    shows = settings.progress and rank == 0
     join = AnswerJoin(tokenizer, task.answer_template, eos_token_ids(model, tokenizer), task.chat)
     longest = check_dataset(
         dataset,
@@ -137,6 +140,7 @@ def evaluate_model(
         model=model,
         join=join,
         max_completion_length=settings.max_completion_length,
+        progress=shows,
     )
     separator = None
     shown = dataset
@@ -150,10 +154,10 @@ def evaluate_model(
             model=model,
             join=join,
             max_completion_length=settings.max_completion_length,
+            progress=shows,
         )
         # The turns of a conversation have ends of their own.
         separator = None if tokenizer.chat_template else SEPARATOR
-    prompts = [encode_prompt(tokenizer, prompt, join.frame) for prompt in shown["prompt"]]
     max_new_tokens = most_new_tokens(model, longest, settings.max_completion_length)
     engine = engine or TransformersEngine(model, tokenizer)
     check_length(engine, longest.prompt + max_new_tokens)
@@ -168,26 +172,30 @@ def evaluate_model(
         max_new_tokens=max_new_tokens,
     )
 
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     batch_size = settings.batch_size * world
-    records = journal.open(prompts, batch_size) if journal and rank == 0 else []
+    records: list[dict[str, Any]] = []
+    if journal and rank == 0:
+        records = journal.open(encode_each(shown, join), batch_size)
     if journal and world > 1:
         (records,) = broadcast_object_list([records])
+    accuracies = _Accuracies()
+    accuracies(records)
     with EvaluationBar(
         "evaluating",
         total=len(dataset),
         done=len(records),
-        shown=settings.progress and rank == 0,
+        shown=shows,
     ) as bar:
         for start in range(len(records), len(dataset), batch_size):
             indices = range(start, min(start + batch_size, len(dataset)))[rank::world]
-            batch = evaluator([_Problem(i, dataset[i], prompts[i]) for i in indices], bar)
+            problems = zip(indices, encode_each(shown.select(indices), join), strict=True)
+            batch = evaluator([_Problem(i, dataset[i], prompt) for i, prompt in problems], bar)
             if world > 1:
                 batch = sorted(gather_object(batch), key=lambda record: record["index"])
             if journal and rank == 0:
                 journal.append(batch)
             records += batch
-            bar.add(len(batch), _accuracies(records))
+            bar.add(len(batch), accuracies(batch))
     return metrics_of(records, settings.majority), records
 
 
@@ -349,11 +357,18 @@ class _Evaluator:
         }
 
 
-def _accuracies(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the accuracies on the problems so far, for the progress bar."""
-    shown = {}
-    for name in ("greedy", "sampled"):
-        grades = [c["correct"] for record in records for c in record.get(name, ())]
-        if grades:
-            shown[name] = f"{sum(grades) / len(grades):.1%}"
-    return shown
+class _Accuracies:
+    """Counts right completions, for the progress bar."""
+
+    def __init__(self) -> None:
+        self._right: Counter[str] = Counter()
+        self._all: Counter[str] = Counter()
+
+    def __call__(self, records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Add the records of some problems; return the accuracies on all so far."""
+        for record in records:
+            for name in ("greedy", "sampled"):
+                grades = [completion["correct"] for completion in record.get(name, ())]
+                self._right[name] += sum(grades)
+                self._all[name] += len(grades)
+        return {name: f"{self._right[name] / n:.1%}" for name, n in self._all.items() if n}

@@ -44,7 +44,7 @@ class Journal:
         self.identity = identity
         self.overwrite = overwrite
 
-    def open(self, prompts: Sequence[Sequence[int]], batch_size: int) -> list[dict[str, Any]]:
+    def open(self, prompts: Iterable[Sequence[int]], batch_size: int) -> list[dict[str, Any]]:
         """Return the existing records up to the last whole batch, and drop later ones.
 
         Args:
@@ -55,7 +55,8 @@ class Journal:
             ValueError: the lines belong to another evaluation, or a line before the last is
                 damaged; or no evaluation wrote the file, which `overwrite` does not touch either.
         """
-        identity = as_json({**self.identity, "prompts": {"crc32": crc32(prompts)}})
+        checksum, count = crc32_of_each(prompts)
+        identity = as_json({**self.identity, "prompts": {"crc32": checksum}})
         if self.path.exists() and not self.settings_path.exists():
             raise ValueError(
                 f"output: {self.path} is there without {self.settings_path.name}, which would say "
@@ -74,7 +75,7 @@ class Journal:
         lines = self.path.read_bytes().splitlines(keepends=True)
         if lines and not lines[-1].endswith(b"\n"):
             lines.pop()
-        if len(lines) < len(prompts):
+        if len(lines) < count:
             del lines[len(lines) - len(lines) % batch_size :]
         records = [self._record(line, index) for index, line in enumerate(lines)]
         os.truncate(self.path, sum(map(len, lines)))
@@ -128,9 +129,17 @@ def _with_infinite(entry: dict[str, Any]) -> dict[str, Any]:
     return {n: -math.inf if v is None and n.endswith("logp") else v for n, v in entry.items()}
 
 
-def crc32(value: Any) -> str:
-    """Return the checksum of a JSON value."""
-    return f"{zlib.crc32(json.dumps(value).encode()):08x}"
+def crc32_of_each(values: Iterable[Any]) -> tuple[str, int]:
+    """Return the checksum of a list of JSON values, and its length.
+
+    The list is never held as a whole: that of all prompts' ids takes 30 bytes a token and more.
+    """
+    checksum = zlib.crc32(b"[")
+    count = 0
+    for count, value in enumerate(values, start=1):
+        checksum = zlib.crc32(("" if count == 1 else ", ").encode(), checksum)
+        checksum = zlib.crc32(json.dumps(value).encode(), checksum)
+    return f"{zlib.crc32(b']', checksum):08x}", count
 
 
 def weights_crc32(model: nn.Module) -> str:

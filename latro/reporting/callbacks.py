@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,6 @@ class ProgressBar(TrainerCallback):
                 initial=state.global_step,
                 desc=self.title,
                 unit="update",
-                # In a file, one line every ten seconds is enough.
-                mininterval=0.1 if sys.stderr.isatty() else 10,
             )
 
     def on_step_end(

@@ -54,15 +54,35 @@ def render(
         TemplateRefusalError: the template raises an error on the messages.
         ValueError: it exceeds the limits on time, memory or characters of `template_worker`.
     """
+    (text,) = render_each(
+        tokenizer,
+        [messages],
+        add_generation_prompt=add_generation_prompt,
+        template_kwargs=template_kwargs,
+    )
+    return text
+
+
+def render_each(
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    *,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Return what `render` does for each of several conversations, by one request.
+
+    The limits are those of one rendering, and an error is of any of them.
+    """
     given = template_kwargs or {}
     request = {
-        "conversations": [[dict(message) for message in messages]],
+        "conversations": [[dict(message) for message in messages] for messages in conversations],
         "chat_template": template_of(tokenizer, given),
         "add_generation_prompt": add_generation_prompt,
         **tokenizer.special_tokens_map,
         **given,
     }
-    return _reply(tokenizer, request)["text"]
+    return _reply(tokenizer, request)["texts"]
 
 
 def arguments_of(

@@ -8,7 +8,7 @@ frame of a chat template, from the tokenizer itself, and from callers that ask f
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 from transformers import AddedToken, PreTrainedTokenizerBase
@@ -70,6 +70,21 @@ class TextEncoder:
         if add_special_tokens:
             return list(self.tokenizer.encode(text, split_special_tokens=True))
         return ids
+
+    def each(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Return `tokenizer.encode` of each text, by one call of the tokenizer, which takes less.
+
+        A special token that a text spells is read as that token.
+        """
+        if not texts:
+            return []
+        encoded = self.tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
 
     def after(self, before: str, text: str, *, special: bool = False) -> list[int]:
         """Return the ids that `text` has behind `before`, without the ids of `before`.

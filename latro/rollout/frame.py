@@ -43,7 +43,7 @@ from latro.rollout.chat_template import (
     SAID,
     TemplateRefusalError,
     arguments_of,
-    render,
+    render_each,
     template_of,
     tokenizer_name,
 )
@@ -187,7 +187,14 @@ class Frame:
             ValueError: the template refuses the messages, exceeds its limits, or has the model
                 think here and not in other prompts, or the other way round.
         """
-        text = self._render(messages, add_generation_prompt=True)
+        return self.rendered_each([messages])[0]
+
+    def rendered_each(self, conversations: Sequence[Sequence[Mapping[str, str]]]) -> list[str]:
+        """Return what `rendered` does for each of several prompts; it raises where any does."""
+        texts = self._render_each(conversations, add_generation_prompt=True)
+        return [self._to_go_on(text) for text in texts]
+
+    def _to_go_on(self, text: str) -> str:
         if self._ending is not None and not text.endswith(self._ending):
             raise ValueError(
                 f"the chat template of {tokenizer_name(self.tokenizer)} ends this prompt with "
@@ -200,9 +207,19 @@ class Frame:
     def _render(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, **switch: Any
     ) -> str:
-        return render(
+        given = {"add_generation_prompt": add_generation_prompt, **switch}
+        return self._render_each([messages], **given)[0]
+
+    def _render_each(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, str]]],
+        *,
+        add_generation_prompt: bool,
+        **switch: Any,
+    ) -> list[str]:
+        return render_each(
             self.tokenizer,
-            messages,
+            conversations,
             add_generation_prompt=add_generation_prompt,
             template_kwargs={**self.chat.template_kwargs, **switch},
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from datasets import Dataset
+from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from latro.rollout.answer_join import AnswerJoin
@@ -14,11 +16,17 @@ from latro.rollout.chat_template import leaves_out_the_user, tokenizer_name
 from latro.rollout.frame import Frame
 from latro.rollout.long_rope import long_rope_boundary
 from latro.rollout.sequences import Sample
+from latro.terminal import progress_bar
 
 # A text, or a conversation: {"role", "content"} messages.
 Prompt = str | Sequence[Mapping[str, str]]
 
 _SHOWN = 60  # characters of a prompt in a message
+# Of one call of template and tokenizer. More rows are no faster; more characters take more memory,
+# of which a tokenizer needs about a hundred bytes a token.
+_ROWS_AT_ONCE = 64
+_CHARACTERS_AT_ONCE = 1 << 18
+_SECONDS_UNTIL_SHOWN = 5
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -58,32 +66,68 @@ def encode_prompt(
             frame (`latro.rollout.frame`); the messages end with one of the assistant; or there is
             no template and the messages are other than a single user message.
     """
+    return encode_prompts(tokenizer, [prompt], frame)[0]
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], frame: Frame | None = None
+) -> list[list[int]]:
+    """Return what `encode_prompt` does for each of several prompts, in less time.
+
+    Raises:
+        ValueError: `encode_prompt` raises it for one of them.
+    """
     frame = frame or Frame(tokenizer)
+    return (_framed if tokenizer.chat_template else _unframed)(prompts, frame)
+
+
+def _framed(prompts: Sequence[Prompt], frame: Frame) -> list[list[int]]:
+    """Return the token ids of prompts in a chat template's frame."""
     encoder = frame.encoder
-    if tokenizer.chat_template:
+    conversations = []
+    special = []
+    for prompt in prompts:
         messages = frame.messages(prompt)
         if messages[-1]["role"] == "assistant":
             # The template would end that turn, and begin another of the assistant behind it.
             raise ValueError("expected the last message to be the user's, got the assistant's")
-        if any(encoder.spells_special(message["content"]) for message in messages):
-            quoted = [{**m, "content": encoder.quoted(m["content"])} for m in messages]
-            return encoder.unquoted(frame.rendered(quoted))
-        text = frame.rendered(messages)
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        special.append(any(encoder.spells_special(message["content"]) for message in messages))
+        if special[-1]:
+            messages = [{**m, "content": encoder.quoted(m["content"])} for m in messages]
+        conversations.append(messages)
+    texts = list(zip(frame.rendered_each(conversations), special, strict=True))
+    others = iter(encoder.each([t for t, s in texts if not s], add_special_tokens=False))
+    return [encoder.unquoted(text) if s else next(others) for text, s in texts]
+
+
+def _unframed(prompts: Sequence[Prompt], frame: Frame) -> list[list[int]]:
+    """Return the token ids of prompts as they are, for a tokenizer without a chat template."""
+    tokenizer, encoder = frame.tokenizer, frame.encoder
+    texts = [_alone(prompt, tokenizer) for prompt in prompts]
+    special = [encoder.spells_special(text) for text in texts]
+    pairs = list(zip(texts, special, strict=True))
+    others = iter(encoder.each([t for t, s in pairs if not s], add_special_tokens=True))
+    encoded = []
+    for text, spells in pairs:
+        ids = encoder(text, add_special_tokens=True) if spells else next(others)
+        opening = tokenizer.bos_token
+        if opening and text.startswith(opening) and ids[:1] == [tokenizer.bos_token_id]:
+            ids = encoder(text.removeprefix(opening), add_special_tokens=True)
+        if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+        encoded.append(ids)
+    return encoded
+
+
+def _alone(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of a prompt for a tokenizer without a chat template."""
     if not isinstance(prompt, str) and [message["role"] for message in prompt] != ["user"]:
         raise ValueError(
             f"{tokenizer_name(tokenizer)} has no chat template: expected a string, or one message "
             f"of the user, as the prompt; got {len(prompt)} messages ending in "
             f"{prompt[-1]['role']!r}"
         )
-    text = prompt_text(prompt)
-    ids = encoder(text, add_special_tokens=True)
-    opening = tokenizer.bos_token
-    if opening and text.startswith(opening) and ids[:1] == [tokenizer.bos_token_id]:
-        ids = encoder(text.removeprefix(opening), add_special_tokens=True)
-    if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-        ids.pop()
-    return ids
+    return prompt_text(prompt)
 
 
 class Longest(NamedTuple):
@@ -100,6 +144,8 @@ def check_dataset(
     model: PreTrainedModel,
     join: AnswerJoin,
     max_completion_length: int,
+    *,
+    progress: bool = True,
 ) -> Longest:
     """Reject a dataset with a row that would fail in the middle of a run.
 
@@ -109,6 +155,7 @@ def check_dataset(
         model: the model, whose `max_position_embeddings` is the limit.
         join: makes the prompt's and the answer's tokens.
         max_completion_length: the longest rationale, in tokens.
+        progress: whether to show a progress bar, where the check takes some seconds.
 
     Returns:
         The largest lengths, in tokens.
@@ -134,11 +181,11 @@ def check_dataset(
     tokenizer = join.tokenizer
     longest = Longest(0, 0, 0)
     boundary = long_rope_boundary(model)
-    rendered = _Rendered(join.frame, name)
+    rendered = _Rendered(join.frame, name, dataset)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for index, (prompt, answer) in enumerate(
-        zip(dataset["prompt"], dataset["answer"], strict=True)
-    ):
+    columns = ["prompt", "answer"]
+    for index, row, encoded in _encoded(dataset, name, join, columns, progress=progress):
+        prompt, answer, ids = row["prompt"], row["answer"], encoded
         if not _is_prompt(prompt):
             raise ValueError(
                 f"{name}: row {index}: expected a string, or messages with role and content, as "
@@ -154,10 +201,11 @@ def check_dataset(
                 f"{name}: row {index}: expected an answer without the answer template "
                 f"{join.template!r}, which is put before it, got {answer!r}; {_beginning(prompt)}"
             )
-        try:
-            ids = encode_prompt(tokenizer, prompt, join.frame)
-        except ValueError as error:
-            raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
+        if ids is None:
+            try:
+                ids = encode_prompt(tokenizer, prompt, join.frame)
+            except ValueError as error:
+                raise ValueError(f"{name}: row {index}: {error}; {_beginning(prompt)}") from error
         if not ids:
             raise ValueError(f"{name}: row {index}: the prompt has no tokens: {prompt!r}")
         rendered.add(index, prompt, ids)
@@ -190,6 +238,73 @@ def check_dataset(
     return longest
 
 
+def encode_each(dataset: Dataset, join: AnswerJoin) -> Iterator[list[int]]:
+    """Yield the prompt's token ids of each row of a dataset that passed `check_dataset`."""
+    for _, row, ids in _encoded(dataset, "dataset", join, ["prompt"], progress=False):
+        yield encode_prompt(join.tokenizer, row["prompt"], join.frame) if ids is None else ids
+
+
+def _encoded(
+    dataset: Dataset, name: str, join: AnswerJoin, columns: list[str], *, progress: bool
+) -> Iterator[tuple[int, dict[str, Any], list[int] | None]]:
+    """Yield index, values and prompt's token ids of every row, and show how far it is.
+
+    The ids are None from where prompts cannot be encoded together: one of them is none, or is
+    refused, or a template takes long. So whoever encodes them one by one finds which.
+    """
+    together = True
+    index = 0
+    with progress_bar(
+        total=len(dataset),
+        desc=f"checking {name}",
+        unit="row",
+        delay=_SECONDS_UNTIL_SHOWN,
+        disable=not progress or not _is_main_process(),
+    ) as bar:
+        for rows in _portions(dataset, columns):
+            encoded: list[list[int]] | None = None
+            if together and all(_is_prompt(row["prompt"]) for row in rows):
+                with contextlib.suppress(ValueError):
+                    prompts = [row["prompt"] for row in rows]
+                    encoded = encode_prompts(join.tokenizer, prompts, join.frame)
+            together = encoded is not None
+            for place, row in enumerate(rows):
+                yield index, row, None if encoded is None else encoded[place]
+                index += 1
+                bar.update()
+
+
+def _is_main_process() -> bool:
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def batches_of(
+    dataset: Dataset, columns: Sequence[str], rows: int
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the values of some columns, of so many rows at a time; others are not read."""
+    # A transform of the user's own may read any column.
+    whole = dataset.format["type"] == "custom"
+    read = dataset if whole else dataset.select_columns(list(columns))
+    for batch in read.iter(batch_size=rows):
+        yield list(zip(*(batch[column] for column in columns), strict=True))
+
+
+def _portions(dataset: Dataset, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the values of some columns, of as many rows as are encoded at once."""
+    for batch in batches_of(dataset, columns, _ROWS_AT_ONCE):
+        portion: list[dict[str, Any]] = []
+        characters = 0
+        for values in batch:
+            portion.append(dict(zip(columns, values, strict=True)))
+            prompt = portion[-1]["prompt"]
+            characters += len(prompt_text(prompt)) if _is_prompt(prompt) else 0
+            if characters >= _CHARACTERS_AT_ONCE:
+                yield portion
+                portion, characters = [], 0
+        if portion:
+            yield portion
+
+
 def _is_prompt(prompt: object) -> bool:
     """Return whether this is a string, or a list of messages whose role and content are strings."""
     if isinstance(prompt, str):
@@ -208,18 +323,22 @@ def _is_prompt(prompt: object) -> bool:
 class _Rendered:
     """Checks that a chat template renders different prompts of a dataset differently."""
 
-    def __init__(self, frame: Frame, name: str) -> None:
+    def __init__(self, frame: Frame, name: str, dataset: Dataset) -> None:
         self.frame = frame
         self.name = name
-        # Keyed by a hash, since the ids of all prompts together would take much memory.
-        self.first: dict[int, tuple[int, Prompt]] = {}
+        self.dataset = dataset
+        # The first row by a hash of its ids: all prompts together may not fit into memory.
+        self.first: dict[int, int] = {}
 
     def add(self, index: int, prompt: Prompt, ids: list[int]) -> None:
         """Raise ValueError where an earlier prompt with other user messages has the same ids."""
         tokenizer = self.frame.tokenizer
         if not tokenizer.chat_template:
             return
-        first, other = self.first.setdefault(hash(tuple(ids)), (index, prompt))
+        first = self.first.setdefault(hash(tuple(ids)), index)
+        if first == index:
+            return
+        other = self.dataset[first]["prompt"]
         if _said(other) != _said(prompt) and encode_prompt(tokenizer, other, self.frame) == ids:
             raise ValueError(
                 f"{self.name}: row {index}: the chat template of {tokenizer_name(tokenizer)} "
@@ -238,7 +357,14 @@ def _said(prompt: Prompt) -> list[str]:
     return [" ".join(text.casefold().split()) for text in said]
 
 
-def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: AnswerJoin) -> None:
+def check_rationales(
+    dataset: Dataset,
+    name: str,
+    model: PreTrainedModel,
+    join: AnswerJoin,
+    *,
+    progress: bool = True,
+) -> None:
     """Reject a dataset with a written rationale that is too long for the model.
 
     Args:
@@ -246,6 +372,7 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
         name: the name of the dataset in messages.
         model: the model, whose `max_position_embeddings` is the limit.
         join: makes the rationale's and the answer's tokens.
+        progress: whether to show a progress bar, where the check takes some seconds.
 
     Raises:
         ValueError: there is such a row; the message names it and shows the beginning of its prompt.
@@ -253,8 +380,9 @@ def check_rationales(dataset: Dataset, name: str, model: PreTrainedModel, join: 
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return
-    for index, row in enumerate(dataset):
-        prompt_ids = encode_prompt(join.tokenizer, row["prompt"], join.frame)
+    columns = ["prompt", "rationale", "answer"]
+    for index, row, ids in _encoded(dataset, name, join, columns, progress=progress):
+        prompt_ids = ids or encode_prompt(join.tokenizer, row["prompt"], join.frame)
         needed = len(join.written(prompt_ids, row["rationale"] or "", row["answer"]).input_ids)
         if needed > limit:
             raise ValueError(

@@ -7,7 +7,7 @@ the machine does not count towards it.
 
 The argument is sys.path as JSON. Each line of the standard input holds the arguments of one
 rendering as JSON, or {"arguments_of": ...} with a template. The reply is a line of JSON:
-{"text": ...}, {"arguments": [...]} with the names of what the template reads from outside,
+{"texts": [...]}, {"arguments": [...]} with the names of what the template reads from outside,
 {"refusal": ...} where the template raises an error, or {"excess": ...} where it exceeds a limit,
 after which this process may be gone. Whatever modules print on import goes to the standard error.
 """
@@ -61,16 +61,17 @@ def main() -> None:
                 tree = _compile_jinja_template(template).environment.parse(template)
                 answer(arguments=sorted(meta.find_undeclared_variables(tree)))
                 continue
-            (text,), _ = render_jinja_template(**request)
+            texts, _ = render_jinja_template(**request)
         except (TemplateError, *FAULTS) as error:
             # A template raises Jinja's own class to tell something; other errors need their name.
             said = "" if type(error) is TemplateError else f"{type(error).__name__}: "
             answer(refusal=f"{said}{error}")
             continue
-        if len(text) <= CHARACTERS:
-            answer(text=text)
+        characters = sum(map(len, texts))
+        if characters <= CHARACTERS:
+            answer(texts=texts)
         else:
-            answer(excess=f"renders {len(text)} characters, more than {CHARACTERS}")
+            answer(excess=f"renders {characters} characters, more than {CHARACTERS}")
 
 
 def limit(what: int, amount: int) -> None:

@@ -27,6 +27,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from latro.files import write_json
 from latro.model.adapters import has_adapter, without_wrapper
 from latro.rollout.frame import Chat
+from latro.rollout.prompts import batches_of
 
 RUN_FILE = "checkpoint_run.json"
 
@@ -69,6 +70,7 @@ _CONFIG_APART = {
 }
 # A tensor's fingerprint covers at most so many of its values, since training changes nearly all.
 _VALUES = 1000
+_ROWS_AT_ONCE = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -150,9 +152,9 @@ def rows_fingerprint(dataset: Dataset) -> dict[str, Any]:
     """Return the number of rows and a checksum of what is learnt from them."""
     columns = [c for c in ("prompt", "answer", "rationale") if c in dataset.column_names]
     checksum = 0
-    for row in dataset:
-        text = json.dumps([row[c] for c in columns], default=str)
-        checksum = zlib.crc32(text.encode(), checksum)
+    for batch in batches_of(dataset, columns, _ROWS_AT_ONCE):
+        for values in batch:
+            checksum = zlib.crc32(json.dumps(values, default=str).encode(), checksum)
     return {"rows": len(dataset), "crc32": f"{checksum:08x}"}
 
 

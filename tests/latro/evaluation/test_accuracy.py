@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from latro.engines.transformers import TransformersEngine
+from latro.evaluation import accuracy
 from latro.evaluation.accuracy import EvaluationSettings, answer_logp, evaluate_model
 from latro.evaluation.likelihood import ProbeSettings, probe_model
 from latro.evaluation.resume import Journal
@@ -35,6 +36,24 @@ def knowing(tiny, tokenizer, task, monkeypatch):
 
     monkeypatch.setattr("latro.evaluation.accuracy.TransformersEngine.generate", planted)
     return Scorer(tiny()), answers
+
+
+def test_each_batch_costs_as_much_as_the_first(knowing, tokenizer, task, monkeypatch):
+    """Accuracies so far were counted over all records after each, and all ids were held."""
+    scorer, answers = knowing
+    dataset = task.load("test", num_examples=5)
+    answers |= {row["prompt"]: [" The answer is 1"] * 2 for row in dataset}
+    counted, encoded = [], []
+    count, encode = accuracy._Accuracies.__call__, accuracy.encode_each
+    monkeypatch.setattr(
+        accuracy._Accuracies, "__call__", lambda a, r: counted.append(len(r)) or count(a, r)
+    )
+    monkeypatch.setattr(
+        accuracy, "encode_each", lambda rows, join: encoded.append(len(rows)) or encode(rows, join)
+    )
+    evaluate_model(scorer, tokenizer, task, dataset, EvaluationSettings(batch_size=2))
+    assert counted == [0, 2, 2, 1]
+    assert encoded == [2, 2, 1]
 
 
 def test_accuracies(knowing, tokenizer, task):

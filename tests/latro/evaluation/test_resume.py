@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 import torch
 
-from latro.evaluation.resume import Journal, crc32, weights_crc32
+from latro.evaluation.resume import Journal, crc32_of_each, weights_crc32
 
 PROMPTS = [[1], [2], [3], [4], [5]]
 IDENTITY = {"settings": {"seed": 1, "majority": (1, 2)}}
@@ -99,4 +100,9 @@ def test_checksums_see_a_changed_value(tiny):
         next(model.parameters()).view(-1)[0] += 1e-3
     assert weights_crc32(model) != before
     assert weights_crc32(tiny().bfloat16()) != before
-    assert crc32([{"a": 1}]) != crc32([{"a": 2}])
+
+
+@pytest.mark.parametrize("values", [[], [[1, 2]], [{"a": "é"}, {"a": 2}, None], PROMPTS])
+def test_a_list_has_the_checksum_of_its_json(values):
+    whole = f"{zlib.crc32(json.dumps(values).encode()):08x}"
+    assert crc32_of_each(iter(values)) == (whole, len(values))

@@ -7,8 +7,16 @@ import pytest
 from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 
+from latro.rollout import chat_template, prompts
 from latro.rollout.answer_join import AnswerJoin
-from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt, prompt_text
+from latro.rollout.prompts import (
+    check_dataset,
+    check_rationales,
+    encode_each,
+    encode_prompt,
+    encode_prompts,
+    prompt_text,
+)
 from latro.rollout.sequences import Sample
 from tests.latro import frames
 from tests.latro.frames import framed
@@ -252,3 +260,117 @@ def test_a_template_that_takes_all_memory_is_refused_with_its_row(tiny, tokenize
     )
     assert message.startswith("data: row 1: ")
     assert "takes more than 2 GiB of memory; its prompt begins 'Two?'" in message
+
+
+def many_rows(count):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": f"How many of {i}?",
+                "answer": str(i),
+                "rationale": "Some.",
+                "unread": "a" * 9,
+            }
+            for i in range(count)
+        ]
+    )
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_CHAT])
+def test_prompts_together_have_the_ids_of_each_alone(tokenizer, with_bos, template):
+    for given in (tokenizer, with_bos):
+        made = given if template is None else framed(given, template)
+        asked = [
+            "How many?",
+            "",
+            f"Is it {made.eos_token}?",
+            "<s>So",
+            [USER],
+            "é 答案",
+            "Tom " * 50,
+        ]
+        assert encode_prompts(made, asked) == [encode_prompt(made, prompt) for prompt in asked]
+        assert encode_prompts(made, []) == []
+
+
+@pytest.mark.parametrize("template", [None, LLAMA_CHAT])
+def test_the_check_asks_template_and_tokenizer_for_many_rows_at_once(
+    tiny, with_bos, template, monkeypatch
+):
+    """A million rows, each rendered and encoded by itself, took an hour."""
+    made = with_bos if template is None else framed(with_bos, template)
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    requests = []
+    ask = chat_template._ask
+    monkeypatch.setattr(chat_template, "_ask", lambda r: requests.append(r) or ask(r))
+    texts = []
+    each = join.encoder.each
+    monkeypatch.setattr(
+        join.encoder, "each", lambda t, **options: texts.append(len(t)) or each(t, **options)
+    )
+    model, rows = tiny(vocab_size=len(made)), many_rows(200)
+    longest = check_dataset(rows, "data", model, join, 8)
+    assert texts == [64, 64, 64, 8]
+    # One request more, with two conversations, asks whether users are left out.
+    assert len(requests) == (4 + 2 if template else 0)
+    check_rationales(rows, "data", model, join)
+    ids = list(encode_each(rows, join))
+    assert texts == [64, 64, 64, 8] * 3
+    assert ids == [encode_prompt(made, prompt, join.frame) for prompt in rows["prompt"]]
+    assert longest.prompt == max(map(len, ids))
+
+
+def test_few_long_prompts_are_encoded_at_once(tiny, tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "_CHARACTERS_AT_ONCE", 40)
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+    together = []
+    encode = prompts.encode_prompts
+    monkeypatch.setattr(
+        prompts, "encode_prompts", lambda t, p, f: together.append(len(p)) or encode(t, p, f)
+    )
+    rows = Dataset.from_list(
+        [{"prompt": "Tom has pens? " * (1 + i % 3), "answer": "3"} for i in range(9)]
+    )
+    check_dataset(rows, "data", tiny(), join, 8)
+    assert sum(together) == 9
+    assert max(together) == 2
+
+
+def test_a_bad_row_behind_many_good_ones_is_named(tiny, with_bos):
+    made = framed(
+        with_bos,
+        "{% if 'x' in messages[0].content %}{{ raise_exception('no x') }}{% endif %}" + LLAMA_CHAT,
+    )
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    model, good = tiny(vocab_size=len(made)), many_rows(100).to_list()
+    for bad, told in (
+        ({"prompt": "x?", "answer": "1"}, "row 100: .* refuses the messages: no x"),
+        ({"prompt": "y?", "answer": ""}, "row 100: expected a non-empty answer"),
+    ):
+        rows = Dataset.from_list([*good, bad, *good])
+        with pytest.raises(ValueError, match=told):
+            check_dataset(rows, "data", model, join, 8)
+
+
+def test_the_check_holds_no_prompt_in_memory(tiny, tokenizer):
+    """The prompts of a dataset that is larger than memory were all held, to compare them."""
+    made = framed(tokenizer, LLAMA_CHAT.replace("bos_token", "''"))
+    join = AnswerJoin(made, "The answer is", [made.eos_token_id])
+    rendered = prompts._Rendered(join.frame, "data", many_rows(3))
+    for index, prompt in enumerate(many_rows(3)["prompt"]):
+        rendered.add(index, prompt, [index])
+    assert sorted(rendered.first.values()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_check_that_takes_long_shows_how_far_it_is(
+    tiny, tokenizer, monkeypatch, capsys, progress
+):
+    join = AnswerJoin(tokenizer, "The answer is", [tokenizer.eos_token_id])
+    check_dataset(many_rows(70), "train_dataset", tiny(), join, 8)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(prompts, "_SECONDS_UNTIL_SHOWN", 0)
+    check_dataset(many_rows(70), "train_dataset", tiny(), join, 8, progress=progress)
+    shown = capsys.readouterr().err
+    assert ("checking train_dataset" in shown and "70/70" in shown) == progress
+    assert bool(shown) == progress
