@@ -38,6 +38,9 @@ _DAMAGE = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, IndexError),
 )
 
+# Of torch's exchange between processes on CPUs; it has no error of its own and raises RuntimeError.
+_EXCHANGE = "/gloo/"
+
 # The hub's client, and what it has used for connections, release by release; their errors share no
 # class.
 _OF_THE_HUB = {"huggingface_hub", "httpx", "httpx2", "requests"}
@@ -75,7 +78,7 @@ class writing:
     ) -> None:
         if isinstance(error, OSError):
             raise named(error, self.path) from error
-        if kind in _UNTYPED or isinstance(error, SafetensorError):
+        if isinstance(error, SafetensorError) or (kind in _UNTYPED and not is_lost(error)):
             folder = next(p for p in (self.path, *self.path.absolute().parents) if p.is_dir())
             raise OSError(
                 f"{self.path}: cannot be written: {one_line(str(error))}; "
@@ -135,7 +138,7 @@ class reading:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if kind in _UNTYPED or isinstance(error, _DAMAGE):
+        if isinstance(error, _DAMAGE) or (kind in _UNTYPED and not is_lost(error)):
             raise ValueError(
                 f"{self.argument}: {self.path} cannot be read: {one_line(told(error))}"
             ) from error
@@ -146,6 +149,13 @@ def told(error: BaseException | None) -> str:
     if isinstance(error, OSError) and error.strerror is not None and error.filename is not None:
         return f"{os.fsdecode(error.filename)}: {error.strerror}"
     return str(error) or type(error).__name__
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Return whether an error tells that another process of the run ended or does not answer."""
+    if isinstance(error, (distributed.DistNetworkError, distributed.DistStoreError)):
+        return True
+    return type(error) is RuntimeError and _EXCHANGE in str(error)
 
 
 def exit_with(prog: str, run: Callable[[], object]) -> None:
@@ -160,6 +170,17 @@ def exit_with(prog: str, run: Callable[[], object]) -> None:
         _leave_group()
     except _FROM_OUTSIDE as error:
         sys.exit(one_line(f"{prog}: {told(error)}"))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        # What comes behind is gloo's advice to its developers.
+        reason = str(error).partition(" This is typically caused by")[0]
+        sys.exit(
+            one_line(
+                f"{prog}: another process of this run has ended, or does not answer, so this one "
+                f"cannot go on; what it printed tells why ({reason})"
+            )
+        )
     except TrainingInterrupted as interrupted:
         print(one_line(f"{prog}: {interrupted}"), file=Lasting("stderr"))
         _leave_group()

@@ -169,6 +169,16 @@ class AnswerConfig(TrainingArguments):
                 f"{self.n_gpu} GPUs in one process: expected one process per GPU; start with "
                 "`accelerate launch -m` or `torchrun -m`, or set CUDA_VISIBLE_DEVICES"
             )
+        if self.auto_find_batch_size and self.world_size > 1:
+            raise ValueError(
+                "auto_find_batch_size: expected False with several processes, since the others "
+                "would wait for ever for one that begins again with a smaller batch; got True"
+            )
+        if self.fsdp and self.save_on_each_node:
+            raise ValueError(
+                "save_on_each_node: expected False with fsdp, whose checkpoints have a part of "
+                "each process and lie where all see them; got True"
+            )
         if self.fsdp and int((self.fsdp_config or {}).get("version", 2)) != 2:
             raise ValueError(f"fsdp_config: expected version 2, got {self.fsdp_config['version']}")
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]

@@ -28,6 +28,23 @@ OPTIONS = (
     *("--save_strategy", "steps", "--save_steps", "2"),
 )
 
+KILLED = """
+import os, signal
+from latro import train
+from latro.trainer import LatroTrainer
+
+save = LatroTrainer._save_rng_state
+
+def save_or_die(trainer, folder):
+    if trainer.args.process_index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(trainer, folder)
+
+LatroTrainer._save_rng_state = save_or_die
+train.main()
+"""
+"""A script that trains, and loses process 1 while a checkpoint is written."""
+
 
 def arguments(processes: int, output: Path, *more: str) -> list[str]:
     """Return the command line of each of `processes` processes."""
@@ -77,6 +94,37 @@ def test_without_a_gpu_processes_are_one_run_by_themselves(tmp_path, launch):
     output = tmp_path / "two"
     launch(2, output, "--use_cpu", "false", "--max_steps", "1", "--eval_strategy", "no")
     assert metrics(output, "step") == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("auto_find_batch_size", "auto_find_batch_size: expected False with several processes"),
+        ("save_on_each_node", "save_on_each_node: expected False with fsdp"),
+    ],
+)
+def test_what_several_processes_cannot_do_is_refused_at_once(tmp_path, warm, setting, line):
+    more = (f"--{setting}", "true", *["--fsdp"] * (setting == "save_on_each_node"))
+    done = warm.run_together(
+        MODULES["fsdp2" if "--fsdp" in more else "ddp"],
+        arguments(2, tmp_path / "two", *more),
+        tmp_path / "printed",
+        processes=2,
+        code=1,
+    )
+    assert done.stderr.count(line) == 2
+
+
+def test_a_process_whose_fellow_is_killed_ends_with_one_line(tmp_path, warm):
+    (tmp_path / "script.py").write_text(KILLED)
+    started = tmp_path / "printed"
+    options = arguments(2, tmp_path / "two", "--eval_strategy", "no", "--eval_on_start", "false")
+    with pytest.raises(AssertionError, match="process 1 ended with -9"):
+        warm.run_together(str(tmp_path / "script.py"), options, started, processes=2, code=1)
+    lines = (started / "0" / "stderr").read_text().strip().splitlines()
+    assert lines[-1].startswith("latro.train: another process of this run has ended")
+    assert "Traceback" not in "".join(lines)
+    assert "cannot be written" not in lines[-1]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from safetensors import SafetensorError
+from torch.distributed import DistNetworkError
 
 from latro.config.training import SMALL_MODEL
 from latro.errors import exit_with, reading, writing
@@ -24,9 +25,18 @@ def full(path=None):
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
 
+# What a process of several is told when another one ends.
+LOST = RuntimeError(
+    "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
+    "[127.0.0.1]:1. This is typically caused by a remote worker crashing. Check the logs"
+)
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
+        (LOST, "p: another process of this run has ended, or does not answer"),
+        (DistNetworkError("timed out"), "p: another process of this run has ended"),
         (ValueError("beta: bad\n  value"), "p: beta: bad value"),
         (full("/x/metrics.jsonl"), "p: /x/metrics.jsonl: No space left on device"),
         (PermissionError(13, "Permission denied", b"/x"), "p: /x: Permission denied"),
@@ -101,7 +111,9 @@ class OwnError(RuntimeError):
     pass
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), OwnError("x"), AttributeError("x"), SystemExit()])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), OwnError("x"), AttributeError("x"), SystemExit(), LOST]
+)
 def test_a_bug_in_writing_or_reading_stays_what_it_is(tmp_path, error):
     for within in (writing(tmp_path), reading("model", tmp_path)):
         with pytest.raises(type(error)) as caught, within:
