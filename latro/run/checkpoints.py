@@ -22,6 +22,7 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from torch import distributed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from latro.files import write_json
@@ -41,16 +42,47 @@ _logger = logging.getLogger(__name__)
 def last_whole_checkpoint(output_dir: str) -> str:
     """Return the newest undamaged checkpoint folder, and warn of each newer one that is damaged.
 
+    Processes of one run take the newest that all of them have, as they may have disks of their own.
+
     Raises:
         ValueError: there is none, or it cannot be resumed from.
     """
-    for folder in _newest_first(Path(output_dir)):
-        fault = damage(folder)
-        if fault is None:
+    newest: int | None = None
+    while True:
+        found = _last_whole(Path(output_dir), newest)
+        steps = of_all_processes(None if found is None else found[1])
+        if found is None or None in steps:
+            without = [str(process) for process, step in enumerate(steps) if step is None]
+            some = "" if len(without) == len(steps) else f" of process {', '.join(without)}"
+            raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}{some}")
+        folder, step = found
+        newest = min(steps)
+        if newest == max(steps):
             check_optimizer_state(str(folder))
             return str(folder)
+        if step > newest:
+            _logger.warning("%s is left out: not all processes have a whole one", folder)
+
+
+def _last_whole(run_dir: Path, newest: int | None) -> tuple[Path, int] | None:
+    """Return the last whole checkpoint up to update `newest`, with its update."""
+    for folder, step in _numbered(run_dir):
+        if newest is not None and step > newest:
+            continue
+        fault = damage(folder)
+        if fault is None:
+            return folder, step
         _logger.warning("%s is damaged and left out: %s", folder, fault)
-    raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {output_dir}")
+    return None
+
+
+def of_all_processes(value: Any) -> list[Any]:
+    """Return the values that the processes of this run call this with, in their order."""
+    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
+        return [value]
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
 
 
 def beside(resumed_from: Path, checkpoint: Path, run_dir: Path) -> Path | None:
@@ -62,7 +94,12 @@ def beside(resumed_from: Path, checkpoint: Path, run_dir: Path) -> Path | None:
     folder = resumed_from.parent
     if run_dir.resolve() == folder.resolve():
         folder = run_dir
-    return next((p for p in (folder / checkpoint.name, checkpoint) if p.is_dir()), None)
+    return next((p for p in (folder / checkpoint.name, checkpoint) if is_there(p)), None)
+
+
+def is_there(checkpoint: Path) -> bool:
+    """Return whether a checkpoint is there, and not only what a process without weights saved."""
+    return (checkpoint / STATE).is_file()
 
 
 def check_checkpoint(folder: str) -> None:

@@ -17,7 +17,7 @@ from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from latro.errors import reading
 from latro.model.adapters import activity_kept
-from latro.run.checkpoints import STATE, beside
+from latro.run.checkpoints import STATE, beside, of_all_processes
 from latro.run.saving import SavingTrainer
 
 _SHOWN_KEYS = 5
@@ -85,7 +85,8 @@ class RestoringTrainer(SavingTrainer):
         if noted is None:
             return
         best = beside(resumed_from, Path(noted), Path(self.args.output_dir))
-        if best is not None:
+        found = all(of_all_processes(best is not None))
+        if found and best is not None:
             self.state.best_model_checkpoint = str(best)
             return
         if self.is_world_process_zero():

@@ -26,8 +26,10 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from latro.run.checkpoints import (
     SUPERSEDED,
     check_optimizer_state,
+    is_there,
     last_whole_checkpoint,
     later_than,
+    of_all_processes,
     remove_partial,
     set_aside_later,
 )
@@ -345,9 +347,11 @@ class LongRunTrainer(RestoringTrainer):
         # with save_total_limit 1, deletes the checkpoint that the run goes on from.
         self.interruption.after_training(self.args)
         best = self.state.best_model_checkpoint
+        # Processes with different models would evaluate and save a mixture of them.
+        there = all(of_all_processes(best is not None and is_there(Path(best))))
         if self.interruption.signal is not None:
             self.state.best_model_checkpoint = None
-        elif best is not None and not Path(best).is_dir():
+        elif best is not None and not there:
             _logger.warning("the best checkpoint, %s, is gone; the last model is kept", best)
             self.state.best_model_checkpoint = best = None
         try:

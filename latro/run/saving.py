@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from latro.model.adapters import has_adapter, save_vocabulary
 from latro.run.checkpoints import PARTIAL, publish, publish_files, remove_partial, rotate
 from latro.run.identity import Facts, write_identity
 
+_logger = logging.getLogger(__name__)
+
 
 class SavingTrainer(Trainer):
     """Writes what it saves to a folder for partial files, and renames it when all is there.
@@ -25,6 +30,7 @@ class SavingTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         self._partial: Path | None = None
         self._saved_step: int | None = None
+        self._told_of_disks = False
         self._identity: Facts = {}
         super().__init__(**kwargs)
 
@@ -61,14 +67,30 @@ class SavingTrainer(Trainer):
             self.state.best_model_checkpoint = str(place)
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
-        # On a shared disk all ranks wrote into one folder; a node with its own disk has a folder of
-        # its own. So process 0 renames first, and then each node what is still there.
+        self._on_each_disk(folder, lambda: self._finish_checkpoint(folder, run_dir))
+
+    def _on_each_disk(self, folder: Path, publish_it: Callable[[], None]) -> None:
+        """Publish what all processes wrote into `folder`, on every disk that has such a folder.
+
+        On a shared disk all wrote into one; a node with its own disk has a folder of its own. So
+        process 0 publishes first, and then each node what is still there. All processes must call
+        this together.
+        """
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            self._finish_checkpoint(folder, run_dir)
+        if self.is_world_process_zero() and folder.exists():
+            publish_it()
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and folder.exists():
-            self._finish_checkpoint(folder, run_dir)
+            if not (self.args.save_on_each_node or self._told_of_disks):
+                self._told_of_disks = True
+                _logger.warning(
+                    "output_dir: %s of process %d is on another disk than that of process 0, and "
+                    "its checkpoints lack what process 0 saves; name a folder that all nodes see, "
+                    "or pass --save_on_each_node true",
+                    self.args.output_dir,
+                    self.args.process_index,
+                )
+            publish_it()
         self.accelerator.wait_for_everyone()
 
     def _finish_checkpoint(self, folder: Path, run_dir: Path) -> None:
@@ -79,7 +101,8 @@ class SavingTrainer(Trainer):
         remove_partial(run_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
+        with _written_by_each_node(self.model, self.args.save_on_each_node):
+            super()._save(output_dir, state_dict)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         if self.args.should_save and has_adapter(model):
             save_vocabulary(model, output_dir or self.args.output_dir, state_dict)
@@ -108,13 +131,14 @@ class SavingTrainer(Trainer):
         try:
             with writing(place):
                 super().save_model(str(folder), _internal_call=True)
-                self.accelerator.wait_for_everyone()
-                if self.is_local_process_zero() and folder.exists():
-                    publish_files(folder, place)
-                self.accelerator.wait_for_everyone()
+                self._on_each_disk(folder, lambda: self._publish_model(folder, place))
         finally:
             if self.is_local_process_zero():
                 remove_partial(place)
+
+    def _publish_model(self, folder: Path, place: Path) -> None:
+        publish_files(folder, place)
+        remove_partial(place)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Find or make the repository on the hub, as the Trainer does.
@@ -139,3 +163,20 @@ class SavingTrainer(Trainer):
         # name.
         if self._partial is None:
             super()._push_from_checkpoint(checkpoint_folder)
+
+
+@contextmanager
+def _written_by_each_node(model: Any, each_node: bool) -> Iterator[None]:
+    """Let the processes that save a model write its weights, and not process 0 alone.
+
+    So transformers (5.24) has it: with `save_on_each_node` the checkpoints of the other nodes had
+    all but the weights.
+    """
+    if not each_node:
+        yield
+        return
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del model.should_save_on_this_rank
