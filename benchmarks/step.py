@@ -1,6 +1,7 @@
 """One LaTRO update, and one whole step with its rollout: ours, the published algorithm, TRL.
 
     python benchmarks/step.py --out benchmarks/results/step     # under ten minutes on 2 cores
+    python benchmarks/step.py --compiled                        # ours with --rollout_compile too
     python benchmarks/step.py --quick                           # a minute, which says nothing
     python benchmarks/step.py --sections update --prompts 3
     python benchmarks/step.py --model_name_or_path runs/smollm2 --sections update   # a real head
@@ -43,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 from benchmarks.common import report
 from benchmarks.common.report import some_of
 from benchmarks.updates import measure
-from benchmarks.updates.contenders import Ours, Trl
+from benchmarks.updates.contenders import Ours, OursCompiled, Trl
 from benchmarks.updates.measure import MAKERS, Held, Row, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, SHORT, Setting, StepProblem, of_model
 from benchmarks.updates.published import Published, PublishedRecipe
@@ -85,6 +86,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sections", type=some_of(SECTIONS), help=f"comma-separated, of {', '.join(SECTIONS)}"
     )
     parser.add_argument("--contenders", type=some_of(MAKERS), help="ours is always there")
+    parser.add_argument("--compiled", action="store_true", help="ours with --rollout_compile too")
     parser.add_argument("--prompts", type=report.count, help="G, prompts of an update")
     parser.add_argument(
         "--model_name_or_path", help="a model to take instead of random weights, in fp32"
@@ -94,11 +96,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     usual = len(measure.PHASES) if args.model_name_or_path else len(SECTIONS) if on_gpu else 3
     args.sections = args.sections or list(SECTIONS[:usual])
     # One batch of the published algorithm at the GPU's sizes may not fit.
-    args.contenders = args.contenders or [
-        name for name in MAKERS if not (on_gpu and name == Published.name)
-    ]
-    if Ours.name not in args.contenders:
-        args.contenders.insert(0, Ours.name)
+    left_out = {Published.name} if on_gpu else set()
+    ours = [Ours.name, *([OursCompiled.name] if args.compiled else [])]
+    given = args.contenders or MAKERS.keys() - left_out - {OursCompiled.name}
+    args.contenders = ours + [name for name in MAKERS if name in given and name not in ours]
     args.setting = QUICK if args.quick else GPU if on_gpu else CPU
     if args.model_name_or_path:
         if "scaling" in args.sections:

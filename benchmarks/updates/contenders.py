@@ -48,12 +48,14 @@ class Contender(ABC):
 
     Attributes:
         name: in tables.
+        counts_steps: whether what a step sends through trunk and head can be counted.
         problem: the sizes, prompts and samples of the update.
         model: the policy; its gradients are what an update adds to.
         ref_model: π_0.
     """
 
     name: str
+    counts_steps = True
     ref_model: PreTrainedModel
 
     def __init__(self, problem: StepProblem) -> None:
@@ -163,6 +165,19 @@ class Ours(Contender):
         first = next(i for i, one in enumerate(passes) if one.model == "reference")
         decoded = sum(length - 1 for group in self.lengths for length in group)
         return sum(one.tokens for one in passes[:first]) - decoded
+
+
+class OursCompiled(Ours):
+    """`LatroTrainer` with `--rollout_compile`; hooks that count would become part of the graph.
+
+    It is compiled in its first step.
+    """
+
+    name = "latro (compiled)"
+    counts_steps = False
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        super().__init__(problem, folder, one_batch, rollout_compile=True)
 
 
 class Trl(Contender):

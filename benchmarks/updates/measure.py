@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.common import memory, timing
 from benchmarks.common.timing import Summary
-from benchmarks.updates.contenders import Contender, Ours, Pass, Trl
+from benchmarks.updates.contenders import Contender, Ours, OursCompiled, Pass, Trl
 from benchmarks.updates.problem import Setting, StepProblem
 from benchmarks.updates.published import Published, PublishedRecipe
 
 PHASES = ("update", "step")
 MAKERS: dict[str, type[Contender]] = {
-    one.name: one for one in (Ours, Published, PublishedRecipe, Trl)
+    one.name: one for one in (Ours, OursCompiled, Published, PublishedRecipe, Trl)
 }
 
 
@@ -44,7 +44,7 @@ class Row:
         ratio: by phase, the median over that of ours.
         peak: bytes of an update, None where they were not measured.
         prompt_tokens: what a step reads before it decodes: prompts, each once or once for each
-            of its samples; None where no step was timed.
+            of its samples; None where no step was timed, or none can be counted.
         gradient_error: the largest difference of a gradient's entry from ours over ours' largest,
             over the parameters; None where the contender's gradient is another one.
     """
@@ -135,12 +135,17 @@ def time_phase(
         for contender in made.values():
             if isinstance(contender, Published):
                 contender.lengths = ours.lengths
+            elif isinstance(contender, OursCompiled):
+                contender.step()  # in which it is compiled
 
     def lap(row: Row) -> None:
         contender = made[row.contender]
         contender.model.zero_grad()
         if phase == "update":
             contender.update(groups)
+            return
+        if not contender.counts_steps:
+            contender.step()
             return
         with contender.counted() as passes:
             contender.step()
