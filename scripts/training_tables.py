@@ -88,8 +88,11 @@ def step(result: dict[str, Any], folder: str = "step") -> str:
 
 
 def step_short(result: dict[str, Any]) -> str:
-    """Tabulate an update and a whole step, one row per contender, without counts."""
-    contenders = result["rows"]
+    """Tabulate an update and a whole step, one row per contender, without counts.
+
+    Ours is there once, with its defaults.
+    """
+    contenders = [row for row in result["rows"] if row["contender"] != "latro (compiled)"]
     header = ["", "update, s", "with its rollout, s", "peak of the update, MiB"]
     setting = contenders[0]["setting"]
     low, high = setting["rationale"]
