@@ -30,20 +30,24 @@ class CollapseWarnings(TrainerCallback):
 
     def __init__(self) -> None:
         self._told: set[Callable[..., str | None]] = set()
+        # The first and the last ones that tell of rationales: the history of a long run grows.
+        self._lines: list[Mapping[str, float]] = []
 
     def on_train_begin(
         self, args: LatroConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._told.clear()
+        self._lines = [line for line in state.log_history if "rationale_length" in line]
 
     def on_log(
         self, args: LatroConfig, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not state.is_world_process_zero or "rationale_length" not in state.log_history[-1]:
             return
-        lines = [line for line in state.log_history if "rationale_length" in line]
+        lines = [*self._lines, state.log_history[-1]]
+        self._lines = lines[:1] + lines[1:][-CONFIRMATIONS:]
         for sign in (many_unfinished, shorter):
-            warning = None if sign in self._told else sign(lines, args)
+            warning = None if sign in self._told else sign(self._lines, args)
             if warning is not None:
                 logger.warning("update %d: %s", state.global_step, warning)
                 self._told.add(sign)

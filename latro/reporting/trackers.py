@@ -4,6 +4,7 @@ The callbacks of transformers report scalars to TensorBoard, Weights & Biases or
 (`--report_to`). This module adds to the runs that they have opened, whenever the run logs:
 
     train/advantages          histogram of A over all sequences of all processes since the last log
+                              (of each process the latest 100,000, for runs that seldom log)
     train/rationale_lengths   histogram of the same sequences' rationale lengths, in tokens
     train/samples             table for one prompt: prompt, rationale, answer, reward, advantage
 
@@ -14,6 +15,7 @@ anyway, so steps need not wait for them.
 from __future__ import annotations
 
 import traceback
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, fields
@@ -40,6 +42,8 @@ from latro.errors import told
 from latro.rollout.sequences import Rollout, decode
 from latro.terminal import one_line, shown
 from latro.update.metrics import Outcome
+
+_MOST_SEQUENCES = 100_000
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,14 @@ class Sink(Protocol):
 
 @dataclass
 class _Seen:
-    rewards_and_advantages: list[Tensor] = field(default_factory=list)
-    """Tensors [2, S], on the device."""
-    rationale_lengths: list[int] = field(default_factory=list)
+    outcomes: deque[tuple[Tensor, list[int]]] = field(default_factory=deque)
+    """Rewards and advantages, [2, S] on the device, and rationale lengths, by micro-batch."""
+    count: int = 0
+    """The sequences of these."""
     rollouts: list[Rollout] = field(default_factory=list)
     """The first group of the last update; the token ids of other groups are not kept."""
     first: int = 0
-    """Index of that group's first sequence among all."""
+    """Index of that group's first sequence, counted from behind."""
 
 
 class SequenceReports(TrainerCallback):
@@ -130,13 +135,18 @@ class SequenceReports(TrainerCallback):
 
     def _take(self, outcomes: Sequence[Outcome]) -> None:
         seen = self._seen
-        seen.first = len(seen.rationale_lengths)
         # There are no outcomes if other processes have all prompts of the update.
         seen.rollouts = [r for outcome in outcomes[:1] for r in outcome.rollouts]
         seen.rollouts = seen.rollouts[: self.num_generations][: self.num_samples]
+        seen.first = sum(len(outcome.rollouts) for outcome in outcomes)
+        seen.count += seen.first
         for outcome in outcomes:
-            seen.rewards_and_advantages.append(torch.stack([outcome.reward, outcome.advantage]))
-            seen.rationale_lengths += [len(r.rationale_ids) for r in outcome.rollouts]
+            lengths = [len(r.rationale_ids) for r in outcome.rollouts]
+            seen.outcomes.append((torch.stack([outcome.reward, outcome.advantage]), lengths))
+        # The last update stays in any case: its sequences are shown.
+        most = max(_MOST_SEQUENCES, seen.first)
+        while seen.outcomes and seen.count - len(seen.outcomes[0][1]) >= most:
+            seen.count -= len(seen.outcomes.popleft()[1])
 
     def on_log(
         self,
@@ -158,9 +168,9 @@ class SequenceReports(TrainerCallback):
         seen, self._seen = self._seen, _Seen()
         rewards: list[float] = []
         advantages: list[float] = []
-        if seen.rewards_and_advantages:
-            rewards, advantages = torch.cat(seen.rewards_and_advantages, 1).tolist()
-        own = slice(seen.first, None)
+        if seen.outcomes:
+            rewards, advantages = torch.cat([values for values, _ in seen.outcomes], 1).tolist()
+        own = slice(seen.count - seen.first, None)
         samples = [
             Sample(
                 prompt=decode(self.tokenizer, rollout.prompt_ids),
@@ -173,7 +183,7 @@ class SequenceReports(TrainerCallback):
                 seen.rollouts, rewards[own], advantages[own], strict=False
             )
         ]
-        lengths = seen.rationale_lengths
+        lengths = [length for _, of_batch in seen.outcomes for length in of_batch]
         if self.accelerator.num_processes > 1:
             everyone = gather_object([(advantages, lengths)])
             advantages = [value for values, _ in everyone for value in values]

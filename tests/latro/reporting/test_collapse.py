@@ -63,3 +63,21 @@ def test_each_training_is_warned_anew_and_other_logs_are_passed_over(warned):
     lines = [line(1, 60, 0.9), {"step": 1, "eval_accuracy_greedy": 0.0}, line(2, 60, 0.9)]
     for _ in range(2):
         assert len(warned(lines, watch)) == 1
+
+
+def test_a_log_does_not_go_through_all_that_were_before(tmp_path):
+    """At 100,000 logged updates that took longer with every one of them."""
+
+    class LongHistory(list):
+        def __iter__(self):
+            raise AssertionError("read as a whole")
+
+    args, watch = LatroConfig(str(tmp_path), max_completion_length=64), CollapseWarnings()
+    state, control = TrainerState(), TrainerControl()
+    state.log_history = [line(step, 60) for step in range(1, 5)]
+    watch.on_train_begin(args, state, control)
+    state.log_history = LongHistory(state.log_history)
+    for step in range(5, 50):
+        state.log_history.append(line(step, 60))
+        watch.on_log(args, state, control)
+        assert len(watch._lines) <= 3

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from latro import LatroConfig
 from latro.config.trackers import check_trackers
+from latro.reporting import trackers
 from latro.reporting.callbacks import CompletionsTable
 from latro.reporting.trackers import (
     Report,
@@ -84,6 +85,27 @@ def test_a_log_tells_of_all_updates_since_the_last_and_shows_the_newest(
     # There are no new sequences.
     log(reports, step=8)
     assert len(got) == 1
+
+
+def test_a_run_that_never_logs_keeps_the_latest_sequences_alone(reports, rollouts, monkeypatch):
+    """Every sequence of the run was kept, on the device too, where logs were far apart or off."""
+    reports, got = reports
+    monkeypatch.setattr(trackers, "_MOST_SEQUENCES", 4)
+    for update in range(9):
+        reports.add([outcome(rollouts(1, 2), [update, -1.0 * update])], last=True, skipped=False)
+        assert len(reports._seen.outcomes) <= 2
+    log(reports)
+    assert got[0][1].advantages == [7, -7, 8, -8]
+    assert len(got[0][1].rationale_lengths) == 4
+    assert [sample.advantage for sample in got[0][1].samples] == [8]
+    # An update of more sequences is shown whole.
+    reports.add([outcome(rollouts(1, 2), [1.0, -1.0])], last=True, skipped=False)
+    groups = rollouts(3, 2)
+    parts = [outcome(groups[i : i + 1], [i + 2.0, -i - 2.0]) for i in range(3)]
+    reports.add(parts, last=True, skipped=False)
+    log(reports)
+    assert got[1][1].advantages == [2, -2, 3, -3, 4, -4]
+    assert [sample.advantage for sample in got[1][1].samples] == [2]
 
 
 def test_a_skipped_update_is_not_told_of(reports, rollouts):
