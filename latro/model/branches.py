@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -101,8 +100,6 @@ class BranchScorer:
             if group
         ]
         batch = self._scorer.collate(groups)
-        # Of no token at all, torch would make floats.
-        batch = replace(batch, positions=batch.positions.long(), target=batch.target.long())
         self._scorer.caller = self._scorer.model if caller is None else caller
         scores = self._scorer(batch)
         return scores.logp, scores.entropy

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -78,72 +79,86 @@ def collate(groups: Sequence[Group], device: torch.device, *, packed: bool) -> B
     sequences = [r for r, _ in placed if not r.plain]
     plain = [r for r, _ in placed if r.plain]
     counts = [n for r in sequences for n in (len(r.sampled_ids), len(r.answer_ids))]
+    offsets = list(accumulate(counts, initial=0))
     plain_counts = [len(r.own_rows) for r in plain]
+    own_answer, answer_end = _answer_rows(sequences, offsets)
     return Batch(
-        input_ids=input_ids,
+        input_ids=_tensor(input_ids, device),
         shared_prefix=shared_prefix,
-        positions=torch.tensor([p for _, rows in placed for p in rows], device=device),
-        target=torch.tensor([token for r, _ in placed for token in _targets(r)], device=device),
-        offsets=torch.tensor(list(accumulate(counts, initial=0)), device=device),
-        own_answer=torch.tensor(
-            [own for r in sequences for own in _own_answer(r)], dtype=torch.bool, device=device
-        ),
-        answer_end=torch.tensor(
-            [end for r in sequences for end in _answer_end(r)], dtype=torch.bool, device=device
-        ),
+        positions=_tensor(_joined([rows for _, rows in placed]), device),
+        target=_tensor(_joined([_targets(r) for r, _ in placed]), device),
+        offsets=torch.tensor(offsets, device=device),
+        own_answer=_tensor(own_answer, device),
+        answer_end=_tensor(answer_end, device),
         finished=torch.tensor([r.finished for r in sequences], dtype=torch.bool, device=device),
         plain_offsets=torch.tensor(list(accumulate(plain_counts, initial=0)), device=device),
-        num_rows=sum(counts),
-        engine_logp=_engine_logp(sequences, device),
+        num_rows=offsets[-1],
+        engine_logp=_engine_logp(sequences, offsets, device),
         sequences=sequences,
     )
 
 
-def _targets(rollout: Rollout) -> list[int]:
+# Arrays of numpy, since torch takes several times as long to make a tensor of a list, and an update
+# may have millions of rows.
+
+
+def _tensor(values: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(values).to(device)
+
+
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *parts])
+
+
+def _targets(rollout: Rollout) -> np.ndarray:
     """Return the token that each head row of a rollout predicts."""
+    answer = np.array(rollout.answer_ids, np.int64)
     if rollout.plain:
-        return [rollout.answer_ids[j] for j in rollout.own_rows]
-    return rollout.sampled_ids + rollout.answer_ids
+        return answer[rollout.own_rows.start : rollout.own_rows.stop]
+    return np.concatenate([np.array(rollout.sampled_ids, np.int64), answer])
 
 
-def _own_answer(rollout: Rollout) -> list[bool]:
-    """Return for each head row of a sequence whether it is one of the answer's own tokens."""
-    rows = [False] * len(rollout.sampled_ids)
-    return rows + [j in rollout.own_rows for j in range(len(rollout.answer_ids))]
+def _answer_rows(
+    sequences: Sequence[Rollout], offsets: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which head rows are of the answers' own tokens, and which stand behind these."""
+    own, end = np.zeros(offsets[-1], bool), np.zeros(offsets[-1], bool)
+    for rollout, first, last in zip(sequences, offsets[1::2], offsets[2::2], strict=True):
+        rows = rollout.own_rows
+        own[first + rows.start : first + rows.stop] = True
+        end[first + rows.stop : last] = True
+    return own, end
 
 
-def _answer_end(rollout: Rollout) -> list[bool]:
-    """Return for each head row of a sequence whether it stands behind the answer's own tokens."""
-    rows = [False] * len(rollout.sampled_ids)
-    return rows + [j >= rollout.own_rows.stop for j in range(len(rollout.answer_ids))]
-
-
-def _engine_logp(sequences: Sequence[Rollout], device: torch.device) -> Tensor | None:
-    rows: list[float] = []
-    for rollout in sequences:
+def _engine_logp(
+    sequences: Sequence[Rollout], offsets: Sequence[int], device: torch.device
+) -> Tensor | None:
+    rows = np.full(offsets[-1], math.nan, np.float32)
+    for rollout, first, last in zip(sequences, offsets[::2], offsets[1::2], strict=False):
         if rollout.sampled_logp is None:
             return None
-        rows += rollout.sampled_logp + [math.nan] * len(rollout.answer_ids)
-    return torch.tensor(rows, dtype=torch.float32, device=device) if rows else None
+        rows[first:last] = rollout.sampled_logp
+    return _tensor(rows, device) if len(rows) else None
 
 
-def _pad(groups: Sequence[Group], device: torch.device) -> tuple[Tensor, None, list[list[int]]]:
+def _pad(groups: Sequence[Group], device: torch.device) -> tuple[np.ndarray, None, list]:
     rollouts = [rollout for group in groups for rollout in group]
-    inputs = [r.input_ids for r in rollouts]
-    width = max(map(len, inputs))
-    positions: list[list[int]] = []
+    width = max(len(r.prompt_ids) + len(r.branch_ids) for r in rollouts)
+    ids = np.zeros((len(rollouts), width), np.int64)
+    positions: list[np.ndarray] = []
     for index, rollout in enumerate(rollouts):
+        read = rollout.input_ids
+        ids[index, : len(read)] = read
         first = index * width + len(rollout.prompt_ids) - 1
         positions.append(_row_positions(rollout, first, first + 1))
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
     return ids, None, positions
 
 
 def _pack(
     groups: Sequence[Group], device: torch.device
-) -> tuple[Tensor, SharedPrefix, list[list[int]]]:
+) -> tuple[np.ndarray, SharedPrefix, list[np.ndarray]]:
     ids: list[int] = []
-    positions: list[list[int]] = []
+    positions: list[np.ndarray] = []
     lengths: list[int] = []
     prefixes: list[int] = []
     for group in groups:
@@ -161,19 +176,17 @@ def _pack(
                 lengths.append(len(branch))
                 prefixes.append(prompt)
     shared_prefix = SharedPrefix(tuple(lengths), tuple(prefixes), device)
-    return torch.tensor([ids], device=device), shared_prefix, positions
+    return np.array([ids], np.int64), shared_prefix, positions
 
 
-def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> list[int]:
+def _row_positions(rollout: Rollout, prompt_end: int, branch_start: int) -> np.ndarray:
     """Return where a sequence's head rows stand, by its prompt's last and its branch's first."""
-
-    def at(place: int) -> int:
-        # What stands this many tokens into the branch predicts from the token before it.
-        return branch_start + place - 1 if place else prompt_end
-
-    rationale = [] if rollout.plain else [at(i) for i in range(len(rollout.sampled_ids))]
-    answer = rollout.own_rows if rollout.plain else range(len(rollout.answer_ids))
-    return rationale + [at(rollout.answer_start + j) for j in answer]
+    rows = rollout.own_rows if rollout.plain else range(len(rollout.answer_ids))
+    places = rollout.answer_start + np.arange(rows.start, rows.stop)
+    if not rollout.plain:
+        places = np.concatenate([np.arange(len(rollout.sampled_ids)), places])
+    # What stands so many tokens into the branch predicts from the token before it.
+    return np.where(places > 0, branch_start + places - 1, prompt_end)
 
 
 def answer_sums(logp: Tensor, batch: Batch) -> Tensor:

@@ -63,6 +63,34 @@ def test_the_end_token_and_the_answer_are_predicted_from_one_position(rollouts, 
 
 
 @pytest.mark.parametrize("packed", [True, False])
+def test_no_tensor_is_made_of_a_list_with_a_value_a_row(packed, monkeypatch):
+    """Torch takes longer for that than for anything else here, and an update has many rows."""
+    longest = 0
+    make = torch.tensor
+
+    def counted(values, **options):
+        nonlocal longest
+        longest = max(longest, len(values))
+        return make(values, **options)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    logp = [-0.5] * 300
+    group = [
+        replace(made(200, 300, 9), sampled_logp=logp),
+        replace(made(200, 300, 2), sampled_logp=logp),
+    ]
+    batch = collate([group], CPU, packed=packed)
+    assert batch.num_rows == 611
+    assert longest <= 5
+    assert batch.engine_logp.dtype == torch.float32
+    assert batch.engine_logp.isnan().tolist() == [
+        z in "a" for z in "z" * 300 + "a" * 9 + "z" * 300 + "aa"
+    ]
+    assert {t.dtype for t in (batch.input_ids, batch.positions, batch.target)} == {torch.int64}
+    assert {t.dtype for t in (batch.own_answer, batch.answer_end)} == {torch.bool}
+
+
+@pytest.mark.parametrize("packed", [True, False])
 def test_layouts_of_pieces_join_into_the_groups(rollouts, packed):
     (group,) = rollouts(1, 8)
     pieces = [collate([part], CPU, packed=packed) for part in (group[:3], group[3:])]
