@@ -1,4 +1,4 @@
-"""Try before the first update what could fail late in a run: the schedule and saving the model.
+"""Try before the first update what could fail late in a run: schedule, saving, disks of processes.
 
 Otherwise a generation config that transformers refuses to save, or a learning rate that is divided
 by zero in the last update, would cost the whole training.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 import math
 import tempfile
 from collections.abc import Callable
@@ -18,11 +19,16 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from latro.errors import told
 from latro.model.adapters import has_adapter
+from latro.run.checkpoints import of_all_processes
+from latro.run.folder import LOCK_FILE
 from latro.terminal import one_line
 
 # Computing one learning rate takes about a microsecond.
 _MOST_UPDATES = 1_000_000
+
+_logger = logging.getLogger(__name__)
 
 
 def try_saving(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> set[str]:
@@ -120,3 +126,36 @@ def try_schedule(scheduler: Any, num_updates: int, name: str) -> None:
                     f"lr_scheduler_type: expected learning rates from 0 to {largest:.3g}, and "
                     f"{name} gives {rate} after update {update}; see lr_scheduler_kwargs"
                 )
+
+
+def try_disks(args: TrainingArguments) -> None:
+    """Let every process of several write into the output folder, where process 0 holds the lock.
+
+    Each has a file of its own in a checkpoint.
+
+    Raises:
+        ValueError: one cannot; raised in all processes.
+    """
+    if args.world_size == 1:
+        return
+    folder = Path(str(args.output_dir))
+    # Who sees no lock looks at another disk.
+    apart = not (folder / LOCK_FILE).exists()
+    refused = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        refused = f"output_dir: process {args.process_index} cannot write there: {told(error)}"
+    errors = [error for error in of_all_processes(refused) if error is not None]
+    if errors:
+        raise ValueError("; ".join(errors))
+    if apart and not args.should_save and args.local_process_index == 0:
+        _logger.warning(
+            "output_dir: %s of process %d is on another disk than that of process 0, and its "
+            "checkpoints will lack what process 0 saves; name a folder that all nodes see, or pass "
+            "--save_on_each_node true",
+            folder,
+            args.process_index,
+        )

@@ -36,7 +36,7 @@ from latro.run.checkpoints import (
 from latro.run.due import GoingOn, evaluation_due
 from latro.run.folder import LOCK_FILE, delete, in_main_process, locked_by_all, to_replace
 from latro.run.identity import Facts, check_identity, settings_of
-from latro.run.rehearsal import check_optimizer_settings, try_saving, try_schedule
+from latro.run.rehearsal import check_optimizer_settings, try_disks, try_saving, try_schedule
 from latro.run.restoring import RestoringTrainer
 from latro.run.signals import Interruption, keep_workers
 from latro.terminal import one_line
@@ -301,6 +301,7 @@ class LongRunTrainer(RestoringTrainer):
     ) -> TrainOutput:
         # Checked now, as the Trainer has set the model's special tokens, which are saved with it.
         in_main_process(self._check_output)
+        try_disks(self.args)
         going_on = None
         if resume_from_checkpoint is not None:
             # The run has had its first evaluation.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +16,6 @@ from latro.model.adapters import has_adapter, save_vocabulary
 from latro.run.checkpoints import PARTIAL, publish, publish_files, remove_partial, rotate
 from latro.run.identity import Facts, write_identity
 
-_logger = logging.getLogger(__name__)
-
 
 class SavingTrainer(Trainer):
     """Writes what it saves to a folder for partial files, and renames it when all is there.
@@ -30,7 +27,6 @@ class SavingTrainer(Trainer):
     def __init__(self, **kwargs: Any) -> None:
         self._partial: Path | None = None
         self._saved_step: int | None = None
-        self._told_of_disks = False
         self._identity: Facts = {}
         super().__init__(**kwargs)
 
@@ -81,15 +77,6 @@ class SavingTrainer(Trainer):
             publish_it()
         self.accelerator.wait_for_everyone()
         if self.is_local_process_zero() and folder.exists():
-            if not (self.args.save_on_each_node or self._told_of_disks):
-                self._told_of_disks = True
-                _logger.warning(
-                    "output_dir: %s of process %d is on another disk than that of process 0, and "
-                    "its checkpoints lack what process 0 saves; name a folder that all nodes see, "
-                    "or pass --save_on_each_node true",
-                    self.args.output_dir,
-                    self.args.process_index,
-                )
             publish_it()
         self.accelerator.wait_for_everyone()
 

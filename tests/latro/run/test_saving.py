@@ -38,7 +38,7 @@ ids = list(range(5, 21))
 dataset = Dataset.from_dict({"input_ids": [ids] * 8, "labels": [ids] * 8})
 args = TrainingArguments(
     output_dir=str(folder / output.replace("RANK", os.environ["RANK"])), use_cpu=True,
-    disable_tqdm=True, report_to=[], per_device_train_batch_size=1, save_steps=1, **settings,
+    disable_tqdm=True, report_to=[], per_device_train_batch_size=1, **{"save_steps": 1, **settings},
 )
 trainer = LongRunTrainer(
     model=AutoModelForCausalLM.from_pretrained(folder / "model"),
@@ -60,11 +60,12 @@ def train(tiny, tmp_path, warm):
     tiny().save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(SCRIPT)
 
-    def run(output, **settings):
+    def run(output, code=0, **settings):
         arguments = (tmp_path, output, json.dumps(settings))
         printed = tmp_path / "printed"
         shutil.rmtree(printed, ignore_errors=True)
-        return warm.run_together(str(tmp_path / "script.py"), arguments, printed, processes=2)
+        script = str(tmp_path / "script.py")
+        return warm.run_together(script, arguments, printed, processes=2, code=code)
 
     return run
 
@@ -122,3 +123,10 @@ def test_a_best_model_that_not_all_have_is_loaded_by_none(train, tmp_path):
     assert same(tmp_path / "node 0" / "checkpoint-2", trained(tmp_path))
     assert "node 1 of process 1 is on another disk than that of process 0" in done.stderr
     assert done.stderr.count("is gone; the last model is kept") >= 1
+
+
+def test_a_process_that_cannot_write_is_told_in_all_before_the_first_update(train, tmp_path):
+    (tmp_path / "node 1").touch()
+    done = train("node RANK/run", code=1, max_steps=3, save_steps=3)
+    assert done.stderr.count("ValueError: output_dir: process 1 cannot write there: ") == 2
+    assert not any((tmp_path / "node 0" / "run").iterdir())
