@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from latro.terminal import Lasting, Terminal, progress_bar
 
 METRICS_FILE = "metrics.jsonl"
 PLOT_FILE = "progress.png"
+
+_MOST_STRETCHES = 1000
+"""Of a curve, which has fewer pixels in a row."""
 
 Panels = Sequence[tuple[str, Sequence[str]]]
 """Four plots, each as its title and the names of its metrics."""
@@ -91,6 +96,7 @@ def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -
     for axis, (title, names) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for name in names:
             points = [(entry["step"], entry[name]) for entry in history if name in entry]
+            points = thinned(points)
             if points:
                 # Markers show where the points are on a line through only a few evaluations.
                 marker = "o" if len(points) < 30 else None
@@ -102,6 +108,25 @@ def draw_progress(history: list[dict[str, float]], path: Path, panels: Panels) -
         axis.grid(alpha=0.3)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the lowest and the highest of each run of neighbours, where there are many points.
+
+    A line through these looks as one through all, which has many to a pixel, and takes no longer to
+    draw as a run goes on.
+    """
+    together = len(points) // _MOST_STRETCHES
+    if together < 3:
+        return points
+    kept = []
+    for first in range(0, len(points), together):
+        stretch = points[first : first + together]
+        # NaN is neither less nor more than anything.
+        stretch = [point for point in stretch if not math.isnan(point[1])] or stretch
+        ends = (min(stretch, key=itemgetter(1)), max(stretch, key=itemgetter(1)))
+        kept += sorted(ends, key=itemgetter(0))
+    return kept
 
 
 class ProgressBar(TrainerCallback):

@@ -122,6 +122,7 @@ _ARITHMETIC = re.compile(
     rf"[^0-9(√$+-]*(?P<expression>{_TERM}(?:(?:[-+*/×÷^\u2013]+|(?=\()){_TERM})*)"
 )
 _FACTORIAL = re.compile(r"[0-9)}]\s?!")
+_BARE_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 _OPERATOR = re.compile(r"(?<=\S)\s*[-+*/×÷^!π\u2013]|√|[0-9]\(")
 
 
@@ -147,6 +148,9 @@ def parse_number(text: str) -> Fraction | None:
 
     As in data: "6!" is a factorial there, and not 6 with an exclamation mark.
     """
+    # Most answers of most data; all that is looked for in others takes a hundred times as long.
+    if _BARE_INTEGER.fullmatch(text):
+        return Fraction(int(text))
     if _FACTORIAL.search(text):
         return None
     values = _values(plain_figures(text, words=False))

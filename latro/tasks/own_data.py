@@ -172,9 +172,10 @@ def read_own_data(name: str, *, config: str | None = None, grader: str | None = 
     if not everything:
         raise ValueError(f"dataset_name: {name} has no rows")
     rows = [row for _, row in everything]
+    derived = grader is None
     grader = grader or _derived_grader(rows)
     for where, row in everything:
-        _prepare(row, grader, where)
+        _prepare(row, grader, where, derived=derived)
     _align(rows)
     task = _TASKS[grader](name, _splits(name, located))
     if isinstance(task, _Math):
@@ -262,11 +263,14 @@ def _derived_grader(rows: list[dict[str, Any]]) -> str:
     return "exact"
 
 
-def _prepare(row: dict[str, Any], grader: str, where: str) -> None:
-    """Check that the grader can read a row's right answer; turn an option's text into its label."""
+def _prepare(row: dict[str, Any], grader: str, where: str, *, derived: bool) -> None:
+    """Check that the grader can read a row's right answer; turn an option's text into its label.
+
+    `derived` tells that the grader was chosen because all answers are numbers, if it is "number".
+    """
     field = "ground_truth" if "ground_truth" in row else "answer"
     truth = row[field]
-    if grader == "number" and parse_number(truth) is None:
+    if grader == "number" and not derived and parse_number(truth) is None:
         raise ValueError(f"{where}: grader number: expected one number at {field!r}, got {truth!r}")
     if grader != "choice":
         row.pop("choices", None)

@@ -2,7 +2,7 @@ from fractions import Fraction
 
 import pytest
 
-from latro.tasks import get_task
+from latro.tasks import get_task, numeric
 from latro.tasks.numeric import parse_number
 
 TASK = get_task("gsm8k")
@@ -137,3 +137,11 @@ def test_grading_is_exact_where_floats_are_not():
 def test_same_refuses_an_answer_that_is_no_number():
     with pytest.raises(ValueError, match="answer must be one number"):
         TASK.same("1", "twelve or 13 or 14")
+
+
+@pytest.mark.parametrize("number", [0, 7, -3, 10, 1200, 2_000_000, 10**17, -(10**17) - 9])
+def test_an_integer_alone_is_read_at_once_as_by_the_rule(number, monkeypatch):
+    text = str(number)
+    (by_the_rule,) = numeric._values(numeric.plain_figures(text, words=False))
+    monkeypatch.setattr(numeric, "plain_figures", None)
+    assert parse_number(text) == by_the_rule == number
