@@ -24,10 +24,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from latro.rollout.answer_template import template_pattern
-from latro.rollout.prompts import Prompt, prompt_text
+from latro.rollout.prompts import Prompt, batches_of, prompt_text
 from latro.rollout.sequences import decode
 
 SEPARATOR = "\n\n"
+_ROWS_AT_ONCE = 100
 
 
 def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dict[str, Any]]:
@@ -42,15 +43,24 @@ def draw_examples(train: Dataset, problems: Dataset, num_shots: int) -> list[dic
         ValueError: there are fewer rows.
     """
     asked = {prompt_text(prompt) for prompt in problems["prompt"]}
-    rows = [row for row in train if prompt_text(row["prompt"]) not in asked]
-    rows = [row for row in rows if row.get("rationale")] or rows
-    if num_shots > len(rows):
+    # Their indices, since the rows of all may not fit into memory.
+    others: list[int] = []
+    worked: list[int] = []
+    columns = [name for name in ("prompt", "rationale") if name in train.column_names]
+    rows = (row for batch in batches_of(train, columns, _ROWS_AT_ONCE) for row in batch)
+    for index, (prompt, *rationale) in enumerate(rows):
+        if prompt_text(prompt) not in asked:
+            others.append(index)
+            if any(rationale):
+                worked.append(index)
+    shown = worked or others
+    if num_shots > len(shown):
         raise ValueError(
-            f"num_shots: expected at most {len(rows)}, the training rows that can be shown and are "
-            f"not evaluated, got {num_shots}; of a single file the test split is every row: take "
-            "eval_split=validation, or a folder with train and test"
+            f"num_shots: expected at most {len(shown)}, the training rows that can be shown and "
+            f"are not evaluated, got {num_shots}; of a single file the test split is every row: "
+            "take eval_split=validation, or a folder with train and test"
         )
-    return random.Random(0).sample(rows, num_shots)
+    return [train[index] for index in random.Random(0).sample(shown, num_shots)]
 
 
 def with_examples(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from datasets import Dataset
 
@@ -36,6 +38,19 @@ def test_the_same_rows_with_a_rationale_are_drawn_each_time():
     assert draw_examples(train, PROBLEMS, 3) == drawn
     assert len({row["prompt"] for row in drawn}) == 3
     assert all(row["rationale"] for row in drawn)
+
+
+def test_a_draw_holds_no_rows_but_those_drawn():
+    """All rows of the training split were made before a few of them were drawn."""
+    peaks = []
+    for count in (1_000, 10_000):
+        train = rows(*["So it is. " * 20] * count)
+        tracemalloc.start()
+        draw_examples(train, PROBLEMS, 3)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # An index takes some 50 bytes; the row is one of 600.
+    assert peaks[1] - peaks[0] < 9_000 * 150
 
 
 def test_rows_without_any_rationale_show_answers_alone(tokenizer):
