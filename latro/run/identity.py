@@ -182,8 +182,13 @@ def write_identity(folder: Path, identity: Facts) -> None:
     write_json(folder / RUN_FILE, as_json(identity))
 
 
-def check_identity(folder: str, identity: Facts) -> None:
+def check_identity(folder: str, identity: Facts, *, warns: bool = True) -> None:
     """Compare a run with a checkpoint's run, and warn of differences that do not matter.
+
+    Args:
+        folder: the checkpoint.
+        identity: the facts of the run that is to go on from it.
+        warns: whether this process is the one of several that warns.
 
     Raises:
         ValueError: it is another run, or the file with its facts is damaged.
@@ -193,12 +198,13 @@ def check_identity(folder: str, identity: Facts) -> None:
         there = json.loads(path.read_bytes())
         sections = {name: dict(there[name]) for name in ("decides", "told")}
     except FileNotFoundError:
-        _logger.warning(
-            "resume_from_checkpoint: %s has no %s, as checkpoints of before and of other trainers; "
-            "nobody checks that it is of this run",
-            folder,
-            RUN_FILE,
-        )
+        if warns:
+            _logger.warning(
+                "resume_from_checkpoint: %s has no %s, as checkpoints of before and of other "
+                "trainers; nobody checks that it is of this run",
+                folder,
+                RUN_FILE,
+            )
         return
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"resume_from_checkpoint: {path} cannot be read: {error!r}") from error
@@ -215,7 +221,7 @@ def check_identity(folder: str, identity: Facts) -> None:
         for name, value in here["decides"].items()
         if name not in sections["decides"]
     ]
-    if told or unknown:
+    if warns and (told or unknown):
         _logger.warning("going on from %s otherwise: %s", folder, "; ".join(told + unknown))
 
 

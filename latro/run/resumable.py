@@ -123,7 +123,8 @@ class LongRunTrainer(RestoringTrainer):
             check_optimizer_state(resume_from_checkpoint)
         self._identity = self._run_identity()
         if resume_from_checkpoint:
-            check_identity(resume_from_checkpoint, self._identity)
+            warns = self.is_world_process_zero()
+            check_identity(resume_from_checkpoint, self._identity, warns=warns)
         self._saved_step = None
         self._best_is_loaded = False
         self._resumed_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
