@@ -96,6 +96,7 @@ class AnswerTrainer(EvaluatingTrainer):
     """
 
     run_files = (*EvaluatingTrainer.run_files, CARD_FILE, METRICS_FILE, PLOT_FILE, RESULTS_FILE)
+    early_files = (*EvaluatingTrainer.early_files, METRICS_FILE, PLOT_FILE)
     panels: ClassVar[Panels]
     targets: str
     data: DataArguments | None = None

@@ -24,7 +24,12 @@ from latro.problems import load_splits, load_task
 from latro.reporting.callbacks import METRICS_FILE, PLOT_FILE
 from latro.reporting.model_card import CARD_FILE
 from latro.reporting.trackers import telling_trackers
-from latro.run.checkpoints import check_checkpoint, last_whole_checkpoint
+from latro.run.checkpoints import (
+    AUTO,
+    check_checkpoint,
+    last_whole_checkpoint,
+    of_all_processes,
+)
 from latro.run.folder import check_apart
 from latro.terminal import Terminal
 
@@ -189,15 +194,17 @@ def _checkpoint(args: AnswerConfig) -> str | None:
         ValueError: there is no such checkpoint, it is damaged, or the output folder has checkpoints
             of another run.
     """
-    asked = args.resume_from_checkpoint
-    if asked and asked.lower() in ("true", "latest"):
+    asked = args.resume_from_checkpoint or "false"
+    there = Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir) is not None
+    # Processes may have disks of their own.
+    if asked.lower() == AUTO and not any(of_all_processes(there)):
+        return None
+    if asked.lower() in (AUTO, "true", "latest"):
         return last_whole_checkpoint(args.output_dir)
-    if asked and asked.lower() != "false":
+    if asked.lower() != "false":
         check_checkpoint(asked)
         return asked
-    if args.overwrite_output_dir:
-        return None
-    if Path(args.output_dir).is_dir() and get_last_checkpoint(args.output_dir):
+    if there and not args.overwrite_output_dir:
         raise ValueError(
             f"output_dir: {args.output_dir} has the checkpoints of an earlier run; resume it with "
             "--resume_from_checkpoint true, name another folder, or delete them by "

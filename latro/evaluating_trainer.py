@@ -34,6 +34,7 @@ class EvaluatingTrainer(LongRunTrainer):
     """
 
     run_files = (*LongRunTrainer.run_files, SAMPLES_FILE)
+    early_files = (*LongRunTrainer.early_files, SAMPLES_FILE)
     args: AnswerConfig
     model: PreTrainedModel | PeftModel
     processing_class: PreTrainedTokenizerBase

@@ -334,7 +334,7 @@ def test_the_slurm_script_goes_on_after_a_signal(slurm, tmp_path):
     assert last == f"requeue {os.getpid()}"
     command = (
         f"-m latro.train --config run.yaml --output_dir {tmp_path / 'run'} "
-        "--resume_from_checkpoint true --fsdp --seed 1"
+        "--resume_from_checkpoint auto --fsdp --seed 1"
     )
     assert sorted(ranks) == [f"0/2 {command}", f"1/2 {command}"]
 

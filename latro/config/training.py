@@ -71,6 +71,11 @@ class AnswerConfig(TrainingArguments):
         nargs="?",
         const=True,
     )
+    resume_from_checkpoint: str | None = setting(
+        None,
+        "A checkpoint's folder; true: the newest one of the output folder; auto: that one, or none "
+        "where there is none yet, so that the same command begins a run and goes on with it.",
+    )
     dataloader_pin_memory: bool = setting(False, "Batches hold text; there is no tensor to pin.")
     # The parent's field takes only one name on the command line.
     report_to: list[str] = field(  # type: ignore[assignment]

@@ -30,6 +30,8 @@ from latro.files import write_json
 MANIFEST = "checkpoint_manifest.json"
 STATE = "trainer_state.json"
 PARTIAL = ".latro-partial"
+AUTO = "auto"
+"""`--resume_from_checkpoint auto`: from the newest checkpoint, where there is one."""
 SUPERSEDED = "_superseded-"
 """Put before the name of a checkpoint that a run went back from; "_" keeps it from the hub."""
 

@@ -161,16 +161,18 @@ def check_apart(
             )
 
 
-def to_replace(folder: Path, names: Collection[str], *, overwrite: bool) -> list[Path]:
+def to_replace(
+    folder: Path, names: Collection[str], *, overwrite: bool | Collection[str]
+) -> list[Path]:
     """Return the paths in a new run's folder that the run would overwrite.
 
     Args:
         folder: the run's folder; it need not exist.
         names: the files that the run writes there besides checkpoints and weights.
-        overwrite: whether the run may overwrite them.
+        overwrite: whether the run may overwrite them, or the names of those that it may.
 
     Raises:
-        ValueError: there are some, and `overwrite` is false.
+        ValueError: there are some that the run may not overwrite.
     """
     if not folder.is_dir():
         return []
@@ -181,8 +183,10 @@ def to_replace(folder: Path, names: Collection[str], *, overwrite: bool) -> list
         or _WEIGHTS.fullmatch(path.name)
         or _CHECKPOINT.fullmatch(path.name)
     ]
-    if found and not overwrite:
-        listed = ", ".join(path.name for path in found[:5]) + (", …" if found[5:] else "")
+    if overwrite is True:
+        return found
+    if kept := [path.name for path in found if path.name not in (overwrite or ())]:
+        listed = ", ".join(kept[:5]) + (", …" if kept[5:] else "")
         raise ValueError(
             f"output_dir: {folder} has {listed} already, which this run would write over; name "
             "another folder, go on with a run of before by --resume_from_checkpoint true, or "

@@ -24,6 +24,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from latro.run.checkpoints import (
+    AUTO,
+    PARTIAL,
     SUPERSEDED,
     check_optimizer_state,
     is_there,
@@ -78,12 +80,14 @@ class LongRunTrainer(RestoringTrainer):
 
     Class attributes:
         run_files: names of the files in the output folder besides model and checkpoints.
+        early_files: those of them that a run writes before its first checkpoint.
 
     Attributes:
         interruption: its `signal` tells which signal ended `train()` early, SIGTERM for example.
     """
 
     run_files: ClassVar[tuple[str, ...]] = ("trainer_state.json", "training_args.bin")
+    early_files: ClassVar[tuple[str, ...]] = (PARTIAL,)
     control: TrainerControl
 
     def __init__(
@@ -173,8 +177,11 @@ class LongRunTrainer(RestoringTrainer):
         """
         names = try_saving(self.model, self.processing_class)
         if not self._owns_output:
-            overwrite = getattr(self.args, "overwrite_output_dir", False)
             folder = Path(self.args.output_dir)
+            overwrite: bool | tuple[str, ...] = getattr(self.args, "overwrite_output_dir", False)
+            if not overwrite and (self.args.resume_from_checkpoint or "").lower() == AUTO:
+                # What an earlier start of this run has left, which a checkpoint would have.
+                overwrite = self.early_files
             self._replaced = to_replace(folder, {*self.run_files, *names}, overwrite=overwrite)
 
     def _begin_run(self) -> None:

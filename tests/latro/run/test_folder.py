@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -153,6 +154,31 @@ def test_a_finished_run_is_overwritten_only_when_asked(tmp_path):
     train([*argv, "--overwrite_output_dir", "true"])
     assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
     train([*argv, "--resume_from_checkpoint", "true"])
+
+
+def test_one_command_begins_a_run_and_goes_on_with_it(tmp_path):
+    """A scheduler starts it again, wherever it was killed: here while its first checkpoint came."""
+    run = tmp_path / "run"
+    (run / ".latro-partial").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("of an earlier start")
+    argv = [*RUN, "--output_dir", str(run), "--save_strategy", "steps", "--save_steps", "1"]
+    argv += ["--resume_from_checkpoint", "auto"]
+    train(argv)
+    assert not (run / ".latro-partial").exists()
+    train([*argv, "--max_steps", "2"])
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "reward" in line] == [1, 2]
+
+
+def test_such_a_command_writes_over_no_model(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        (run / name).write_text("mine")
+    auto = ("--resume_from_checkpoint", "auto", "--output_dir", str(run))
+    with pytest.raises(ValueError, match=r"run has config\.json already"):
+        train([*RUN, *auto])
+    assert (run / "metrics.jsonl").read_text() == "mine"
 
 
 def test_what_may_be_overwritten_stays_until_the_training_begins(tmp_path, make_trainer):
