@@ -291,20 +291,28 @@ class VllmEngine:
         return [self._sample(by_index[index], max_new_tokens) for index in range(num_samples)]
 
     def _sample(self, choice: Answer, max_new_tokens: int) -> Sample:
-        ids = choice.at("token_ids").parts()
-        logps = choice.at("logprobs", "token_logprobs").parts()
+        token_ids, token_logps = choice.at("token_ids"), choice.at("logprobs", "token_logprobs")
+        ids, logps = token_ids.of(list), token_logps.of(list)
         if not 1 <= len(ids) <= max_new_tokens or len(logps) != len(ids):
             raise ConnectionError(
                 f"{choice.source}: expected 1 to {max_new_tokens} tokens, a log-prob each, at "
                 f"{choice.place}, got {len(ids)} and {len(logps)} log-probs"
             )
-        for token in ids:
-            if not 0 <= token.of(int) < self.vocab_size:
-                raise ConnectionError(
-                    f"{token.source}: expected a token id below {self.vocab_size} at "
-                    f"{token.place}, got {str(token.value)[:_SHOWN_CHARACTERS]}"
-                )
-        return Sample([token.value for token in ids], [_logp(logp) for logp in logps])
+        # An update may have millions of tokens, so that one by one only a bad one is looked for.
+        if not all(type(token) is int and 0 <= token < self.vocab_size for token in ids):
+            for token in token_ids.parts():
+                self._check_token(token)
+        if not all(type(logp) in (int, float) and _is_logp(logp) for logp in logps):
+            for logp in token_logps.parts():
+                _check_logp(logp)
+        return Sample(list(ids), list(map(float, logps)))
+
+    def _check_token(self, token: Answer) -> None:
+        if not 0 <= token.of(int) < self.vocab_size:
+            raise ConnectionError(
+                f"{token.source}: expected a token id below {self.vocab_size} at "
+                f"{token.place}, got {str(token.value)[:_SHOWN_CHARACTERS]}"
+            )
 
     def _request(
         self,
@@ -326,13 +334,17 @@ class VllmEngine:
         )
 
 
-def _logp(logp: Answer) -> float:
-    """Return a log-prob, finite and at most 0 up to rounding; JSON may write it as an int."""
-    value = logp.value if type(logp.value) is int else logp.of(float)
+def _is_logp(value: float) -> bool:
+    """Return whether a number is finite and at most 0 up to rounding."""
     # The comparison is false for NaN, and an int may be larger than any float.
-    if not -sys.float_info.max <= value <= _LOGP_ROUNDING:
+    return -sys.float_info.max <= value <= _LOGP_ROUNDING
+
+
+def _check_logp(logp: Answer) -> None:
+    """Raise ConnectionError for what is no log-prob; JSON may write one as an int."""
+    value = logp.value if type(logp.value) is int else logp.of(float)
+    if not _is_logp(value):
         raise ConnectionError(
             f"{logp.source}: expected a finite log-prob of at most 0 at {logp.place}, got "
             f"{str(value)[:_SHOWN_CHARACTERS]}"
         )
-    return float(value)
