@@ -45,7 +45,7 @@ from latro.reporting.held_out_samples import HeldOutSamples
 from latro.reporting.model_card import CARD_FILE, is_own_card, write_card
 from latro.reporting.run_summary import run_of
 from latro.rollout.answer_join import AnswerJoin
-from latro.rollout.prompts import check_dataset
+from latro.rollout.dataset_rows import check_dataset
 from latro.rollout.sequences import eos_token_ids, let_generation_end
 from latro.run.folder import check_apart
 from latro.run.identity import Facts, data_facts, merged, model_facts

@@ -27,7 +27,8 @@ from latro.engines.vllm import VllmEngine
 from latro.engines.vllm_sampling import check_length
 from latro.evaluation.accuracy import most_new_tokens
 from latro.model.distribution import gathered, is_sharded
-from latro.rollout.prompts import check_dataset, encode_prompt
+from latro.rollout.dataset_rows import check_dataset
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Rollout, RolloutEngine, Sample
 from latro.tasks import Task
 from latro.update.coefficients import Coefficients

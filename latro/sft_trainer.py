@@ -20,7 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from latro.base_trainer import AnswerTrainer
 from latro.config.training import AnswerConfig, SftConfig
 from latro.model.packing import Group
-from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
+from latro.rollout.dataset_rows import check_dataset, check_rationales
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Rollout, Sample
 from latro.tasks import Task
 from latro.update.coefficients import LikelihoodCoefficients

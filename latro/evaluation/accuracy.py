@@ -25,7 +25,7 @@ from latro.model.forwards import evaluation_mode
 from latro.model.packing import answer_sums, plan
 from latro.model.scoring import Scorer
 from latro.rollout.answer_join import AnswerJoin
-from latro.rollout.prompts import Longest, check_dataset, encode_each
+from latro.rollout.dataset_rows import Longest, check_dataset, encode_each
 from latro.rollout.sequences import (
     Progress,
     Rollout,

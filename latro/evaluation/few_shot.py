@@ -24,7 +24,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from latro.rollout.answer_template import template_pattern
-from latro.rollout.prompts import Prompt, batches_of, prompt_text
+from latro.rollout.dataset_rows import batches_of
+from latro.rollout.prompts import Prompt, prompt_text
 from latro.rollout.sequences import decode
 
 SEPARATOR = "\n\n"

@@ -33,7 +33,8 @@ from latro.evaluation.metrics import mean, standard_error
 from latro.evaluation.progress import EvaluationBar
 from latro.model.scoring import Scorer
 from latro.rollout.answer_join import AnswerJoin
-from latro.rollout.prompts import check_dataset, check_rationales, encode_prompt
+from latro.rollout.dataset_rows import check_dataset, check_rationales
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Rollout, RolloutEngine, Sample, decode, eos_token_ids
 from latro.tasks import Task
 

@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from latro.files import write_json
 from latro.model.adapters import has_adapter, without_wrapper
+from latro.rollout.dataset_rows import batches_of
 from latro.rollout.frame import Chat
-from latro.rollout.prompts import batches_of
 
 RUN_FILE = "checkpoint_run.json"
 

@@ -6,6 +6,9 @@ import copy
 
 from transformers import PreTrainedTokenizerBase
 
+USER = {"role": "user", "content": "How many?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+REPLY = {"role": "assistant", "content": "Of what?"}
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

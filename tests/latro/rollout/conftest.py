@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.make_tiny_model import make_model, make_tokenizer
@@ -31,3 +33,15 @@ def tiny(tokenizer: PreTrainedTokenizerBase) -> Callable[..., PreTrainedModel]:
         return make_model(architecture, tokenizer, **options)
 
     return build
+
+
+@pytest.fixture
+def with_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that begins every text with a special token, as Llama's does."""
+    made = copy.deepcopy(tokenizer)
+    made.add_special_tokens({"bos_token": "<s>"})
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+    )
+    assert made.encode("pens")[0] == made.bos_token_id
+    return made

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 from latro.engines.transformers import TransformersEngine
 from latro.rollout.answer_join import AnswerJoin
+from latro.rollout.dataset_rows import check_dataset
 from latro.rollout.frame import FAMILIES, Chat, Frame
-from latro.rollout.prompts import check_dataset, encode_prompt
+from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Sample, decode, eos_token_ids
 from tests.latro import frames
 from tests.latro.frames import framed
