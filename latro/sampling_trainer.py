@@ -130,6 +130,7 @@ class SamplingTrainer(AnswerTrainer):
             model=model,
             join=self.join,
             max_completion_length=args.max_completion_length,
+            progress=not args.disable_tqdm,
         )
 
     # Where a run begins, goes on and is saved.

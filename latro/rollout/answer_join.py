@@ -218,21 +218,29 @@ class AnswerJoin:
         match = next(islice(self.pattern.finditer(text), statement, None), None)
         if match is None:
             return None
+        # Most samples end with the words, so the first steps are from the end, each twice as long.
+        low, high, step = 1, len(ids), 1
+        while high - step >= low and self._spells(ids[: high - step], text[: match.end()]):
+            high, step = high - step, 2 * step
+        low = max(low, high - step + 1)
         # Bisection works: a longer prefix keeps what a shorter one spells.
-        low, high = 1, len(ids)
         while low < high:
             middle = (low + high) // 2
-            if decode(self.tokenizer, ids[:middle])[: match.end()] == text[: match.end()]:
+            if self._spells(ids[:middle], text[: match.end()]):
                 high = middle
             else:
                 low = middle + 1
         start = high - 1
         while start > 0 and match[0] not in decode(self.tokenizer, ids[start:high]):
             start -= 1
-        if len(decode(self.tokenizer, ids[:high])) == match.end():
+        whole = text if high == len(ids) else decode(self.tokenizer, ids[:high])
+        if len(whole) == match.end():
             return _Stated(start, high, high, "")
         spelled = len(decode(self.tokenizer, ids[: high - 1]))
         return _Stated(start, high - 1, high, text[spelled : match.end()])
+
+    def _spells(self, ids: list[int], beginning: str) -> bool:
+        return decode(self.tokenizer, ids).startswith(beginning)
 
     def _encode_answer(self, before: str, template: str, answer: str) -> tuple[int, ...]:
         """Return the tokens of a template, or its rest, and the answer as after `before`."""

@@ -351,9 +351,9 @@ def test_the_first_failure_ends_the_others(fake: FakeVllm, engine_of: Any) -> No
     with pytest.raises(ConnectionError, match="500: EngineDeadError"):
         generate(engine, [[i % 200] for i in range(400)])
     assert time.monotonic() - started < 20
-    asked = len(fake.of(COMPLETIONS))
-    time.sleep(0.2)
-    assert len(fake.of(COMPLETIONS)) == asked <= 256
+    # Of those that were sent some arrive later; the queue behind them is never sent.
+    time.sleep(0.5)
+    assert len(fake.of(COMPLETIONS)) <= 256
     release.set()
 
 

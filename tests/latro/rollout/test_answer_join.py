@@ -51,6 +51,22 @@ def test_join_at_the_length_limit(tokenizer, join):
     assert decode(tokenizer, rollout.input_ids) == "How many? 2+3 The answer is 5"
 
 
+def test_a_long_rationale_that_ends_with_the_template_is_read_few_times(
+    tokenizer, join, monkeypatch
+):
+    """A thousand tokens take a millisecond to decode, and an update joins thousands of them."""
+    ids = [*tokenizer.encode(" 2+3=5." * 200), *tokenizer.encode(" The answer is")]
+    long, decode_ids = [], tokenizer.decode
+
+    def recorded(ids, **options):
+        long.append(len(ids) > 100)
+        return decode_ids(ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", recorded)
+    assert join(tokenizer.encode("How many?"), Sample(ids), "5").sampled_ids == ids
+    assert sum(long) <= 3
+
+
 def test_an_answer_is_encoded_once_behind_the_same_words(tokenizer, join, monkeypatch):
     """An update joins each answer to K rationales, and a check before a run to every prompt."""
     encoded, encode = [], tokenizer.encode
