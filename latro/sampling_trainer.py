@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy, TrainOutput
 
 from latro.base_trainer import AnswerTrainer
@@ -30,28 +30,17 @@ from latro.model.distribution import gathered, is_sharded
 from latro.rollout.dataset_rows import check_dataset
 from latro.rollout.prompts import encode_prompt
 from latro.rollout.sequences import Rollout, RolloutEngine, Sample
-from latro.tasks import Task
-from latro.update.coefficients import Coefficients
 from latro.update.metrics import rollout_sums
 from latro.update.nonfinite import Finding
 
 if TYPE_CHECKING:
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
 
 class SamplingTrainer(AnswerTrainer):
     """Trains on rationales that the policy samples, and evaluates by the same engine.
 
-    Args:
-        model: the policy; `model.generation_config` is not used for sampling.
-        args: the settings; they name the engine.
-        train_dataset: rows with `prompt` and `answer`.
-        processing_class: the model's tokenizer.
-        task: its answer template ends rationales and opens answers.
-        coefficients: what the rows of rollouts count for in the loss.
-        eval_dataset: as in `AnswerTrainer`.
-        peft_config: as in `AnswerTrainer`.
-        callbacks: as in `AnswerTrainer`.
+    Its arguments are those of `AnswerTrainer`; `args`, a `LatroConfig`, names the engine.
 
     Attributes:
         engine: what samples.
@@ -62,35 +51,13 @@ class SamplingTrainer(AnswerTrainer):
 
     args: LatroConfig
 
-    def __init__(
-        self,
-        model: PreTrainedModel | PeftModel,
-        args: LatroConfig,
-        train_dataset: Dataset | None,
-        processing_class: PreTrainedTokenizerBase,
-        task: Task,
-        *,
-        coefficients: Coefficients,
-        eval_dataset: Dataset | None = None,
-        peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] | None = None,
-    ) -> None:
-        super().__init__(
-            model,
-            args,
-            train_dataset,
-            processing_class,
-            task,
-            coefficients=coefficients,
-            eval_dataset=eval_dataset,
-            peft_config=peft_config,
-            callbacks=callbacks,
-            temperature=args.temperature,
-        )
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        args = self.args
         self.engine = make_engine(
             args,
             model=self.model,
-            tokenizer=processing_class,
+            tokenizer=self.processing_class,
             folder=args.output_dir,
             sharded=is_sharded(self.accelerator),
         )

@@ -101,15 +101,16 @@ class LatroTrainer(SamplingTrainer):
         if not isinstance(args, LatroConfig):
             raise TypeError(f"args: expected a LatroConfig, got {type(args).__name__}")
         super().__init__(
-            model,
-            args,
-            train_dataset,
-            processing_class,
-            task,
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            task=task,
             coefficients=ObjectiveCoefficients(args),
             eval_dataset=eval_dataset,
             peft_config=peft_config,
             callbacks=callbacks,
+            temperature=args.temperature,
         )
         self.targets = f"{args.num_generations} rationales each"
         self.update.ref_scorer = self._make_ref_scorer(ref_model)

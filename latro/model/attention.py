@@ -170,14 +170,13 @@ def _by_segment(
     spans = [
         (e - n, e) for n, e in zip(shared_prefix.lengths, shared_prefix.key_lengths, strict=True)
     ]
-    masked = [span for span in spans if not _is_causal(form, *span)]
+    masked = {span for span in spans if not _is_causal(form, *span)}
     # What the queries of many small segments see is cut from one table.
     first = min((start for start, _ in masked), default=0)
     bias = _bias(form, first, max((end for _, end in masked), default=0), like=query)
     outputs = []
     for q, k, v, (start, end) in zip(queries, keys, values, spans, strict=True):
-        causal = _is_causal(form, start, end)
-        own = None if causal else bias[start - first : end - first, :end]
+        own = bias[start - first : end - first, :end] if (start, end) in masked else None
         outputs.append(_one_segment(q, k, v, form, own))
     # Contiguous, as the functions of transformers return it: some layers take a view of it.
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
