@@ -27,6 +27,7 @@ enum {
   LATRO_BAD_DTYPE = -1,
   LATRO_OUT_OF_MEMORY = -2,
   LATRO_UNSUPPORTED = -3,
+  LATRO_OUT_OF_RANGE = -4,
 };
 
 /* Element types. */
@@ -162,16 +163,17 @@ LATRO_API int32_t latro_cpu_few_rows_linear(const void* x, const void* weight,
  * query[R, heads, size], key[R, key_heads, size], value[R, key_heads, value_size] and
  * out[R, heads, value_size] are contiguous, and so are the cached keys [places, key_heads, size,
  * room] and values [places, key_heads, room, value_size], all of `dtype`. Row i attends to
- * prompt_length[i] keys of place prompt[i], and in its own place i to length[i] keys and to the new
- * one, which is written behind them; of all these to the last `window` (0: to all). softcap 0 is
- * none.
+ * prompt_length[i] keys of place prompt[i], one of `prompts`, and in its own place i to length[i]
+ * keys and to the new one, which is written behind them; of all these to the last `window` (0: to
+ * all). softcap 0 is none. LATRO_OUT_OF_RANGE, and nothing is written, where a row attends to more
+ * than there is room for.
  */
 LATRO_API int32_t latro_cpu_decode_attention(
     const void* query, const void* key, const void* value, int32_t dtype, const void* prompt_keys,
-    const void* prompt_values, int64_t prompt_room, void* own_keys, void* own_values,
-    int64_t own_room, const int64_t* prompt, const int64_t* prompt_length, const int64_t* length,
-    void* out, int64_t R, int64_t heads, int64_t key_heads, int64_t size, int64_t value_size,
-    int64_t window, float scaling, float softcap, int64_t threads);
+    const void* prompt_values, int64_t prompts, int64_t prompt_room, void* own_keys,
+    void* own_values, int64_t own_room, const int64_t* prompt, const int64_t* prompt_length,
+    const int64_t* length, void* out, int64_t R, int64_t heads, int64_t key_heads, int64_t size,
+    int64_t value_size, int64_t window, float scaling, float softcap, int64_t threads);
 
 /* linear_logprob on CUDA: what happens to one tile of logits between the products.
  *

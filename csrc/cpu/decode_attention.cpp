@@ -96,12 +96,19 @@ void softmax_in_place(float* scores, int64_t n, float scaling, float softcap) {
 
 int32_t latro_cpu_decode_attention(const void* query, const void* key, const void* value,
                                    int32_t dtype, const void* prompt_keys,
-                                   const void* prompt_values, int64_t prompt_room, void* own_keys,
-                                   void* own_values, int64_t own_room, const int64_t* prompt,
-                                   const int64_t* prompt_length, const int64_t* length, void* out,
-                                   int64_t R, int64_t heads, int64_t key_heads, int64_t size,
-                                   int64_t value_size, int64_t window, float scaling, float softcap,
-                                   int64_t threads) {
+                                   const void* prompt_values, int64_t prompts, int64_t prompt_room,
+                                   void* own_keys, void* own_values, int64_t own_room,
+                                   const int64_t* prompt, const int64_t* prompt_length,
+                                   const int64_t* length, void* out, int64_t R, int64_t heads,
+                                   int64_t key_heads, int64_t size, int64_t value_size,
+                                   int64_t window, float scaling, float softcap, int64_t threads) {
+  // Here, since looking at so few numbers from Python costs more than small rows' attention.
+  for (int64_t row = 0; row < R; ++row) {
+    const bool fits = prompt[row] >= 0 && prompt[row] < prompts && prompt_length[row] >= 0 &&
+                      prompt_length[row] <= prompt_room && length[row] >= 0 &&
+                      length[row] < own_room;
+    if (!fits) return LATRO_OUT_OF_RANGE;
+  }
   return with_types(dtype, 0, [&](auto, auto element) -> int32_t {
     using T = decltype(element);
     const int64_t groups = heads / key_heads;

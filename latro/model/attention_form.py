@@ -41,7 +41,8 @@ class AttentionForm:
 
     def at_most(self, positions: int) -> AttentionForm:
         """Return the form for sequences of so many positions: a longer chunk cuts none of them."""
-        return self if self.chunk < positions else replace(self, chunk=math.inf)
+        cuts = self.chunk < positions or math.isinf(self.chunk)
+        return self if cuts else replace(self, chunk=math.inf)
 
     @property
     def is_plain(self) -> bool:

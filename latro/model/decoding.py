@@ -19,7 +19,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,8 @@ class DecodingKeys:
             t[0].numel() // tokens * t.element_size()
             for layer in self._layers.values()
             for t, tokens in (
-                (layer.prompt_keys, layer.prompt_keys.shape[3]),
-                (layer.prompt_values, layer.prompt_values.shape[2]),
+                (layer.kept.prompt_keys, layer.kept.prompt_keys.shape[3]),
+                (layer.kept.prompt_values, layer.kept.prompt_values.shape[2]),
             )
         )
 
@@ -73,17 +73,17 @@ class DecodingKeys:
         self._attention[layer] = module, form
         key, value = as_products_take(key, value)
         if layer not in self._layers:
-            self._layers[layer] = _Layer.like(key, value)
+            self._layers[layer] = _Layer(key, value)
         room = self._layers[layer]
-        places = 1 + max(place for place, _ in self._prompts)
-        longest = max(length for _, length in self._prompts)
-        room.prompt_keys = _with_room(room.prompt_keys, places, longest, dim=3)
-        room.prompt_values = _with_room(room.prompt_values, places, longest, dim=2)
+        room.fit_prompts(
+            places=1 + max(place for place, _ in self._prompts),
+            tokens=max(length for _, length in self._prompts),
+        )
         start = 0
         for place, length in self._prompts:
             end = start + length
-            room.prompt_keys[place, :, :, :length] = key[0, :, start:end].transpose(1, 2)
-            room.prompt_values[place, :, :length] = value[0, :, start:end]
+            room.kept.prompt_keys[place, :, :, :length] = key[0, :, start:end].transpose(1, 2)
+            room.kept.prompt_values[place, :, :length] = value[0, :, start:end]
             start = end
 
     def set_rows(
@@ -118,8 +118,9 @@ class DecodingKeys:
     def move_row(self, place: int, to: int, length: int) -> None:
         """Copy the `length` tokens of one row to another place."""
         for layer in self._layers.values():
-            layer.own_keys[to, :, :, :length] = layer.own_keys[place, :, :, :length]
-            layer.own_values[to, :, :length] = layer.own_values[place, :, :length]
+            keys, values = layer.kept.own_keys, layer.kept.own_values
+            keys[to, :, :, :length] = keys[place, :, :, :length]
+            values[to, :, :length] = values[place, :, :length]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
@@ -140,8 +141,7 @@ class DecodingKeys:
         assert rows is not None
         query, key, value = as_products_take(query, key, value)
         room = self._layers[layer]
-        room.own_keys = _with_room(room.own_keys, rows.count, rows.longest + 1, dim=3)
-        room.own_values = _with_room(room.own_values, rows.count, rows.longest + 1, dim=2)
+        room.fit_rows(places=rows.count, tokens=rows.longest + 1)
         # [1, heads, R, size] to [R, heads, size].
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
         form = form.at_most(rows.longest_prompt + rows.longest + 1)
@@ -150,16 +150,16 @@ class DecodingKeys:
                 query,
                 key,
                 value,
-                KeptKeys(room.prompt_keys, room.prompt_values, room.own_keys, room.own_values),
+                room.kept,
                 rows.decoded,
                 scaling=form.scaling,
                 window=None if math.isinf(form.window) else int(form.window),
                 softcap=form.softcap,
             )
             return out[None]
-        room.own_keys[rows.index, :, :, rows.length] = key
-        room.own_values[rows.index, :, rows.length] = value
-        return _attend(query, room, rows, form)[None]
+        room.kept.own_keys[rows.index, :, :, rows.length] = key
+        room.kept.own_values[rows.index, :, rows.length] = value
+        return _attend(query, room.kept, rows, form)[None]
 
     @contextlib.contextmanager
     def in_graph(self) -> Iterator[None]:
@@ -207,20 +207,34 @@ def _(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
 attend_in_graph = torch.ops.latro.attend_in_graph.default
 
 
-@dataclass
 class _Layer:
-    """A layer's keys [places, heads of keys, size, tokens] and values [·, ·, tokens, size]."""
+    """The room of a layer's keys and values, which grows; what it had is copied then."""
 
-    prompt_keys: Tensor
-    prompt_values: Tensor
-    own_keys: Tensor
-    own_values: Tensor
-
-    @classmethod
-    def like(cls, key: Tensor, value: Tensor) -> _Layer:
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        """Make no room yet, for keys and values like these [1, heads of keys, T, size]."""
         k = key.new_zeros(0, key.shape[1], key.shape[3], 0)
         v = value.new_zeros(0, value.shape[1], 0, value.shape[3])
-        return cls(k, v, k, v)
+        self.kept = KeptKeys(prompt_keys=k, prompt_values=v, own_keys=k, own_values=v)
+
+    def fit_prompts(self, places: int, tokens: int) -> None:
+        """Make room for so many prompts, of up to so many tokens."""
+        keys, values = self.kept.prompt_keys, self.kept.prompt_values
+        if places > len(keys) or tokens > keys.shape[3]:
+            self.kept = replace(
+                self.kept,
+                prompt_keys=_with_room(keys, places, tokens, dim=3),
+                prompt_values=_with_room(values, places, tokens, dim=2),
+            )
+
+    def fit_rows(self, places: int, tokens: int) -> None:
+        """Make room for so many rows, of up to so many tokens of their own."""
+        keys, values = self.kept.own_keys, self.kept.own_values
+        if places > len(keys) or tokens > keys.shape[3]:
+            self.kept = replace(
+                self.kept,
+                own_keys=_with_room(keys, places, tokens, dim=3),
+                own_values=_with_room(values, places, tokens, dim=2),
+            )
 
 
 def as_products_take(*states: Tensor) -> list[Tensor]:
@@ -232,13 +246,11 @@ def as_products_take(*states: Tensor) -> list[Tensor]:
 
 
 def _with_room(kept: Tensor, places: int, tokens: int, dim: int) -> Tensor:
-    """Return `kept`, or a copy with room for as many places and tokens, and for more to come.
+    """Return a copy of `kept` with room for so many places and tokens, and for more to come.
 
     `dim` is where the tokens are.
     """
     had = kept.shape[0], kept.shape[dim]
-    if places <= had[0] and tokens <= had[1]:
-        return kept
     shape = list(kept.shape)
     shape[0] = had[0] if places <= had[0] else max(places, 2 * had[0])
     shape[dim] = had[1] if tokens <= had[1] else max(tokens, 2 * had[1], _FIRST_ROOM)
@@ -311,7 +323,7 @@ class _Rows:
         return self._biases[kind]
 
 
-def _attend(query: Tensor, room: _Layer, rows: _Rows, form: AttentionForm) -> Tensor:
+def _attend(query: Tensor, room: KeptKeys, rows: _Rows, form: AttentionForm) -> Tensor:
     """Return [R, heads, size of values]: one softmax over a row's prompt and its own tokens."""
     R, heads, kv = rows.count, query.shape[1], room.own_keys.shape[1]
     P, T = rows.longest_prompt, rows.longest + 1

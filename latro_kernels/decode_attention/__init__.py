@@ -12,7 +12,6 @@ row's result does not depend on the rows beside it. There is no gradient.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,7 @@ from latro_kernels.checks import (
     check_same_dtype,
     check_tensor,
     check_vector,
+    dense,
 )
 from latro_kernels.decode_attention import ops
 
@@ -40,12 +40,38 @@ class KeptKeys:
         prompt_values: [prompts, heads of keys, tokens, size of values].
         own_keys: [rows or more, heads of keys, size, tokens].
         own_values: [rows or more, heads of keys, tokens, size of values].
+
+    Raises:
+        TypeError: an argument that is no tensor, or dtypes that differ.
+        ValueError: shapes or devices that do not fit together, or a tensor with gaps.
     """
 
     prompt_keys: Tensor
     prompt_values: Tensor
     own_keys: Tensor
     own_values: Tensor
+
+    def __post_init__(self) -> None:
+        # Here, and not for each call: a layer's room is the same for many steps.
+        for name, tensor in vars(self).items():
+            check_tensor(name, tensor, 4)
+            check_same_dtype(name, tensor, "prompt_keys", self.prompt_keys)
+            check_device(name, tensor, "prompt_keys", self.prompt_keys)
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: expected a contiguous tensor, got strides {tensor.stride()}"
+                )
+        prompts, key_heads, size, tokens = self.prompt_keys.shape
+        own, _, _, own_tokens = self.own_keys.shape
+        value_size = self.prompt_values.shape[3]
+        for name, shape in (
+            ("prompt_values", (prompts, key_heads, tokens, value_size)),
+            ("own_keys", (own, key_heads, size, own_tokens)),
+            ("own_values", (own, key_heads, own_tokens, value_size)),
+        ):
+            found = getattr(self, name).shape
+            if found != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(found)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,27 +82,22 @@ class DecodedRows:
         prompt: int64 [R], the place of its prompt.
         prompt_length: int64 [R], tokens of the prompt.
         length: int64 [R], tokens of its own that were read before.
+
+    Raises:
+        TypeError: an argument that is no tensor, or of another dtype.
+        ValueError: an argument of another number of dimensions, with gaps, or on another device.
     """
 
     prompt: Tensor
     prompt_length: Tensor
     length: Tensor
 
-    def range_of(self, name: str) -> tuple[int, int]:
-        """Return the lowest and the highest value in a field, which has some.
-
-        They are found once for all layers, and again where the values have changed in place.
-        """
-        values, seen = getattr(self, name), self._seen.get(name)
-        if seen is None or not torch.equal(seen[0], values):
-            low, high = values.aminmax()
-            self._seen[name] = seen = values.clone(), (int(low), int(high))
-        return seen[1]
-
-    @functools.cached_property
-    def _seen(self) -> dict[str, tuple[Tensor, tuple[int, int]]]:
-        """Of each field that was read, the values of then and their range."""
-        return {}
+    def __post_init__(self) -> None:
+        for name, index in vars(self).items():
+            check_vector(name, index, torch.int64)
+            check_device(name, index, "prompt", self.prompt)
+            if not index.is_contiguous():
+                raise ValueError(f"{name}: expected a contiguous tensor, got {index.stride()}")
 
 
 def reference(
@@ -155,21 +176,26 @@ def decode_attention(
     check_number("scaling", scaling)
     if softcap is not None:
         check_positive("softcap", softcap)
-    return ops.attend(
-        query,
-        key,
-        value,
-        kept.prompt_keys,
-        kept.prompt_values,
-        kept.own_keys,
-        kept.own_values,
-        rows.prompt,
-        rows.prompt_length,
-        rows.length,
-        0 if window is None else as_count("window", window, 1),
-        float(scaling),
-        float(softcap or 0.0),
-    )
+    try:
+        return ops.attend(
+            query,
+            key,
+            value,
+            kept.prompt_keys,
+            kept.prompt_values,
+            kept.own_keys,
+            kept.own_values,
+            rows.prompt,
+            rows.prompt_length,
+            rows.length,
+            0 if window is None else as_count("window", window, 1),
+            float(scaling),
+            float(softcap or 0.0),
+        )
+    except RuntimeError:
+        # The kernel has written nothing where a row is out of range.
+        _check_range(kept, rows)
+        raise
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, kept: KeptKeys, rows: DecodedRows) -> None:
@@ -177,50 +203,38 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: KeptKeys, rows: Deco
     check_float_dtype("query", query, "cpu")
     if not query.is_cpu:
         raise ValueError(f"query: expected the device cpu, got {query.device}")
-    check_tensor("key", key, 3)
-    check_tensor("value", value, 3)
-    R, heads, size = query.shape
-    key_heads, value_size = value.shape[1:]
+    R, heads, _ = query.shape
+    own, key_heads, size, _ = kept.own_keys.shape
     if key_heads == 0 or heads % key_heads:
         raise ValueError(
-            f"query: expected a multiple of the {key_heads} heads of value, got {heads}"
+            f"query: expected a multiple of the {key_heads} heads of keys, got {heads}"
         )
-    prompts, own = kept.prompt_keys.shape[0], kept.own_keys.shape[0]
-    tokens, own_tokens = kept.prompt_values.shape[2], kept.own_values.shape[2]
     for name, tensor, shape in (
+        ("query", query, (R, heads, size)),
         ("key", key, (R, key_heads, size)),
-        ("value", value, (R, key_heads, value_size)),
-        ("prompt_keys", kept.prompt_keys, (prompts, key_heads, size, tokens)),
-        ("prompt_values", kept.prompt_values, (prompts, key_heads, tokens, value_size)),
-        ("own_keys", kept.own_keys, (own, key_heads, size, own_tokens)),
-        ("own_values", kept.own_values, (own, key_heads, own_tokens, value_size)),
+        ("value", value, (R, key_heads, kept.own_values.shape[3])),
     ):
+        dense(name, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         check_same_dtype(name, tensor, "query", query)
         check_device(name, tensor, "query", query)
-        if name not in ("key", "value") and not tensor.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    check_same_dtype("own_keys", kept.own_keys, "query", query)
+    check_device("own_keys", kept.own_keys, "query", query)
+    check_device("prompt", rows.prompt, "query", query)
     if own < R:
         raise ValueError(f"own_keys: expected room for {R} rows, got {own}")
-    for name, index in (
-        ("prompt", rows.prompt),
-        ("prompt_length", rows.prompt_length),
-        ("length", rows.length),
-    ):
-        check_vector(name, index, torch.int64)
-        check_device(name, index, "query", query)
+    for name, index in vars(rows).items():
         if len(index) != R:
             raise ValueError(f"{name}: expected shape ({R},), as query has rows, got {len(index)}")
-        if not index.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous tensor, got {index.stride()}")
-    if R == 0:
-        return
+
+
+def _check_range(kept: KeptKeys, rows: DecodedRows) -> None:
     for name, most in (
-        ("prompt", prompts - 1),
-        ("prompt_length", tokens),
-        ("length", own_tokens - 1),
+        ("prompt", len(kept.prompt_keys) - 1),
+        ("prompt_length", kept.prompt_keys.shape[3]),
+        ("length", kept.own_keys.shape[3] - 1),
     ):
-        lowest, highest = rows.range_of(name)
+        lowest, highest = (int(end) for end in getattr(rows, name).aminmax())
         if lowest < 0 or highest > most:
             raise ValueError(f"{name}: expected 0 to {most}, got {lowest} to {highest}")

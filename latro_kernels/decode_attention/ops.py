@@ -42,6 +42,7 @@ def _attend(
         native.dtype_code(query.dtype),
         prompt_keys,
         prompt_values,
+        len(prompt_keys),
         prompt_keys.shape[3],
         own_keys,
         own_values,
