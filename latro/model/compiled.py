@@ -8,8 +8,10 @@ So attention is one operation of the graph, which finds all that in the step's `
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+import weakref
 from typing import Any
 
 import torch
@@ -20,6 +22,11 @@ from latro.model.decoding import DecodingKeys
 from latro.model.sampling_form import hidden_difference
 
 logger = logging.getLogger(__name__)
+
+
+def _unguarded() -> contextlib.AbstractContextManager[Any]:
+    """Let torch run what it has compiled, without a look at whether it fits."""
+    return torch.compiler.set_stance(skip_guard_eval_unsafe=True)
 
 
 class CompiledTrunk:
@@ -39,9 +46,13 @@ class CompiledTrunk:
         # torch gives up after so many graphs of a function's code, which each trunk has to itself.
         step.__code__ = step.__code__.replace()
         # Dynamic: rows end, and others begin. What does not become one graph would run in pieces,
-        # with little gain.
-        self._compiled: Any = torch.compile(step, dynamic=True, fullgraph=True)
+        # with little gain. Whether sizes between operations are as expected shows in the first
+        # step, and need not be looked at in each.
+        self._compiled: Any = torch.compile(
+            step, dynamic=True, fullgraph=True, options={"size_asserts": False}
+        )
         self._is_tried = False
+        self._last: tuple[weakref.ref[DecodingKeys], int] | None = None
 
     def __call__(self, **inputs: Any) -> Tensor:
         """Return the hidden states [R, H] of a step's tokens, after the trunk's final norm.
@@ -77,8 +88,13 @@ class CompiledTrunk:
         times = 2 if count == 1 else 1
         copies = {name: inputs[name].repeat(1, times) for name in ("input_ids", "position_ids")}
         keys: DecodingKeys = inputs["decoding"]
+        # Before each step torch looks whether what it compiled is of this model, its mode and these
+        # sizes, at everything in every layer. In one call of a rollout, which has these keys, the
+        # model is the same, and so are the sizes where there are as many rows as a step before.
+        now = weakref.ref(keys), count
+        is_known, self._last = now == self._last, now
         try:
-            with keys.in_graph():
+            with keys.in_graph(), _unguarded() if is_known else contextlib.nullcontext():
                 hidden: Tensor = self._compiled(**inputs | copies)[:count]
         except TorchDynamoException as error:
             raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import itertools
 import math
 
@@ -14,6 +14,8 @@ from latro.config.engine import EngineArguments
 from latro.engines.cast import CastEngine
 from latro.engines.make import make_engine
 from latro.engines.transformers import TransformersEngine
+from latro.model import compiled
+from tests.latro.compiled import traced_only
 from tests.latro.other_models import other_model
 
 PROMPTS = ["Tom has 9 pens. Tom gets 12. How many?", "Tom has 3.", "How"]
@@ -29,7 +31,7 @@ def _fresh():
 @pytest.fixture
 def traced(monkeypatch):
     """Trace as torch.compile does, but run the graph's operations one by one, which is quick."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", traced_only)
 
 
 def sampled(engine, tokenizer, num_samples=4, prompts=(0, 1, 2), tokens=12):
@@ -93,9 +95,45 @@ def test_an_adapter_and_a_copy_are_compiled_too(tiny, tokenizer):
     model = peft.get_peft_model(tiny("qwen2"), lora).eval()
     compiled = TransformersEngine(model, tokenizer, compiles=True)
     assert_as_without(compiled, TransformersEngine(model, tokenizer), tokenizer)
+    # Between calls torch looks whether its graph is still of this model.
+    with model.disable_adapter():
+        assert_as_without(compiled, TransformersEngine(model, tokenizer), tokenizer)
     dtype = torch.bfloat16
     copied = CastEngine(model, tokenizer, dtype, compiles=True)
     assert_as_without(copied, CastEngine(model, tokenizer, dtype), tokenizer)
+
+
+@pytest.mark.usefixtures("traced")
+def test_guards_are_left_out_only_for_as_many_rows_of_the_same_call(tiny, tokenizer, monkeypatch):
+    steps: list[tuple[int, int, bool]] = []
+    is_unguarded = False
+
+    @contextlib.contextmanager
+    def unguarded():
+        nonlocal is_unguarded
+        is_unguarded = True
+        yield
+        is_unguarded = False
+
+    attend = compiled.DecodingKeys.attend_known
+
+    def attended(keys, layer, *states):
+        if layer == 0:
+            steps.append((id(keys), len(keys.own_lengths), is_unguarded))
+        return attend(keys, layer, *states)
+
+    monkeypatch.setattr(compiled, "_unguarded", unguarded)
+    monkeypatch.setattr(compiled.DecodingKeys, "attend_known", attended)
+    engine = TransformersEngine(tiny(), tokenizer, compiles=True)
+    for _ in range(3):
+        sampled(engine, tokenizer, tokens=40)
+    calls = [list(group) for _, group in itertools.groupby(steps, key=lambda step: step[0])]
+    assert len(calls) == 3
+    for call in calls:
+        counts = [count for _, count, _ in call]
+        assert len(set(counts)) > 2
+        expected = [False, *(a == b for a, b in itertools.pairwise(counts))]
+        assert [unguarded for *_, unguarded in call] == expected
 
 
 @pytest.mark.usefixtures("traced")
