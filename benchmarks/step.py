@@ -1,7 +1,7 @@
 """One LaTRO update, and one whole step with its rollout: ours, the published algorithm, TRL.
 
     python benchmarks/step.py --out benchmarks/results/step     # under ten minutes on 2 cores
-    python benchmarks/step.py --compiled                        # ours with --rollout_compile too
+    python benchmarks/step.py --compiled             # ours with --rollout_compile too, see below
     python benchmarks/step.py --quick                           # a minute, which says nothing
     python benchmarks/step.py --sections update --prompts 3
     python benchmarks/step.py --model_name_or_path runs/smollm2 --sections update   # a real head
@@ -16,6 +16,7 @@ of random tokens; they take turns, repetition by repetition. Sections:
   trunk and head, counted by hooks on the modules.
 - step: the same, rollouts sampled. Rationales end at lengths drawn uniformly, by an end token made
   likely enough; the published algorithm samples all to the limit and cuts them at ours' lengths.
+  `--compiled` adds ours with --rollout_compile, in fp32 and with --rollout_dtype bfloat16.
 - scaling: the update over K, prompt length, rationale length and vocabulary, with random weights.
 - largest: one batch of 1, 2, 4, … prompts, until the memory does not hold it (GPU only).
 
@@ -44,7 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # when run as a sc
 from benchmarks.common import report
 from benchmarks.common.report import some_of
 from benchmarks.updates import measure
-from benchmarks.updates.contenders import Ours, OursCompiled, Trl
+from benchmarks.updates.contenders import Ours, OursCompiled, OursCompiledBf16, Trl
 from benchmarks.updates.measure import MAKERS, Held, Row, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, SHORT, Setting, StepProblem, of_model
 from benchmarks.updates.published import Published, PublishedRecipe
@@ -53,7 +54,7 @@ from latro_kernels import environment
 SECTIONS = ("update", "step", "scaling", "largest")
 PACKAGES = ("transformers", "accelerate", "trl")
 MOST_PROMPTS = 1024
-
+COMPILED = (OursCompiled.name, OursCompiledBf16.name)
 
 AXES = {
     "K": "K, rationales per prompt",
@@ -86,7 +87,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--sections", type=some_of(SECTIONS), help=f"comma-separated, of {', '.join(SECTIONS)}"
     )
     parser.add_argument("--contenders", type=some_of(MAKERS), help="ours is always there")
-    parser.add_argument("--compiled", action="store_true", help="ours with --rollout_compile too")
+    parser.add_argument(
+        "--compiled", action="store_true", help="ours with --rollout_compile too, and with bf16"
+    )
     parser.add_argument("--prompts", type=report.count, help="G, prompts of an update")
     parser.add_argument(
         "--model_name_or_path", help="a model to take instead of random weights, in fp32"
@@ -97,8 +100,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args.sections = args.sections or list(SECTIONS[:usual])
     # One batch of the published algorithm at the GPU's sizes may not fit.
     left_out = {Published.name} if on_gpu else set()
-    ours = [Ours.name, *([OursCompiled.name] if args.compiled else [])]
-    given = args.contenders or MAKERS.keys() - left_out - {OursCompiled.name}
+    ours = [Ours.name, *(COMPILED if args.compiled else [])]
+    given = args.contenders or MAKERS.keys() - left_out - set(COMPILED)
     args.contenders = ours + [name for name in MAKERS if name in given and name not in ours]
     args.setting = QUICK if args.quick else GPU if on_gpu else CPU
     if args.model_name_or_path:

@@ -15,13 +15,20 @@ import torch
 
 from benchmarks.common import memory, timing
 from benchmarks.common.timing import Summary
-from benchmarks.updates.contenders import Contender, Ours, OursCompiled, Pass, Trl
+from benchmarks.updates.contenders import (
+    Contender,
+    Ours,
+    OursCompiled,
+    OursCompiledBf16,
+    Pass,
+    Trl,
+)
 from benchmarks.updates.problem import Setting, StepProblem
 from benchmarks.updates.published import Published, PublishedRecipe
 
 PHASES = ("update", "step")
 MAKERS: dict[str, type[Contender]] = {
-    one.name: one for one in (Ours, OursCompiled, Published, PublishedRecipe, Trl)
+    one.name: one for one in (Ours, OursCompiled, OursCompiledBf16, Published, PublishedRecipe, Trl)
 }
 
 

@@ -3,17 +3,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import step
 from benchmarks.updates import measure
-from benchmarks.updates.contenders import Ours, OursCompiled, Trl
+from benchmarks.updates.contenders import Ours, Trl
 from benchmarks.updates.measure import MAKERS, Held, absent
 from benchmarks.updates.problem import CPU, GPU, QUICK, StepProblem, stops_by_chance
 from benchmarks.updates.published import Published, PublishedRecipe
+from tests.latro.compiled import traced_only
 
 pytestmark = pytest.mark.long
 DEVICE = torch.device("cpu")
@@ -24,7 +24,7 @@ def out(tmp_path_factory):
     out = tmp_path_factory.mktemp("step")
     with pytest.MonkeyPatch.context() as patch:
         # The graph as torch traces it; generating code for it would take longer than all else.
-        patch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        patch.setattr(torch, "compile", traced_only)
         arguments = ["--quick", "--compiled", "--device", "cpu", "--reps", "2"]
         step.main([*arguments, "--out", str(out)])
     return out
@@ -68,7 +68,7 @@ def test_rows_have_times_ratios_and_memory(result):
             assert row["ratio"][phase] == pytest.approx(expected)
         assert row["peak"] > 0
         prompts = QUICK.G * (QUICK.P if row is ours else QUICK.K * QUICK.P)
-        uncounted = once or row["contender"] == OursCompiled.name
+        uncounted = once or not MAKERS[row["contender"]].counts_steps
         assert row["prompt_tokens"] == (None if uncounted else prompts)
     assert ours["ratio"] == {"update": 1, "step": 1}
 
