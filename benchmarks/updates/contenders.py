@@ -8,12 +8,12 @@ step with sampling, up to the gradient; what the optimiser does is the same for 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -111,22 +111,23 @@ class Ours(Contender):
         problem: what is worked on.
         folder: for what a trainer writes.
         one_batch: whether all sequences go through at once; else by the trainer's default.
+        settings: more of `LatroConfig`.
 
     Attributes:
         lengths: of the rationales of the last step.
-        settings: of `LatroConfig`, beside those that all have.
     """
 
     name = "latro"
-    settings: Mapping[str, object] = MappingProxyType({})
 
-    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+    def __init__(
+        self, problem: StepProblem, folder: Path, one_batch: bool = False, **settings: object
+    ) -> None:
         super().__init__(problem)
         self.lengths: list[list[int]] = []
         rows = problem.rows()
         budget = {"token_budget": 1 << 40} if one_batch else {}
-        given = {"beta": BETA, "per_device_train_batch_size": problem.setting.G} | budget
-        config = LatroConfig(**self.trainer_settings(folder) | given | dict(self.settings))
+        given = {"beta": BETA, "per_device_train_batch_size": problem.setting.G} | budget | settings
+        config = LatroConfig(**self.trainer_settings(folder) | given)
         self._trainer = LatroTrainer(
             self.model,
             args=config,
@@ -174,14 +175,20 @@ class OursCompiled(Ours):
 
     name = "latro (compiled)"
     counts_steps = False
-    settings = MappingProxyType({"rollout_compile": True})
+
+    def __init__(
+        self, problem: StepProblem, folder: Path, one_batch: bool = False, **settings: object
+    ) -> None:
+        super().__init__(problem, folder, one_batch, rollout_compile=True, **settings)
 
 
 class OursCompiledBf16(OursCompiled):
     """The same, with `--rollout_dtype bfloat16`: samples come of a copy of the policy."""
 
     name = "latro (compiled, bf16 rollouts)"
-    settings = MappingProxyType({**OursCompiled.settings, "rollout_dtype": "bfloat16"})
+
+    def __init__(self, problem: StepProblem, folder: Path, one_batch: bool = False) -> None:
+        super().__init__(problem, folder, one_batch, rollout_dtype="bfloat16")
 
 
 class Trl(Contender):
