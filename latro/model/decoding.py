@@ -45,7 +45,7 @@ class DecodingKeys:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int, KeptKeys] = {}
         self._attention: dict[int, tuple[nn.Module, AttentionForm]] = {}
         self._prompts: list[tuple[int, int]] = []
         self._rows: _Rows | None = None
@@ -57,8 +57,8 @@ class DecodingKeys:
             t[0].numel() // tokens * t.element_size()
             for layer in self._layers.values()
             for t, tokens in (
-                (layer.kept.prompt_keys, layer.kept.prompt_keys.shape[3]),
-                (layer.kept.prompt_values, layer.kept.prompt_values.shape[2]),
+                (layer.prompt_keys, layer.prompt_keys.shape[3]),
+                (layer.prompt_values, layer.prompt_values.shape[2]),
             )
         )
 
@@ -72,18 +72,15 @@ class DecodingKeys:
         """Keep a layer's keys and values [1, heads of keys, T, size] of a prefill, and its form."""
         self._attention[layer] = module, form
         key, value = as_products_take(key, value)
-        if layer not in self._layers:
-            self._layers[layer] = _Layer(key, value)
-        room = self._layers[layer]
-        room.fit_prompts(
-            places=1 + max(place for place, _ in self._prompts),
-            tokens=max(length for _, length in self._prompts),
-        )
+        kept = self._layers.get(layer) or _without_room(key, value)
+        places = 1 + max(place for place, _ in self._prompts)
+        longest = max(length for _, length in self._prompts)
+        kept = self._layers[layer] = _with_room(kept, "prompt", places, longest)
         start = 0
         for place, length in self._prompts:
             end = start + length
-            room.kept.prompt_keys[place, :, :, :length] = key[0, :, start:end].transpose(1, 2)
-            room.kept.prompt_values[place, :, :length] = value[0, :, start:end]
+            kept.prompt_keys[place, :, :, :length] = key[0, :, start:end].transpose(1, 2)
+            kept.prompt_values[place, :, :length] = value[0, :, start:end]
             start = end
 
     def set_rows(
@@ -118,9 +115,8 @@ class DecodingKeys:
     def move_row(self, place: int, to: int, length: int) -> None:
         """Copy the `length` tokens of one row to another place."""
         for layer in self._layers.values():
-            keys, values = layer.kept.own_keys, layer.kept.own_values
-            keys[to, :, :, :length] = keys[place, :, :, :length]
-            values[to, :, :length] = values[place, :, :length]
+            layer.own_keys[to, :, :, :length] = layer.own_keys[place, :, :, :length]
+            layer.own_values[to, :, :length] = layer.own_values[place, :, :length]
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, form: AttentionForm
@@ -140,8 +136,8 @@ class DecodingKeys:
         rows = self._rows
         assert rows is not None
         query, key, value = as_products_take(query, key, value)
-        room = self._layers[layer]
-        room.fit_rows(places=rows.count, tokens=rows.longest + 1)
+        kept = _with_room(self._layers[layer], "own", rows.count, rows.longest + 1)
+        self._layers[layer] = kept
         # [1, heads, R, size] to [R, heads, size].
         query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
         form = form.at_most(rows.longest_prompt + rows.longest + 1)
@@ -150,16 +146,16 @@ class DecodingKeys:
                 query,
                 key,
                 value,
-                room.kept,
+                kept,
                 rows.decoded,
                 scaling=form.scaling,
                 window=None if math.isinf(form.window) else int(form.window),
                 softcap=form.softcap,
             )
             return out[None]
-        room.kept.own_keys[rows.index, :, :, rows.length] = key
-        room.kept.own_values[rows.index, :, rows.length] = value
-        return _attend(query, room.kept, rows, form)[None]
+        kept.own_keys[rows.index, :, :, rows.length] = key
+        kept.own_values[rows.index, :, rows.length] = value
+        return _attend(query, kept, rows, form)[None]
 
     @contextlib.contextmanager
     def in_graph(self) -> Iterator[None]:
@@ -207,36 +203,6 @@ def _(query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
 attend_in_graph = torch.ops.latro.attend_in_graph.default
 
 
-class _Layer:
-    """The room of a layer's keys and values, which grows; what it had is copied then."""
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        """Make no room yet, for keys and values like these [1, heads of keys, T, size]."""
-        k = key.new_zeros(0, key.shape[1], key.shape[3], 0)
-        v = value.new_zeros(0, value.shape[1], 0, value.shape[3])
-        self.kept = KeptKeys(prompt_keys=k, prompt_values=v, own_keys=k, own_values=v)
-
-    def fit_prompts(self, places: int, tokens: int) -> None:
-        """Make room for so many prompts, of up to so many tokens."""
-        keys, values = self.kept.prompt_keys, self.kept.prompt_values
-        if places > len(keys) or tokens > keys.shape[3]:
-            self.kept = replace(
-                self.kept,
-                prompt_keys=_with_room(keys, places, tokens, dim=3),
-                prompt_values=_with_room(values, places, tokens, dim=2),
-            )
-
-    def fit_rows(self, places: int, tokens: int) -> None:
-        """Make room for so many rows, of up to so many tokens of their own."""
-        keys, values = self.kept.own_keys, self.kept.own_values
-        if places > len(keys) or tokens > keys.shape[3]:
-            self.kept = replace(
-                self.kept,
-                own_keys=_with_room(keys, places, tokens, dim=3),
-                own_values=_with_room(values, places, tokens, dim=2),
-            )
-
-
 def as_products_take(*states: Tensor) -> list[Tensor]:
     """Return queries, keys and values in one dtype: under autocast rotary positions make fp32."""
     kind = states[0].device.type
@@ -245,7 +211,26 @@ def as_products_take(*states: Tensor) -> list[Tensor]:
     return [t.to(torch.get_autocast_dtype(kind)) for t in states]
 
 
-def _with_room(kept: Tensor, places: int, tokens: int, dim: int) -> Tensor:
+def _without_room(key: Tensor, value: Tensor) -> KeptKeys:
+    """Return no room yet, for a layer's keys and values like these [1, heads of keys, T, size]."""
+    k = key.new_zeros(0, key.shape[1], key.shape[3], 0)
+    v = value.new_zeros(0, value.shape[1], 0, value.shape[3])
+    return KeptKeys(prompt_keys=k, prompt_values=v, own_keys=k, own_values=v)
+
+
+def _with_room(kept: KeptKeys, whose: str, places: int, tokens: int) -> KeptKeys:
+    """Return `kept`, or a copy with room for so many places and tokens of "prompt" or "own"."""
+    keys, values = getattr(kept, f"{whose}_keys"), getattr(kept, f"{whose}_values")
+    if places <= len(keys) and tokens <= keys.shape[3]:
+        return kept
+    wider = {
+        f"{whose}_keys": _wider(keys, places, tokens, dim=3),
+        f"{whose}_values": _wider(values, places, tokens, dim=2),
+    }
+    return replace(kept, **wider)
+
+
+def _wider(kept: Tensor, places: int, tokens: int, dim: int) -> Tensor:
     """Return a copy of `kept` with room for so many places and tokens, and for more to come.
 
     `dim` is where the tokens are.
@@ -323,20 +308,20 @@ class _Rows:
         return self._biases[kind]
 
 
-def _attend(query: Tensor, room: KeptKeys, rows: _Rows, form: AttentionForm) -> Tensor:
+def _attend(query: Tensor, kept: KeptKeys, rows: _Rows, form: AttentionForm) -> Tensor:
     """Return [R, heads, size of values]: one softmax over a row's prompt and its own tokens."""
-    R, heads, kv = rows.count, query.shape[1], room.own_keys.shape[1]
+    R, heads, kv = rows.count, query.shape[1], kept.own_keys.shape[1]
     P, T = rows.longest_prompt, rows.longest + 1
     q = query.reshape(R, kv, heads // kv, -1)
-    of_prompt = _of_prompts(q, room.prompt_keys[..., :P], rows)
-    own = q @ room.own_keys[:R, :, :, :T]
+    of_prompt = _of_prompts(q, kept.prompt_keys[..., :P], rows)
+    own = q @ kept.own_keys[:R, :, :, :T]
     working = torch.promote_types(query.dtype, torch.float32)
     products = torch.cat([of_prompt, own], dim=3).to(working)
     weights = form.weights(products.view(R, heads, 1, P + T), rows.bias(form, working))
     weights = weights.to(query.dtype).view(R, kv, heads // kv, P + T)
     seen_prompt, seen_own = weights.split([P, T], dim=3)
-    out = _of_prompts(seen_prompt, room.prompt_values[:, :, :P], rows)
-    return (out + seen_own @ room.own_values[:R, :, :T]).reshape(R, heads, -1)
+    out = _of_prompts(seen_prompt, kept.prompt_values[:, :, :P], rows)
+    return (out + seen_own @ kept.own_values[:R, :, :T]).reshape(R, heads, -1)
 
 
 def _of_prompts(x: Tensor, of_prompts: Tensor, rows: _Rows) -> Tensor:
